@@ -1,0 +1,42 @@
+"""Causal self-attention as a generative stochastic process: exact likelihood, barrier prior, stability margins.
+
+Read in this order: attention, change_of_variables, transform, process, barrier, margin, token_model, objective.
+"""
+
+from prob_transformer.attention import Attention, Past
+from prob_transformer.barrier import barrier
+from prob_transformer.change_of_variables import (
+    ResidualAndLogDet,
+    attention_mean,
+    jacobian_block,
+    residual_and_log_det,
+)
+from prob_transformer.margin import SupportTokens, stability_margin, support_tokens
+from prob_transformer.objective import map_objective, weight_prior
+from prob_transformer.process import EmbeddingProcess
+from prob_transformer.token_model import LinearDecoder, token_model
+from prob_transformer.transform import CausalAttentionTransform, ImplicitSolveError, Solution, SolveStatus
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "CausalAttentionTransform",
+    "EmbeddingProcess",
+    "ImplicitSolveError",
+    "LinearDecoder",
+    "Past",
+    "ResidualAndLogDet",
+    "Solution",
+    "SolveStatus",
+    "SupportTokens",
+    "attention_mean",
+    "barrier",
+    "jacobian_block",
+    "map_objective",
+    "residual_and_log_det",
+    "stability_margin",
+    "support_tokens",
+    "token_model",
+    "weight_prior",
+]

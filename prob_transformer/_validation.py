@@ -1,0 +1,57 @@
+"""Checks at the public boundary; each raises a ValueError naming the argument, what was given and the remedy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_concrete(array: Any) -> bool:
+    """Whether values can be looked at; under jit, vmap or grad only shapes can."""
+    return not isinstance(array, jax.core.Tracer)
+
+
+def require_finite(name: str, array: Any) -> None:
+    if is_concrete(array) and not np.isfinite(np.asarray(array)).all():
+        raise ValueError(f"{name}: contains NaN or inf; pass finite values only.")
+
+
+def require_positive(name: str, value: Any) -> None:
+    require_finite(name, value)
+    if is_concrete(value) and not (np.asarray(value) > 0).all():
+        raise ValueError(f"{name}: got {np.asarray(value).tolist()}; pass a value greater than 0.")
+
+
+def require_count(name: str, value: Any, smallest: int, why: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < smallest:
+        raise ValueError(f"{name}: got {value!r}; pass an integer of at least {smallest}: {why}.")
+
+
+def require_floating(name: str, array: Any) -> jax.Array:
+    """The argument as a floating JAX array; anything that is not numeric is refused by name."""
+    try:
+        converted = jnp.asarray(array)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got {type(array).__name__}; pass a numeric array.") from None
+    if not jnp.issubdtype(converted.dtype, jnp.floating):
+        if not (jnp.issubdtype(converted.dtype, jnp.integer) or converted.dtype == bool):
+            raise ValueError(f"{name}: has dtype {converted.dtype}; pass real numbers.")
+        converted = converted.astype(jnp.result_type(float))
+    return converted
+
+
+def require_embeddings(name: str, embeddings: Any, width: int) -> jax.Array:
+    """The embeddings as a floating array of shape (..., n, d) with n >= 2, d = width and finite values."""
+    array = require_floating(name, embeddings)
+    if array.ndim < 2 or array.shape[-1] != width:
+        raise ValueError(
+            f"{name}: has shape {array.shape}; pass (..., n, d) with d = {width}, the width of the attention."
+        )
+    if array.shape[-2] < 2:
+        raise ValueError(
+            f"{name}: has n = {array.shape[-2]} positions; pass at least 2: the first position has no past to "
+            "attend to, so a shorter sequence has no attention."
+        )
+    require_finite(name, array)
+    return array

@@ -1,0 +1,108 @@
+"""The central equation: attention as a change of variables from embeddings to noise.
+
+    e_i = u_i - mu_i(u_i; u_<i)
+    J_i = de_i/du_i = I - sum_h V_h Sigma^h_i A_h = I - sum_h Cov_{alpha^h_i}(v^h, A_h^T u)
+    log p(u_i | u_<i) = log N(e_i; 0, sigma^2 I) + log|det J_i|
+
+mu_i depends on u_i because u_i is its own query, hence the determinant. The Jacobian of the whole map u_1..n -> e_1..n is
+block lower triangular, so its log-determinant is sum_i log|det J_i|. With k_s = W_K u_s, v_s = V u_s and
+
+    L_i = [Cov(v^h, k^h) / sqrt(p)]_h  (d x Hp),      R = [W_Q^h]_h  (Hp x d),
+
+J_i = I_d - L_i R, and Sylvester's identity gives det J_i = det(I_Hp - R L_i): the small determinant computed below.
+Derivations: docs/theory.md.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from prob_transformer._validation import require_embeddings
+from prob_transformer.attention import Attention, Past, attention_weights, past_masks, weighted_covariance
+
+
+class ResidualAndLogDet(NamedTuple):
+    """Residual e (..., n, d), sign of det J_i (..., n) and log|det J_i| (..., n) in nats."""
+
+    residual: Float[Array, "... n d"]
+    sign: Float[Array, "... n"]
+    log_det: Float[Array, "... n"]
+
+
+def attention_mean_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, " d"]:
+    """mu_i for one position: sum_h V_h sum_s alpha^h_is u_s, zero when the past is empty."""
+    weights = attention_weights(attention, past, embedding)
+    return jnp.einsum("hs,hsd->d", weights, past.values)
+
+
+def residual_and_log_det_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> ResidualAndLogDet:
+    """Residual (d,), sign () and log|det J_i| () of one position given its past."""
+    weights = attention_weights(attention, past, embedding)
+    residual = embedding - jnp.einsum("hs,hsd->d", weights, past.values)
+    # R L_i: the covariance of the values seen through all queries with the keys of each head, (H, Hp, p) -> (Hp, Hp).
+    blocks = jax.vmap(weighted_covariance)(weights, past.query_values, past.keys) / math.sqrt(attention.head_size)
+    rank = attention.heads * attention.head_size
+    low_rank = jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)
+    sign, log_det = jnp.linalg.slogdet(jnp.eye(rank, dtype=low_rank.dtype) - low_rank)
+    return ResidualAndLogDet(residual, sign, log_det)
+
+
+def jacobian_block_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, "d d"]:
+    """J_i = I - sum_h Cov_{alpha^h_i}(v^h, g^h), where g_s = A_h^T u_s is the gradient of logit s in u_i."""
+    weights = attention_weights(attention, past, embedding)
+    logit_gradients = jnp.einsum("hpd,hsp->hsd", attention.query, past.keys) / math.sqrt(attention.head_size)
+    covariances = jax.vmap(weighted_covariance)(weights, past.values, logit_gradients)
+    return jnp.eye(attention.width, dtype=covariances.dtype) - covariances.sum(axis=0)
+
+
+def over_positions(function, attention: Attention, embeddings: Float[Array, "... n d"]):
+    """Apply a one-position function to every position of every sequence, each seeing its strict past."""
+
+    def one_sequence(sequence: Float[Array, "n d"]):
+        past = Past.of(attention, sequence)
+        at = lambda visible, embedding: function(attention, past.seen_by(visible), embedding)  # noqa: E731
+        return jax.vmap(at)(past_masks(sequence.shape[0]), sequence)
+
+    for _ in range(embeddings.ndim - 2):
+        one_sequence = jax.vmap(one_sequence)
+    return one_sequence(embeddings)
+
+
+@partial(jax.jit, inline=True)
+def _residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"]) -> ResidualAndLogDet:
+    return over_positions(residual_and_log_det_at, attention, embeddings)
+
+
+@partial(jax.jit, inline=True)
+def _attention_mean(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+    return over_positions(attention_mean_at, attention, embeddings)
+
+
+@partial(jax.jit, inline=True)
+def _jacobian_block(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n d d"]:
+    return over_positions(jacobian_block_at, attention, embeddings)
+
+
+def residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"]) -> ResidualAndLogDet:
+    """Residual e_i, sign(det J_i) and log|det J_i| in nats at every position of embeddings (..., n, d), in one pass.
+
+    Closed form through the low-rank identity. log|det J_1| = 0 (empty past) and log|det J_2| = 0 (one past token) exactly.
+    Where det J_i = 0 the sign is 0 and the log-determinant -inf: the degeneracy boundary itself.
+    Raises ValueError if embeddings do not fit the attention, hold fewer than 2 positions, or are not finite.
+    Equation: module docstring; docs/theory.md section 2.
+    """
+    return _residual_and_log_det(attention, require_embeddings("embeddings", embeddings, attention.width))
+
+
+def attention_mean(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+    """mu_i = sum_h V_h sum_{s<i} alpha^h_is u_s at every position; mu_1 = 0. Raises as `residual_and_log_det`."""
+    return _attention_mean(attention, require_embeddings("embeddings", embeddings, attention.width))
+
+
+def jacobian_block(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n d d"]:
+    """J_i = de_i/du_i at every position, as a full d x d matrix. Raises as `residual_and_log_det`."""
+    return _jacobian_block(attention, require_embeddings("embeddings", embeddings, attention.width))

@@ -1,0 +1,78 @@
+"""Stability margins and support tokens: how far each position is from the degeneracy boundary det J_i = 0.
+
+Two margins that can rank positions differently when d > 1, so every report names the one it used:
+
+    determinant   det J_i, with its sign: 1 without attention, 0 on the boundary, negative past it
+    conditioning  sigma_min(J_i): a perturbation of the noise is amplified by at most 1 / sigma_min
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from prob_transformer._validation import require_count, require_embeddings
+from prob_transformer.attention import Attention, Past, attention_weights, weighted_mean
+from prob_transformer.change_of_variables import jacobian_block, over_positions, residual_and_log_det
+
+MarginKind = Literal["determinant", "conditioning"]
+
+
+class SupportTokens(NamedTuple):
+    """The k positions closest to the boundary, closest first.
+
+    `positions` (..., k); `margins` (..., k) of the kind asked for; `carriers` (..., k, n): the share of each past
+    token in the total weighted variance that the position attends to (summing to 1, or all 0 where that variance is 0).
+    """
+
+    positions: Int[Array, "... k"]
+    margins: Float[Array, "... k"]
+    carriers: Float[Array, "... k n"]
+
+
+def stability_margin(
+    attention: Attention, embeddings: Float[Array, "... n d"], kind: MarginKind = "determinant"
+) -> Float[Array, "... n"]:
+    """Margin m_i of every position: det J_i with its sign, or the smallest singular value of J_i.
+
+    Raises ValueError for an unknown kind, and as `residual_and_log_det`. Source: theory section 4, our definition.
+    """
+    if kind == "determinant":
+        _, sign, log_det = residual_and_log_det(attention, embeddings)
+        return sign * jnp.exp(log_det)
+    if kind == "conditioning":
+        return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
+    raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
+
+
+def _variance_share_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, " n"]:
+    """Share of past token s in sum_h tr Cov_{alpha^h}(v^h): sum_h alpha^h_s |v^h_s - v^h_mean|^2, normalised."""
+    weights = attention_weights(attention, past, embedding)
+    means = jax.vmap(weighted_mean)(weights, past.values)
+    spread = (weights * jnp.square(past.values - means[:, None]).sum(-1)).sum(0)
+    total = spread.sum()
+    return spread / jnp.where(total > 0, total, 1.0)
+
+
+def support_tokens(
+    attention: Attention, embeddings: Float[Array, "... n d"], k: int, kind: MarginKind = "determinant"
+) -> SupportTokens:
+    """The k positions closest to the degeneracy boundary, and the past tokens that carry their weighted covariance.
+
+    Closest means smallest |margin|, which for the determinant is the largest barrier b_i; a negative margin stays
+    visible in `margins`. Ties go to the earlier position. Raises ValueError if k is not between 1 and n.
+    """
+    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    length = embeddings.shape[-2]
+    require_count("k", k, 1, "the number of positions to return")
+    if k > length:
+        raise ValueError(f"k: got {k}; pass at most n = {length}, the number of positions.")
+    margins = stability_margin(attention, embeddings, kind)
+    positions = jnp.argsort(jnp.abs(margins), axis=-1, stable=True)[..., :k]
+    carriers = over_positions(_variance_share_at, attention, embeddings)
+    return SupportTokens(
+        positions,
+        jnp.take_along_axis(margins, positions, axis=-1),
+        jnp.take_along_axis(carriers, positions[..., None], axis=-2),
+    )

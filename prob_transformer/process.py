@@ -1,0 +1,116 @@
+"""The stochastic process over embeddings whose conditional law is attention plus noise.
+
+    u_1 ~ N(0, first_scale^2 I),      u_i = mu_i(u_i; u_<i) + eps_i,   eps_i ~ N(0, noise_scale^2 I)
+    log p(u_1..n) = sum_i [ log N(e_i; 0, scale_i^2 I) + log|det J_i| ]
+
+This is a probability law where det J_i > 0 everywhere; past the degeneracy boundary its mass exceeds 1 by the
+expected number of roots (docs/theory.md section 3; `python -m theory_checks --only normalisation` shows it).
+"""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.distributions import constraints
+from numpyro.distributions.util import validate_sample
+
+from prob_transformer._validation import is_concrete, require_count, require_floating, require_positive
+from prob_transformer.attention import Attention, Past
+from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
+from prob_transformer.transform import CausalAttentionTransform, Solution, raise_unless_converged
+
+
+def _normal_log_density(residual: Float[Array, "... d"], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    squared = jnp.square(residual).sum(-1)
+    return -0.5 * squared / scale**2 - residual.shape[-1] * (jnp.log(scale) + 0.5 * math.log(2 * math.pi))
+
+
+class EmbeddingProcess(dist.Distribution):
+    """NumPyro distribution of n = `length` embeddings of width d under an attention; event shape (n, d), nats.
+
+    `noise_scale` and `first_scale` are standard deviations; their broadcast shape is the batch shape. Raises
+    ValueError for a length below 2 or scales that are not positive and finite.
+    """
+
+    arg_constraints = {"noise_scale": constraints.positive, "first_scale": constraints.positive}
+    support = constraints.real_matrix
+    reparametrized_params = ["noise_scale", "first_scale"]
+    pytree_data_fields = ("attention", "noise_scale", "first_scale")
+    pytree_aux_fields = ("length",)
+
+    def __init__(
+        self,
+        attention: Attention,
+        length: int,
+        noise_scale: Float[Array, "..."] | float = 1.0,
+        first_scale: Float[Array, "..."] | float = 1.0,
+        *,
+        validate_args: bool | None = None,
+    ):
+        if not isinstance(attention, Attention):
+            raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
+        require_count("length", length, 2, "the first position has no past to attend to")
+        noise_scale = require_floating("noise_scale", noise_scale)
+        first_scale = require_floating("first_scale", first_scale)
+        require_positive("noise_scale", noise_scale)
+        require_positive("first_scale", first_scale)
+        self.attention, self.length = attention, length
+        self.noise_scale, self.first_scale = jnp.broadcast_arrays(noise_scale, first_scale)
+        super().__init__(self.noise_scale.shape, (length, attention.width), validate_args=validate_args)
+
+    def _scales(self) -> Float[Array, "... n"]:
+        is_first = jnp.arange(self.length) == 0
+        return jnp.where(is_first, self.first_scale[..., None], self.noise_scale[..., None])
+
+    def position_log_prob(self, value: Float[Array, "... n d"]) -> Float[Array, "... n"]:
+        """log p(u_i | u_<i) in nats at every position; their sum is `log_prob`. Raises ValueError for a wrong shape."""
+        shape = jnp.shape(value)
+        if shape[-2:] != self.event_shape:
+            raise ValueError(f"value: has shape {shape}; pass (..., n, d) ending in the event shape {self.event_shape}.")
+        residual, _, log_det = residual_and_log_det(self.attention, value)
+        return _normal_log_density(residual, self._scales()) + log_det
+
+    @validate_sample
+    def log_prob(self, value: Float[Array, "... n d"], intermediates: Any = None) -> Float[Array, "..."]:
+        return self.position_log_prob(value).sum(-1)
+
+    def solve_sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Solution:
+        """Draws with a `SolveStatus` a position, for those who want the root found past the boundary as well."""
+        noise = jax.random.normal(key, self.shape(sample_shape), jnp.result_type(self.noise_scale))
+        return CausalAttentionTransform(self.attention).solve(noise * self._scales()[..., None])
+
+    def sample(self, key: PRNGKeyArray | None, sample_shape: tuple[int, ...] = ()) -> Float[Array, "... n d"]:
+        """Exact draws where det J > 0 everywhere; raises `ImplicitSolveError` where one met det J <= 0 or no root."""
+        if key is None:
+            raise ValueError("key: got None; pass a JAX random key.")
+        return raise_unless_converged(self.solve_sample(key, sample_shape))
+
+    def empty_past(self) -> Past:
+        """The cache before the first position, with room for `length` of them."""
+        return Past.empty(self.attention, self.length, jnp.result_type(self.noise_scale, self.attention.query))
+
+    def extend(self, past: Past, embedding: Float[Array, " d"]) -> tuple[Float[Array, "..."], Past]:
+        """log p(embedding | past) in nats, and the cache with the embedding added: one more position of the sequence.
+
+        Adding positions one by one from `empty_past` gives the density of the whole sequence. Raises ValueError for a
+        wrong shape or a full cache.
+        """
+        embedding = require_floating("embedding", embedding)
+        if embedding.shape != (self.attention.width,):
+            raise ValueError(f"embedding: has shape {embedding.shape}; pass (d,) = ({self.attention.width},).")
+        if past.visible.shape != (self.length,):
+            raise ValueError(f"past: holds {past.visible.shape} positions; start from empty_past(), ({self.length},).")
+        position = past.visible.sum()
+        full = "past: is full; make the process with a larger length."
+        if is_concrete(position):
+            if int(position) >= self.length:
+                raise ValueError(full)
+        else:
+            position = eqx.error_if(position, position >= self.length, full)
+        residual, _, log_det = residual_and_log_det_at(self.attention, past, embedding)
+        scale = jnp.where(position == 0, self.first_scale, self.noise_scale)
+        return _normal_log_density(residual, scale) + log_det, past.write(self.attention, position, embedding)

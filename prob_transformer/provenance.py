@@ -1,0 +1,88 @@
+"""What every result carries, and how every file is written: whole or not at all."""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_REPORTED_PACKAGES = ("jax", "jaxlib", "numpyro", "equinox", "optimistix", "optax", "numpy", "scipy", "arviz")
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for name in _REPORTED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+changes" when tracked files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode != 0
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def provenance(seed: int | None, configuration: Mapping[str, Any], command: str | None = None) -> dict[str, Any]:
+    """Version, commit, command, seed, configuration, package versions and machine of a result, ready for JSON."""
+    from prob_transformer import __version__
+
+    return {
+        "version": __version__,
+        "commit": _commit(),
+        "command": command or shlex.join(["python", *sys.orig_argv[1:]]),
+        "seed": seed,
+        "configuration": dict(configuration),
+        "packages": _package_versions(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` to write to, renamed onto it on success and removed on failure.
+
+    Raises ValueError naming the path if its folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; a result is as readable as any file its owner writes.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text to `path` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, payload: Any) -> None:
+    """Write JSON to `path` whole or not at all; NaN and inf are refused, for they are not JSON."""
+    write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,109 @@
+"""The generative model of tokens: embeddings from the process, the next token from a decoder of u_<=i.
+
+    u_1..n ~ EmbeddingProcess                          site "embeddings"
+    x_i    ~ Categorical(softmax(decoder(u_<=i)))      site "tokens"; row i holds the token that follows position i
+    barrier_weight * sum_i log|det J_i|                factor "barrier"
+
+Its negative log joint is `map_objective`, to rounding (theory_checks, map-equivalence).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int
+from numpyro.distributions import constraints
+
+from prob_transformer._validation import is_concrete, require_count, require_finite, require_floating
+from prob_transformer.attention import Attention
+from prob_transformer.barrier import barrier
+from prob_transformer.process import EmbeddingProcess
+
+Objective = Literal["full", "margin"]
+Decoder = Callable[[Float[Array, "... n d"]], Float[Array, "... n V"]]
+
+
+class LinearDecoder(eqx.Module):
+    """Logits W u_i + b over a vocabulary of V tokens; `weight` (V, d), `bias` (V,). ValueError for other shapes."""
+
+    weight: Float[Array, "V d"]
+    bias: Float[Array, " V"]
+
+    def __init__(self, weight: Float[Array, "V d"], bias: Float[Array, " V"]):
+        weight, bias = require_floating("weight", weight), require_floating("bias", bias)
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise ValueError(f"weight: has shape {weight.shape} with bias {bias.shape}; pass (V, d) and (V,).")
+        require_finite("weight", weight)
+        require_finite("bias", bias)
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n V"]:
+        return embeddings @ self.weight.T + self.bias
+
+
+def require_objective(objective: str) -> None:
+    if objective not in ("full", "margin"):
+        raise ValueError(f"objective: got {objective!r}; pass 'full' or 'margin'.")
+
+
+def require_barrier_weight(barrier_weight: Float[Array, ""] | float) -> None:
+    require_finite("barrier_weight", barrier_weight)
+    if is_concrete(barrier_weight) and barrier_weight < 0:
+        raise ValueError(f"barrier_weight: got {barrier_weight}; pass 0 or more.")
+
+
+def require_tokens(tokens: Int[Array, "... n"]) -> Int[Array, "... n"]:
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim not in (1, 2) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens: has shape {tokens.shape}, dtype {tokens.dtype}; pass integers of shape (n,) or (B, n).")
+    return tokens
+
+
+def token_model(
+    attention: Attention,
+    decoder: Decoder,
+    tokens: Int[Array, "... n"] | None = None,
+    *,
+    length: int | None = None,
+    noise_scale: Float[Array, ""] | float = 1.0,
+    first_scale: Float[Array, ""] | float = 1.0,
+    objective: Objective = "full",
+    barrier_weight: Float[Array, ""] | float = 0.0,
+) -> Float[Array, "... n d"]:
+    """NumPyro model of embeddings and tokens; returns the embeddings.
+
+    `tokens` is (n,) or a batch (B, n) in a plate "sequences", or None with `length` given. Parameters with priors are
+    sampled by the caller, who passes them in as `attention` and `decoder`. With `objective="full"` the embeddings
+    follow the `EmbeddingProcess`; with "margin" their prior is flat and the barrier is all there is (improper, so
+    embeddings cannot be drawn from it, only inferred). The factor multiplies every |det J_i| ** barrier_weight in,
+    on top of the density's own determinant under "full". Raises ValueError for bad arguments.
+    Source: theory sections 2 and 5.
+    """
+    require_objective(objective)
+    require_barrier_weight(barrier_weight)
+    if tokens is not None:
+        tokens = require_tokens(tokens)
+        if length not in (None, tokens.shape[-1]):
+            raise ValueError(f"length: got {length} with tokens of length {tokens.shape[-1]}; leave length out.")
+        length = tokens.shape[-1]
+    require_count("length", length, 2, "the number of positions, needed when tokens is None")
+    assert length is not None
+
+    def sequences():
+        if objective == "full":
+            prior = EmbeddingProcess(attention, length, noise_scale, first_scale)
+        else:
+            prior = dist.ImproperUniform(constraints.real_matrix, (), event_shape=(length, attention.width))
+        embeddings = numpyro.sample("embeddings", prior)
+        penalty = barrier(attention, embeddings)
+        numpyro.factor("barrier", -barrier_weight * penalty.sum(-1))
+        numpyro.sample("tokens", dist.Categorical(logits=decoder(embeddings)).to_event(1), obs=tokens)
+        return embeddings
+
+    if tokens is not None and tokens.ndim == 2:
+        with numpyro.plate("sequences", tokens.shape[0]):
+            return sequences()
+    return sequences()

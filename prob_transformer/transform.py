@@ -1,0 +1,181 @@
+"""Noise to embeddings: solving e_i(u_i; u_<i) = eps_i position by position, and saying when that failed.
+
+The embedding -> noise direction is explicit. The other one is an implicit equation in u_i, followed here by continuation
+from the noise: starting at u = eps_i, whose own residual is eps_i - mu_i(eps_i), the target moves in a straight line
+from that residual to eps_i and the root is tracked along it. Where det J_i > 0 everywhere e_i is a global diffeomorphism
+(docs/theory.md section 3), so this path exists and ends at the only root. Elsewhere it may meet det J_i = 0 or one
+of several roots, and the status says so.
+"""
+
+import enum
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+from jaxtyping import Array, Float, Int
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
+
+from prob_transformer._validation import is_concrete, require_embeddings
+from prob_transformer.attention import Attention, Past
+from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
+
+CONTINUATION_STEPS = 8
+# Trust-region steps allowed at each point of the path.
+_MAX_STEPS = 64
+
+
+class SolveStatus(enum.IntEnum):
+    """How solving for one position ended; the larger the worse, so that a maximum summarises."""
+
+    CONVERGED = 0
+    PAST_BOUNDARY = 1
+    NOT_CONVERGED = 2
+
+
+_MEANING = {
+    SolveStatus.PAST_BOUNDARY: (
+        "det J <= 0 was met at the root or on the way to it, so the equation may have several roots and the law of the "
+        "one found is not the density; scale query or key down (docs/theory.md section 3 has sufficient "
+        "conditions), or use `solve` to receive this root with its status"
+    ),
+    SolveStatus.NOT_CONVERGED: (
+        "no root was found within tolerance; raise `continuation_steps`, use float64, or scale query or key down"
+    ),
+}
+
+
+class ImplicitSolveError(RuntimeError):
+    """The implicit equation u - mu(u) = noise was not solved as asked; `status` names how."""
+
+    def __init__(self, status: SolveStatus, position: int):
+        self.status, self.position = status, position
+        super().__init__(f"{status.name.lower()} at position {position}: {_MEANING[status]}.")
+
+
+class Solution(NamedTuple):
+    """Embeddings (..., n, d) and, for each position, a `SolveStatus` code (..., n)."""
+
+    embeddings: Float[Array, "... n d"]
+    status: Int[Array, "... n"]
+
+
+def residual_tolerance(dtype: Any) -> float:
+    """Largest |e(u) - noise| accepted as a root, relative to 1 + max|noise|."""
+    return 1e-9 if jnp.dtype(dtype) == jnp.float64 else 1e-4
+
+
+def solve_position(
+    attention: Attention, past: Past, noise: Float[Array, " d"], continuation_steps: int = CONTINUATION_STEPS
+) -> tuple[Float[Array, " d"], Int[Array, ""]]:
+    """The root u_i of e_i(u_i; past) = noise reached by continuation from the noise, and its `SolveStatus`."""
+    precise = jnp.dtype(noise.dtype) == jnp.float64
+    solver = optx.Dogleg(rtol=1e-12 if precise else 1e-6, atol=1e-12 if precise else 1e-6)
+    scale = 1.0 + jnp.abs(noise).max()
+
+    def mismatch(u, problem):
+        attention, past, target = problem
+        return residual_and_log_det_at(attention, past, u).residual - target
+
+    def root_near(guess, problem):
+        # The result code is not used: a trust region that stops early at a root to within rounding is not a failure,
+        # and one that stops elsewhere is caught by the residual itself.
+        return optx.root_find(mismatch, solver, guess, args=problem, max_steps=_MAX_STEPS, throw=False).value
+
+    frozen_attention, frozen_past, frozen_noise = jax.lax.stop_gradient((attention, past, noise))
+    start = residual_and_log_det_at(frozen_attention, frozen_past, frozen_noise)
+
+    def follow(carry, fraction):
+        u, on_path = carry
+        target = start.residual + fraction * (frozen_noise - start.residual)
+        u = root_near(u, (frozen_attention, frozen_past, target))
+        here = residual_and_log_det_at(frozen_attention, frozen_past, u)
+        reached = jnp.abs(here.residual - target).max() <= residual_tolerance(noise.dtype) * scale
+        return (u, on_path & reached & (here.sign > 0)), None
+
+    fractions = jnp.arange(1, continuation_steps) / continuation_steps
+    (guess, on_path), _ = jax.lax.scan(follow, (frozen_noise, start.sign > 0), fractions.astype(noise.dtype))
+    # Only the last solve is differentiated (implicit function theorem); the path before it just chose the root.
+    u = root_near(jax.lax.stop_gradient(guess), (attention, past, noise))
+    end = residual_and_log_det_at(attention, past, u)
+    # Written so that a NaN counts as not converged.
+    converged = jnp.abs(end.residual - noise).max() <= residual_tolerance(noise.dtype) * scale
+    status = jnp.where(on_path & (end.sign > 0), SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY)
+    return u, jnp.where(converged, status, SolveStatus.NOT_CONVERGED)
+
+
+@eqx.filter_jit
+def _solve(attention: Attention, noise: Float[Array, "... n d"], continuation_steps: int) -> Solution:
+    length, width = noise.shape[-2:]
+
+    def one_sequence(sequence: Float[Array, "n d"]):
+        def step(past, inputs):
+            position, noise_here = inputs
+            u, status = solve_position(attention, past, noise_here, continuation_steps)
+            return past.write(attention, position, u), (u, status)
+
+        empty = Past.empty(attention, length, sequence.dtype)
+        _, (embeddings, status) = jax.lax.scan(step, empty, (jnp.arange(length), sequence))
+        return Solution(embeddings, status)
+
+    flat = jax.vmap(one_sequence)(noise.reshape(-1, length, width))
+    return Solution(flat.embeddings.reshape(noise.shape), flat.status.reshape(noise.shape[:-1]))
+
+
+def raise_unless_converged(solution: Solution) -> Float[Array, "... n d"]:
+    """The embeddings, or an `ImplicitSolveError`; inside jit, an error raised when the compiled code runs."""
+    embeddings, status = solution
+    if is_concrete(status):
+        codes = np.asarray(status)
+        if codes.any():
+            position = int(np.argwhere(codes > 0)[0][-1])
+            raise ImplicitSolveError(SolveStatus(int(codes[codes > 0][0])), position)
+        return embeddings
+    for failure, meaning in _MEANING.items():
+        embeddings = eqx.error_if(embeddings, status == failure, f"{failure.name.lower()}: {meaning}.")
+    return embeddings
+
+
+class CausalAttentionTransform(Transform):
+    """Noise (..., n, d) -> embeddings (..., n, d) with u_i - mu_i(u_i; u_<i) = noise_i, a coupled NumPyro transform.
+
+    Calling it solves the implicit equation (`solve` gives a status a position instead of an error) and raises
+    `ImplicitSolveError` where that did not converge or met det J <= 0. `inv` is the explicit residual.
+    `log_abs_det_jacobian` is -sum_i log|det J_i| in nats. Gradients of the call follow the implicit function theorem.
+    """
+
+    domain = constraints.real_matrix
+    codomain = constraints.real_matrix
+
+    def __init__(self, attention: Attention, continuation_steps: int = CONTINUATION_STEPS):
+        if not isinstance(attention, Attention):
+            raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
+        self.attention = attention
+        self.continuation_steps = continuation_steps
+
+    def solve(self, noise: Float[Array, "... n d"]) -> Solution:
+        """Embeddings and a `SolveStatus` code for every position, never an error for a root that was not found."""
+        noise = require_embeddings("noise", noise, self.attention.width)
+        return _solve(self.attention, noise, self.continuation_steps)
+
+    def __call__(self, x: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+        return raise_unless_converged(self.solve(x))
+
+    def _inverse(self, y: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+        return residual_and_log_det(self.attention, y).residual
+
+    def log_abs_det_jacobian(
+        self, x: Float[Array, "... n d"], y: Float[Array, "... n d"], intermediates: Any = None
+    ) -> Float[Array, "..."]:
+        return -residual_and_log_det(self.attention, y).log_det.sum(-1)
+
+    def tree_flatten(self):
+        return (self.attention,), (("attention",), {"continuation_steps": self.continuation_steps})
+
+    def eq(self, other: object, static: bool = False):
+        if not isinstance(other, CausalAttentionTransform) or self.continuation_steps != other.continuation_steps:
+            return False
+        return eqx.tree_equal(self.attention, other.attention)
