@@ -97,10 +97,8 @@ class Past(eqx.Module):
     ) -> "Past":
         """The cache of the given embeddings, all of them visible unless a mask says otherwise."""
         keys = jnp.einsum("hpd,sd->hsp", attention.key, embeddings)
-        if attention.value is None:
-            values = embeddings[None]
-        else:
-            values = jnp.einsum("hab,sb->hsa", attention.value, embeddings)
+        identity = attention.value is None
+        values = embeddings[None] if identity else jnp.einsum("hab,sb->hsa", attention.value, embeddings)
         stacked_query = attention.query.reshape(-1, attention.width)
         query_values = jnp.einsum("qd,hsd->hsq", stacked_query, values)
         if visible is None:

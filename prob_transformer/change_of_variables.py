@@ -4,8 +4,8 @@
     J_i = de_i/du_i = I - sum_h V_h Sigma^h_i A_h = I - sum_h Cov_{alpha^h_i}(v^h, A_h^T u)
     log p(u_i | u_<i) = log N(e_i; 0, sigma^2 I) + log|det J_i|
 
-mu_i depends on u_i because u_i is its own query, hence the determinant. The Jacobian of the whole map u_1..n -> e_1..n is
-block lower triangular, so its log-determinant is sum_i log|det J_i|. With k_s = W_K u_s, v_s = V u_s and
+mu_i depends on u_i because u_i is its own query, hence the determinant. The Jacobian of the whole map from u_1..n to
+e_1..n is block lower triangular, so its log-determinant is sum_i log|det J_i|. With k_s = W_K u_s, v_s = V u_s and
 
     L_i = [Cov(v^h, k^h) / sqrt(p)]_h  (d x Hp),      R = [W_Q^h]_h  (Hp x d),
 
@@ -64,8 +64,11 @@ def over_positions(function, attention: Attention, embeddings: Float[Array, "...
 
     def one_sequence(sequence: Float[Array, "n d"]):
         past = Past.of(attention, sequence)
-        at = lambda visible, embedding: function(attention, past.seen_by(visible), embedding)  # noqa: E731
-        return jax.vmap(at)(past_masks(sequence.shape[0]), sequence)
+
+        def one_position(visible, embedding):
+            return function(attention, past.seen_by(visible), embedding)
+
+        return jax.vmap(one_position)(past_masks(sequence.shape[0]), sequence)
 
     for _ in range(embeddings.ndim - 2):
         one_sequence = jax.vmap(one_sequence)
@@ -90,7 +93,8 @@ def _jacobian_block(attention: Attention, embeddings: Float[Array, "... n d"]) -
 def residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"]) -> ResidualAndLogDet:
     """Residual e_i, sign(det J_i) and log|det J_i| in nats at every position of embeddings (..., n, d), in one pass.
 
-    Closed form through the low-rank identity. log|det J_1| = 0 (empty past) and log|det J_2| = 0 (one past token) exactly.
+    Closed form through the low-rank identity. log|det J_i| is exactly 0 at the first position (empty past) and at the
+    second (one past token, no covariance).
     Where det J_i = 0 the sign is 0 and the log-determinant -inf: the degeneracy boundary itself.
     Raises ValueError if embeddings do not fit the attention, hold fewer than 2 positions, or are not finite.
     Equation: module docstring; docs/theory.md section 2.

@@ -36,6 +36,7 @@ def stability_margin(
 ) -> Float[Array, "... n"]:
     """Margin m_i of every position: det J_i with its sign, or the smallest singular value of J_i.
 
+    The determinant is inf where it exceeds the range of the dtype; `residual_and_log_det` still gives its logarithm.
     Raises ValueError for an unknown kind, and as `residual_and_log_det`. Source: theory section 4, our definition.
     """
     if kind == "determinant":

@@ -1,7 +1,7 @@
 """The two MAP objectives, written out by hand: what training minimises, without NumPyro.
 
-    full    sum_i [ CE_i + |e_i|^2 / (2 scale_i^2) + d log(scale_i sqrt(2 pi)) - log|det J_i| ] + barrier_weight sum_i b_i
-    margin  sum_i CE_i + barrier_weight sum_i b_i
+    full    sum_i [ CE_i + |e_i|^2 / (2 scale_i^2) + d log(scale_i sqrt(2 pi)) + (1 + barrier_weight) b_i ]
+    margin  sum_i [ CE_i + barrier_weight b_i ]
 
 plus the weight prior, if any. Scaling: these are negative log joint densities, sums in nats. Divided by the number T of
 predicted tokens, "margin" is the training loss mean(CE) + lambda mean_i(b_i) with lambda = barrier_weight * N / T for N
@@ -22,16 +22,19 @@ from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.token_model import (
     Decoder,
     Objective,
+    is_zero,
     require_barrier_weight,
     require_objective,
     require_tokens,
+    require_vocabulary,
 )
 
 
 def weight_prior(parameters: PyTree[Float[Array, "..."]], scale: Float[Array, ""] | float) -> Float[Array, ""]:
     """Negative log density in nats of every array leaf under N(0, scale^2). Raises ValueError unless scale > 0."""
     require_positive("scale", scale)
-    return -sum(jstats.norm.logpdf(leaf, 0.0, scale).sum() for leaf in jax.tree.leaves(parameters))
+    densities = [jstats.norm.logpdf(leaf, 0.0, scale).sum() for leaf in jax.tree.leaves(parameters)]
+    return -jnp.stack(densities).sum()
 
 
 def map_objective(
@@ -60,8 +63,9 @@ def map_objective(
         raise ValueError(f"tokens: has shape {tokens.shape}; pass {embeddings.shape[:-1]}, one token a position.")
     residual, _, log_det = residual_and_log_det(attention, embeddings)
     log_probabilities = jax.nn.log_softmax(decoder(embeddings), axis=-1)
+    require_vocabulary(tokens, log_probabilities.shape[-1])
     cross_entropy = -jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1).sum()
-    total = cross_entropy - barrier_weight * log_det.sum()
+    total = cross_entropy if is_zero(barrier_weight) else cross_entropy - barrier_weight * log_det.sum()
     if objective == "full":
         noise_scale = require_floating("noise_scale", noise_scale)
         first_scale = require_floating("first_scale", first_scale)

@@ -8,7 +8,7 @@ expected number of roots (docs/theory.md section 3; `python -m theory_checks --o
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -36,9 +36,9 @@ class EmbeddingProcess(dist.Distribution):
     ValueError for a length below 2 or scales that are not positive and finite.
     """
 
-    arg_constraints = {"noise_scale": constraints.positive, "first_scale": constraints.positive}
+    arg_constraints: ClassVar = {"noise_scale": constraints.positive, "first_scale": constraints.positive}
     support = constraints.real_matrix
-    reparametrized_params = ["noise_scale", "first_scale"]
+    reparametrized_params: ClassVar = ["noise_scale", "first_scale"]
     pytree_data_fields = ("attention", "noise_scale", "first_scale")
     pytree_aux_fields = ("length",)
 
@@ -70,7 +70,7 @@ class EmbeddingProcess(dist.Distribution):
         """log p(u_i | u_<i) in nats at every position; their sum is `log_prob`. Raises ValueError for a wrong shape."""
         shape = jnp.shape(value)
         if shape[-2:] != self.event_shape:
-            raise ValueError(f"value: has shape {shape}; pass (..., n, d) ending in the event shape {self.event_shape}.")
+            raise ValueError(f"value: has shape {shape}; pass (..., n, d) ending in {self.event_shape}.")
         residual, _, log_det = residual_and_log_det(self.attention, value)
         return _normal_log_density(residual, self._scales()) + log_det
 

@@ -2,7 +2,7 @@
 
     u_1..n ~ EmbeddingProcess                          site "embeddings"
     x_i    ~ Categorical(softmax(decoder(u_<=i)))      site "tokens"; row i holds the token that follows position i
-    barrier_weight * sum_i log|det J_i|                factor "barrier"
+    barrier_weight * sum_i log|det J_i|                factor "barrier", absent when the weight is 0
 
 Its negative log joint is `map_objective`, to rounding (theory_checks, map-equivalence).
 """
@@ -12,6 +12,7 @@ from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
@@ -51,14 +52,25 @@ def require_objective(objective: str) -> None:
 
 def require_barrier_weight(barrier_weight: Float[Array, ""] | float) -> None:
     require_finite("barrier_weight", barrier_weight)
-    if is_concrete(barrier_weight) and barrier_weight < 0:
+    if is_concrete(barrier_weight) and np.asarray(barrier_weight) < 0:
         raise ValueError(f"barrier_weight: got {barrier_weight}; pass 0 or more.")
+
+
+def is_zero(barrier_weight: Float[Array, ""] | float) -> bool:
+    """Whether there is no barrier term at all; 0 * inf on the boundary would be NaN."""
+    return is_concrete(barrier_weight) and bool(np.asarray(barrier_weight) == 0)
+
+
+def require_vocabulary(tokens: Int[Array, "... n"], size: int) -> None:
+    # NumPy, because inside a trace JAX would trace even this comparison of known values.
+    if is_concrete(tokens) and not ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < size)).all():
+        raise ValueError(f"tokens: hold values outside 0..{size - 1}; pass indices into the decoder's {size} tokens.")
 
 
 def require_tokens(tokens: Int[Array, "... n"]) -> Int[Array, "... n"]:
     tokens = jnp.asarray(tokens)
     if tokens.ndim not in (1, 2) or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens: has shape {tokens.shape}, dtype {tokens.dtype}; pass integers of shape (n,) or (B, n).")
+        raise ValueError(f"tokens: has shape {tokens.shape} and dtype {tokens.dtype}; pass integers, (n,) or (B, n).")
     return tokens
 
 
@@ -98,9 +110,12 @@ def token_model(
         else:
             prior = dist.ImproperUniform(constraints.real_matrix, (), event_shape=(length, attention.width))
         embeddings = numpyro.sample("embeddings", prior)
-        penalty = barrier(attention, embeddings)
-        numpyro.factor("barrier", -barrier_weight * penalty.sum(-1))
-        numpyro.sample("tokens", dist.Categorical(logits=decoder(embeddings)).to_event(1), obs=tokens)
+        if not is_zero(barrier_weight):
+            numpyro.factor("barrier", -barrier_weight * barrier(attention, embeddings).sum(-1))
+        logits = decoder(embeddings)
+        if tokens is not None:
+            require_vocabulary(tokens, logits.shape[-1])
+        numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=tokens)
         return embeddings
 
     if tokens is not None and tokens.ndim == 2:

@@ -1,10 +1,10 @@
 """Noise to embeddings: solving e_i(u_i; u_<i) = eps_i position by position, and saying when that failed.
 
-The embedding -> noise direction is explicit. The other one is an implicit equation in u_i, followed here by continuation
+The embedding -> noise direction is explicit. The other one is an implicit equation in u_i, solved here by continuation
 from the noise: starting at u = eps_i, whose own residual is eps_i - mu_i(eps_i), the target moves in a straight line
-from that residual to eps_i and the root is tracked along it. Where det J_i > 0 everywhere e_i is a global diffeomorphism
-(docs/theory.md section 3), so this path exists and ends at the only root. Elsewhere it may meet det J_i = 0 or one
-of several roots, and the status says so.
+from that residual to eps_i and the root is tracked along it. Where det J_i > 0 everywhere, e_i is a global
+diffeomorphism (docs/theory.md section 3), so this path exists and ends at the only root. Elsewhere it may meet
+det J_i <= 0, which the status reports, or end at one of several roots with det J_i > 0, which it cannot see.
 """
 
 import enum
@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from prob_transformer._validation import is_concrete, require_embeddings
+from prob_transformer._validation import is_concrete, require_count, require_embeddings
 from prob_transformer.attention import Attention, Past
 from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
 
-CONTINUATION_STEPS = 8
+CONTINUATION_STEPS = 16
 # Trust-region steps allowed at each point of the path.
-_MAX_STEPS = 64
+_MAX_STEPS = 256
 
 
 class SolveStatus(enum.IntEnum):
@@ -43,7 +43,8 @@ _MEANING = {
         "conditions), or use `solve` to receive this root with its status"
     ),
     SolveStatus.NOT_CONVERGED: (
-        "no root was found within tolerance; raise `continuation_steps`, use float64, or scale query or key down"
+        "the path from the noise was lost or ended outside tolerance; raise `continuation_steps` or use float64, and "
+        "if that does not help the path meets det J = 0: scale query or key down"
     ),
 }
 
@@ -68,12 +69,20 @@ def residual_tolerance(dtype: Any) -> float:
     return 1e-9 if jnp.dtype(dtype) == jnp.float64 else 1e-4
 
 
+def _in_default_precision(tree):
+    floating, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), floating), rest)
+
+
 def solve_position(
     attention: Attention, past: Past, noise: Float[Array, " d"], continuation_steps: int = CONTINUATION_STEPS
 ) -> tuple[Float[Array, " d"], Int[Array, ""]]:
     """The root u_i of e_i(u_i; past) = noise reached by continuation from the noise, and its `SolveStatus`."""
-    precise = jnp.dtype(noise.dtype) == jnp.float64
-    solver = optx.Dogleg(rtol=1e-12 if precise else 1e-6, atol=1e-12 if precise else 1e-6)
+    dtype = noise.dtype
+    # In JAX's default precision whatever the input's, because optimistix starts its trust region there.
+    attention, past, noise = _in_default_precision((attention, past, noise))
+    tolerance = 1e-12 if noise.dtype == jnp.float64 else 1e-6
+    solver: optx.Dogleg = optx.Dogleg(rtol=tolerance, atol=tolerance)
     scale = 1.0 + jnp.abs(noise).max()
 
     def mismatch(u, problem):
@@ -88,23 +97,27 @@ def solve_position(
     frozen_attention, frozen_past, frozen_noise = jax.lax.stop_gradient((attention, past, noise))
     start = residual_and_log_det_at(frozen_attention, frozen_past, frozen_noise)
 
+    def judge(here, target, status_so_far):
+        # Written so that a NaN counts as not converged.
+        reached = jnp.abs(here.residual - target).max() <= residual_tolerance(noise.dtype) * scale
+        crossed = jnp.where(here.sign > 0, SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY)
+        return jnp.maximum(status_so_far, jnp.where(reached, crossed, SolveStatus.NOT_CONVERGED).astype(jnp.int32))
+
     def follow(carry, fraction):
-        u, on_path = carry
+        u, residual, status = carry
         target = start.residual + fraction * (frozen_noise - start.residual)
+        # A lost path is not followed further: its target becomes where it already is, and the solve ends at once.
+        target = jnp.where(status == SolveStatus.CONVERGED, target, residual)
         u = root_near(u, (frozen_attention, frozen_past, target))
         here = residual_and_log_det_at(frozen_attention, frozen_past, u)
-        reached = jnp.abs(here.residual - target).max() <= residual_tolerance(noise.dtype) * scale
-        return (u, on_path & reached & (here.sign > 0)), None
+        return (u, here.residual, judge(here, target, status)), None
 
-    fractions = jnp.arange(1, continuation_steps) / continuation_steps
-    (guess, on_path), _ = jax.lax.scan(follow, (frozen_noise, start.sign > 0), fractions.astype(noise.dtype))
+    at_start = (frozen_noise, start.residual, judge(start, start.residual, jnp.int32(0)))
+    fractions = jnp.arange(1, continuation_steps, dtype=noise.dtype) / continuation_steps
+    (guess, _, status), _ = jax.lax.scan(follow, at_start, fractions)
     # Only the last solve is differentiated (implicit function theorem); the path before it just chose the root.
     u = root_near(jax.lax.stop_gradient(guess), (attention, past, noise))
-    end = residual_and_log_det_at(attention, past, u)
-    # Written so that a NaN counts as not converged.
-    converged = jnp.abs(end.residual - noise).max() <= residual_tolerance(noise.dtype) * scale
-    status = jnp.where(on_path & (end.sign > 0), SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY)
-    return u, jnp.where(converged, status, SolveStatus.NOT_CONVERGED)
+    return u.astype(dtype), judge(residual_and_log_det_at(attention, past, u), noise, status)
 
 
 @eqx.filter_jit
@@ -153,6 +166,7 @@ class CausalAttentionTransform(Transform):
     def __init__(self, attention: Attention, continuation_steps: int = CONTINUATION_STEPS):
         if not isinstance(attention, Attention):
             raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
+        require_count("continuation_steps", continuation_steps, 1, "1 solves directly from the noise")
         self.attention = attention
         self.continuation_steps = continuation_steps
 

@@ -1,0 +1,158 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from prob_transformer.attention import (
+    Attention,
+    Past,
+    attention_weights,
+    past_masks,
+    weighted_covariance,
+    weighted_mean,
+)
+
+
+def random_attention(rng, heads=2, size=3, width=4, values=True):
+    value = rng.normal(size=(heads, width, width)) if values else None
+    return Attention(rng.normal(size=(heads, size, width)), rng.normal(size=(heads, size, width)), value)
+
+
+def weights_at(attention, embeddings, position):
+    past = Past.of(attention, embeddings, jnp.arange(len(embeddings)) < position)
+    return attention_weights(attention, past, embeddings[position])
+
+
+def test_weights_are_the_softmax_of_scaled_dot_products_over_the_strict_past():
+    rng = np.random.default_rng(0)
+    attention, embeddings = random_attention(rng), rng.normal(size=(5, 4))
+    for i in range(1, 5):
+        for h in range(2):
+            query = np.asarray(attention.query[h]) @ embeddings[i]
+            logits = [(np.asarray(attention.key[h]) @ embeddings[s]) @ query / np.sqrt(3) for s in range(i)]
+            weights = weights_at(attention, jnp.asarray(embeddings), i)[h]
+            np.testing.assert_allclose(weights[:i], softmax(logits), rtol=1e-13)
+            assert (weights[i:] == 0).all()
+
+
+def test_interaction_gives_the_logits():
+    rng = np.random.default_rng(1)
+    attention = random_attention(rng, heads=1, values=False)
+    past, u = rng.normal(size=(2, 4)), rng.normal(size=4)
+    logits = past @ np.asarray(attention.interaction[0]) @ u
+    weights = attention_weights(attention, Past.of(attention, jnp.asarray(past)), jnp.asarray(u))[0]
+    np.testing.assert_allclose(np.log(weights[0] / weights[1]), logits[0] - logits[1], rtol=1e-12)
+
+
+def test_an_empty_past_has_no_weight():
+    rng = np.random.default_rng(2)
+    attention = random_attention(rng)
+    weights = weights_at(attention, jnp.asarray(rng.normal(size=(3, 4))), 0)
+    assert (weights == 0).all()
+
+
+def test_weights_that_underflow_stay_finite_with_finite_gradients():
+    attention = Attention(jnp.full((1, 1, 1), 1e3), jnp.ones((1, 1, 1)))
+    past = jnp.array([[1.0], [-1.0], [0.5]])
+
+    def largest(u):
+        return attention_weights(attention, Past.of(attention, past, jnp.array([True, True, False])), u)[0, 0]
+
+    for u in (-1e3, 0.0, 1e3):
+        weight, slope = jax.value_and_grad(largest)(jnp.array([u]))
+        assert np.isfinite(weight)
+        assert np.isfinite(slope).all()
+    assert largest(jnp.array([-1e3])) == 0.0
+    assert largest(jnp.array([1e3])) == 1.0
+
+
+def test_hidden_rows_change_nothing_not_even_when_huge():
+    rng = np.random.default_rng(3)
+    attention, embeddings = random_attention(rng), rng.normal(size=(4, 4))
+    spoiled = embeddings.copy()
+    spoiled[3] = 1e200
+    visible = jnp.array([True, True, True, False])
+    u = jnp.asarray(rng.normal(size=4))
+    plain = attention_weights(attention, Past.of(attention, jnp.asarray(embeddings), visible), u)
+    with_spoiled = attention_weights(attention, Past.of(attention, jnp.asarray(spoiled), visible), u)
+    np.testing.assert_array_equal(plain, with_spoiled)
+
+
+def test_weighted_moments_equal_numpys():
+    rng = np.random.default_rng(4)
+    weights = rng.dirichlet(np.ones(6))
+    x, y = rng.normal(size=(6, 2)), rng.normal(size=(6, 3))
+    joint = np.cov(np.hstack([x, y]).T, aweights=weights, ddof=0)
+    np.testing.assert_allclose(weighted_mean(weights, x), np.average(x, axis=0, weights=weights), rtol=1e-13)
+    np.testing.assert_allclose(weighted_covariance(weights, x, y), joint[:2, 2:], atol=1e-14)
+
+
+def test_covariance_keeps_its_digits_far_from_the_origin():
+    rng = np.random.default_rng(5)
+    weights, x = rng.dirichlet(np.ones(5)), rng.normal(size=(5, 2))
+    # A shift that is a power of two well above the data loses 2^-26 of them to rounding and no more.
+    shifted = weighted_covariance(weights, x + 2.0**26, x + 2.0**26)
+    np.testing.assert_allclose(shifted, weighted_covariance(weights, x, x), rtol=1e-6)
+
+
+def test_covariance_of_a_single_token_is_exactly_zero():
+    weights = jnp.array([0.0, 1.0, 0.0])
+    x = jnp.array([[1.0], [3.14159], [1e5]])
+    assert weighted_covariance(weights, x, x)[0, 0] == 0.0
+
+
+def test_past_masks_are_strictly_lower_triangular():
+    masks = past_masks(4)
+    assert [[bool(masks[i, s]) for s in range(4)] for i in range(4)] == [[s < i for s in range(4)] for i in range(4)]
+
+
+def test_writing_one_position_equals_building_the_cache_at_once():
+    rng = np.random.default_rng(6)
+    attention, embeddings = random_attention(rng), jnp.asarray(rng.normal(size=(3, 4)))
+    past = Past.empty(attention, 3)
+    for position in range(3):
+        past = past.write(attention, position, embeddings[position])
+    for grown, whole in zip(jax.tree.leaves(past), jax.tree.leaves(Past.of(attention, embeddings)), strict=True):
+        np.testing.assert_allclose(grown, whole, atol=1e-15)
+
+
+def test_attention_is_a_pytree():
+    attention = random_attention(np.random.default_rng(7))
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, attention)
+    np.testing.assert_array_equal(doubled.query, 2 * attention.query)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), attention, doubled)
+    norms = jax.vmap(lambda a: jnp.linalg.norm(a.interaction))(stacked)
+    np.testing.assert_allclose(norms[1], 4 * norms[0], rtol=1e-12)
+
+
+def test_float32_stays_float32():
+    attention = Attention(jnp.ones((1, 2, 2), jnp.float32), jnp.ones((1, 2, 2), jnp.float32))
+    past = Past.of(attention, jnp.ones((3, 2), jnp.float32))
+    assert attention_weights(attention, past, jnp.ones(2, jnp.float32)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"query": np.ones((2, 3)), "key": np.ones((2, 3))}, r"query: has shape \(2, 3\); pass \(H, p, d\)"),
+        ({"query": np.ones((1, 0, 3)), "key": np.ones((1, 0, 3))}, "query: has shape"),
+        ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 3, 3))}, r"key: has shape \(1, 3, 3\); pass the shape"),
+        ({"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3))}, "value: is None with H = 2 heads"),
+        (
+            {"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3)), "value": np.ones((1, 3, 3))},
+            r"value: has shape \(1, 3, 3\); pass \(H, d, d\)",
+        ),
+        ({"query": np.full((1, 2, 3), np.nan), "key": np.ones((1, 2, 3))}, "query: contains NaN or inf"),
+        ({"query": np.ones((1, 2, 3)), "key": np.full((1, 2, 3), np.inf)}, "key: contains NaN or inf"),
+        (
+            {"query": np.ones((1, 1, 1)), "key": np.ones((1, 1, 1)), "value": np.full((1, 1, 1), np.inf)},
+            "value: contains NaN or inf",
+        ),
+        ({"query": "weights", "key": np.ones((1, 2, 3))}, "query: got str; pass a numeric array"),
+        ({"query": np.ones((1, 2, 3), complex), "key": np.ones((1, 2, 3))}, "query: has dtype complex"),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Attention(**arguments)

@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import dense_truth, draw
+from scipy.special import softmax
+
+from prob_transformer import Attention, barrier, stability_margin, support_tokens
+
+SHAPE = (2, 2, 3, 6, True)
+
+
+def case(seed, scale=1.2):
+    query, key, value, embeddings = draw(seed, SHAPE, scale=scale)
+    return Attention(query, key, value), embeddings, np.asarray(dense_truth(query, key, value, embeddings)[1])
+
+
+def test_determinant_margin_is_the_signed_determinant():
+    signs = set()
+    for seed in range(20):
+        attention, embeddings, blocks = case(seed)
+        margin = stability_margin(attention, embeddings)
+        np.testing.assert_allclose(margin, np.linalg.det(blocks), rtol=1e-9, atol=1e-11)
+        signs |= set(np.sign(margin).tolist())
+    assert signs == {-1.0, 1.0}
+
+
+def test_conditioning_margin_is_the_smallest_singular_value():
+    attention, embeddings, blocks = case(0)
+    margin = stability_margin(attention, embeddings, kind="conditioning")
+    np.testing.assert_allclose(margin, np.linalg.svd(blocks, compute_uv=False).min(-1), atol=1e-13)
+
+
+def test_conditioning_margin_bounds_the_amplification_of_noise():
+    attention, embeddings, blocks = case(1, scale=0.3)
+    margin = stability_margin(attention, embeddings, kind="conditioning")
+    amplification = np.linalg.norm(np.linalg.inv(blocks), ord=2, axis=(1, 2))
+    np.testing.assert_allclose(amplification, 1 / margin, rtol=1e-10)
+
+
+def test_the_two_margins_can_rank_positions_differently():
+    # So a report has to name the one it used. Found among random cases, not built.
+    for seed in range(20):
+        attention, embeddings, _ = case(seed)
+        by_determinant = support_tokens(attention, embeddings, 1, kind="determinant").positions
+        by_conditioning = support_tokens(attention, embeddings, 1, kind="conditioning").positions
+        if by_determinant[0] != by_conditioning[0]:
+            return
+    raise AssertionError("both margins agreed everywhere")
+
+
+@pytest.mark.parametrize("kind", ["determinant", "conditioning"])
+def test_support_tokens_are_the_smallest_absolute_margins_in_order(kind):
+    for seed in range(10):
+        attention, embeddings, _ = case(seed)
+        margins = np.asarray(stability_margin(attention, embeddings, kind))
+        found = support_tokens(attention, embeddings, 3, kind)
+        expected = sorted(range(6), key=lambda i: (abs(margins[i]), i))[:3]
+        assert found.positions.tolist() == expected
+        np.testing.assert_array_equal(found.margins, margins[expected])
+
+
+def test_support_tokens_have_the_largest_barriers():
+    for seed in range(10):
+        attention, embeddings, _ = case(seed)
+        heights = np.asarray(barrier(attention, embeddings))
+        found = support_tokens(attention, embeddings, 2)
+        np.testing.assert_array_equal(heights[found.positions], np.sort(heights)[:-3:-1])
+
+
+def test_carriers_are_the_shares_of_the_weighted_variance():
+    query, key, _, embeddings = draw(4, (1, 2, 3, 5, False), scale=1.2)
+    found = support_tokens(Attention(query, key), embeddings, 5)
+    for rank, i in enumerate(found.positions.tolist()):
+        shares = np.zeros(5)
+        if i > 1:
+            weights = softmax(embeddings[:i] @ key[0].T @ (query[0] @ embeddings[i]) / np.sqrt(2))
+            spread = weights * np.sum((embeddings[:i] - weights @ embeddings[:i]) ** 2, axis=1)
+            shares[:i] = spread / spread.sum()
+        np.testing.assert_allclose(found.carriers[rank], shares, atol=1e-13)
+
+
+def test_batches_and_jit():
+    attention, _, _ = case(0)
+    batch = np.random.default_rng(0).normal(size=(2, 4, 6, 3))
+    found = jax.jit(lambda a, u: support_tokens(a, u, 2))(attention, batch)
+    assert (found.positions.shape, found.margins.shape, found.carriers.shape) == ((2, 4, 2), (2, 4, 2), (2, 4, 2, 6))
+    one = support_tokens(attention, batch[1, 2], 2)
+    np.testing.assert_array_equal(found.positions[1, 2], one.positions)
+    np.testing.assert_allclose(found.carriers[1, 2], one.carriers, atol=1e-14)
+
+
+def test_without_interaction_every_margin_is_one():
+    attention = Attention(np.zeros((1, 2, 3)), np.ones((1, 2, 3)))
+    embeddings = np.random.default_rng(0).normal(size=(4, 3))
+    for kind in ("determinant", "conditioning"):
+        np.testing.assert_array_equal(stability_margin(attention, embeddings, kind), np.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a, u: stability_margin(a, u, "norm"), "kind: got 'norm'; pass one of determinant, conditioning"),
+        (lambda a, u: support_tokens(a, u, 0), "k: got 0; pass an integer of at least 1"),
+        (lambda a, u: support_tokens(a, u, 7), "k: got 7; pass at most n = 6"),
+        (lambda a, u: support_tokens(a, u, True), "k: got True"),
+        (lambda a, u: support_tokens(a, u, 1, "norm"), "kind: got 'norm'"),
+        (lambda a, u: support_tokens(a, u[:1], 1), "embeddings: has n = 1"),
+        (lambda a, u: stability_margin(a, jnp.nan * u), "embeddings: contains NaN"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, message):
+    attention, embeddings, _ = case(0)
+    with pytest.raises(ValueError, match=message):
+        call(attention, embeddings)

@@ -1,0 +1,36 @@
+import tomllib
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import hatchling.build
+import pytest
+
+import prob_transformer
+
+ROOT = Path(prob_transformer.__file__).resolve().parent.parent
+
+
+def test_every_public_name_is_there_once_and_documented():
+    assert len(set(prob_transformer.__all__)) == len(prob_transformer.__all__)
+    for name in prob_transformer.__all__:
+        assert getattr(prob_transformer, name).__doc__, name
+
+
+def test_the_version_is_the_one_of_pyproject():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == prob_transformer.__version__
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    wheel = hatchling.build.build_wheel(str(tmp_path))
+    with zipfile.ZipFile(tmp_path / wheel) as archive:
+        top = {Path(name).parts[0] for name in archive.namelist()}
+    assert top == {"prob_transformer", f"prob_transformer-{prob_transformer.__version__}.dist-info"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "prob_transformer").glob("*.py")), ids=lambda path: path.stem)
+def test_modules_are_documented_and_short(path):
+    module = import_module(f"prob_transformer.{path.stem}") if path.stem != "__init__" else prob_transformer
+    assert module.__doc__
+    assert len(path.read_text().splitlines()) <= 400

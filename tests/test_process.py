@@ -1,0 +1,208 @@
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from dense import dense_truth, draw
+from numpyro.infer import Predictive
+from scipy.integrate import quad
+from scipy.stats import multivariate_normal, norm
+
+from prob_transformer import Attention, EmbeddingProcess, ImplicitSolveError
+
+ZERO = Attention(np.zeros((1, 2, 3)), np.zeros((1, 2, 3)))
+
+
+def mild_process(seed=0, length=5, **scales):
+    query, key, value, _ = draw(seed, (2, 2, 3, 5, True), scale=0.2)
+    return EmbeddingProcess(Attention(query, key, value), length, **scales)
+
+
+def test_without_interaction_the_law_is_scipys_multivariate_normal():
+    # A = 0: uniform weights, u_i = mean of the past + noise, a linear map of the noise.
+    length, noise_scale, first_scale = 5, 0.4, 1.7
+    lower = np.eye(length)
+    for i in range(1, length):
+        lower[i, :i] = -1.0 / i
+    to_embeddings = np.kron(np.linalg.inv(lower), np.eye(3))
+    scales = np.repeat([first_scale] + [noise_scale] * (length - 1), 3)
+    truth = multivariate_normal(np.zeros(15), (to_embeddings * scales**2) @ to_embeddings.T)
+    process = EmbeddingProcess(ZERO, length, noise_scale, first_scale)
+    values = np.random.default_rng(0).normal(size=(7, length, 3))
+    np.testing.assert_allclose(process.log_prob(values), truth.logpdf(values.reshape(7, 15)), atol=1e-10)
+    draws = process.sample(jax.random.key(0), (20_000,)).reshape(-1, 15)
+    np.testing.assert_allclose(np.cov(draws.T), truth.cov, atol=0.2)
+
+
+def test_log_prob_is_the_noise_density_plus_the_autodiff_log_determinant():
+    for seed in range(5):
+        query, key, value, embeddings = draw(seed, (2, 2, 3, 5, True))
+        residual, _, (_, log_det) = dense_truth(query, key, value, embeddings)
+        scales = np.array([2.0] + [0.3] * 4)[:, None]
+        expected = norm.logpdf(residual, 0.0, scales).sum() + log_det
+        process = EmbeddingProcess(Attention(query, key, value), 5, noise_scale=0.3, first_scale=2.0)
+        np.testing.assert_allclose(process.log_prob(embeddings), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("a", "mass"), [(-2.0, 1.0), (0.5, 1.0), (1.5, 1.0313), (4.0, 2.1239)])
+def test_one_dimensional_conditional_mass(a, mass):
+    past = np.array([-1.0, 1.0, 0.3])
+    process = EmbeddingProcess(Attention(np.array([[[a]]]), np.ones((1, 1, 1))), 4, noise_scale=0.5)
+    conditional = jax.jit(lambda u: process.position_log_prob(jnp.concatenate([past, u])[:, None])[-1])
+
+    def by_hand(u, absolute=True):
+        weights = np.exp(a * u * past)
+        weights /= weights.sum()
+        mean = weights @ past
+        jacobian = 1 - a * (weights @ (past - mean) ** 2)
+        return norm.pdf(u, mean, 0.5) * (abs(jacobian) if absolute else jacobian)
+
+    for u in (-1.3, -0.2, 0.1, 0.7, 2.0):
+        np.testing.assert_allclose(np.exp(conditional(jnp.array([u]))), by_hand(u), rtol=1e-12)
+    edges = np.linspace(-8, 8, 65)
+    absolute = sum(quad(by_hand, lo, hi, epsabs=1e-12)[0] for lo, hi in pairwise(edges))
+    assert abs(absolute - mass) < 5e-5
+    signed = sum(quad(by_hand, lo, hi, args=(False,))[0] for lo, hi in pairwise(edges))
+    assert abs(signed - 1) < 1e-6
+
+
+def test_extending_position_by_position_gives_the_density_of_the_whole():
+    process = mild_process(noise_scale=0.6, first_scale=1.4)
+    value = np.random.default_rng(1).normal(size=(5, 3))
+    whole = process.position_log_prob(value)
+    past = process.empty_past()
+    for i in range(5):
+        step, past = process.extend(past, value[i])
+        np.testing.assert_allclose(step, whole[i], atol=1e-12)
+
+    def scan(u):
+        return jax.lax.scan(lambda past, row: process.extend(past, row)[::-1], process.empty_past(), u)[1]
+
+    np.testing.assert_allclose(jax.jit(scan)(value), whole, atol=1e-12)
+
+
+def test_a_prefix_of_a_longer_process_has_the_density_of_the_shorter():
+    value = np.random.default_rng(2).normal(size=(5, 3))
+    longer, shorter = mild_process(), mild_process(length=3)
+    np.testing.assert_allclose(longer.position_log_prob(value)[:3].sum(), shorter.log_prob(value[:3]), atol=1e-12)
+
+
+def test_batch_shapes_come_from_the_scales():
+    noise_scale = jnp.array([0.3, 0.6])
+    process = mild_process(noise_scale=noise_scale, first_scale=1.2)
+    assert (process.batch_shape, process.event_shape) == ((2,), (5, 3))
+    draws = process.sample(jax.random.key(0), (4,))
+    assert draws.shape == (4, 2, 5, 3)
+    log_prob = process.log_prob(draws)
+    assert log_prob.shape == (4, 2)
+    for b in range(2):
+        alone = mild_process(noise_scale=float(noise_scale[b]), first_scale=1.2)
+        np.testing.assert_allclose(log_prob[:, b], alone.log_prob(draws[:, b]), atol=1e-11)
+
+
+def test_inside_vmap_jit_and_as_a_pytree():
+    process = mild_process(noise_scale=0.5)
+    value = np.random.default_rng(3).normal(size=(4, 5, 3))
+    plain = process.log_prob(value)
+    np.testing.assert_allclose(jax.jit(process.log_prob)(value), plain, atol=1e-11)
+    np.testing.assert_allclose(jax.vmap(process.log_prob)(value), plain, atol=1e-11)
+    passed_through = jax.jit(lambda p, v: p.log_prob(v))(process, value)
+    np.testing.assert_allclose(passed_through, plain, atol=1e-11)
+    over_scales = jax.vmap(lambda s: mild_process(noise_scale=s).log_prob(value[0]))(jnp.array([0.5, 1.0]))
+    np.testing.assert_allclose(over_scales[0], plain[0], atol=1e-11)
+    keys = jax.random.split(jax.random.key(1), 3)
+    np.testing.assert_allclose(jax.jit(jax.vmap(process.sample))(keys)[1], process.sample(keys[1]), atol=1e-9)
+
+
+def test_inside_numpyro_sample_plate_and_predictive():
+    process = mild_process(noise_scale=0.5)
+
+    def model():
+        with numpyro.plate("sequences", 3):
+            return numpyro.sample("u", process)
+
+    draws = Predictive(model, num_samples=2)(jax.random.key(0))["u"]
+    assert draws.shape == (2, 3, 5, 3)
+    residual, _, _ = dense_truth(process.attention.query, process.attention.key, process.attention.value, draws[1, 2])
+    assert 0.05 < np.std(residual[1:]) < 2.0
+
+
+def test_samples_follow_the_first_and_noise_scales():
+    # A = -2 I with identity values: det J >= 1 however large the embeddings are.
+    attention = Attention(-2.0 * np.eye(2)[None], np.eye(2)[None])
+    draws = EmbeddingProcess(attention, 4, noise_scale=0.1, first_scale=3.0).sample(jax.random.key(2), (3_000,))
+    noise = jax.vmap(lambda u: dense_truth(attention.query, attention.key, None, u)[0])(draws)
+    # 6,000 and 18,000 independent normals: 5 standard errors of the standard deviation.
+    assert abs(noise[:, 0].std() / 3.0 - 1) < 5 / np.sqrt(2 * 6_000)
+    assert abs(noise[:, 1:].std() / 0.1 - 1) < 5 / np.sqrt(2 * 18_000)
+
+
+def test_different_keys_give_different_draws_and_one_key_the_same():
+    process = mild_process()
+    one, again, other = (process.sample(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.1
+
+
+def test_sampling_past_the_boundary_raises_with_a_named_status():
+    process = EmbeddingProcess(Attention(np.full((1, 1, 1), 6.0), np.ones((1, 1, 1))), 6, 0.5)
+    with pytest.raises(ImplicitSolveError, match=r"past_boundary|not_converged"):
+        process.sample(jax.random.key(0), (200,))
+    _, status = process.solve_sample(jax.random.key(0), (200,))
+    assert 0 < (np.asarray(status) > 0).mean() < 1
+
+
+def test_gradients_of_the_log_density_match_finite_differences():
+    process = mild_process(noise_scale=0.5)
+    value = np.random.default_rng(4).normal(size=(5, 3))
+    slope = jax.grad(process.log_prob)(jnp.asarray(value))
+    for index in [(0, 0), (1, 2), (4, 1)]:
+        step = np.zeros_like(value)
+        step[index] = 1e-6
+        difference = (process.log_prob(value + step) - process.log_prob(value - step)) / 2e-6
+        np.testing.assert_allclose(slope[index], difference, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EmbeddingProcess("attention", 3), "attention: got str"),
+        (lambda: EmbeddingProcess(ZERO, 0), "length: got 0; pass an integer of at least 2"),
+        (lambda: EmbeddingProcess(ZERO, 1), "length: got 1; pass an integer of at least 2"),
+        (lambda: EmbeddingProcess(ZERO, 2.5), "length: got 2.5"),
+        (lambda: EmbeddingProcess(ZERO, 3, noise_scale=0.0), "noise_scale: got 0.0; pass a value greater than 0"),
+        (lambda: EmbeddingProcess(ZERO, 3, noise_scale=-1.0), "noise_scale: got -1.0"),
+        (lambda: EmbeddingProcess(ZERO, 3, first_scale=np.nan), "first_scale: contains NaN or inf"),
+        (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.ones((3, 2))), r"value: has shape \(3, 2\)"),
+        (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.full((3, 3), np.nan)), "embeddings: contains NaN or inf"),
+        (lambda: EmbeddingProcess(ZERO, 3).sample(None), "key: got None"),
+        (lambda: EmbeddingProcess(ZERO, 3).extend(EmbeddingProcess(ZERO, 4).empty_past(), np.ones(3)), "past: holds"),
+        (
+            lambda: EmbeddingProcess(ZERO, 3).extend(EmbeddingProcess(ZERO, 3).empty_past(), np.ones(2)),
+            "embedding: has",
+        ),
+    ],
+)
+def test_bad_input_is_refused_by_name(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_full_cache_is_refused_eagerly_and_inside_jit():
+    process = EmbeddingProcess(ZERO, 2)
+    past = process.empty_past()
+    for _ in range(2):
+        _, past = process.extend(past, np.ones(3))
+    with pytest.raises(ValueError, match="past: is full"):
+        process.extend(past, np.ones(3))
+    with pytest.raises(Exception, match="past: is full"):
+        jax.block_until_ready(jax.jit(process.extend)(past, np.ones(3)))
+
+
+def test_an_expanded_process_broadcasts():
+    expanded = mild_process().expand((4,))
+    assert expanded.sample(jax.random.key(0)).shape == (4, 5, 3)
+    assert isinstance(mild_process().to_event(0), dist.Distribution)
