@@ -1,0 +1,45 @@
+# The two commands: `make reproduce` and `make test`. Each makes its own environment from the lock file first.
+#   make reproduce [PROFILE=smoke|quick|full]     checks, training, figures, results/report.html
+#   make test                                     the test suite
+# Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13
+
+PROFILE ?= quick
+VENV ?= .venv
+RESULTS ?= results
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: reproduce test lint types lock clean
+
+reproduce: $(INSTALLED)
+	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
+	$(RUN) -m models.char_gpt sweep --profile $(PROFILE) --out $(RESULTS)/runs/$(PROFILE)
+	$(RUN) -m paper_figures --runs $(RESULTS)/runs/$(PROFILE) --out $(RESULTS)/figures
+	$(RUN) -m paper_figures.report --results $(RESULTS) --profile $(PROFILE)
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(INSTALLED)
+	$(RUN) -m mypy
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python of at least 3.11 found; pass PYTHON=path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Rewrites the lock file; needs uv. smart-open and wrapt are gensim's own needs, and gensim is only unpacked here.
+lock:
+	uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
+		--quiet --no-annotate --no-emit-package smart-open --no-emit-package wrapt --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

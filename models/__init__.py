@@ -1,0 +1,1 @@
+"""Models composed from the library, run from a checkout with `python -m models.NAME`."""

@@ -1,0 +1,4 @@
+"""A small character-level GPT trained with cross-entropy, the barrier alone, or the full MAP objective.
+
+Read in this order: config, model, penalty, training, evaluation, checkpoint, sweep.
+"""

@@ -1,0 +1,89 @@
+"""`python -m models.char_gpt {train,resume,sweep}`."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+
+from models import cli, corpus
+from models.char_gpt import checkpoint
+from models.char_gpt.config import Config, Objective, Site
+from models.char_gpt.run import METRICS, configuration_of, run
+from models.char_gpt.sweep import PROFILES, sweep
+from models.char_gpt.training import TrainingDivergedError
+
+_HELP = {
+    "objective": "ce: plain cross-entropy; margin: plus the barrier; map: plus the full embedding prior",
+    "barrier_site": "embedding: one prior head over the input embeddings; layers: the heads of every layer",
+    "barrier_weight": "lambda, the weight of the barrier (margin) or of the embedding prior (map)",
+    "weight_prior_scale": "standard deviation of the normal prior on all weights, shared by all objectives",
+    "watch_every": "steps between looks at sign(det J) at both sites",
+    "backtrack": "how often a step may be halved when it makes determinants negative; 0 turns it off",
+    "noise_scale": "sigma of the embedding process, for map",
+    "first_scale": "sigma_1 of the embedding process, for map",
+    "evaluation_windows": "validation windows that are evaluated",
+}
+_CHOICES: dict[str, tuple[str, ...]] = {"objective": get_args(Objective), "barrier_site": get_args(Site)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models.char_gpt", description="A small character-level GPT.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train one model and measure it")
+    for field in dataclasses.fields(Config):
+        train.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=field.type if field.type in (int, float) else str,
+            choices=_CHOICES.get(field.name),
+            default=field.default,
+            help=f"{_HELP.get(field.name, field.name.replace('_', ' '))} (default: %(default)s)",
+        )
+    resume = commands.add_parser("resume", help="go on with a run from its checkpoint")
+    every = commands.add_parser("sweep", help="train every method over several seeds; goes on where it was killed")
+    every.add_argument("--profile", default="quick", help=f"{', '.join(PROFILES)} (default: %(default)s)")
+    for command in (train, resume, every):
+        command.add_argument("--corpus", type=Path, help="any UTF-8 text (default: the Wikipedia sample)")
+        command.add_argument("--out", type=Path, required=True, help="folder for checkpoint, metrics and margins")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    try:
+        if arguments.command == "sweep":
+            longest = max(profile.base.context for profile in PROFILES.values())
+            context = PROFILES[arguments.profile].base.context if arguments.profile in PROFILES else longest
+            sweep(arguments.profile, corpus.load(arguments.corpus, context + 1), arguments.out, console)
+            return 0
+        config = _train_configuration(arguments) if arguments.command == "train" else configuration_of(arguments.out)
+        text = corpus.load(arguments.corpus, config.context + 1)
+        _report(console, run(config, text, arguments.out), arguments.out)
+    except TrainingDivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train_configuration(arguments: argparse.Namespace) -> Config:
+    config = Config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)})
+    if (arguments.out / checkpoint.NAME).exists():
+        raise ValueError(f"--out: {arguments.out} already holds a run; resume it, or pass another folder.")
+    return config
+
+
+def _report(console: Console, metrics: dict[str, Any], out: Path) -> None:
+    clean = metrics["clean_loss"]
+    layers = metrics["margins"]["layers"]
+    console.print(
+        f"{metrics['method']}: {clean['nats_per_character']:.4f} nats per character on {clean['characters']:,} "
+        f"validation characters (standard error over windows {clean['standard_error']:.4f}); det J <= 0 at "
+        f"{layers['negative_share']:.2%} of the layers' positions; {out / METRICS}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,109 @@
+"""A small pre-LayerNorm GPT whose heads keep W_Q and W_K apart, so that their margins can be looked at."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from models.char_gpt.config import Config
+from prob_transformer import Attention
+
+
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...], scale: float) -> Float[Array, "..."]:
+    return scale * jax.random.normal(key, shape, jnp.float32)
+
+
+class LayerNorm(eqx.Module):
+    """Zero mean and unit variance over the last axis, then gain and shift of shape (d,)."""
+
+    gain: Float[Array, " d"]
+    shift: Float[Array, " d"]
+
+    def __init__(self, width: int):
+        self.gain, self.shift = jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32)
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return self.gain * centred / jnp.sqrt(variance + 1e-5) + self.shift
+
+
+class Block(eqx.Module):
+    """Multi-head causal attention and a GELU perceptron, each on normalised inputs and added to the stream."""
+
+    query: Float[Array, "H p d"]
+    key: Float[Array, "H p d"]
+    value: Float[Array, "H p d"]
+    output: Float[Array, "H d p"]
+    expand: Float[Array, "f d"]
+    contract: Float[Array, "d f"]
+    attention_norm: LayerNorm
+    perceptron_norm: LayerNorm
+
+    def __init__(self, key: PRNGKeyArray, config: Config):
+        width, heads = config.width, config.heads
+        size, hidden = width // heads, 4 * width
+        keys = jax.random.split(key, 6)
+        small = 1 / math.sqrt(2 * config.layers)
+        self.query, self.key, self.value = (
+            _normal(k, (heads, size, width), 1 / math.sqrt(width)) for k in (keys[0], keys[1], keys[2])
+        )
+        self.output = _normal(keys[3], (heads, width, size), small / math.sqrt(width))
+        self.expand = _normal(keys[4], (hidden, width), 1 / math.sqrt(width))
+        self.contract = _normal(keys[5], (width, hidden), small / math.sqrt(hidden))
+        self.attention_norm, self.perceptron_norm = LayerNorm(width), LayerNorm(width)
+
+    def __call__(self, stream: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+        """The stream after the block, and the normalised inputs its heads attended over."""
+        inputs = self.attention_norm(stream)
+        length = stream.shape[0]
+        queries, keys, values = (jnp.einsum("hpd,nd->hnp", w, inputs) for w in (self.query, self.key, self.value))
+        logits = jnp.einsum("hip,hsp->his", queries, keys) / math.sqrt(self.query.shape[1])
+        # As real decoders do, and unlike the process: a position attends to itself too.
+        visible = jnp.tril(jnp.ones((length, length), bool))
+        weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+        stream = stream + jnp.einsum("hdp,his,hsp->id", self.output, weights, values)
+        hidden = jax.nn.gelu(self.perceptron_norm(stream) @ self.expand.T)
+        return stream + hidden @ self.contract.T, inputs
+
+
+class CharGPT(eqx.Module):
+    """Characters (n,) to next-character logits (n, V), all float32.
+
+    `prior_stage` is one head over the input embeddings with its own W_Q and W_K and identity values: the embedding
+    prior. It shapes training where `barrier_site` is "embedding" and takes no part in prediction.
+    """
+
+    token_embedding: Float[Array, "V d"]
+    position_embedding: Float[Array, "n d"]
+    blocks: tuple[Block, ...]
+    final_norm: LayerNorm
+    head: Float[Array, "V d"]
+    prior_stage: Attention
+
+    def __init__(self, key: PRNGKeyArray, config: Config, vocabulary_size: int):
+        keys = jax.random.split(key, config.layers + 5)
+        width, size = config.width, config.width // config.heads
+        self.token_embedding = _normal(keys[0], (vocabulary_size, width), 0.1)
+        self.position_embedding = _normal(keys[1], (config.context, width), 0.1)
+        self.head = _normal(keys[2], (vocabulary_size, width), 1 / math.sqrt(width))
+        self.prior_stage = Attention(*(_normal(k, (1, size, width), 1 / math.sqrt(width)) for k in keys[3:5]))
+        self.blocks = tuple(Block(k, config) for k in keys[5:])
+        self.final_norm = LayerNorm(width)
+
+    def embed(self, characters: Int[Array, " n"]) -> Float[Array, "n d"]:
+        """Input embeddings u: what the embedding prior is over and what noise is added to."""
+        return self.token_embedding[characters] + self.position_embedding[: characters.shape[0]]
+
+    def decode(self, embeddings: Float[Array, "n d"]) -> tuple[Float[Array, "n V"], Float[Array, "L n d"]]:
+        """Logits from input embeddings, and every layer's normalised attention inputs."""
+        stream, inputs = embeddings, []
+        for block in self.blocks:
+            stream, attended = block(stream)
+            inputs.append(attended)
+        return self.final_norm(stream) @ self.head.T, jnp.stack(inputs)
+
+    def __call__(self, characters: Int[Array, " n"]) -> Float[Array, "n V"]:
+        return self.decode(self.embed(characters))[0]

@@ -1,0 +1,59 @@
+"""One run from configuration to files: DIR/checkpoint.eqx, DIR/margins.npz and, last of all, DIR/metrics.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from models.char_gpt import checkpoint
+from models.char_gpt.config import Config
+from models.char_gpt.evaluation import evaluate
+from models.char_gpt.training import train
+from models.corpus import Corpus
+from prob_transformer.provenance import atomic_path, provenance, write_json
+
+METRICS, MARGINS = "metrics.json", "margins.npz"
+
+
+def finished(out: Path, config: Config, corpus_sha256: str) -> dict[str, Any] | None:
+    """The metrics in `out` if they are of this very run, else None."""
+    path = out / METRICS
+    if not path.is_file():
+        return None
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    same = metrics["provenance"]["configuration"] == config.as_dict() and metrics["corpus"]["sha256"] == corpus_sha256
+    return metrics if same else None
+
+
+def run(config: Config, corpus: Corpus, out: Path) -> dict[str, Any]:
+    """Train (going on from a checkpoint in `out`), evaluate, write the files and return the metrics."""
+    done = finished(out, config, corpus.sha256)
+    if done is not None:
+        return done
+    state, record = train(config, corpus, out)
+    measured, determinants = evaluate(state.model, corpus, config)
+    with atomic_path(out / MARGINS) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, embedding=determinants["embedding"], layers=determinants["layers"])
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_inexact_array)))
+    metrics = {
+        "provenance": provenance(config.seed, config.as_dict()),
+        "method": config.method,
+        "parameters": int(parameters),
+        "wall_seconds": record["wall_seconds"],
+        "seconds_per_step": record["wall_seconds"] / config.steps,
+        "corpus": corpus.describe(),
+        **measured,
+        "crossings": record["crossings"],
+        "halved_steps": int(state.halvings),
+        "training": record["history"],
+    }
+    write_json(out / METRICS, metrics)
+    return metrics
+
+
+def configuration_of(out: Path) -> Config:
+    """The configuration of the run whose checkpoint is in `out`. Raises ValueError if there is none."""
+    return Config(**checkpoint.read_header(out / checkpoint.NAME)["configuration"])

@@ -1,0 +1,175 @@
+"""The training loop: a jitted step, the watch on sign(det J), and checkpoints from which a run goes on unchanged."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+from tqdm import tqdm
+
+from models.char_gpt import checkpoint
+from models.char_gpt.config import SITES, Config
+from models.char_gpt.model import CharGPT
+from models.char_gpt.penalty import LossTerms, loss_terms, negative_counts
+from models.corpus import Corpus
+
+HISTORY_EVERY = 20
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss stopped being finite; the last checkpoint is kept."""
+
+
+class State(NamedTuple):
+    """What a step changes: model, optimiser state, and how often steps were halved by backtracking."""
+
+    model: CharGPT
+    optimiser: PyTree
+    halvings: Int[Array, ""]
+
+
+def optimiser(config: Config) -> optax.GradientTransformation:
+    """Adam with clipped gradients, a linear warm-up over a tenth of the steps and a cosine decay to a tenth."""
+    warmup = max(1, config.steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1), 0.1 * config.learning_rate
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+def draw_windows(
+    characters: Int[Array, " N"], seed: Int[Array, ""], step: Int[Array, ""], config: Config
+) -> Int[Array, "B n+1"]:
+    """The batch of a step: a function of seed and step alone, so that a resumed run sees the same data."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    length = config.context + 1
+    starts = jax.random.randint(key, (config.batch,), 0, characters.shape[0] - length + 1)
+    return jax.vmap(lambda start: jax.lax.dynamic_slice(characters, (start,), (length,)))(starts)
+
+
+def _anonymous(config: Config) -> Config:
+    """The configuration without its seed: what the compiled step depends on."""
+    return Config(**{**config.as_dict(), "seed": 0})
+
+
+def backtracked(
+    model: CharGPT, update: PyTree, windows: Int[Array, "B n+1"], config: Config
+) -> tuple[CharGPT, Int[Array, ""]]:
+    """The model after the update, and how often that was halved to keep det J <= 0 from spreading in the batch.
+
+    The update is halved, at most `backtrack` times, while it makes more determinants at the penalised site
+    non-positive than before.
+    """
+
+    def negatives(candidate: CharGPT) -> Int[Array, ""]:
+        return negative_counts(candidate, windows)[config.barrier_site][0]
+
+    def apply(scale: Float[Array, ""]) -> CharGPT:
+        return eqx.apply_updates(model, jax.tree.map(lambda u: scale * u, update))
+
+    before = negatives(model)
+
+    def too_far(carry: tuple[Float[Array, ""], Int[Array, ""]]) -> Array:
+        scale, halvings = carry
+        return (halvings < config.backtrack) & (negatives(apply(scale)) > before)
+
+    start = (jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32))
+    scale, halvings = jax.lax.while_loop(too_far, lambda carry: (carry[0] / 2, carry[1] + 1), start)
+    return apply(scale), halvings
+
+
+@eqx.filter_jit(donate="all-except-first")
+def train_step(
+    data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]], state: State, config: Config
+) -> tuple[State, LossTerms]:
+    """One optimiser step on the batch of (characters, seed, step); `config` is static."""
+    characters, seed, step = data
+    windows = draw_windows(characters, seed, step, config)
+
+    def objective(model: CharGPT) -> tuple[Float[Array, ""], LossTerms]:
+        terms = loss_terms(model, windows, config, characters.shape[0])
+        return terms.loss, terms
+
+    (_, terms), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(state.model)
+    update, optimiser_state = optimiser(config).update(gradient, state.optimiser, state.model)
+    if config.backtrack and config.objective != "ce":
+        model, halvings = backtracked(state.model, update, windows, config)
+    else:
+        model, halvings = eqx.apply_updates(state.model, update), jnp.zeros((), jnp.int32)
+    return State(model, optimiser_state, state.halvings + halvings), terms
+
+
+@eqx.filter_jit
+def _watch(data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]], model: CharGPT, config: Config):
+    return negative_counts(model, draw_windows(*data, config))
+
+
+def initial_state(config: Config, vocabulary_size: int) -> State:
+    """The state before the first step, a function of the configuration alone."""
+    # A stream of its own, apart from the one that draws batches.
+    key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(0xFFFFFFFF))
+    model = CharGPT(key, config, vocabulary_size)
+    state = optimiser(config).init(eqx.filter(model, eqx.is_inexact_array))
+    return State(model, state, jnp.zeros((), jnp.int32))
+
+
+def new_record() -> dict[str, Any]:
+    """What is noted of a run beside its state: crossings seen at each site, history of the loss, seconds."""
+    fields = ("steps_watched", "steps_with_crossing", "positions_watched", "positions_negative")
+    return {"crossings": {site: dict.fromkeys(fields, 0) for site in SITES}, "history": [], "wall_seconds": 0.0}
+
+
+def _note_crossings(record: dict[str, Any], counts: Mapping[Any, tuple[Any, Any]]) -> None:
+    for site, (negative, watched) in counts.items():
+        seen = record["crossings"][site]
+        seen["steps_watched"] += 1
+        seen["steps_with_crossing"] += int(negative > 0)
+        seen["positions_watched"] += int(watched)
+        seen["positions_negative"] += int(negative)
+
+
+def train(config: Config, corpus: Corpus, out: Path, *, stop_at: int | None = None) -> tuple[State, dict[str, Any]]:
+    """Train from the checkpoint in `out` if there is one, else from the start, up to the last step or `stop_at`.
+
+    Checkpoints every `checkpoint_every` steps; returns the last state and record. Raises TrainingDivergedError when the
+    loss is not finite, leaving the last checkpoint; ValueError for an unwritable folder or a foreign checkpoint.
+    """
+    state, step, record = initial_state(config, len(corpus.vocabulary)), 0, new_record()
+    path = out / checkpoint.NAME
+    if path.exists():
+        state, step, record = checkpoint.load(path, config, corpus.sha256, state)
+    else:
+        checkpoint.save(path, config, corpus.sha256, state, step, record)
+    characters, seed = jnp.asarray(corpus.train), jnp.asarray(config.seed)
+    compiled_for = _anonymous(config)
+    last = config.steps if stop_at is None else min(stop_at, config.steps)
+    started = time.perf_counter() - record["wall_seconds"]
+    name = f"{config.method} seed {config.seed}"
+    with tqdm(total=config.steps, initial=step, desc=name, unit="step", mininterval=1) as bar:
+        while step < last:
+            data = (characters, seed, jnp.asarray(step))
+            if step % config.watch_every == 0:
+                _note_crossings(record, _watch(data, state.model, compiled_for))
+            state, terms = train_step(data, state, compiled_for)
+            if not np.isfinite(terms.loss):
+                raise TrainingDivergedError(
+                    f"the loss is {float(terms.loss)} at step {step} of {config.method}, seed {config.seed}; lower "
+                    f"--learning-rate or --barrier-weight. The last checkpoint is kept in {out}."
+                )
+            if step % HISTORY_EVERY == 0 or step == config.steps - 1:
+                values = {name: float(value) for name, value in terms._asdict().items()}
+                record["history"].append({"step": step, **values})
+            step += 1
+            progress = {"ce": f"{terms.cross_entropy:.3f}", "negative": f"{terms.negative_share:.1%}"}
+            bar.set_postfix(progress, refresh=False)
+            bar.update()
+            if step % config.checkpoint_every == 0 or step == last:
+                record["wall_seconds"] = time.perf_counter() - started
+                checkpoint.save(path, config, corpus.sha256, state, step, record)
+    return state, record

@@ -1,0 +1,17 @@
+"""How every command ends: a ValueError becomes one line on standard error and exit status 2."""
+
+import sys
+from collections.abc import Callable
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command's main function and exit with its status, 2 for bad input, 130 when interrupted."""
+    try:
+        status = main()
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished parts are kept", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(status or 0)
