@@ -1,0 +1,185 @@
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import dense_truth
+from scipy.special import log_softmax
+from scipy.stats import norm
+
+from models.char_gpt.config import Config
+from models.char_gpt.model import CharGPT
+from models.char_gpt.penalty import loss_terms, negative_counts, site_density
+from models.char_gpt.training import backtracked, draw_windows, initial_state
+from prob_transformer import map_objective, weight_prior
+
+SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, noise_scale=0.7, first_scale=1.3)
+VOCABULARY = 5
+
+
+def wide(tree):
+    """In float64, so that agreement can be asked to many digits."""
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, tree)
+
+
+def model_and_windows(seed=0, scale=1.0):
+    model = wide(CharGPT(jax.random.key(seed), SMALL, VOCABULARY))
+    model = eqx.tree_at(lambda m: (m.token_embedding, m.position_embedding), model, replace_fn=lambda x: scale * x)
+    windows = np.random.default_rng(seed).integers(0, VOCABULARY, (3, 7))
+    return model, jnp.asarray(windows)
+
+
+def cross_entropy_by_hand(model, windows):
+    logits = np.stack([np.asarray(model(window[:-1])) for window in windows])
+    return -np.take_along_axis(log_softmax(logits, axis=-1), np.asarray(windows)[:, 1:, None], axis=-1).mean()
+
+
+def layer_inputs(model, window):
+    return model.decode(model.embed(window[:-1]))[1]
+
+
+def test_the_model_is_causal_and_float32():
+    model = CharGPT(jax.random.key(0), SMALL, VOCABULARY)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    embeddings = model.embed(jnp.arange(5))
+    influence = jax.jacobian(lambda u: model.decode(u)[0])(embeddings)
+    reach = np.abs(np.asarray(influence)).max(axis=(1, 3))
+    assert (reach[np.triu_indices(5, 1)] == 0).all()
+    assert (reach[np.tril_indices(5)] > 0).all()
+
+
+def test_plain_cross_entropy_with_the_weight_prior():
+    model, windows = model_and_windows()
+    terms = loss_terms(model, windows, SMALL, 1000)
+    expected = cross_entropy_by_hand(model, windows)
+    np.testing.assert_allclose(terms.cross_entropy, expected, rtol=1e-12)
+    leaves = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model)])
+    np.testing.assert_allclose(terms.loss, expected - norm.logpdf(leaves).sum() / 1000, rtol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["margin", "map"])
+def test_at_the_embedding_site_the_loss_is_the_map_objective_a_character(objective):
+    model, windows = model_and_windows(scale=8.0)
+    # Full MAP is barrier_weight 1; the margin-only weight is free.
+    weight = 0.3 if objective == "margin" else 1.0
+    config = dataclasses.replace(SMALL, objective=objective, barrier_weight=weight)
+    characters = windows[:, 1:].size
+    terms = loss_terms(model, windows, config, characters)
+    reference = map_objective(
+        model.prior_stage,
+        jax.vmap(lambda u: model.decode(u)[0]),
+        jax.vmap(model.embed)(windows[:, :-1]),
+        windows[:, 1:],
+        objective="margin" if objective == "margin" else "full",
+        barrier_weight=weight if objective == "margin" else 0.0,
+        noise_scale=0.7,
+        first_scale=1.3,
+    )
+    np.testing.assert_allclose(characters * terms.loss, reference + weight_prior(model, 1.0), rtol=1e-12)
+    assert abs(terms.penalty) > 1e-2
+
+
+@pytest.mark.parametrize("objective", ["margin", "map"])
+def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objective):
+    model, windows = model_and_windows()
+    config = dataclasses.replace(SMALL, objective=objective, barrier_site="layers")
+    scales = np.array([1.3] + [0.7] * 5)[:, None]
+    terms = []
+    for window in windows:
+        for block, inputs in zip(model.blocks, layer_inputs(model, window), strict=True):
+            for h in range(2):
+                residual, blocks, _ = dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, inputs)
+                penalty = -np.linalg.slogdet(blocks)[1]
+                if objective == "map":
+                    penalty = penalty - norm.logpdf(residual, 0, scales).sum(-1)
+                terms.append(penalty)
+    got = loss_terms(model, windows, config, 1000)
+    np.testing.assert_allclose(got.penalty, np.mean(terms), rtol=1e-10)
+    np.testing.assert_allclose(
+        got.loss, got.cross_entropy + 0.05 * np.mean(terms) + weight_prior(model, 1.0) / 1000, rtol=1e-10
+    )
+
+
+def test_the_gradient_of_the_loss_matches_finite_differences():
+    model, windows = model_and_windows()
+    config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", barrier_weight=1.0)
+    loss = eqx.filter_jit(lambda m: loss_terms(m, windows, config, 1000).loss)
+    slope = eqx.filter_grad(loss)(model)
+    for where in (lambda m: m.blocks[0].query, lambda m: m.blocks[1].key, lambda m: m.token_embedding):
+        shape = where(model).shape
+        direction = np.random.default_rng(0).normal(size=shape)
+        ahead, behind = (eqx.tree_at(where, model, where(model) + step * direction) for step in (1e-5, -1e-5))
+        difference = (loss(ahead) - loss(behind)) / 2e-5
+        np.testing.assert_allclose((where(slope) * direction).sum(), difference, rtol=1e-5, atol=1e-9)
+
+
+def aligned(model, factor):
+    """Queries that are `factor` times the keys: A is positive semidefinite, the direction that crosses the boundary."""
+    queries = lambda m: [block.query for block in m.blocks] + [m.prior_stage.query]  # noqa: E731
+    keys = [block.key for block in model.blocks] + [model.prior_stage.key]
+    return eqx.tree_at(queries, model, [factor * key for key in keys])
+
+
+def test_crossings_are_counted_at_both_sites_without_the_first_two_positions():
+    model, windows = model_and_windows(scale=10.0)
+    model = aligned(model, 2.0)
+    counts = negative_counts(model, windows)
+    expected = {"embedding": 0, "layers": 0}
+    for window in windows:
+        stage = model.prior_stage
+        blocks = dense_truth(stage.query, stage.key, None, model.embed(window[:-1]))[1]
+        expected["embedding"] += int((np.linalg.det(blocks) <= 0).sum())
+        for block, inputs in zip(model.blocks, layer_inputs(model, window), strict=True):
+            for h in range(2):
+                blocks = dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, inputs)[1]
+                expected["layers"] += int((np.linalg.det(blocks) <= 0).sum())
+    assert {site: int(negative) for site, (negative, _) in counts.items()} == expected
+    assert min(expected.values()) > 0
+    assert {site: int(total) for site, (_, total) in counts.items()} == {"embedding": 3 * 4, "layers": 3 * 4 * 2 * 2}
+
+
+def test_backtracking_halves_a_step_that_crosses_and_leaves_one_that_does_not():
+    model, windows = model_and_windows()
+    model = aligned(model, 0.0)
+    config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", backtrack=30)
+    assert int(negative_counts(model, windows)["layers"][0]) == 0
+    crossing = jax.tree.map(lambda ahead, here: ahead - here, aligned(model, 2.0), model)
+    full = eqx.apply_updates(model, crossing)
+    assert int(negative_counts(full, windows)["layers"][0]) > 0
+    taken, halvings = backtracked(model, crossing, windows, config)
+    assert int(halvings) > 0
+    assert int(negative_counts(taken, windows)["layers"][0]) == 0
+    np.testing.assert_allclose(taken.blocks[0].query, 2.0 * 0.5 ** int(halvings) * model.blocks[0].key, rtol=1e-12)
+    harmless = jax.tree.map(lambda leaf: 1e-6 * leaf, model)
+    assert int(backtracked(model, harmless, windows, config)[1]) == 0
+
+
+def test_without_interaction_every_site_has_determinant_one():
+    model, windows = model_and_windows()
+    model = aligned(model, 0.0)
+    embeddings = jax.vmap(model.embed)(windows[:, :-1])
+    inputs = jnp.stack([layer_inputs(model, window) for window in windows], axis=1)
+    for site in ("embedding", "layers"):
+        found = site_density(model, site, embeddings, inputs)
+        np.testing.assert_array_equal(found.log_det, np.zeros_like(found.log_det))
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    text = jnp.arange(1000)
+    one, again, later, other = (
+        draw_windows(text, jnp.asarray(seed), jnp.asarray(step), SMALL)
+        for seed, step in ((0, 5), (0, 5), (0, 6), (1, 5))
+    )
+    np.testing.assert_array_equal(one, again)
+    assert (np.diff(one, axis=1) == 1).all()
+    assert not np.array_equal(one, later)
+    assert not np.array_equal(one, other)
+
+
+def test_different_seeds_start_from_different_weights():
+    states = [initial_state(dataclasses.replace(SMALL, seed=seed), VOCABULARY) for seed in (0, 0, 1)]
+    heads = [np.asarray(state.model.head) for state in states]
+    np.testing.assert_array_equal(heads[0], heads[1])
+    assert np.abs(heads[0] - heads[2]).max() > 0.1

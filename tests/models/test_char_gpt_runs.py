@@ -1,0 +1,257 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from models import cli
+from models.char_gpt import __main__ as command
+from models.char_gpt import checkpoint, evaluation, sweep, training
+from models.char_gpt.config import Config
+from models.char_gpt.run import finished, run
+from models.char_gpt.training import TrainingDivergedError, train
+from models.corpus import load
+
+TINY = Config(
+    objective="margin",
+    steps=6,
+    layers=1,
+    width=8,
+    heads=2,
+    context=8,
+    batch=2,
+    checkpoint_every=2,
+    evaluation_windows=4,
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    words = np.random.default_rng(0).choice(["attention", "is", "a", "change", "of", "variables"], 600)
+    path.write_text(" ".join(words), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(text):
+    return load(text, TINY.context + 1)
+
+
+def same(one, other):
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in leaves)
+
+
+def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(corpus, tmp_path):
+    whole, record = train(TINY, corpus, tmp_path / "whole")
+    for stop in (1, 2, 5):
+        out = tmp_path / f"stopped-{stop}"
+        train(TINY, corpus, out, stop_at=stop)
+        resumed, resumed_record = train(TINY, corpus, out)
+        assert same(whole, resumed)
+        assert resumed_record["crossings"] == record["crossings"]
+        assert resumed_record["history"] == record["history"]
+
+
+def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(corpus, tmp_path, monkeypatch):
+    original, calls = training.train_step, []
+
+    def dies_at_the_fourth(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(training, "train_step", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, corpus, tmp_path / "killed")
+    assert checkpoint.read_header(tmp_path / "killed" / checkpoint.NAME)["step"] == 2
+    monkeypatch.setattr(training, "train_step", original)
+    resumed, _ = train(TINY, corpus, tmp_path / "killed")
+    assert same(resumed, train(TINY, corpus, tmp_path / "whole")[0])
+
+
+def test_training_learns_the_text(corpus, tmp_path):
+    config = dataclasses.replace(TINY, objective="ce", steps=150, width=16)
+    metrics = run(config, corpus, tmp_path / "run")
+    history = metrics["training"]
+    assert history[-1]["cross_entropy"] < history[0]["cross_entropy"] - 1.0
+    assert metrics["clean_loss"]["nats_per_character"] < np.log(len(corpus.vocabulary))
+
+
+def test_metrics_are_complete_finite_and_consistent(corpus, tmp_path):
+    metrics = run(TINY, corpus, tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert written == metrics
+    assert written["provenance"]["configuration"] == TINY.as_dict()
+    assert written["provenance"]["seed"] == TINY.seed
+    assert [(row["kind"], row["sigma"]) for row in written["noise"]] == [
+        *(("absolute", sigma) for sigma in evaluation.ABSOLUTE_SIGMAS),
+        *(("relative", sigma) for sigma in evaluation.RELATIVE_SIGMAS),
+    ]
+    for row in written["noise"]:
+        clean = written["clean_loss"]["nats_per_character"]
+        np.testing.assert_allclose(row["nats_per_character"] - clean, row["increase"], atol=1e-12)
+    with np.load(tmp_path / "run" / "margins.npz") as margins:
+        assert margins["embedding"].shape == (4, TINY.context - 2)
+        assert margins["layers"].shape == (1, 2, 4, TINY.context - 2)
+        for site in ("embedding", "layers"):
+            summary = written["margins"][site]
+            assert summary["positions"] == margins[site].size
+            assert summary["negative_share"] == (margins[site] <= 0).mean()
+            np.testing.assert_allclose(summary["determinant_quantiles"]["0.50"], np.median(margins[site]), rtol=1e-6)
+    for site in ("embedding", "layers"):
+        assert written["crossings"][site]["steps_watched"] == 1
+
+
+def test_noise_of_zero_is_the_clean_loss_and_noise_is_the_same_for_every_model(corpus):
+    state = training.initial_state(TINY, len(corpus.vocabulary))
+    windows = evaluation.evaluation_windows(corpus.validation, TINY)
+    clean = evaluation.noisy_losses(state.model, windows, 0.0)
+    logits = jax.vmap(state.model)(windows[:, :-1])
+    log_p = jax.nn.log_softmax(logits)
+    by_hand = -np.take_along_axis(np.asarray(log_p), windows[:, 1:, None], -1)[..., 0].mean(-1)
+    np.testing.assert_allclose(clean, by_hand, rtol=1e-5)
+    again = [evaluation.noisy_losses(state.model, windows, 0.3) for _ in range(2)]
+    np.testing.assert_array_equal(*again)
+    assert np.abs(again[0] - clean).max() > 1e-4
+
+
+def test_evaluation_windows_do_not_overlap(corpus):
+    windows = evaluation.evaluation_windows(np.arange(1000), dataclasses.replace(TINY, evaluation_windows=50))
+    assert windows.shape == (50, TINY.context + 1)
+    assert len(np.unique(windows)) == windows.size
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(corpus, tmp_path, monkeypatch):
+    original = training.train_step
+
+    def broken(*args):
+        state, terms = original(*args)
+        return state, terms._replace(loss=np.float32("nan"))
+
+    monkeypatch.setattr(training, "train_step", broken)
+    with pytest.raises(TrainingDivergedError, match="the loss is nan at step 0 of margin@embedding, seed 0; lower"):
+        train(TINY, corpus, tmp_path / "run")
+
+
+def test_one_compilation_serves_all_seeds_of_a_method(corpus, tmp_path):
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = training.loss_terms
+        patch.setattr(training, "loss_terms", lambda *args: compiled.append(args) or original(*args))
+        # A configuration that no other test uses, so that nothing is compiled yet.
+        config = dataclasses.replace(TINY, batch=3, steps=2)
+        for seed in (0, 1):
+            train(dataclasses.replace(config, seed=seed), corpus, tmp_path / str(seed))
+    assert len(compiled) == 1
+
+
+def test_a_sweep_keeps_finished_runs_and_finishes_killed_ones(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sweep.PROFILES, "tiny", sweep.Profile((0, 1), dataclasses.replace(TINY, steps=2)))
+    monkeypatch.setattr(sweep, "METHODS", sweep.METHODS[:2])
+    quiet = Console(quiet=True)
+    started = []
+    original = sweep.run
+
+    def dies_in_the_third(config, text, out):
+        started.append(config)
+        if len(started) == 3:
+            train(config, text, out, stop_at=1)
+            raise KeyboardInterrupt
+        return original(config, text, out)
+
+    monkeypatch.setattr(sweep, "run", dies_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep("tiny", corpus, tmp_path / "killed", quiet)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    monkeypatch.setattr(sweep, "run", original)
+    kept = (tmp_path / "killed" / "ce-weight0-seed0" / "metrics.json").stat().st_mtime_ns
+    after_kill = sweep.sweep("tiny", corpus, tmp_path / "killed", quiet)
+    assert (tmp_path / "killed" / "ce-weight0-seed0" / "metrics.json").stat().st_mtime_ns == kept
+    uninterrupted = sweep.sweep("tiny", corpus, tmp_path / "whole", quiet)
+    for one, other in zip(after_kill, uninterrupted, strict=True):
+        for field in ("run", "clean_loss", "noise", "margins", "crossings"):
+            assert one[field] == other[field]
+
+
+def test_finished_runs_of_another_configuration_are_not_mistaken_for_this_one(corpus, tmp_path):
+    config = dataclasses.replace(TINY, steps=2)
+    run(config, corpus, tmp_path / "run")
+    assert finished(tmp_path / "run", config, corpus.sha256) is not None
+    assert finished(tmp_path / "run", dataclasses.replace(config, seed=1), corpus.sha256) is None
+    assert finished(tmp_path / "run", config, "another text") is None
+    with pytest.raises(ValueError, match=r"--out: .* differs in seed; pass another folder"):
+        run(dataclasses.replace(config, seed=1), corpus, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", [b"not json\n", b"{}\n", b""])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, damage):
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(damage)
+    with pytest.raises(ValueError, match=r"is not a checkpoint"):
+        checkpoint.read_header(path)
+
+
+def test_a_truncated_checkpoint_is_refused(corpus, tmp_path):
+    train(TINY, corpus, tmp_path, stop_at=1)
+    path = tmp_path / checkpoint.NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged; delete it"):
+        train(TINY, corpus, tmp_path)
+
+
+def run_command(*arguments):
+    """Exit status of the command line."""
+    with pytest.raises(SystemExit) as info:
+        cli.run(lambda: command.main([str(argument) for argument in arguments]))
+    return info.value.code
+
+
+SIZES = ("--steps", 3, "--layers", 1, "--width", 8, "--heads", 2, "--context", 8, "--batch", 2)
+
+
+def test_train_then_resume_from_the_command_line(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_command("train", "--objective", "map", "--corpus", text, "--out", out, *SIZES) == 0
+    assert "map@embedding: " in capsys.readouterr().out
+    first = json.loads((out / "metrics.json").read_text())
+    (out / "metrics.json").unlink()
+    assert run_command("resume", "--corpus", text, "--out", out) == 0
+    again = json.loads((out / "metrics.json").read_text())
+    assert again["clean_loss"] == first["clean_loss"]
+    assert run_command("train", "--corpus", text, "--out", out, *SIZES) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--corpus", "missing.txt"), "--corpus: missing.txt cannot be read"),
+        (("train", "--steps", "0"), "--steps: got 0; pass an integer of at least 1"),
+        (("train", "--barrier-weight", "-1"), "--barrier-weight: got -1.0"),
+        (("train", "--barrier-weight", "nan"), "--barrier-weight: got nan"),
+        (("train", "--noise-scale", "0"), "--noise-scale: got 0; pass a number greater than 0"),
+        (("train", "--heads", "3"), "--heads: got 3; pass a divisor of --width, 64"),
+        (("resume",), "--out: no checkpoint at"),
+        (("sweep", "--profile", "huge"), "--profile: got 'huge'; pass one of smoke, quick, full"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_status_2(arguments, message, text, tmp_path, capsys):
+    given = () if "--corpus" in arguments else ("--corpus", text)
+    assert run_command(*arguments, *given, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+
+
+def test_an_unwritable_folder_is_named(text, tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert run_command("train", "--corpus", text, "--out", blocked / "run", *SIZES) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert blocked.read_text() == "in the way"

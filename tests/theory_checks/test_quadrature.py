@@ -1,0 +1,92 @@
+"""Integrals against closed forms, and the root counter against counting roots one by one."""
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from theory_checks.normalisation import masses, scalar_attention, scalar_residual, signed_density
+from theory_checks.quadrature import expected_roots, integrate
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_gaussian_integral_in_each_dimension(dimension):
+    def density_and_moment(x):
+        density = norm.pdf(x, 0.3, 0.7).prod(axis=1)
+        return np.stack([density, x[:, 0] ** 2 * density], axis=1)
+
+    mass, error, points = integrate(
+        density_and_moment, [-7.0] * dimension, [7.0] * dimension, tolerance=1e-9, initial=4, confirm=dimension < 3
+    )
+    np.testing.assert_allclose(mass, [1.0, 0.3**2 + 0.7**2], atol=1e-9)
+    assert error.max() < 1e-9
+    assert points > 0
+
+
+def test_estimated_error_covers_the_true_one_where_the_integrand_has_a_kink():
+    value, error, _ = integrate(lambda x: np.abs(x - 0.123)[:, 0], -1.0, 1.0, tolerance=1e-11)
+    exact = (1.123**2 + 0.877**2) / 2
+    assert abs(value[0] - exact) <= error[0] + 1e-15
+    assert error[0] <= 1e-11
+
+
+def test_kink_that_both_rules_miss_shows_in_the_error():
+    def kinked(x):
+        return np.abs(x - 0.2505)[:, 0]
+
+    exact = (1.2505**2 + 0.7495**2) / 2
+    unconfirmed, confirmed = (integrate(kinked, -1.0, 1.0, tolerance=1e-11, confirm=flag) for flag in (False, True))
+    assert abs(unconfirmed.value[0] - exact) > unconfirmed.error[0]
+    assert abs(confirmed.value[0] - exact) <= confirmed.error[0]
+
+
+def test_budget_too_small_shows_in_the_error_rather_than_silently():
+    value, error, points = integrate(
+        lambda x: np.sign(x - 0.123).prod(axis=1), [-1.0, -1.0], [1.0, 1.0], tolerance=1e-8, max_points=30_000
+    )
+    assert points <= 2 * 30_000
+    assert error[0] > 1e-8
+    assert abs(value[0] - 0.246**2) <= error[0]
+
+
+def test_every_call_has_the_same_number_of_points():
+    sizes = set()
+
+    def counted(x):
+        sizes.add(x.shape)
+        return np.abs(x[:, 0] - 0.2)
+
+    integrate(counted, -1.0, 1.0, batch=64)
+    assert sizes == {(64, 1)}
+
+
+@pytest.mark.parametrize(("lower", "upper"), [(1.0, 1.0), (1.0, 0.0), (0.0, np.inf), (np.nan, 1.0), ([0.0, 0.0], 1.0)])
+def test_empty_or_infinite_box_is_refused(lower, upper):
+    with pytest.raises(ValueError, match="finite box"):
+        integrate(lambda x: x, lower, upper)
+
+
+def test_mass_without_attention_is_one():
+    (mass, signed), _, _ = masses(signed_density(0.5), scalar_attention(0.0), [[-1.0], [1.0], [0.3]], 0.5)
+    assert mass == pytest.approx(1.0, abs=1e-10)
+    assert signed == pytest.approx(1.0, abs=1e-10)
+
+
+def test_monotone_residual_has_one_root():
+    assert expected_roots(lambda u: u + 0.3 * np.tanh(u), 1.0, -10.0, 10.0) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_cubic_has_the_roots_of_its_closed_form():
+    # u^3 - 3 u turns at (-1, 2) and (1, -2): three roots for |eps| < 2, one beyond.
+    expected = 1 + 2 * (norm.cdf(2.0) - norm.cdf(-2.0))
+    assert expected_roots(lambda u: u**3 - 3 * u, 1.0, -10.0, 10.0) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("strength", [1.5, 4.0])
+def test_expected_roots_against_counting_sign_changes(strength):
+    past, scale = (-1.0, 1.0, 0.3), 0.5
+    points = np.linspace(-6.0, 6.0, 40_001)
+    values = scalar_residual(strength, past, points)
+    noise = norm.ppf((np.arange(2000) + 0.5) / 2000, scale=scale)
+    brute_force = np.mean([np.count_nonzero(np.diff(np.sign(values - eps))) for eps in noise])
+    counted = expected_roots(lambda u: scalar_residual(strength, past, u), scale, -6.0, 6.0)
+    assert counted == pytest.approx(brute_force, abs=2e-3)

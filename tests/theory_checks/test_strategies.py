@@ -1,0 +1,74 @@
+"""What the shared strategies promise: reproducible cases, finite arrays, and the geometry that each kind names."""
+
+import numpy as np
+import pytest
+
+from theory_checks.check import for_each_drawn
+from theory_checks.strategies import KINDS, SHAPES, Case, Shape, attention_cases, make_case
+
+SHAPE = Shape(2, 2, 3, 6, True)
+
+
+def test_shapes_cover_what_they_promise():
+    assert {shape.length for shape in SHAPES} == {2, 3, 4, 5, 6}
+    assert {shape.heads for shape in SHAPES} == {1, 2, 3}
+    assert any(shape.width == 1 for shape in SHAPES)
+    for relation in (np.less, np.equal, np.greater):
+        assert any(relation(shape.heads * shape.head_size, shape.width) for shape in SHAPES)
+    assert len(set(SHAPES)) == len(SHAPES)
+    for shape in SHAPES:
+        assert shape.with_values or shape.heads == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_drawn_cases_are_finite_of_the_asked_dtype_and_the_same_every_time(dtype):
+    def draw() -> list[Case]:
+        cases: list[Case] = []
+        for_each_drawn(attention_cases(dtype), 60, cases.append)
+        return cases
+
+    first, second = draw(), draw()
+    assert len(first) == 60
+    assert [repr(case) for case in first] == [repr(case) for case in second]
+    for case, again in zip(first, second, strict=True):
+        for name in ("query", "key", "value", "embeddings"):
+            array = getattr(case, name)
+            if array is not None:
+                assert array.dtype == dtype
+                assert np.isfinite(array).all()
+                np.testing.assert_array_equal(array, getattr(again, name))
+
+
+def test_repr_rebuilds_the_case():
+    case = make_case(SHAPE, "offset", 7, 0.7, 0.2)
+    again = eval(repr(case), {"make_case": make_case, "Shape": Shape, "np": np})
+    np.testing.assert_array_equal(case.embeddings, again.embeddings)
+    np.testing.assert_array_equal(case.query, again.query)
+
+
+def test_only_asked_kinds_and_shapes_are_drawn():
+    def check(case: Case) -> None:
+        assert case.kind == "ties"
+        assert case.shape == SHAPE
+
+    for_each_drawn(attention_cases(kinds=("ties",), shapes=(SHAPE,)), 20, check)
+
+
+def test_kinds_have_the_geometry_they_name():
+    cases = {kind: make_case(SHAPE, kind, 0, extremity=1.0) for kind in KINDS}
+    assert len(np.unique(cases["ties"].embeddings, axis=0)) <= 2
+    gaps = np.linalg.norm(cases["near-duplicates"].embeddings[:, None] - cases["near-duplicates"].embeddings, axis=-1)
+    assert ((gaps > 0) & (gaps < 1e-6)).any()
+    assert np.linalg.matrix_rank(cases["collinear"].embeddings) == 1
+    assert np.abs(cases["offset"].embeddings.mean(axis=0)).max() > 100
+    assert np.abs(cases["large"].embeddings).max() > 1e5
+    assert np.abs(cases["small"].embeddings).max() < 1e-5
+    logits = np.einsum(
+        "sa,hab,ib->his", *(cases["sharp"].embeddings, cases["sharp"].interaction, cases["sharp"].embeddings)
+    )
+    assert np.exp(logits - logits.max(axis=-1, keepdims=True)).min() == 0
+
+
+def test_unknown_kind_is_refused_by_name():
+    with pytest.raises(ValueError, match="kind: got 'flat'; pass one of gaussian"):
+        make_case(SHAPE, "flat", 0)
