@@ -1,0 +1,150 @@
+"""What a check is: a claim that must hold, a counterexample that must fail, and the figures that decide."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+Mark = Literal["paper", "second-hand", "derived", "ours"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running a check gave; `figure` decides `holds`, `counterexample_figure` decides `counterexample_fails`."""
+
+    cases: int
+    figure: float
+    holds: bool
+    counterexample_figure: float
+    counterexample_fails: bool
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: where it must hold, where it must fail, to what tolerance, and how to find out.
+
+    `run(cases=N)` draws about N cases where the check draws any and otherwise ignores N; without it, the check's own
+    number. `figure_name` says what the figure is and its unit.
+    """
+
+    id: str
+    claim: str
+    statement: str
+    mark: Mark
+    regime: str
+    counterexample: str
+    tolerance: float
+    tolerance_reason: str
+    figure_name: str
+    run: Callable[..., Outcome]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A check with its outcome and the seconds it took; `error` replaces an outcome that never came."""
+
+    check: Check
+    outcome: Outcome | None
+    seconds: float
+    error: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "holds", "fails", or "error" where the check could not finish."""
+        return "error" if self.outcome is None else "holds" if self.outcome.holds else "fails"
+
+    @property
+    def counterexample_verdict(self) -> str:
+        """ "fails" is what a counterexample must do; "holds" means that the check could not tell it apart."""
+        return "error" if self.outcome is None else "fails" if self.outcome.counterexample_fails else "holds"
+
+    @property
+    def as_stated(self) -> bool:
+        return self.verdict == "holds" and self.counterexample_verdict == "fails"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of check and outcome as JSON values; NaN and inf, which JSON lacks, become strings."""
+        check, outcome = self.check, self.outcome
+        fields = {
+            "id": check.id,
+            "claim": check.claim,
+            "statement": check.statement,
+            "mark": check.mark,
+            "regime": check.regime,
+            "counterexample": check.counterexample,
+            "tolerance": check.tolerance,
+            "tolerance_reason": check.tolerance_reason,
+            "cases": outcome.cases if outcome else 0,
+            "figure": outcome.figure if outcome else None,
+            "figure_name": check.figure_name,
+            "verdict": self.verdict,
+            "counterexample_figure": outcome.counterexample_figure if outcome else None,
+            "counterexample_verdict": self.counterexample_verdict,
+            "as_stated": self.as_stated,
+            "seconds": round(self.seconds, 2),
+            "details": outcome.details if outcome else {"error": self.error},
+        }
+        return _json_value(fields)
+
+
+def evaluate(check: Check, cases: int | None = None) -> Result:
+    """Run a check and time it; one that raises has not come out as stated, and the others still run."""
+    start = time.perf_counter()
+    try:
+        outcome = check.run() if cases is None else check.run(cases=cases)
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        return Result(check, None, time.perf_counter() - start, f"{type(error).__name__}: {first_line}")
+    return Result(check, outcome, time.perf_counter() - start)
+
+
+@dataclass
+class Worst:
+    """The largest value seen, and the case it belongs to; NaN counts as infinite."""
+
+    figure: float = 0.0
+    case: str | None = None
+
+    def see(self, value: Any, case: object) -> None:
+        number = math.inf if math.isnan(value) else float(value)
+        if self.case is None or number > self.figure:
+            self.figure, self.case = number, repr(case)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"figure": self.figure, "case": self.case}
+
+
+def for_each_drawn(strategy: st.SearchStrategy[Any], count: int, body: Callable[[Any], None]) -> None:
+    """Call `body` on `count` examples of the strategy, the same ones every time.
+
+    Nothing is shrunk: a check records its worst case and is judged by it, rather than stopping at the first failure.
+    """
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def every_example(example: Any) -> None:
+        body(example)
+
+    every_example()
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,31 @@
+"""The checks in the order in which they are run and shown."""
+
+from collections.abc import Sequence
+
+from theory_checks import (
+    change_of_variables,
+    kolmogorov,
+    low_rank_identity,
+    map_equivalence,
+    normalisation,
+    safe_region,
+)
+from theory_checks.check import Check
+
+CHECKS: tuple[Check, ...] = (
+    change_of_variables.CHECK,
+    low_rank_identity.CHECK,
+    safe_region.CHECK,
+    normalisation.CHECK,
+    kolmogorov.CHECK,
+    map_equivalence.CHECK,
+)
+
+
+def select(ids: Sequence[str]) -> tuple[Check, ...]:
+    """The checks with these ids in the order of the table, all of them for no ids; ValueError for an unknown id."""
+    known = [check.id for check in CHECKS]
+    unknown = [name for name in ids if name not in known]
+    if unknown:
+        raise ValueError(f"--only: unknown id {', '.join(map(repr, unknown))}; known ids: {', '.join(known)}.")
+    return tuple(check for check in CHECKS if not ids or check.id in ids)
