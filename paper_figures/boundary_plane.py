@@ -16,9 +16,9 @@ from prob_transformer.change_of_variables import residual_and_log_det_at
 NAME = "boundary_plane"
 CAPTION = (
     "Determinant of J_i as a function of the embedding u_i, for d = 2 and a past of fixed tokens. Solid line: the "
-    "degeneracy boundary det J_i = 0; hatched: det J_i < 0. Circles: the past, area proportional to the attention weight "
-    "that the support token gives it. Star: the support token, the position of this sequence closest to the boundary by "
-    "|det J_i|. Sequence drawn from a standard normal (seed 7), attention fixed by hand: an illustration, not a result."
+    "degeneracy boundary det J_i = 0; hatched: det J_i < 0. Numbered circles: the past, area growing with the attention "
+    "weight that the support token gives it. Star: the support token, the position of this sequence closest to the "
+    "boundary by |det J_i|. Sequence drawn from a standard normal (seed 7), attention fixed by hand: an illustration."
 )
 SEED, LENGTH, WINDOW, GRID = 7, 8, 3.0, 241
 INTERACTION = np.array([[2.2, 1.2], [-0.8, 1.8]])
@@ -43,9 +43,11 @@ def draw(runs: Path | None = None) -> Figure:
     filled = axes.contourf(axis, axis, determinant, levels=levels, cmap="Greys_r", extend="both", alpha=0.75)
     axes.contourf(axis, axis, determinant, levels=[-1e9, 0], colors="none", hatches=["////"])
     boundary = axes.contour(axis, axis, determinant, levels=[0], colors=ORANGE, linewidths=2.2)
-    axes.clabel(boundary, fmt="det J = 0", fontsize=8)
+    for text in axes.clabel(boundary, fmt="det J = 0", fontsize=8):
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
     axes.scatter(
-        *np.asarray(embeddings[:position]).T,
+        embeddings[:position, 0],
+        embeddings[:position, 1],
         s=25 + 350 * weights,
         facecolor="white",
         edgecolor=BLACK,
@@ -56,7 +58,8 @@ def draw(runs: Path | None = None) -> Figure:
     for s, (x, y) in enumerate(np.asarray(embeddings[:position])):
         axes.annotate(str(s + 1), (x, y), ha="center", va="center", fontsize=6.5, zorder=4)
     axes.scatter(
-        *np.asarray(embeddings[position]),
+        embeddings[position, 0],
+        embeddings[position, 1],
         marker="*",
         s=190,
         facecolor=ORANGE,

@@ -1,6 +1,7 @@
 """The one style of all figures: readable in grey, by shape and line as well as by colour."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ mpl.use("Agg")
 
 # Okabe-Ito colours, safe for colour-blind readers; line styles and markers repeat the distinction in grey.
 BLACK, BLUE, ORANGE, GREEN, PURPLE = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-METHOD_STYLES = {
+METHOD_STYLES: dict[str, dict[str, Any]] = {
     "ce": {"color": BLACK, "linestyle": "-", "marker": "o"},
     "margin@embedding": {"color": BLUE, "linestyle": "--", "marker": "s"},
     "margin@layers": {"color": ORANGE, "linestyle": "-.", "marker": "^"},
@@ -19,7 +20,7 @@ METHOD_STYLES = {
     "map@layers": {"color": PURPLE, "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
 }
 
-RC = {
+RC: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 200,
     "font.size": 9,
