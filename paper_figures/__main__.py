@@ -19,9 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [figure.NAME for figure in FIGURES]
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description="Draw the figures.")
     parser.add_argument("--only", action="append", metavar="NAME", help=f"draw one of {', '.join(names)}; repeatable")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("results/runs/quick"), help="sweep to read (default: %(default)s)"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("results/runs/quick"), help="sweep (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.only or ()) - set(names)

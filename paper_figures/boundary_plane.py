@@ -16,9 +16,9 @@ from prob_transformer.change_of_variables import residual_and_log_det_at
 NAME = "boundary_plane"
 CAPTION = (
     "Determinant of J_i as a function of the embedding u_i, for d = 2 and a past of fixed tokens. Solid line: the "
-    "degeneracy boundary det J_i = 0; hatched: det J_i < 0. Numbered circles: the past, area growing with the attention "
-    "weight that the support token gives it. Star: the support token, the position of this sequence closest to the "
-    "boundary by |det J_i|. Sequence drawn from a standard normal (seed 7), attention fixed by hand: an illustration."
+    "degeneracy boundary det J_i = 0; hatched: det J_i < 0. Numbered circles: the past, area growing with the "
+    "attention weight that the support token gives it. Star: the support token, the position of this "
+    "sequence closest to the boundary by |det J_i|. Sequence drawn from a standard normal (seed 7), attention fixed by hand: an illustration."
 )
 SEED, LENGTH, WINDOW, GRID = 7, 8, 3.0, 241
 INTERACTION = np.array([[2.2, 1.2], [-0.8, 1.8]])
@@ -28,7 +28,7 @@ def draw(runs: Path | None = None) -> Figure:
     """The figure; `runs` is not needed."""
     embeddings = jnp.asarray(np.random.default_rng(SEED).normal(size=(LENGTH, 2)))
     # One head of size 2 with W_K = I, so that W_Q / sqrt(2) is the interaction.
-    attention = Attention(np.sqrt(2) * INTERACTION[None], np.eye(2)[None])
+    attention = Attention(jnp.asarray(np.sqrt(2) * INTERACTION)[None], jnp.eye(2)[None])
     position = int(support_tokens(attention, embeddings, 1).positions[0])
     past = Past.of(attention, embeddings[:position])
     axis = np.linspace(-WINDOW, WINDOW, GRID)

@@ -19,15 +19,19 @@ INTERACTIONS = ((1.0, "before the boundary"), (1.5, "just past it"), (4.0, "far 
 CAPTION = (
     f"Conditional density of u_4 for d = 1, past {PAST} and noise scale {NOISE_SCALE:g}, for three interactions a. "
     "Solid: N(e) |det J|; dashed: N(e) alone, without the change of variables; hatched: det J < 0. Before the boundary "
-    "the density integrates to 1; past it the mass is the expected number of roots and exceeds 1, while the signed mass "
-    "stays 1."
+    "the density integrates to 1; past it the mass is the expected number of roots and exceeds 1, while the signed "
+    "mass stays 1."
 )
 
 
 def draw(runs: Path | None = None) -> Figure:
     """The figure; `runs` is not needed."""
     axis = np.linspace(-2.6, 2.6, 801)
-    figure, panels = plt.subplots(1, 3, figsize=(7.2, 2.7), sharey=True)
+    figure, panels = plt.subplots(
+        1,
+        3,
+        figsize=(7.2, 3.0),
+    )
     for panel, (a, place) in zip(panels, INTERACTIONS, strict=True):
         attention = scalar_attention(a)
         past = Past.of(attention, jnp.asarray(PAST)[:, None])
@@ -51,7 +55,7 @@ def draw(runs: Path | None = None) -> Figure:
         )
         panel.set_title(f"a = {a:g}, {place}\nmass {masses['absolute']:.4f}, signed {masses['signed']:.4f}")
         panel.set_xlabel("embedding u_4 (units of u)")
-        panel.set_ylim(0, None)
+        panel.set_ylim(0, 1.05 * max(density.max(), noise_density.max()))
     panels[0].set_ylabel("density (1 / units of u)")
-    panels[2].legend(frameon=False, loc="upper right")
+    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure

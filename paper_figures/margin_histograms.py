@@ -11,9 +11,9 @@ from paper_figures.style import METHOD_STYLES
 
 NAME = "margin_histograms"
 CAPTION = (
-    "Signed determinant margins det J_i on validation text, all seeds together, positions from the third on. Left: every "
-    "head of every layer alone, on its normalised inputs with identity values. Right: the embedding-prior stage, which "
-    "plain cross-entropy leaves at its random start. Dotted line: the degeneracy boundary; the axis is linear within 1 "
+    "Signed determinant margins det J_i on validation text, all seeds together, positions from the third on. Left: "
+    "every head of every layer alone, on its normalised inputs with identity values. Right: the embedding-prior stage, "
+    "which plain cross-entropy leaves at its random start. Dotted line: the degeneracy boundary; the axis is linear within 1 "
     "of it and logarithmic beyond. A margin far above 1 is no merit in itself: the two-sided barrier keeps rewarding "
     "distance where no wall is near."
 )

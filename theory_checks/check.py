@@ -97,7 +97,7 @@ def evaluate(check: Check, cases: int | None = None) -> Result:
     start = time.perf_counter()
     try:
         outcome = check.run() if cases is None else check.run(cases=cases)
-    except Exception as error:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         return Result(check, None, time.perf_counter() - start, f"{type(error).__name__}: {first_line}")
     return Result(check, outcome, time.perf_counter() - start)

@@ -84,7 +84,7 @@ def backtracked(
     return apply(scale), halvings
 
 
-@eqx.filter_jit(donate="all-except-first")
+@eqx.filter_jit
 def train_step(
     data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]], state: State, config: Config
 ) -> tuple[State, LossTerms]:
