@@ -93,15 +93,39 @@ def compare(runs: Runs) -> list[Comparison]:
     return compared
 
 
+def markdown_table(compared: list[Comparison]) -> str:
+    """The table of the README: mean over seeds, with the smallest and largest change against the baseline."""
+
+    def change(spread: Spread) -> str:
+        return f"{spread.mean:+.2f} % ({spread.smallest:+.2f} to {spread.largest:+.2f})"
+
+    rows = [
+        "| method | clean loss (nats/char) | change | noise 1.0 RMS: increase | change | noise 0.2: increase | change "
+        "| det J <= 0 in layers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for c in compared:
+        is_baseline = c.method == BASELINE
+        cells = [c.method]
+        for value, against in (
+            (c.clean_loss, c.clean_change),
+            (c.relative_increase, c.relative_change),
+            (c.absolute_increase, c.absolute_change),
+        ):
+            cells += [f"{value.mean:.3f}", "" if is_baseline else change(against)]
+        rows.append("| " + " | ".join([*cells, f"{c.negative_share.mean:.2%}"]) + " |")
+    return "\n".join(rows)
+
+
 def sentence(comparison: Comparison) -> str:
     """What the seeds say of one method, in words: a direction is named only if every seed shows it."""
 
     def direction(change: Spread, worse: str, better: str) -> str:
         if change.smallest > 0:
-            return f"{change.mean:.1f} % {worse} (every seed)"
+            return f"{change.mean:.2f} % {worse} (every seed)"
         if change.largest < 0:
-            return f"{-change.mean:.1f} % {better} (every seed)"
-        return f"undecided (from {change.smallest:+.1f} % to {change.largest:+.1f} % over seeds)"
+            return f"{-change.mean:.2f} % {better} (every seed)"
+        return f"undecided (from {change.smallest:+.2f} % to {change.largest:+.2f} % over seeds)"
 
     return (
         f"{comparison.method}: clean loss {direction(comparison.clean_change, 'worse', 'better')}; loss increase under "

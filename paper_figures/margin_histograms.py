@@ -42,6 +42,8 @@ def draw(runs: Path | None = None) -> Figure:
             panel.stairs(counts / counts.sum(), edges, label=f"{method} (det J <= 0: {negative:.2%})", **style)
         panel.axvline(0.0, color="black", linestyle=":", linewidth=1.0)
         panel.set_xscale("symlog", linthresh=1.0)
+        smallest = min(float(v.min()) for v in values.values())
+        panel.set_xlim(max(1.5 * min(smallest, -0.5), edges[0]), edges[-1])
         panel.set_yscale("log")
         panel.set_xlabel("det J_i (dimensionless)")
         panel.set_title(title)

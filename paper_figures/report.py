@@ -88,7 +88,7 @@ def _comparison_table(compared: list[Comparison]) -> str:
             f"{c.weight:g}",
             str(len(c.seeds)),
             _spread(c.clean_loss, ".4f"),
-            _spread(c.clean_change, "+.1f"),
+            _spread(c.clean_change, "+.2f"),
             _spread(c.relative_increase, ".4f"),
             _spread(c.relative_change, "+.1f"),
             _spread(c.absolute_increase, ".4f"),

@@ -56,9 +56,11 @@ def provenance(seed: int | None, configuration: Mapping[str, Any], command: str 
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` to write to, renamed onto it on success and removed on failure.
 
-    Raises ValueError naming the path if its folder cannot be made or written.
+    Raises ValueError naming the path if it is a folder, or if its own folder cannot be made or written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; pass the path of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)

@@ -33,6 +33,8 @@ def test_nan_is_refused_and_the_old_file_stays(tmp_path):
 def test_folders_are_made_and_an_unwritable_one_is_named(tmp_path):
     write_text(tmp_path / "a" / "b.txt", "text")
     assert (tmp_path / "a" / "b.txt").read_text() == "text"
+    with pytest.raises(ValueError, match="a: is a folder; pass the path of a file"):
+        write_text(tmp_path / "a", "text")
     with pytest.raises(ValueError, match=r"b\.txt.c\.txt: cannot be written"):
         write_text(tmp_path / "a" / "b.txt" / "c.txt", "text")
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from models.char_gpt.config import Config
 from models.corpus import load
 from paper_figures import __main__ as command
 from paper_figures import report
-from paper_figures.comparison import compare, sentence
+from paper_figures.comparison import compare, markdown_table, sentence
 from paper_figures.runs import METHOD_NAMES, load_runs, method_of
 from paper_figures.style import METHOD_STYLES
 
@@ -116,8 +117,8 @@ def test_changes_are_paired_by_seed_and_a_direction_needs_every_seed(tmp_path):
     np.testing.assert_allclose(found.relative_change, (0.0, -20.0, 20.0), atol=1e-12)
     assert found.crossing_steps.mean == 0.25
     words = sentence(found)
-    assert "clean loss 7.5 % worse (every seed)" in words
-    assert "undecided (from -20.0 % to +20.0 % over seeds)" in words
+    assert "clean loss 7.50 % worse (every seed)" in words
+    assert "undecided (from -20.00 % to +20.00 % over seeds)" in words
 
 
 def test_a_sweep_without_its_baseline_is_refused(tmp_path):
@@ -152,3 +153,9 @@ def test_bad_arguments_end_with_one_line_and_status_2(main, arguments, message, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_the_readme_shows_the_figures_of_the_committed_run():
+    root = Path(report.__file__).resolve().parent.parent
+    table = markdown_table(compare(load_runs(root / "results" / "reference" / "runs" / "quick")))
+    assert table in (root / "README.md").read_text(encoding="utf-8")
