@@ -82,7 +82,8 @@ def load(path: Path | str | None, shortest: int) -> Corpus:
     except OSError as error:
         raise ValueError(f"--corpus: {source} cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
     try:
-        text = data.decode("utf-8-sig")
+        # Not "utf-8-sig", which would count the offset of a bad byte from behind the byte order mark.
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--corpus: {source} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8."

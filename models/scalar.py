@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rich.console import Console
 from rich.table import Table
 from scipy.integrate import quad
 
 from models import cli
-from prob_transformer import Attention, LinearDecoder, token_model
+from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
+from prob_transformer._validation import require_finite
 from prob_transformer.attention import Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
+from prob_transformer.transform import SolveStatus
 
 # The example of docs/theory.md section 3.
 PAST = (-1.0, 1.0, 0.3)
@@ -31,8 +33,25 @@ NOISE_SCALE = 0.5
 
 def scalar_attention(a: Float[Array, ""] | float) -> Attention:
     """Attention on embeddings of width 1 whose interaction is a; raises ValueError unless a is finite."""
+    require_finite("a", a)
     strength = jnp.asarray(a, jnp.result_type(float))
     return Attention(strength.reshape(1, 1, 1), jnp.ones((1, 1, 1), strength.dtype))
+
+
+def scalar_weights(
+    a: Float[Array, ""] | float, past: Float[Array, " s"], u: Float[Array, ""] | float
+) -> Float[Array, " s"]:
+    """The closed form alpha_s proportional to exp(a u_s u), over a past of at least one embedding."""
+    return jax.nn.softmax(a * jnp.asarray(past) * u)
+
+
+def scalar_jacobian(
+    a: Float[Array, ""] | float, past: Float[Array, " s"], u: Float[Array, ""] | float
+) -> Float[Array, ""]:
+    """The closed form J = 1 - a Var_alpha(past): the derivative of the residual of u, given its past."""
+    values = jnp.asarray(past)
+    weights = scalar_weights(a, values, u)
+    return 1 - a * weights @ jnp.square(values - weights @ values)
 
 
 def scalar_model(tokens: Int[Array, " n"] | None = None, length: int | None = None, vocabulary_size: int = 2) -> None:
@@ -71,19 +90,35 @@ def conditional_masses(a: float, past: tuple[float, ...] = PAST, noise_scale: fl
     return {"absolute": mass(True), "signed": mass(False), "smallest_determinant": float(determinants.min())}
 
 
+def draw(a: float, key: PRNGKeyArray, draws: int, length: int = 8) -> tuple[Float[Array, "draws n"], float]:
+    """Embeddings of the process in the noise scale of this module, and the share of sequences solved as asked.
+
+    A sequence counts as solved where every position has a root that was reached with det J > 0 all the way; those that
+    do not are returned with the root that was found, whose law is not the density (docs/theory.md section 3).
+    """
+    process = EmbeddingProcess(scalar_attention(a), length, NOISE_SCALE)
+    embeddings, status = process.solve_sample(key, (draws,))
+    return embeddings[..., 0], float((status == SolveStatus.CONVERGED).all(-1).mean())
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m models.scalar", description=__doc__.splitlines()[0])
     parser.add_argument("a", nargs="*", type=float, default=[-2.0, 0.5, 1.0, 1.5, 4.0], help="interactions to show")
+    parser.add_argument("--draws", type=int, default=200, help="sequences to sample (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    if arguments.draws < 1:
+        raise ValueError(f"--draws: got {arguments.draws}; pass an integer of at least 1.")
     jax.config.update("jax_enable_x64", True)
     past = ", ".join(f"{value:g}" for value in PAST)
     table = Table(title=f"p(u_4 given past ({past})), noise scale {NOISE_SCALE:g}")
-    for column in ("a", "smallest det J", "mass of |det J| density", "signed mass"):
+    for column in ("a", "smallest det J", "mass of |det J| density", "signed mass", "drawn, det J > 0 throughout"):
         table.add_column(column, justify="right")
     for a in arguments.a:
         found = conditional_masses(a)
         figures = (found["smallest_determinant"], found["absolute"], found["signed"])
-        table.add_row(f"{a:g}", *(f"{figure:.4f}" for figure in figures))
+        _, solved = draw(a, jax.random.key(arguments.seed), arguments.draws)
+        table.add_row(f"{a:g}", *(f"{figure:.4f}" for figure in figures), f"{solved:.1%}")
     Console().print(table)
 
 

@@ -101,7 +101,10 @@ def prepare(out: Path = DEFAULT_PATH) -> Path:
     stamp = out.with_suffix(".json")
     made_from = {"dump_sha256": DUMP_SHA256, "cleaning_version": CLEANING_VERSION}
     if out.is_file() and stamp.is_file():
-        recorded = json.loads(stamp.read_text(encoding="utf-8"))
+        recorded = None
+        # A damaged stamp vouches for nothing: the text is made again.
+        with contextlib.suppress(ValueError):
+            recorded = json.loads(stamp.read_text(encoding="utf-8"))
         if recorded == {**made_from, "text_sha256": hashlib.sha256(out.read_bytes()).hexdigest()}:
             return out
     articles = list(read_dump(dump_path()))

@@ -83,8 +83,10 @@ def noise_table(model: CharGPT, windows: Int[np.ndarray, "W n+1"], embedding_rms
 
 
 def _quantiles(values: Float[np.ndarray, "..."]) -> dict[str, float | None]:
-    """Quantiles by name; None where one is not finite, for that is not JSON."""
-    levels = np.quantile(values, QUANTILES)
+    """Quantiles by name; None where one is not finite or next to a value that is not, for that is not JSON."""
+    # NumPy interpolates from a value to its neighbour even when it needs none of it: NaN beside an infinity.
+    with np.errstate(invalid="ignore"):
+        levels = np.quantile(values, QUANTILES)
     return {f"{q:.2f}": float(v) if np.isfinite(v) else None for q, v in zip(QUANTILES, levels, strict=True)}
 
 

@@ -19,13 +19,16 @@ METRICS, MARGINS = "metrics.json", "margins.npz"
 
 
 def finished(out: Path, config: Config, corpus_sha256: str) -> dict[str, Any] | None:
-    """The metrics in `out` if they are of this very run, else None."""
+    """The metrics in `out` if they are of this very run, else None. Raises ValueError if they cannot be read."""
     path = out / METRICS
     if not path.is_file():
         return None
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    same = metrics["provenance"]["configuration"] == config.as_dict() and metrics["corpus"]["sha256"] == corpus_sha256
-    return metrics if same else None
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        made_by = metrics["provenance"]["configuration"], metrics["corpus"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"--out: {path} is not the metrics of a run; delete it, or pass another folder.") from None
+    return metrics if made_by == (config.as_dict(), corpus_sha256) else None
 
 
 def run(config: Config, corpus: Corpus, out: Path) -> dict[str, Any]:
@@ -33,13 +36,15 @@ def run(config: Config, corpus: Corpus, out: Path) -> dict[str, Any]:
     done = finished(out, config, corpus.sha256)
     if done is not None:
         return done
+    # Taken before training, so that a commit made meanwhile is not taken for the one that ran.
+    record_of_origin = provenance(config.seed, config.as_dict())
     state, record = train(config, corpus, out)
     measured, determinants = evaluate(state.model, corpus, config)
     with atomic_path(out / MARGINS) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, embedding=determinants["embedding"], layers=determinants["layers"])
     parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_inexact_array)))
     metrics = {
-        "provenance": provenance(config.seed, config.as_dict()),
+        "provenance": record_of_origin,
         "method": config.method,
         "parameters": int(parameters),
         "wall_seconds": record["wall_seconds"],

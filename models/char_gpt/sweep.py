@@ -72,13 +72,13 @@ def sweep(profile_name: str, corpus: Corpus, out: Path, console: Console) -> lis
     if profile_name not in PROFILES:
         raise ValueError(f"--profile: got {profile_name!r}; pass one of {', '.join(PROFILES)}.")
     profile = PROFILES[profile_name]
+    record = provenance(None, {"profile": profile_name, "seeds": list(profile.seeds), **profile.base.as_dict()})
     results = []
     chosen = configurations(profile)
     for number, config in enumerate(chosen, start=1):
         console.print(f"run {number} of {len(chosen)}: {run_name(config)}")
         metrics = run(config, corpus, out / run_name(config))
         results.append({"run": run_name(config), **{k: v for k, v in metrics.items() if k != "training"}})
-    record = provenance(None, {"profile": profile_name, "seeds": list(profile.seeds), **profile.base.as_dict()})
     write_json(out / "summary.json", {"provenance": record, "profile": profile_name, "runs": results})
     console.print(table(results))
     return results

@@ -188,6 +188,20 @@ def test_finished_runs_of_another_configuration_are_not_mistaken_for_this_one(co
         run(dataclasses.replace(config, seed=1), corpus, tmp_path / "run")
 
 
+@pytest.mark.parametrize("damage", ["not json", "{}", "[]", ""])
+def test_metrics_that_are_not_of_a_run_are_refused(tmp_path, damage):
+    (tmp_path / "metrics.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"--out: .* is not the metrics of a run; delete it"):
+        finished(tmp_path, TINY, "any text")
+
+
+def test_quantiles_of_overflowed_determinants_are_none_and_those_below_stay():
+    found = evaluation._quantiles(np.array([1.0, 2.0, 3.0, np.inf, np.inf], np.float32))
+    assert (found["0.00"], found["0.25"]) == (1.0, 2.0)
+    assert found["0.95"] is None
+    assert found["1.00"] is None
+
+
 @pytest.mark.parametrize("damage", [b"not json\n", b"{}\n", b""])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, damage):
     path = tmp_path / checkpoint.NAME

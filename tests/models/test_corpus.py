@@ -50,6 +50,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_not_characters(tmp_path):
         (b"", "is empty"),
         (b"  \n ", "is empty"),
         (b"abc\xff\xfe", r"is not UTF-8 \(byte 3\); convert it"),
+        (b"\xef\xbb\xbfabc\xff", r"is not UTF-8 \(byte 6\); convert it"),
         (b"abc" * 30, "is too short, its validation part has 4 characters and a context needs 65"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from numpyro.infer import Predictive
 from numpyro.infer.util import log_density
 from scipy.special import log_softmax
-from scipy.stats import norm
+from scipy.stats import kstest, norm
 
 from models import scalar
 from prob_transformer import residual_and_log_det
@@ -22,6 +22,37 @@ def test_the_library_gives_the_scalar_closed_form():
             jacobian = 1 - a * (weights @ (embeddings[:i] - mean) ** 2)
             np.testing.assert_allclose(got.residual[i, 0], embeddings[i] - mean, atol=1e-13)
             np.testing.assert_allclose(got.sign[i] * np.exp(got.log_det[i]), jacobian, atol=1e-12)
+
+
+def test_the_closed_form_jacobian_is_the_derivative_of_the_residual_by_finite_differences():
+    past = np.array([-1.0, 1.0, 0.3])
+    for a, u in ((-2.0, 0.4), (1.5, 0.1), (4.0, -0.2)):
+        weights = np.exp(a * past * u) / np.exp(a * past * u).sum()
+        np.testing.assert_allclose(scalar.scalar_weights(a, past, u), weights, rtol=1e-13)
+
+        def residual(at, a=a):
+            exponentials = np.exp(a * past * at)
+            return at - exponentials @ past / exponentials.sum()
+
+        slope = (residual(u + 1e-6) - residual(u - 1e-6)) / 2e-6
+        np.testing.assert_allclose(scalar.scalar_jacobian(a, past, u), slope, atol=1e-8)
+
+
+def test_draws_follow_the_process_and_say_where_it_is_no_law():
+    embeddings, solved = scalar.draw(-1.0, jax.random.key(0), 64, length=3)
+    assert solved == 1.0
+    u = np.asarray(embeddings)
+    alpha = np.exp(-u[:, :2] * u[:, 2:])
+    alpha /= alpha.sum(1, keepdims=True)
+    noise = np.stack([u[:, 1] - u[:, 0], u[:, 2] - (alpha * u[:, :2]).sum(1)]).ravel() / scalar.NOISE_SCALE
+    assert kstest(noise, "norm").pvalue > 1e-3
+    assert scalar.draw(8.0, jax.random.key(0), 64)[1] < 1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_interaction_that_is_not_finite_is_named(bad):
+    with pytest.raises(ValueError, match="a: contains NaN or inf"):
+        scalar.scalar_attention(bad)
 
 
 @pytest.mark.parametrize(("a", "mass"), [(-2.0, 1.0), (0.5, 1.0), (1.5, 1.0313), (4.0, 2.1239)])
@@ -56,7 +87,7 @@ def test_prior_draws_of_the_model_inside_the_safe_region():
 
 
 def test_the_command_prints_the_table(capsys):
-    scalar.main(["1.5"])
+    scalar.main(["1.5", "--draws", "4"])
     printed = capsys.readouterr().out
     assert "1.0313" in printed
     assert "1.0000" in printed

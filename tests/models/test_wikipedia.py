@@ -61,6 +61,9 @@ def test_the_text_is_made_once_and_made_again_when_it_was_changed(tmp_path, monk
     out.write_text("spoiled")
     assert wikipedia.prepare(out).read_text().startswith("One\n")
     assert len(reads) == 2
+    out.with_suffix(".json").write_text("{cut off")
+    assert wikipedia.prepare(out).read_text().startswith("One\n")
+    assert len(reads) == 3
 
 
 def test_the_sample_in_the_wheel_is_the_known_one_with_106_articles():
