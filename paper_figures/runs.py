@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from models.char_gpt.config import method_of
 from models.char_gpt.run import MARGINS
 from models.char_gpt.sweep import METHODS
 
@@ -24,10 +25,6 @@ class Runs(NamedTuple):
             with np.load(self.folder / run["run"] / MARGINS) as saved:
                 parts.append(saved[site].ravel())
         return np.concatenate(parts)
-
-
-def method_of(objective: str, site: str) -> str:
-    return objective if objective == "ce" else f"{objective}@{site}"
 
 
 METHOD_NAMES = tuple(method_of(method.objective, method.site) for method in METHODS)

@@ -52,10 +52,15 @@ class Config:
     @property
     def method(self) -> str:
         """Objective and where its barrier acts, as tables and figures name it."""
-        return self.objective if self.objective == "ce" else f"{self.objective}@{self.barrier_site}"
+        return method_of(self.objective, self.barrier_site)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def method_of(objective: str, site: str) -> str:
+    """The name of a method: its objective, and the site of its barrier if it has one."""
+    return objective if objective == "ce" else f"{objective}@{site}"
 
 
 def _option(name: str) -> str:

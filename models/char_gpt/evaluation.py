@@ -71,9 +71,10 @@ def _increase(differences: Float[np.ndarray, " W"]) -> dict[str, float]:
     return {"increase": summary["nats_per_character"], "increase_standard_error": summary["standard_error"]}
 
 
-def noise_table(model: CharGPT, windows: Int[np.ndarray, "W n+1"], embedding_rms: float) -> list[dict[str, Any]]:
+def noise_table(
+    model: CharGPT, windows: Int[np.ndarray, "W n+1"], clean: Float[np.ndarray, " W"], embedding_rms: float
+) -> list[dict[str, Any]]:
     """Loss at every noise level, absolute and relative to the RMS of the embeddings; `increase` is paired by window."""
-    clean = noisy_losses(model, windows, 0.0)
     rows = []
     for kind, sigmas, unit in (("absolute", ABSOLUTE_SIGMAS, 1.0), ("relative", RELATIVE_SIGMAS, embedding_rms)):
         for sigma in sigmas:
@@ -141,7 +142,7 @@ def evaluate(model: CharGPT, corpus: Corpus, config: Config) -> tuple[dict[str, 
     metrics = {
         "clean_loss": {"split": "validation", **_loss_summary(clean), "characters": characters},
         "embedding_rms": embedding_rms,
-        "noise": noise_table(model, windows, embedding_rms),
+        "noise": noise_table(model, windows, clean, embedding_rms),
         "margins": summary,
     }
     return metrics, determinants

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from models import cli
 from models.char_gpt import sweep as sweep_module
-from models.char_gpt.config import Config
+from models.char_gpt.config import Config, method_of
 from models.corpus import load
 from paper_figures import __main__ as command
 from paper_figures import report
 from paper_figures.comparison import compare, markdown_table, sentence
-from paper_figures.runs import METHOD_NAMES, load_runs, method_of
+from paper_figures.runs import METHOD_NAMES, load_runs
 from paper_figures.style import METHOD_STYLES
 
 TINY = Config(steps=1, layers=1, width=8, heads=2, context=8, batch=2, evaluation_windows=4)
