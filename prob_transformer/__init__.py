@@ -1,10 +1,11 @@
 """Causal self-attention as a generative stochastic process: exact likelihood, barrier prior, stability margins.
 
-Read in this order: attention, change_of_variables, transform, process, barrier, margin, token_model, objective.
+Read in this order: attention, change_of_variables, transform, process, barrier, margin, certified_radius, token_model, objective.
 """
 
 from prob_transformer.attention import Attention, Past
 from prob_transformer.barrier import barrier
+from prob_transformer.certified_radius import certified_radius
 from prob_transformer.change_of_variables import (
     ResidualAndLogDet,
     attention_mean,
@@ -32,6 +33,7 @@ __all__ = [
     "SupportTokens",
     "attention_mean",
     "barrier",
+    "certified_radius",
     "jacobian_block",
     "map_objective",
     "residual_and_log_det",

@@ -6,15 +6,38 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 Mark = Literal["paper", "second-hand", "derived", "ours"]
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How much of a check to run: all of it, or `quick`, just enough to tell right from wrong; and the seed of draws.
+
+    `cases` replaces a check's own number of drawn cases.
+    """
+
+    quick: bool = False
+    cases: int | None = None
+    seed: int = 0
+
+    def count(self, standard: int, quick: int) -> int:
+        """The number of cases to draw, for a check whose own numbers are these."""
+        return self.cases if self.cases is not None else self.pick(standard, quick)
+
+    def pick(self, standard: Any, quick: Any) -> Any:
+        """The quick value under a quick plan, the standard one otherwise."""
+        return quick if self.quick else standard
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What running a check gave; `figure` decides `holds`, `counterexample_figure` decides `counterexample_fails`."""
+    """What running a check gave; `figure` decides `holds`, `counterexample_figure` decides `counterexample_fails`.
+
+    A claim holds when its figure is at most the tolerance of its check, and whatever else `details` lists holds too.
+    """
 
     cases: int
     figure: float
@@ -28,8 +51,7 @@ class Outcome:
 class Check:
     """One claim: where it must hold, where it must fail, to what tolerance, and how to find out.
 
-    `run(cases=N)` draws about N cases where the check draws any and otherwise ignores N; without it, the check's own
-    number. `figure_name` says what the figure is and its unit.
+    `figure_name` says what the figure is and its unit.
     """
 
     id: str
@@ -41,7 +63,7 @@ class Check:
     tolerance: float
     tolerance_reason: str
     figure_name: str
-    run: Callable[..., Outcome]
+    run: Callable[[Plan], Outcome]
 
 
 @dataclass(frozen=True)
@@ -92,11 +114,11 @@ class Result:
         return _json_value(fields)
 
 
-def evaluate(check: Check, cases: int | None = None) -> Result:
+def evaluate(check: Check, plan: Plan | None = None) -> Result:
     """Run a check and time it; one that raises has not come out as stated, and the others still run."""
     start = time.perf_counter()
     try:
-        outcome = check.run() if cases is None else check.run(cases=cases)
+        outcome = check.run(plan or Plan())
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         return Result(check, None, time.perf_counter() - start, f"{type(error).__name__}: {first_line}")
@@ -119,15 +141,17 @@ class Worst:
         return {"figure": self.figure, "case": self.case}
 
 
-def for_each_drawn(strategy: st.SearchStrategy[Any], count: int, body: Callable[[Any], None]) -> None:
-    """Call `body` on `count` examples of the strategy, the same ones every time.
+def for_each_drawn(
+    strategy: st.SearchStrategy[Any], count: int, body: Callable[[Any], None], draw_seed: int = 0
+) -> None:
+    """Call `body` on `count` examples of the strategy, the same ones for the same seed.
 
     Nothing is shrunk: a check records its worst case and is judged by it, rather than stopping at the first failure.
     """
 
+    @seed(draw_seed)
     @settings(
         max_examples=count,
-        derandomize=True,
         database=None,
         deadline=None,
         phases=(Phase.generate,),

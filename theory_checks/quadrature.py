@@ -1,54 +1,22 @@
-"""Integrals of densities in one to three dimensions with error estimates, and the expected number of roots in one.
+"""Integrals of densities in up to four dimensions with error estimates, and the expected number of roots.
 
 The two answer the same question in different ways: the mass of N(e(u)) |det J(u)| needs the determinant, the expected
 number of roots of e(u) = eps needs only e.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
+from scipy.integrate import cubature
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
-# Gauss-Kronrod 7-15 on [-1, 1]: nodes and weights for x >= 0, and the Gauss weights of every second node.
-_NODES = (
-    0.991455371120812639206854697526329,
-    0.949107912342758524526189684047851,
-    0.864864423359769072789712788640926,
-    0.741531185599394439863864773280788,
-    0.586087235467691130294144691693013,
-    0.405845151377397166906606412076961,
-    0.207784955007898467600689403773245,
-    0.0,
-)
-_KRONROD = (
-    0.022935322010529224963732008058970,
-    0.063092092629978553290700663189204,
-    0.104790010322250183839876322541518,
-    0.140653259715525918745189590510238,
-    0.169004726639267902826583426598550,
-    0.190350578064785409913256402421014,
-    0.204432940075298892414161999234649,
-    0.209482141084727828012999174891714,
-)
-_GAUSS = (
-    0.129484966168869693270611432679082,
-    0.279705391489276667901467771423780,
-    0.381830050505118944950369775488975,
-    0.417959183673469387755102040816327,
-)
-
-
-def _rule() -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    nodes = np.array([-x for x in _NODES[:-1]] + list(reversed(_NODES)))
-    kronrod = np.array(_KRONROD[:-1] + tuple(reversed(_KRONROD)))
-    gauss = np.zeros(15)
-    gauss[1::2] = _GAUSS[:-1] + tuple(reversed(_GAUSS))
-    return nodes, kronrod, gauss
+# Nodes of a Gauss-Kronrod pair in one dimension: SciPy asks for the 15, and for them with the 7 to estimate the error.
+_KRONROD, _WITH_GAUSS = 15, 22
+# Points a call: compiled functions want one shape, and more at a time would not fit a cache.
+_BATCH = 4096
 
 
 class Integral(NamedTuple):
@@ -65,72 +33,43 @@ def integrate(
     upper: ArrayLike,
     *,
     tolerance: float = 1e-10,
-    initial: int = 8,
     confirm: bool = True,
-    batch: int = 4096,
-    max_points: int = 4_000_000,
+    max_subdivisions: int = 10_000,
 ) -> Integral:
     """Adaptive Gauss-Kronrod integral over the box [lower, upper] in D dimensions of a function (m, D) -> (m, k).
 
-    Starts from `initial` ** D boxes and halves, in every dimension, those whose estimated error is above their share,
-    until the sum is below `tolerance` or `max_points` is spent; the error says which. A kink closer to the edge of a
-    box than its outermost node goes unseen by both rules, so `confirm` integrates again, with its own `max_points`,
-    from `initial` + 3 boxes a dimension and counts the difference as error; without it the integrand must be smooth.
-    `function` always receives exactly `batch` points, so that it compiles once. Raises ValueError for a box that is
-    empty or not finite.
+    The error says whether `tolerance` was reached. A kink closer to the edge of a box than its outermost node goes
+    unseen by both rules, so `confirm` integrates again with every first box cut elsewhere, and counts the difference as
+    error; without it the integrand must be smooth. `function` always receives the same number of points, so that it
+    compiles once. Raises ValueError for a box that is empty or not finite.
     """
     low, high = np.atleast_1d(np.asarray(lower, float)), np.atleast_1d(np.asarray(upper, float))
     if low.shape != high.shape or not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise ValueError(f"lower, upper: got {low.tolist()} and {high.tolist()}; pass a finite box with lower < upper.")
-    first = _integrate_once(function, low, high, tolerance, initial, batch, max_points)
+    evaluated = 0
+    batch = min(_WITH_GAUSS**low.size, _BATCH)
+
+    def in_batches(inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        nonlocal evaluated
+        evaluated += len(inputs)
+        outputs = []
+        for start in range(0, len(inputs), batch):
+            chunk = inputs[start : start + batch]
+            padded = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), axis=0)])
+            outputs.append(np.asarray(function(padded), np.float64).reshape(batch, -1)[: len(chunk)])
+        return np.concatenate(outputs)
+
+    def once(cut: float) -> Integral:
+        options = {"rule": "gk15", "rtol": 0.0, "atol": tolerance, "max_subdivisions": max_subdivisions}
+        found = cubature(in_batches, low, high, points=[low + cut * (high - low)] if cut else None, **options)
+        return Integral(np.atleast_1d(found.estimate), np.atleast_1d(found.error), evaluated)
+
+    first = once(0.0)
     if not confirm:
         return first
-    second = _integrate_once(function, low, high, tolerance, initial + 3, batch, max_points)
+    second = once(0.381966)
     error = np.maximum(np.maximum(first.error, second.error), np.abs(first.value - second.value))
-    return Integral(second.value, error, first.points + second.points)
-
-
-def _integrate_once(
-    function: Callable[[NDArray[np.float64]], ArrayLike],
-    low: NDArray[np.float64],
-    high: NDArray[np.float64],
-    tolerance: float,
-    initial: int,
-    batch: int,
-    max_points: int,
-) -> Integral:
-    dimension = low.size
-    nodes, kronrod, gauss = _rule()
-    grid = np.stack(np.meshgrid(*[nodes] * dimension, indexing="ij"), axis=-1).reshape(-1, dimension)
-    fine = _outer(kronrod, dimension)
-    coarse = _outer(gauss, dimension)
-
-    half = (high - low) / (2 * initial)
-    steps = np.stack(np.meshgrid(*[2 * np.arange(initial) + 1] * dimension, indexing="ij"), axis=-1)
-    centres = low + half * steps.reshape(-1, dimension)
-    halves = np.broadcast_to(half, centres.shape)
-    children = np.array(list(itertools.product((-0.5, 0.5), repeat=dimension)))
-
-    settled_value: NDArray[np.float64] = np.zeros(1)
-    settled_error: NDArray[np.float64] = np.zeros(1)
-    points = 0
-    while True:
-        inputs = (centres[:, None] + halves[:, None] * grid).reshape(-1, dimension)
-        outputs = _in_batches(function, inputs, batch).reshape(len(centres), len(grid), -1)
-        points += len(inputs)
-        volume = halves.prod(axis=1)[:, None]
-        values = np.einsum("bgk,g->bk", outputs, fine) * volume
-        errors = np.abs(values - np.einsum("bgk,g->bk", outputs, coarse) * volume)
-        total_error = settled_error + errors.sum(axis=0)
-        growth = len(children) * len(grid)
-        # A box keeps its error if all boxes like it together would meet the tolerance.
-        split = errors.max(axis=1) > tolerance / (2 * len(errors))
-        if total_error.max() <= tolerance or not split.any() or points + split.sum() * growth > max_points:
-            return Integral(settled_value + values.sum(axis=0), total_error, points)
-        settled_value = settled_value + values[~split].sum(axis=0)
-        settled_error = settled_error + errors[~split].sum(axis=0)
-        centres = (centres[split][:, None] + halves[split][:, None] * children).reshape(-1, dimension)
-        halves = np.repeat(halves[split] / 2, len(children), axis=0)
+    return Integral(second.value, error, evaluated)
 
 
 def expected_roots(
@@ -166,20 +105,38 @@ def expected_roots(
     return float(np.abs(np.diff(ndtr(np.array(extremes) / scale))).sum())
 
 
-def _outer(weights: NDArray[np.float64], dimension: int) -> NDArray[np.float64]:
-    product = np.ones(1)
-    for _ in range(dimension):
-        product = np.outer(product, weights).ravel()
-    return product
+def expected_roots_plane(
+    residual: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    scale: float,
+    lower: ArrayLike,
+    upper: ArrayLike,
+    grid: int = 1601,
+) -> tuple[float, float, float]:
+    """E[number of roots u of residual(u) = eps], eps ~ N(0, scale^2 I), in the plane; its error; E[degree].
+
+    The box [lower, upper] is cut into triangles, and `residual` (m, 2) -> (m, 2) replaced by the map that is linear on
+    each. A noise vector has one root for every image triangle that holds it, so the expectation is the sum of their
+    probabilities: no derivative is taken. Once from every vertex and once from every second one: the error of a
+    linear piece falls with its size squared, so the two are extrapolated, and their distance is the error. With
+    the orientation of each image as sign the sum is the expected degree, which has to be 1.
+    """
+    low, high = np.asarray(lower, float), np.asarray(upper, float)
+    axes = [np.linspace(low[k], high[k], grid) for k in range(2)]
+    vertices = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+    images = residual(vertices.reshape(-1, 2)).reshape(vertices.shape) / scale
+    fine, coarse = _triangle_probabilities(images), _triangle_probabilities(images[::2, ::2])
+    value, degree = (4 * fine - coarse) / 3
+    return float(value), float(np.abs(fine - coarse).max()), float(degree)
 
 
-def _in_batches(
-    function: Callable[[NDArray[np.float64]], ArrayLike], inputs: Float[np.ndarray, "m D"], batch: int
-) -> NDArray[np.float64]:
-    outputs = []
-    for start in range(0, len(inputs), batch):
-        chunk = inputs[start : start + batch]
-        padded = np.concatenate([chunk, np.repeat(chunk[-1:], batch - len(chunk), axis=0)])
-        result = np.asarray(function(padded), np.float64)
-        outputs.append(result.reshape(batch, -1)[: len(chunk)])
-    return np.concatenate(outputs)
+def _triangle_probabilities(images: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums over triangles of their probability under N(0, I), unsigned and with the sign of their orientation."""
+    corner, right, up, far = images[:-1, :-1], images[1:, :-1], images[:-1, 1:], images[1:, 1:]
+    total = np.zeros(2)
+    for a, b, c in ((corner, right, up), (far, up, right)):
+        area = 0.5 * ((b - a)[..., 0] * (c - a)[..., 1] - (b - a)[..., 1] * (c - a)[..., 0])
+        # The density at the midpoints of the edges: exact for quadratics, so the area is what limits the error.
+        middles = (np.exp(-0.125 * np.square(x + y).sum(-1)) for x, y in ((a, b), (b, c), (c, a)))
+        mass = area * sum(middles) / (3 * 2 * np.pi)
+        total += np.abs(mass).sum(), mass.sum()
+    return total

@@ -1,24 +1,40 @@
-"""The checks in the order in which they are run and shown."""
+"""The checks in the order in which they are shown: the density, the law it is, the boundary, inference."""
 
 from collections.abc import Sequence
 
 from theory_checks import (
+    boundedness,
+    certified_radius,
     change_of_variables,
+    conditioning,
+    finite,
+    gaussian_limit,
+    invariance,
     kolmogorov,
     low_rank_identity,
     map_equivalence,
     normalisation,
     safe_region,
+    sampler_law,
+    support_tokens,
 )
 from theory_checks.check import Check
 
 CHECKS: tuple[Check, ...] = (
     change_of_variables.CHECK,
     low_rank_identity.CHECK,
-    safe_region.CHECK,
+    invariance.CHECK,
+    finite.CHECK,
     normalisation.CHECK,
     kolmogorov.CHECK,
+    sampler_law.CHECK,
+    gaussian_limit.CHECK,
+    safe_region.CHECK,
+    conditioning.CHECK,
+    certified_radius.CHECK,
+    support_tokens.CHECK,
     map_equivalence.CHECK,
+    boundedness.CHECK,
 )
 
 

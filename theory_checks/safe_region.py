@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prob_transformer import Attention, stability_margin
-from theory_checks.check import Check, Outcome, Worst, for_each_drawn
+from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.normalisation import PAST, interaction_attention, scalar_attention
 from theory_checks.strategies import Shape, make_case
@@ -87,8 +87,9 @@ def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[At
     return replace(case, query=case.query * (constant / reached)).attention, past, constant
 
 
-def run(cases: int = 200) -> Outcome:
-    """Search for the smallest determinant over u_i in `cases` problems of each of the two safe regions."""
+def run(plan: Plan) -> Outcome:
+    """Search for the smallest determinant over u_i in drawn problems of each of the two safe regions."""
+    cases = plan.count(200, 30)
     # JAX shares compiled code between jits of one function; a new one sees what the library is now.
     search = quick_jit(lambda *arguments: smallest_determinant(*arguments))
     semidefinite, popoviciu = Worst(-np.inf), Worst(-np.inf)
@@ -112,16 +113,17 @@ def run(cases: int = 200) -> Outcome:
     def draws(shapes: tuple[Shape, ...], numbers: st.SearchStrategy[float]) -> st.SearchStrategy[Any]:
         return st.tuples(st.sampled_from(shapes), st.sampled_from(_KINDS), st.integers(0, 2**31 - 1), numbers)
 
-    for_each_drawn(draws(_IDENTITY, st.floats(-2.0, 2.0)), cases, search_semidefinite)
-    for_each_drawn(draws(_GENERAL, st.floats(0.01, 0.99)), cases, search_contraction)
+    identity, general = plan.pick((_IDENTITY, _GENERAL), (_IDENTITY[:1], _GENERAL[2:3]))
+    for_each_drawn(draws(identity, st.floats(-2.0, 2.0)), cases, search_semidefinite, plan.seed)
+    for_each_drawn(draws(general, st.floats(0.01, 0.99)), cases, search_contraction, plan.seed)
 
     past = np.array(PAST)[:, None]
     outside, where = search(scalar_attention(4.0), past, jax.random.key(0))
-    figure = min(-semidefinite.figure, -popoviciu.figure)
+    figure = max(semidefinite.figure, popoviciu.figure)
     return Outcome(
         cases=2 * cases,
         figure=figure,
-        holds=bool(figure >= -TOLERANCE),
+        holds=bool(figure <= TOLERANCE),
         counterexample_figure=float(outside),
         counterexample_fails=bool(outside < 0),
         details={
@@ -151,6 +153,6 @@ CHECK = Check(
     counterexample="d = 1, a = 4, past (-1, 1, 0.3) meets neither condition: the same search finds det J_i < 0.",
     tolerance=TOLERANCE,
     tolerance_reason="Float64 rounding of a determinant; the bounds themselves are exact inequalities.",
-    figure_name="smallest slack of det J_i over its bound, relative",
+    figure_name="largest shortfall of det J_i below its bound, relative",
     run=run,
 )

@@ -49,6 +49,9 @@ SHAPES: tuple[Shape, ...] = (
     Shape(3, 1, 4, 3, True),
 )
 
+# Two of them for quick plans: identity values, and several heads with values, both long enough for a covariance.
+FEW_SHAPES: tuple[Shape, ...] = (Shape(1, 2, 2, 5, False), Shape(2, 2, 3, 6, True))
+
 KINDS: tuple[str, ...] = (
     "gaussian",
     "ties",

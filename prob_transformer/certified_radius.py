@@ -1,0 +1,96 @@
+"""How far an embedding may move before it can meet the degeneracy boundary: a proven lower bound.
+
+The past and the parameters are held fixed; only u_i moves, and J_i(u) = I - sum_h M^h(u) with it. With values v_s,
+logit gradients g_s = A_h^T u_s, their diameters D_v, D_g over the past, and c = sqrt(|Cov_alpha(v)| |Cov_alpha(g)|) at
+u_i, for every u at distance t from u_i
+
+    |M^h(u)|          <= min( D_v D_g / 4,    c exp(t D_g) )
+    |M^h(u) - M^h(u_i)| <= integral_0^t min( D_v D_g^2 / 8,  c D_g exp(s D_g) ) ds
+
+det J = 0 needs sum_h |M^h| >= 1 and sum_h |M^h(u) - M^h(u_i)| >= sigma_min(J_i). The radius is the larger of the two
+distances up to which one of these is excluded, and infinite where theory section 3 excludes both everywhere. Proof: docs/claims/certified-radius.md.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from prob_transformer._validation import require_embeddings
+from prob_transformer.attention import Attention, Past, attention_weights, weighted_covariance
+from prob_transformer.change_of_variables import jacobian_block_at, over_positions
+
+# Halvings of the interval that holds the radius; the lower end is returned.
+_HALVINGS = 60
+
+
+def _diameter(points: Float[Array, "n d"], visible: Bool[Array, " n"]) -> Float[Array, ""]:
+    """The largest distance of two visible points, 0 for fewer than two."""
+    distances = jnp.linalg.norm(points[:, None] - points, axis=-1)
+    return jnp.where(visible[:, None] & visible, distances, 0.0).max()
+
+
+def _last_below(
+    bound: Callable[[Float[Array, ""]], Float[Array, ""]], limit: Float[Array, ""] | float, farthest: Float[Array, ""]
+) -> Float[Array, ""]:
+    """A t with bound(t) <= limit, as large as `_HALVINGS` find, for an increasing bound that passes it by `farthest`."""
+
+    def halve(_, ends):
+        low, high = ends
+        middle = 0.5 * (low + high)
+        inside = bound(middle) <= limit
+        return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+
+    return jax.lax.fori_loop(0, _HALVINGS, halve, (jnp.zeros_like(farthest), farthest))[0]
+
+
+def certified_radius_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, ""]:
+    """The certified radius of one position given its past; the bounds of the module docstring."""
+    weights = attention_weights(attention, past, embedding)
+    gradients = jnp.einsum("hpd,hsp->hsd", attention.query, past.keys) / math.sqrt(attention.head_size)
+    value_diameter, reach = (jax.vmap(_diameter, (0, None))(x, past.visible) for x in (past.values, gradients))
+    spectral_norm = jax.vmap(lambda w, x: jnp.linalg.norm(weighted_covariance(w, x, x), ord=2))
+    # A weight that underflowed is not zero: what it may hide is added back, or c = 0 would certify everything.
+    hidden = weights.shape[-1] * jnp.finfo(weights.dtype).tiny
+    value_variance = spectral_norm(weights, past.values) + hidden * value_diameter**2
+    gradient_variance = spectral_norm(weights, gradients) + hidden * reach**2
+    product = jnp.sqrt(value_variance) * jnp.sqrt(gradient_variance)
+    smallest = jnp.linalg.svd(jacobian_block_at(attention, past, embedding), compute_uv=False)[-1]
+
+    # Heads with a diameter of 0 have M = 0 wherever u goes: they get harmless numbers, and count for nothing.
+    moves = (value_diameter > 0) & (reach > 0)
+    spread, reach, product = (jnp.where(moves, x, 1.0) for x in (value_diameter, reach, product))
+    largest, steepest = spread * reach / 4, spread * reach**2 / 8
+    saturated = jnp.log(jnp.maximum(largest / product, 1.0)) / reach
+    turning = jnp.log(jnp.maximum(spread * reach / (8 * product), 1.0)) / reach
+
+    def norm_bound(t):
+        growing = product * jnp.exp(jnp.minimum(t, saturated) * reach)
+        return jnp.where(moves, jnp.where(t < saturated, growing, largest), 0.0).sum()
+
+    def change_bound(t):
+        grown = product * jnp.expm1(jnp.minimum(t, turning) * reach)
+        return jnp.where(moves, grown + steepest * jnp.maximum(t - turning, 0.0), 0.0).sum()
+
+    by_norm = _last_below(norm_bound, 1.0, jnp.where(moves, saturated, 0.0).max())
+    farthest = jnp.where(moves, turning + smallest / steepest, jnp.inf).min()
+    by_change = _last_below(change_bound, smallest, jnp.where(moves.any(), farthest, 0.0))
+    never = jnp.where(moves, largest, 0.0).sum() < 1
+    if attention.value is None:
+        # Identity values and x^T A x <= 0: det J >= 1 everywhere (docs/claims/safe-region.md).
+        interaction = attention.interaction[0]
+        never |= jnp.linalg.eigvalsh(interaction + interaction.T)[-1] <= 0
+    return jnp.where(never, jnp.inf, jnp.maximum(by_norm, by_change))
+
+
+def certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n"]:
+    """Lower bound of the distance from u_i to the nearest u with det J_i(u) = 0, at every position (..., n).
+
+    inf where it is proven that no u reaches the boundary: at the first two positions, where sum_h D_v D_g / 4 < 1
+    (Popoviciu), for identity values where A + A^T is negative semidefinite. 0 on the boundary itself. In the unit of the embeddings. A bound in exact arithmetic, computed in that of the embeddings.
+    Raises as `residual_and_log_det`. Equation: module docstring; ours, theory section 4 asks for it.
+    """
+    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    return over_positions(certified_radius_at, attention, embeddings)

@@ -1,0 +1,219 @@
+"""Plausible mistakes in the library's source, each of which at least one check has to notice.
+
+A mistake is a list of replacements: a file of `prob_transformer`, lines as they are, lines as they would be.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A name, and what to replace by what in which file; every old text occurs exactly once in its file."""
+
+    name: str
+    replacements: tuple[tuple[str, str, str], ...]
+
+
+def _mistake(name: str, file: str, old: str, new: str, *more: tuple[str, str]) -> Mistake:
+    return Mistake(name, ((file, old, new), *((file, other_old, other_new) for other_old, other_new in more)))
+
+
+_ATTENTION, _CHANGE, _PROCESS = "attention.py", "change_of_variables.py", "process.py"
+_MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margin.py", "certified_radius.py", "objective.py", "token_model.py"
+
+MISTAKES: tuple[Mistake, ...] = (
+    # attention
+    _mistake(
+        "self-inclusion",
+        _ATTENTION,
+        "jnp.tril(jnp.ones((length, length), bool), k=-1)",
+        "jnp.tril(jnp.ones((length, length), bool), k=0)",
+    ),
+    _mistake(
+        "off-by-one mask",
+        _ATTENTION,
+        "jnp.tril(jnp.ones((length, length), bool), k=-1)",
+        "jnp.tril(jnp.ones((length, length), bool), k=-2)",
+    ),
+    _mistake(
+        "future seen", _ATTENTION, "jnp.tril(jnp.ones((length, length), bool), k=-1)", "~jnp.eye(length, dtype=bool)"
+    ),
+    _mistake(
+        "1/sqrt(p) missing in the logits",
+        _ATTENTION,
+        "queries, past.keys) / math.sqrt(attention.head_size)",
+        "queries, past.keys)",
+    ),
+    _mistake(
+        "A transposed: query and key swapped in the logits",
+        _ATTENTION,
+        'keys = jnp.einsum("hpd,sd->hsp", attention.key, embeddings)',
+        'keys = jnp.einsum("hpd,sd->hsp", attention.query, embeddings)',
+        ("queries = attention.query @ embedding", "queries = attention.key @ embedding"),
+    ),
+    _mistake("values ignored", _ATTENTION, "identity = attention.value is None", "identity = True"),
+    _mistake(
+        "values seen through the keys",
+        _ATTENTION,
+        "stacked_query = attention.query.reshape",
+        "stacked_query = attention.key.reshape",
+    ),
+    _mistake(
+        "softmax without its largest logit",
+        _ATTENTION,
+        "jnp.where(past.visible.any(), largest, 0.0)",
+        "0.0 * jnp.where(past.visible.any(), largest, 0.0)",
+    ),
+    _mistake(
+        "gradient of masked positions taken",
+        _ATTENTION,
+        "exponent = jnp.where(past.visible, logits - largest, 0.0)",
+        "exponent = logits - largest",
+    ),
+    _mistake(
+        "moments not centred",
+        _ATTENTION,
+        "centred_x = x - weighted_mean(weights, x)",
+        "centred_x = x",
+        ("centred_y = y - weighted_mean(weights, y)", "centred_y = y"),
+    ),
+    _mistake(
+        "biased covariance, n / (n - 1)",
+        _ATTENTION,
+        'jnp.einsum("s,sa,sb->ab", weights, centred_x, centred_y)',
+        'jnp.einsum("s,sa,sb->ab", weights, centred_x, centred_y) * len(x) / (len(x) - 0.99)',
+    ),
+    _mistake(
+        "unweighted covariance",
+        _ATTENTION,
+        'jnp.einsum("s,sa,sb->ab", weights, centred_x, centred_y)',
+        'jnp.einsum("s,sa,sb->ab", weights > 0, centred_x, centred_y) / jnp.maximum((weights > 0).sum(), 1)',
+    ),
+    # change of variables
+    _mistake(
+        "sign of the log-determinant",
+        _CHANGE,
+        "return ResidualAndLogDet(residual, sign, log_det)",
+        "return ResidualAndLogDet(residual, sign, -log_det)",
+    ),
+    _mistake(
+        "derivative of the weights dropped",
+        _CHANGE,
+        "rank, dtype=low_rank.dtype) - low_rank",
+        "rank, dtype=low_rank.dtype) - 0 * low_rank",
+    ),
+    _mistake("J = I + M", _CHANGE, "rank, dtype=low_rank.dtype) - low_rank", "rank, dtype=low_rank.dtype) + low_rank"),
+    _mistake(
+        "1/sqrt(p) missing in the derivative",
+        _CHANGE,
+        "past.query_values, past.keys) / math.sqrt(attention.head_size)",
+        "past.query_values, past.keys)",
+    ),
+    _mistake(
+        "heads one by one",
+        _CHANGE,
+        "low_rank = jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)",
+        "low_rank = jnp.moveaxis(blocks, 0, 1).reshape(rank, rank) * jnp.kron(jnp.eye(attention.heads), jnp.ones((attention.head_size, attention.head_size)))",
+    ),
+    _mistake(
+        "heads in the wrong axis",
+        _CHANGE,
+        "jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)",
+        "blocks.reshape(rank, rank)",
+    ),
+    _mistake(
+        "sign of the determinant lost",
+        _CHANGE,
+        "return ResidualAndLogDet(residual, sign, log_det)",
+        "return ResidualAndLogDet(residual, jnp.abs(sign), log_det)",
+    ),
+    _mistake(
+        "residual of the opposite sign of attention",
+        _CHANGE,
+        "residual = embedding - jnp.einsum",
+        "residual = embedding + jnp.einsum",
+    ),
+    _mistake("Jacobian block transposed", _CHANGE, "- covariances.sum(axis=0)", "- covariances.sum(axis=0).T"),
+    # process and transform
+    _mistake(
+        "first token with the noise of the others",
+        _PROCESS,
+        "is_first = jnp.arange(self.length) == 0",
+        "is_first = jnp.arange(self.length) < 0",
+    ),
+    _mistake(
+        "variance taken for a standard deviation", _PROCESS, "-0.5 * squared / scale**2", "-0.5 * squared / scale"
+    ),
+    _mistake(
+        "normalising constant of one dimension", _PROCESS, "residual.shape[-1] * (jnp.log(scale)", "1 * (jnp.log(scale)"
+    ),
+    _mistake(
+        "density without its log-determinant",
+        _PROCESS,
+        "return _normal_log_density(residual, self._scales()) + log_det",
+        "return _normal_log_density(residual, self._scales())",
+    ),
+    _mistake(
+        "cached extension with the prior of the first token",
+        _PROCESS,
+        "jnp.where(position == 0, self",
+        "jnp.where(position >= 0, self",
+    ),
+    _mistake("noise of unit size sampled", _PROCESS, "solve(noise * self._scales()[..., None])", "solve(noise)"),
+    _mistake(
+        "transform's log-determinant of the inverse",
+        "transform.py",
+        "return -residual_and_log_det(self.attention, y).log_det.sum(-1)",
+        "return residual_and_log_det(self.attention, y).log_det.sum(-1)",
+    ),
+    _mistake(
+        "explicit step instead of the implicit equation",
+        "transform.py",
+        "u = root_near(jax.lax.stop_gradient(guess), (attention, past, noise))",
+        "u = 2 * noise - residual_and_log_det_at(attention, past, noise).residual",
+    ),
+    # barrier, margin, radius
+    _mistake(
+        "barrier of the wrong sign",
+        "barrier.py",
+        "return -residual_and_log_det(attention, embeddings).log_det",
+        "return residual_and_log_det(attention, embeddings).log_det",
+    ),
+    _mistake(
+        "largest instead of smallest singular value", _MARGIN, "compute_uv=False)[..., -1]", "compute_uv=False)[..., 0]"
+    ),
+    _mistake(
+        "determinant margin without its sign", _MARGIN, "return sign * jnp.exp(log_det)", "return jnp.exp(log_det)"
+    ),
+    _mistake("support tokens farthest first", _MARGIN, "jnp.argsort(jnp.abs(margins)", "jnp.argsort(-jnp.abs(margins)"),
+    _mistake("radius with a third of the steepness", _RADIUS, "spread * reach**2 / 8", "spread * reach**2 / 24"),
+    _mistake(
+        "radius without the growth of the variance",
+        _RADIUS,
+        "product * jnp.expm1(jnp.minimum(t, turning) * reach)",
+        "product * jnp.minimum(t, turning) * reach",
+    ),
+    # objectives
+    _mistake(
+        "barrier weight times the mean",
+        _TOKENS,
+        "barrier(attention, embeddings).sum(-1))",
+        "barrier(attention, embeddings).mean(-1))",
+    ),
+    _mistake("barrier rewarded in the model", _TOKENS, '"barrier", -barrier_weight', '"barrier", barrier_weight'),
+    _mistake(
+        "full objective without the density's log-determinant", _OBJECTIVE, "+ constants - log_det)", "+ constants)"
+    ),
+    _mistake(
+        "weight prior with a squared scale",
+        _OBJECTIVE,
+        "jstats.norm.logpdf(leaf, 0.0, scale)",
+        "jstats.norm.logpdf(leaf, 0.0, scale**2)",
+    ),
+    _mistake(
+        "cross-entropy averaged in the objective",
+        _OBJECTIVE,
+        "tokens[..., None], axis=-1).sum()",
+        "tokens[..., None], axis=-1).mean()",
+    ),
+)
