@@ -8,7 +8,8 @@ u_i, for every u at distance t from u_i
     |M^h(u) - M^h(u_i)| <= integral_0^t min( D_v D_g^2 / 8,  c D_g exp(s D_g) ) ds
 
 det J = 0 needs sum_h |M^h| >= 1 and sum_h |M^h(u) - M^h(u_i)| >= sigma_min(J_i). The radius is the larger of the two
-distances up to which one of these is excluded, and infinite where theory section 3 excludes both everywhere. Proof: docs/claims/certified-radius.md.
+distances up to which one of these is excluded, and infinite where theory section 3 excludes both everywhere.
+Proof: docs/claims/certified-radius.md.
 """
 
 import math
@@ -35,7 +36,7 @@ def _diameter(points: Float[Array, "n d"], visible: Bool[Array, " n"]) -> Float[
 def _last_below(
     bound: Callable[[Float[Array, ""]], Float[Array, ""]], limit: Float[Array, ""] | float, farthest: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """A t with bound(t) <= limit, as large as `_HALVINGS` find, for an increasing bound that passes it by `farthest`."""
+    """The largest t found with bound(t) <= limit, for an increasing bound that passes the limit by `farthest`."""
 
     def halve(_, ends):
         low, high = ends
@@ -89,7 +90,8 @@ def certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) 
     """Lower bound of the distance from u_i to the nearest u with det J_i(u) = 0, at every position (..., n).
 
     inf where it is proven that no u reaches the boundary: at the first two positions, where sum_h D_v D_g / 4 < 1
-    (Popoviciu), for identity values where A + A^T is negative semidefinite. 0 on the boundary itself. In the unit of the embeddings. A bound in exact arithmetic, computed in that of the embeddings.
+    (Popoviciu), for identity values where A + A^T is negative semidefinite. 0 on the boundary itself. In the unit of
+    the embeddings; a bound in exact arithmetic, computed in that of the embeddings.
     Raises as `residual_and_log_det`. Equation: module docstring; ours, theory section 4 asks for it.
     """
     embeddings = require_embeddings("embeddings", embeddings, attention.width)

@@ -67,6 +67,14 @@ def test_weights_that_underflow_stay_finite_with_finite_gradients():
     assert largest(jnp.array([1e3])) == 1.0
 
 
+def test_logits_far_below_zero_beside_a_hidden_row_keep_their_weights():
+    # exp(-1000) is 0: the largest visible logit must be taken out first, and the hidden row's 0 must not count as one.
+    attention = Attention(jnp.full((1, 1, 1), 1e3), jnp.ones((1, 1, 1)))
+    past = Past.of(attention, jnp.array([[-1.0], [-1.001], [0.0]]), jnp.array([True, True, False]))
+    weights = attention_weights(attention, past, jnp.ones(1))[0]
+    np.testing.assert_allclose(weights, [*softmax([-1000.0, -1001.0]), 0.0], rtol=1e-12)
+
+
 def test_hidden_rows_change_nothing_not_even_when_huge():
     rng = np.random.default_rng(3)
     attention, embeddings = random_attention(rng), rng.normal(size=(4, 4))
@@ -126,6 +134,17 @@ def test_attention_is_a_pytree():
     np.testing.assert_allclose(norms[1], 4 * norms[0], rtol=1e-12)
 
 
+def test_sizes_are_read_from_the_shapes():
+    attention = random_attention(np.random.default_rng(8), heads=2, size=3, width=4)
+    assert (attention.heads, attention.head_size, attention.width) == (2, 3, 4)
+
+
+def test_an_empty_cache_has_the_dtype_of_the_attention_or_the_wider_one_asked_for():
+    attention = Attention(jnp.ones((1, 2, 2), jnp.float32), jnp.ones((1, 2, 2), jnp.float32))
+    assert Past.empty(attention, 3).values.dtype == jnp.float32
+    assert Past.empty(attention, 3, jnp.float64).values.dtype == jnp.float64
+
+
 def test_float32_stays_float32():
     attention = Attention(jnp.ones((1, 2, 2), jnp.float32), jnp.ones((1, 2, 2), jnp.float32))
     past = Past.of(attention, jnp.ones((3, 2), jnp.float32))
@@ -137,11 +156,17 @@ def test_float32_stays_float32():
     [
         ({"query": np.ones((2, 3)), "key": np.ones((2, 3))}, r"query: has shape \(2, 3\); pass \(H, p, d\)"),
         ({"query": np.ones((1, 0, 3)), "key": np.ones((1, 0, 3))}, "query: has shape"),
+        ({"query": np.ones((1, 2, 3, 4)), "key": np.ones((1, 2, 3, 4))}, r"query: has shape \(1, 2, 3, 4\)"),
+        ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 1, 3))}, r"key: has shape \(1, 1, 3\); pass the shape"),
         ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 3, 3))}, r"key: has shape \(1, 3, 3\); pass the shape"),
         ({"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3))}, "value: is None with H = 2 heads"),
         (
             {"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3)), "value": np.ones((1, 3, 3))},
             r"value: has shape \(1, 3, 3\); pass \(H, d, d\)",
+        ),
+        (
+            {"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3)), "value": np.ones((3, 3, 3))},
+            r"value: has shape \(3, 3, 3\); pass \(H, d, d\)",
         ),
         ({"query": np.full((1, 2, 3), np.nan), "key": np.ones((1, 2, 3))}, "query: contains NaN or inf"),
         ({"query": np.ones((1, 2, 3)), "key": np.full((1, 2, 3), np.inf)}, "key: contains NaN or inf"),

@@ -68,16 +68,37 @@ def test_support_tokens_have_the_largest_barriers():
         np.testing.assert_array_equal(heights[found.positions], np.sort(heights)[:-3:-1])
 
 
-def test_carriers_are_the_shares_of_the_weighted_variance():
-    query, key, _, embeddings = draw(4, (1, 2, 3, 5, False), scale=1.2)
-    found = support_tokens(Attention(query, key), embeddings, 5)
+@pytest.mark.parametrize("shape", [(1, 2, 3, 5, False), (2, 2, 3, 5, True)])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_carriers_are_the_shares_of_the_weighted_variance(shape, size):
+    query, key, value, embeddings = draw(4, shape, scale=1.2)
+    embeddings = size * embeddings
+    found = support_tokens(Attention(query, key, value), embeddings, 5)
     for rank, i in enumerate(found.positions.tolist()):
         shares = np.zeros(5)
         if i > 1:
-            weights = softmax(embeddings[:i] @ key[0].T @ (query[0] @ embeddings[i]) / np.sqrt(2))
-            spread = weights * np.sum((embeddings[:i] - weights @ embeddings[:i]) ** 2, axis=1)
-            shares[:i] = spread / spread.sum()
+            for h in range(shape[0]):
+                weights = softmax(embeddings[:i] @ key[h].T @ (query[h] @ embeddings[i]) / np.sqrt(2))
+                values = embeddings[:i] if value is None else embeddings[:i] @ value[h].T
+                shares[:i] += weights * np.sum((values - weights @ values) ** 2, axis=1)
+            shares /= shares.sum()
         np.testing.assert_allclose(found.carriers[rank], shares, atol=1e-13)
+
+
+def test_ties_go_to_the_earlier_position_in_long_sequences_too():
+    # Zero interaction makes all 200 margins 1; a sort that is not stable keeps the order of short sequences only.
+    attention = Attention(np.zeros((1, 1, 1)), np.ones((1, 1, 1)))
+    found = support_tokens(attention, np.random.default_rng(0).normal(size=(200, 1)), 200)
+    assert found.positions.tolist() == list(range(200))
+
+
+def test_as_many_support_tokens_as_positions_exist_in_a_batch_and_no_more():
+    # More positions than sequences and than coordinates, so that n cannot be taken for either.
+    attention, _, _ = case(0)
+    batch = np.random.default_rng(0).normal(size=(2, 6, 3))
+    assert np.sort(support_tokens(attention, batch, 6).positions).tolist() == [list(range(6))] * 2
+    with pytest.raises(ValueError, match="k: got 7; pass at most n = 6"):
+        support_tokens(attention, batch, 7)
 
 
 def test_batches_and_jit():
@@ -101,6 +122,7 @@ def test_without_interaction_every_margin_is_one():
     ("call", "message"),
     [
         (lambda a, u: stability_margin(a, u, "norm"), "kind: got 'norm'; pass one of determinant, conditioning"),
+        (lambda a, u: stability_margin(a, u, "barrier"), "kind: got 'barrier'"),
         (lambda a, u: support_tokens(a, u, 0), "k: got 0; pass an integer of at least 1"),
         (lambda a, u: support_tokens(a, u, 7), "k: got 7; pass at most n = 6"),
         (lambda a, u: support_tokens(a, u, True), "k: got True"),

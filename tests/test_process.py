@@ -37,6 +37,13 @@ def test_without_interaction_the_law_is_scipys_multivariate_normal():
     np.testing.assert_allclose(np.cov(draws.T), truth.cov, atol=0.2)
 
 
+def test_the_default_scales_are_one():
+    value = np.random.default_rng(5).normal(size=(3, 3))
+    noise = np.stack([value[0], value[1] - value[0], value[2] - value[:2].mean(0)])
+    log_prob = EmbeddingProcess(ZERO, 3).position_log_prob(value)
+    np.testing.assert_allclose(log_prob, norm.logpdf(noise).sum(1), rtol=1e-12)
+
+
 def test_log_prob_is_the_noise_density_plus_the_autodiff_log_determinant():
     for seed in range(5):
         query, key, value, embeddings = draw(seed, (2, 2, 3, 5, True))
@@ -177,13 +184,23 @@ def test_gradients_of_the_log_density_match_finite_differences():
         (lambda: EmbeddingProcess(ZERO, 3, noise_scale=-1.0), "noise_scale: got -1.0"),
         (lambda: EmbeddingProcess(ZERO, 3, first_scale=np.nan), "first_scale: contains NaN or inf"),
         (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.ones((3, 2))), r"value: has shape \(3, 2\)"),
+        (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.ones((4, 3))), r"value: has shape \(4, 3\)"),
         (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.full((3, 3), np.nan)), "embeddings: contains NaN or inf"),
         (lambda: EmbeddingProcess(ZERO, 3).sample(None), "key: got None"),
-        (lambda: EmbeddingProcess(ZERO, 3).extend(EmbeddingProcess(ZERO, 4).empty_past(), np.ones(3)), "past: holds"),
-        (
-            lambda: EmbeddingProcess(ZERO, 3).extend(EmbeddingProcess(ZERO, 3).empty_past(), np.ones(2)),
-            "embedding: has",
-        ),
+        *[
+            (
+                lambda n=n: EmbeddingProcess(ZERO, 3).extend(EmbeddingProcess(ZERO, n).empty_past(), np.ones(3)),
+                rf"past: holds \({n},\) positions",
+            )
+            for n in (2, 4)
+        ],
+        *[
+            (
+                lambda d=d: EmbeddingProcess(ZERO, 3).extend(EmbeddingProcess(ZERO, 3).empty_past(), np.ones(d)),
+                rf"embedding: has shape \({d},\)",
+            )
+            for d in (2, 4)
+        ],
     ],
 )
 def test_bad_input_is_refused_by_name(build, message):
@@ -200,6 +217,21 @@ def test_a_full_cache_is_refused_eagerly_and_inside_jit():
         process.extend(past, np.ones(3))
     with pytest.raises(Exception, match="past: is full"):
         jax.block_until_ready(jax.jit(process.extend)(past, np.ones(3)))
+
+
+def test_a_full_cache_longer_than_pythons_cached_integers_is_refused():
+    process = EmbeddingProcess(ZERO, 300)
+    with pytest.raises(ValueError, match="past: is full"):
+        process.extend(process.empty_past().seen_by(jnp.ones(300, bool)), np.ones(3))
+
+
+def test_inside_jit_numpyros_validation_gives_values_outside_the_support_no_density():
+    # Eagerly such values are refused by name; a traced value cannot be looked at.
+    process = EmbeddingProcess(ZERO, 3, validate_args=True)
+    values = np.zeros((2, 3, 3))
+    values[1, 2, 0] = np.inf
+    log_prob = jax.jit(process.log_prob)(values)
+    np.testing.assert_allclose(log_prob, [9 * norm.logpdf(0.0), -np.inf], rtol=1e-12)
 
 
 def test_an_expanded_process_broadcasts():

@@ -1,6 +1,5 @@
 """Claim: the certified radius never exceeds the distance from an embedding to the degeneracy boundary."""
 
-
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -131,21 +130,23 @@ CHECK = Check(
     id="certified-radius",
     claim="a proven lower bound of the distance to the boundary",
     statement=(
-        "det J_i(u) has the sign of det J_i(u_i) for |u - u_i| < r, with r the larger solution of sum_h min(D_v D_g / 4, c "
-        "exp(r D_g)) = 1 and sum_h int_0^r min(D_v D_g^2 / 8, c D_g exp(t D_g)) dt = sigma_min(J_i), c = sqrt(|Cov(v)| "
-        "|Cov(g)|)."
+        "det J_i(u) has the sign of det J_i(u_i) for |u - u_i| < r, with r the larger solution of sum_h min(D_v D_g"
+        " / 4, c exp(r D_g)) = 1 and sum_h int_0^r min(D_v D_g^2 / 8, c D_g exp(t D_g)) dt = sigma_min(J_i), c = "
+        "sqrt(|Cov(v)| |Cov(g)|)."
     ),
     mark="ours",
     regime=(
-        "Every past, parameters and u_i: strengths 0.3 to 30, d = 1 to 3, one and two heads, with ties, near-duplicates, "
-        "collinear tokens and one-hot weights, float64 and float32."
+        "Every past, parameters and u_i: strengths 0.3 to 30, d = 1 to 3, one and two heads, with ties, "
+        "near-duplicates, collinear tokens and one-hot weights, float64 and float32."
     ),
     counterexample=(
-        "The linearised distance |det J| / |gradient of det J| is an estimate and no bound: the share of cases where it "
-        "exceeds the distance found by more than 1 %."
+        "The linearised distance |det J| / |gradient of det J| is an estimate and no bound: the share of cases "
+        "where it exceeds the distance found by more than 1 %."
     ),
     tolerance=TOLERANCE,
-    tolerance_reason="A proven inequality: 1, and 1e-9 for rounding (1e-3 in float32). A search only finds too large a distance.",
+    tolerance_reason=(
+        "A proven inequality: 1, and 1e-9 for rounding (1e-3 in float32). A search only finds too large a distance."
+    ),
     figure_name="largest radius over distance found",
     run=run,
 )

@@ -162,13 +162,14 @@ CHECK = Check(
     statement="sum_i log|det J_i| = log|det d(e_1..n)/d(u_1..n)|, with J_i = I - sum_h V_h Sigma^h_i A_h.",
     mark="derived",
     regime=(
-        "Every attention with s < i. The raw error is held to the tolerance where kappa (theory_checks/rounding.py) is "
-        "at most 1e6 in float64 and 5e2 in float32; beyond, the error times that limit over kappa is, until "
+        "Every attention with s < i. The raw error is held to the tolerance where kappa (theory_checks/rounding.py)"
+        " is at most 1e6 in float64 and 5e2 in float32; beyond, the error times that limit over kappa is, until "
         "kappa eps > 0.05."
     ),
     counterexample=(
         "Without the derivative of the weights every J_i is I and the log-determinant 0: the median error is the "
-        "median |log det|. With self-attention (s <= i, identity values) e_1 = 0 and the whole Jacobian is singular."
+        "median |log det|. With self-attention (s <= i, identity values) e_1 = 0 and the whole Jacobian is "
+        "singular."
     ),
     tolerance=TOLERANCE["float64"],
     tolerance_reason="Required: 1e-9 in float64, 1e-4 in float32 (float32 library against float64 autodiff).",

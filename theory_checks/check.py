@@ -144,7 +144,9 @@ class Worst:
 def for_each_drawn(
     strategy: st.SearchStrategy[Any], count: int, body: Callable[[Any], None], draw_seed: int = 0
 ) -> None:
-    """Call `body` on `count` examples of the strategy, the same ones for the same seed.
+    """Call `body` on `count` examples of the strategy, the same ones for the same seed and source.
+
+    Hypothesis also tries constants that it finds in the source, so an edit may change what is drawn.
 
     Nothing is shrunk: a check records its worst case and is judged by it, rather than stopping at the first failure.
     """

@@ -52,8 +52,8 @@ def approach(margin: Any, seed: int) -> list[dict[str, float]]:
         def scaled(strength: float, case: Case = case) -> Case:
             return replace(case, query=strength * case.query)
 
-        def determinant(strength: float) -> float:
-            return float(determinants(scaled(strength), case.embeddings[-1:])[0])
+        def determinant(strength: float, case: Case = case) -> float:
+            return float(determinants(scaled(strength, case), case.embeddings[-1:])[0])
 
         grid = np.geomspace(1e-2, 1e3, 400)
         signs = np.sign([determinant(strength) for strength in grid])
@@ -142,14 +142,14 @@ CHECK = Check(
     id="conditioning",
     claim="noise is amplified by 1 / sigma_min(J_i)",
     statement=(
-        "max over small delta of |u(eps + delta) - u(eps)| / |delta| = 1 / sigma_min(J_i) at position i: without limit as "
-        "det J_i -> 0, and at most 1 / (1 - c) where c = sum_h |V_h| |A_h| diam^2 / 4 < 1."
+        "max over small delta of |u(eps + delta) - u(eps)| / |delta| = 1 / sigma_min(J_i) at position i: without "
+        "limit as det J_i -> 0, and at most 1 / (1 - c) where c = sum_h |V_h| |A_h| diam^2 / 4 < 1."
     ),
     mark="paper",
     regime=(
-        "Every attention: measured by solving e(u) = eps for noise moved both ways, where sigma_min > 0.01 (closer, only the "
-        "margin itself is compared); towards the boundary down to 1e-4 of the strength at which it is met. The paper says "
-        "ill-conditioned; the factor and the bound are derived here."
+        "Every attention: measured by solving e(u) = eps for noise moved both ways, where sigma_min > 0.01 (closer,"
+        " only the margin itself is compared); towards the boundary down to 1e-4 of the strength at which it is "
+        "met. The paper says ill-conditioned; the factor and the bound are derived here."
     ),
     counterexample="1 / |det J_i| is not the amplification for d > 1: the median relative error.",
     tolerance=TOLERANCE,

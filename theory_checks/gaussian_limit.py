@@ -1,8 +1,10 @@
 """Claim: without interaction the process is a multivariate normal, and without noise it is deterministic attention."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -33,14 +35,15 @@ def vanishing_noise(seed: int) -> dict[str, Any]:
     """How fast embeddings tend to deterministic attention as sigma -> 0, and to the linear law around it."""
     case = make_case(FEW_SHAPES[0], "gaussian", seed)
     # A negative semidefinite with identity values: a probability law at every sigma.
-    attention = Attention(-case.query, case.query)
+    query = jnp.asarray(case.query)
+    attention = Attention(-query, query)
     rng = np.random.default_rng(seed)
     first, directions = case.embeddings[0], rng.normal(size=case.embeddings.shape)
     directions[0] = 0.0
     fixed = np.zeros_like(directions)
     fixed[0] = first
     noise = np.stack([fixed, *(fixed + scale * directions for scale in SCALES)])
-    solved = np.asarray(CausalAttentionTransform(attention)(noise))
+    solved = np.asarray(CausalAttentionTransform(attention)(jnp.asarray(noise)))
     limit, moved = solved[0], solved[1:]
 
     def residual(embeddings: Any) -> jax.Array:
@@ -97,9 +100,9 @@ def run(plan: Plan) -> Outcome:
     # The solver compiles for seconds: a quick plan looks at the density alone.
     for index, shape in enumerate(plan.pick(FEW_SHAPES, ())):
         case = make_case(shape, "gaussian", plan.seed + index)
-        attention = Attention(0 * case.query, case.key, case.value)
+        attention = replace(case, query=0 * case.query).attention
         expected = np.linalg.solve(averaging(case), case.embeddings.ravel()).reshape(case.embeddings.shape)
-        solved = np.asarray(CausalAttentionTransform(attention)(case.embeddings))
+        solved = np.asarray(CausalAttentionTransform(attention)(jnp.asarray(case.embeddings)))
         mapped.see(np.abs(solved - expected).max() / (1 + np.abs(expected).max()), case)
     limit = {} if plan.quick else vanishing_noise(plan.seed)
     rates_hold = plan.quick or (
@@ -129,17 +132,19 @@ CHECK = Check(
     id="gaussian-limit",
     claim="A = 0 is a multivariate normal, sigma -> 0 deterministic attention",
     statement=(
-        "For A = 0, u ~ N(0, B^-1 D B^-T) with B = I - (uniform average over the strict past) x V. For sigma -> 0 with u_1 "
-        "fixed, |u(sigma z) - u(0)| = O(sigma) and |u(sigma z) - u(0) - sigma (de/du)^-1 z| = O(sigma^2)."
+        "For A = 0, u ~ N(0, B^-1 D B^-T) with B = I - (uniform average over the strict past) x V. For sigma -> 0 "
+        "with u_1 fixed, |u(sigma z) - u(0)| = O(sigma) and |u(sigma z) - u(0) - sigma (de/du)^-1 z| = O(sigma^2)."
     ),
     mark="derived",
     regime=(
-        "A = 0: every value map, number of heads and scales 0.1 to 3. sigma -> 0: det J > 0 everywhere, sigma from 0.03 to "
-        "1e-4. The analogy with probabilistic PCA is the paper's, these two limits are derived here."
+        "A = 0: every value map, number of heads and scales 0.1 to 3. sigma -> 0: det J > 0 everywhere, sigma from "
+        "0.03 to 1e-4. The analogy with probabilistic PCA is the paper's, these two limits are derived here."
     ),
     counterexample="With A not 0 the law is not that normal: the median relative difference of log densities.",
     tolerance=TOLERANCE,
-    tolerance_reason="Rounding of an inverse and a Cholesky factor in float64; rates to 0.05, fitted over two and a half decades.",
+    tolerance_reason=(
+        "Rounding of an inverse and a Cholesky factor in float64; rates to 0.05, fitted over two and a half decades."
+    ),
     figure_name="largest error of log density or solution, relative to 1 + size",
     run=run,
 )

@@ -137,9 +137,9 @@ CHECK = Check(
     id="invariance",
     claim="scaling, rotation, later positions and the order of the past change nothing",
     statement=(
-        "u -> c u with A -> A / c^2 leaves every log|det J_i| and sigma_min(J_i) and shifts log p(u_i | u_<i) by -d log c when "
-        "the scales grow by c; u -> Q u with W Q^T and Q V Q^T leaves all three; u_j moves nothing at i < j; position i "
-        "sees its past as a set."
+        "u -> c u with A -> A / c^2 leaves every log|det J_i| and sigma_min(J_i) and shifts log p(u_i | u_<i) by -d"
+        " log c when the scales grow by c; u -> Q u with W Q^T and Q V Q^T leaves all three; u_j moves nothing at i"
+        " < j; position i sees its past as a set."
     ),
     mark="derived",
     regime=(

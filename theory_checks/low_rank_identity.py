@@ -113,12 +113,12 @@ CHECK = Check(
     mark="derived",
     regime=(
         "Every attention, Hp below, at and above d, at every position with a past. The raw error is held to the "
-        "tolerance where kappa (theory_checks/rounding.py) is at most 1e6; beyond, the error times 1e6 over kappa is, "
-        "until kappa eps > 0.05."
+        "tolerance where kappa (theory_checks/rounding.py) is at most 1e6; beyond, the error times 1e6 over kappa "
+        "is, until kappa eps > 0.05."
     ),
     counterexample=(
-        "Ours: the product over heads of det(I - M^h), which drops the blocks between heads, is not the determinant "
-        "for H > 1: the median error over gaussian cases."
+        "Ours: the product over heads of det(I - M^h), which drops the blocks between heads, is not the determinant"
+        " for H > 1: the median error over gaussian cases."
     ),
     tolerance=TOLERANCE,
     tolerance_reason="Float64 rounding (2e-16) times kappa of at most 1e6, and a factor of 5 for the matrix size.",

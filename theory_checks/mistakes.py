@@ -113,7 +113,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "heads one by one",
         _CHANGE,
         "low_rank = jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)",
-        "low_rank = jnp.moveaxis(blocks, 0, 1).reshape(rank, rank) * jnp.kron(jnp.eye(attention.heads), jnp.ones((attention.head_size, attention.head_size)))",
+        "low_rank = jax.scipy.linalg.block_diag(*(b[h * b.shape[1] :][: b.shape[1]] for h, b in enumerate(blocks)))",
     ),
     _mistake(
         "heads in the wrong axis",

@@ -110,7 +110,7 @@ def _one_dimension(plan: Plan) -> tuple[list[dict[str, Any]], float]:
 def plane_attention(head_size: int, with_values: bool, strength: float) -> Attention:
     """One head in the plane with a symmetric positive semidefinite A, which crosses the boundary once strong enough."""
     query = np.sqrt(strength * np.sqrt(head_size)) * PLANE_QUERIES[None, :head_size]
-    return Attention(query, query, PLANE_VALUES[None] if with_values else None)
+    return Attention(jnp.asarray(query), jnp.asarray(query), jnp.asarray(PLANE_VALUES)[None] if with_values else None)
 
 
 def _attended(attention: Attention) -> NDArray[np.float64]:
@@ -148,7 +148,10 @@ def _two_dimensions(plan: Plan) -> tuple[list[dict[str, Any]], float, float]:
         values = _attended(attention)
         low, high = values.min(axis=0) - TAIL * NOISE_SCALE, values.max(axis=0) + TAIL * NOISE_SCALE
         (mass, signed), error, points = integrate(
-            functools.partial(density, attention, PLANE_PAST), low, high, tolerance=QUADRATURE_2D
+            functools.partial(density, attention, PLANE_PAST),
+            low,
+            high,
+            tolerance=QUADRATURE_2D,
         )
         row = {
             "head_size": head_size,
@@ -207,23 +210,23 @@ CHECK = Check(
     id="normalisation",
     claim="signed mass 1; mass of the density = expected number of roots",
     statement=(
-        "int N(e) det J du = 1, int N(e) |det J| du = E[number of roots u of e(u) = eps], for the next position given "
-        "its past."
+        "int N(e) det J du = 1, int N(e) |det J| du = E[number of roots u of e(u) = eps], for the next position "
+        "given its past."
     ),
     mark="derived",
     regime=(
-        "Every parameter value, on both sides of the boundary: d = 1 over a from -3 to 6, d = 2 over strengths from 0.3 to "
-        "3. Roots are counted without any derivative: on the line, also for d = 2 where the head size is 1, and on the "
-        "triangles of a grid for d = 2 with head size 2 (to 1e-5)."
+        "Every parameter value, on both sides of the boundary: d = 1 over a from -3 to 6, d = 2 over strengths from"
+        " 0.3 to 3. Roots are counted without any derivative: on the line, also for d = 2 where the head size is 1,"
+        " and on the triangles of a grid for d = 2 with head size 2 (to 1e-5)."
     ),
     counterexample=(
-        "Past the boundary the mass is not 1: d = 1, past (-1, 1, 0.3), sigma 0.5, a = 1.5 and a = 4, and in the plane. "
-        "The smaller excess over 1 of the two."
+        "Past the boundary the mass is not 1: d = 1, past (-1, 1, 0.3), sigma 0.5, a = 1.5 and a = 4, and in the "
+        "plane. The smaller excess over 1 of the two."
     ),
     tolerance=TOLERANCE,
     tolerance_reason=(
-        "Required; for d = 1 the estimated error of the quadrature is part of the figure, for d = 2 it is held to 1e-5, as "
-        "are roots counted on triangles."
+        "Required; for d = 1 the estimated error of the quadrature is part of the figure, for d = 2 it is held to "
+        "1e-5, as are roots counted on triangles."
     ),
     figure_name="largest difference of masses, or quadrature error for d = 1",
     run=run,

@@ -15,6 +15,9 @@ from scipy.special import ndtr
 
 # Nodes of a Gauss-Kronrod pair in one dimension: SciPy asks for the 15, and for them with the 7 to estimate the error.
 _KRONROD, _WITH_GAUSS = 15, 22
+# Subdivisions allowed, by dimension: several times what the density of a right process needs. A wrong one may jump
+# along a surface, where refining would go on for hours; its error then says that the tolerance was not reached.
+_SUBDIVISIONS = {1: 1000, 2: 800, 3: 100, 4: 40}
 # Points a call: compiled functions want one shape, and more at a time would not fit a cache.
 _BATCH = 4096
 
@@ -34,7 +37,7 @@ def integrate(
     *,
     tolerance: float = 1e-10,
     confirm: bool = True,
-    max_subdivisions: int = 10_000,
+    max_subdivisions: int | None = None,
 ) -> Integral:
     """Adaptive Gauss-Kronrod integral over the box [lower, upper] in D dimensions of a function (m, D) -> (m, k).
 
@@ -60,7 +63,12 @@ def integrate(
         return np.concatenate(outputs)
 
     def once(cut: float) -> Integral:
-        options = {"rule": "gk15", "rtol": 0.0, "atol": tolerance, "max_subdivisions": max_subdivisions}
+        options = {
+            "rule": "gk15",
+            "rtol": 0.0,
+            "atol": tolerance,
+            "max_subdivisions": max_subdivisions or _SUBDIVISIONS[low.size],
+        }
         found = cubature(in_batches, low, high, points=[low + cut * (high - low)] if cut else None, **options)
         return Integral(np.atleast_1d(found.estimate), np.atleast_1d(found.error), evaluated)
 

@@ -3,6 +3,7 @@
 A check that can fail does; a mistake that every check lets pass shows what none of them looks at.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -104,6 +105,28 @@ def run_mistakes(mistakes: Sequence[Mistake], only: Sequence[str], seed: int, jo
             pool.shutdown(cancel_futures=True)
 
 
+def fingerprint() -> str:
+    """Hash of everything that a verdict depends on here: the sources that are copied."""
+    digest = hashlib.sha256()
+    for package in _COPIED:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _finished(path: Path | None, mistakes: Sequence[Mistake], checks: tuple[str, ...], key: str) -> dict[str, Verdicts]:
+    """What an interrupted run of the same sources, checks and seed has left in `path`."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        same = report["key"] == key and tuple(report["checks"]) == checks
+        rows = {row["mistake"]: tuple(row["caught_by"]) for row in report["mistakes"]} if same else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {m.name: Verdicts(m, rows[m.name], checks) for m in mistakes if m.name in rows}
+
+
 def _to_json(found: Sequence[Verdicts]) -> list[dict[str, Any]]:
     return [
         {
@@ -136,13 +159,17 @@ def main(options: Namespace) -> int:
     mistakes = (CONTROL, *select_mistakes(options.mistake))
     configuration = {"only": options.only, "mistake": options.mistake, "jobs": options.jobs}
     record = provenance(options.seed, configuration)
-    found: dict[str, Verdicts] = {}
+    path = None if options.json in (None, STDOUT) else options.json
+    # A mistake takes the better part of a minute: what an interrupted run found is not found again.
+    key = f"{fingerprint()} seed {options.seed}"
+    found = _finished(path, mistakes, checks, key)
 
     def report() -> dict[str, Any]:
         ordered = [found[mistake.name] for mistake in mistakes if mistake.name in found]
         complete = len(ordered) == len(mistakes)
         return {
             "provenance": record,
+            "key": key,
             "checks": list(checks),
             "mistakes": _to_json(ordered),
             "complete": complete,
@@ -150,13 +177,14 @@ def main(options: Namespace) -> int:
         }
 
     with progress_bar() as progress:
-        task = progress.add_task(f"mistakes, {options.jobs} at a time", total=len(mistakes))
-        for verdicts in run_mistakes(mistakes, options.only, options.seed, options.jobs):
+        task = progress.add_task(f"mistakes, {options.jobs} at a time", total=len(mistakes), completed=len(found))
+        missing = [mistake for mistake in mistakes if mistake.name not in found]
+        for verdicts in run_mistakes(missing, options.only, options.seed, options.jobs):
             found[verdicts.mistake.name] = verdicts
             progress.advance(task)
             # Written after every mistake: an interrupted run keeps what it has found.
-            if options.json not in (None, STDOUT):
-                write_json(options.json, report())
+            if path is not None:
+                write_json(path, report())
     final = report()
     if options.json == STDOUT:
         print(json.dumps(final, indent=1))

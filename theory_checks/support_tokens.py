@@ -1,4 +1,4 @@
-"""Claim: along the central path the multipliers lambda / m_i settle on the support tokens, like dual variables of an SVM."""
+"""Claim: on the central path the multipliers lambda / m_i settle on the support tokens, as dual variables would."""
 
 from typing import Any
 
@@ -186,13 +186,13 @@ CHECK = Check(
     id="support-tokens",
     claim="multipliers of the central path concentrate on the support tokens",
     statement=(
-        "For A(lambda) = argmin |A - A*|^2 / 2 - lambda sum_i log m_i the multipliers lambda / m_i tend to those of min |A - "
-        "A*|^2 / 2 subject to m_i >= 0: zero, like lambda, off the positions of smallest margin."
+        "For A(lambda) = argmin |A - A*|^2 / 2 - lambda sum_i log m_i the multipliers lambda / m_i tend to those of"
+        " min |A - A*|^2 / 2 subject to m_i >= 0: zero, like lambda, off the positions of smallest margin."
     ),
     mark="paper",
     regime=(
-        "d = 2, identity values, eight fixed embeddings, A free and A* past the boundary; lambda from 1 to 1e-8. The analogy "
-        "with support vectors is the paper's; this form of it is derived here."
+        "d = 2, identity values, eight fixed embeddings, A free and A* past the boundary; lambda from 1 to 1e-8. "
+        "The analogy with support vectors is the paper's; this form of it is derived here."
     ),
     counterexample="As many positions at random carry their number's share of all multipliers, not all of them.",
     tolerance=TOLERANCE,

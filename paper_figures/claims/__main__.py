@@ -1,0 +1,66 @@
+"""`python -m paper_figures.claims`: the picture of every claim, from the saved results of the checks."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from models import cli
+from paper_figures import style
+from paper_figures.claims import (
+    boundedness,
+    certified_radius,
+    conditioning,
+    errors,
+    gaussian_limit,
+    kolmogorov,
+    normalisation,
+    sampler_law,
+    support_tokens,
+)
+
+PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "normalisation": normalisation.draw,
+    "kolmogorov": kolmogorov.draw,
+    "sampler-law": sampler_law.draw,
+    "gaussian-limit": gaussian_limit.draw,
+    "conditioning": conditioning.draw,
+    "certified-radius": certified_radius.draw,
+    "support-tokens": support_tokens.draw,
+    "boundedness": boundedness.draw,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m paper_figures.claims", description="Draw the claims.")
+    parser.add_argument("--json", type=Path, default=Path("results/theory_checks.json"), help="of the checks")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/figures/claims"), help="folder (default: %(default)s)"
+    )
+    options = parser.parse_args(argv)
+    try:
+        report = json.loads(options.json.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"--json: no results at {options.json}; run python -m theory_checks --json {options.json}."
+        ) from None
+    if report["provenance"]["configuration"].get("quick"):
+        raise ValueError(
+            f"--json: {options.json} is of quick checks, which have no pictures; run them without --quick."
+        )
+    with mpl.rc_context(style.RC):
+        for check in report["checks"]:
+            drawn = PICTURES.get(check["id"], errors.draw)(check)
+            with style.atomic_path(options.out / f"{check['id']}.png") as temporary:
+                drawn.savefig(temporary, metadata={"Software": None}, format="png")
+            plt.close(drawn)
+    print(f"{len(report['checks'])} pictures in {options.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
