@@ -1,6 +1,7 @@
 # The two commands: `make reproduce` and `make test`. Each makes its own environment from the lock file first.
 #   make reproduce [PROFILE=smoke|quick|full]     checks, training, figures, results/report.html
 #   make test                                     the test suite
+# For long nights: make test-deep [SEED=N], every drawn check on far more cases with a new seed each day.
 # Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13
 
 PROFILE ?= quick
@@ -11,16 +12,25 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: reproduce test lint types lock clean
+SEED ?= $(shell date +%Y%m%d)
+
+.PHONY: reproduce test test-deep lint types lock clean
 
 reproduce: $(INSTALLED)
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
 	$(RUN) -m models.char_gpt sweep --profile $(PROFILE) --out $(RESULTS)/runs/$(PROFILE)
 	$(RUN) -m paper_figures --runs $(RESULTS)/runs/$(PROFILE) --out $(RESULTS)/figures
+	$(RUN) -m paper_figures.claims --json $(RESULTS)/theory_checks.json --out $(RESULTS)/figures/claims
 	$(RUN) -m paper_figures.report --results $(RESULTS) --profile $(PROFILE)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2
+
+test-deep: $(INSTALLED)
+	$(RUN) -m theory_checks --seed $(SEED) --only finite --cases 100000 --json $(RESULTS)/deep/finite.json
+	$(RUN) -m theory_checks --seed $(SEED) --only change-of-variables --only low-rank-identity --only invariance \
+		--only conditioning --only safe-region --only certified-radius --only map-equivalence --cases 5000 \
+		--json $(RESULTS)/deep/theory_checks.json
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

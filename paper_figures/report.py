@@ -60,7 +60,7 @@ def _checks_section(checks: dict[str, Any]) -> str:
     return (
         f"<p>{stated} of {len(checks['checks'])} checks came out as stated: the claim holds to its tolerance where it "
         "should, and its counterexample fails. Marks: paper, said by the paper; derived, proved and checked here "
-        "(docs/theory.md).</p>" + _table(header, rows)
+        "(docs/claims, one page a claim); ours, our own addition.</p>" + _table(header, rows)
     )
 
 
@@ -178,8 +178,7 @@ barrier did to small models trained on real text. Background: arXiv 2602.22271 a
 <h2>4. What was run</h2>{_provenance_section(checks, runs)}
 <h2>5. What remains open</h2>
 <p>Whether the barrier is more than one more regulariser (no competitor was run here); whether the findings hold at larger
-size and with tuned weights; the remaining claims of the theory (conditioning, sampler law, Gaussian limit, support
-tokens on the central path, boundedness).</p>
+size and with tuned weights.</p>
 </body></html>
 """
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from scipy.special import softmax
 
 from prob_transformer.attention import (
@@ -123,6 +124,17 @@ def test_writing_one_position_equals_building_the_cache_at_once():
         past = past.write(attention, position, embeddings[position])
     for grown, whole in zip(jax.tree.leaves(past), jax.tree.leaves(Past.of(attention, embeddings)), strict=True):
         np.testing.assert_allclose(grown, whole, atol=1e-15)
+
+
+def test_writing_indexes_nothing_out_of_bounds():
+    # JAX clamps such an index without a word; checkify names it.
+    attention = random_attention(np.random.default_rng(9))
+    write = checkify.checkify(Past.empty(attention, 3).write, errors=checkify.index_checks)
+    for position in range(3):
+        error, _ = write(attention, position, jnp.ones(4))
+        error.throw()
+    error, _ = write(attention, 3, jnp.ones(4))
+    assert "out-of-bounds" in error.get()
 
 
 def test_attention_is_a_pytree():

@@ -97,10 +97,10 @@ def sabotage_page(report: dict[str, Any]) -> str:
     unharmed = "pass" if not report["mistakes"][0]["caught_by"] else "FAIL"
     record = report["provenance"]
     summary = (
-        f"`python -m theory_checks --sabotage`: {caught} of {len(rows)} mistakes are caught, each by at least one of the "
-        f"{len(report['checks'])} quick checks; on the library as it is they all {unharmed}. Seed {record['seed']}, Python "
-        f"{record['python']}, JAX {record['packages']['jax']}. Written by `python -m theory_checks.pages` from "
-        "[sabotage.json](../../results/reference/sabotage.json)."
+        f"`python -m theory_checks --sabotage`: {caught} of {len(rows)} mistakes are caught, each by at least one of "
+        f"the {len(report['checks'])} quick checks; on the library as it is they all {unharmed}. "
+        f"Seed {record['seed']}, Python {record['python']}, JAX {record['packages']['jax']}. "
+        "Written by `python -m theory_checks.pages` from [sabotage.json](../../results/reference/sabotage.json)."
     )
     return "\n".join(
         [

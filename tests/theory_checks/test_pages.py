@@ -30,13 +30,6 @@ def test_committed_pages_show_the_committed_results():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python -m theory_checks.pages"
 
 
-def test_committed_sabotage_was_complete_and_all_caught():
-    report = json.loads((RESULTS.parent / "sabotage.json").read_text(encoding="utf-8"))
-    assert report["complete"]
-    assert report["all_caught"]
-    assert (DOCS / "sabotage.md").read_text(encoding="utf-8") == pages.sabotage_page(report)
-
-
 def test_a_page_keeps_its_text():
     page = f"# Title\n{pages.START}\nold\n{pages.END}\nend\n"
     assert pages.fill(page, "new") == f"# Title\n{pages.START}\nnew\n{pages.END}\nend\n"

@@ -1,0 +1,50 @@
+"""Every claim has a picture, drawn from the saved results alone."""
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from matplotlib import pyplot as plt
+
+from paper_figures import style
+from paper_figures.claims import __main__ as command
+from paper_figures.claims import errors
+from theory_checks import registry
+
+RESULTS = Path(command.__file__).resolve().parents[2] / "results" / "reference" / "theory_checks.json"
+
+
+@pytest.fixture(scope="module")
+def checks():
+    return {check["id"]: check for check in json.loads(RESULTS.read_text(encoding="utf-8"))["checks"]}
+
+
+@pytest.mark.parametrize("identifier", [check.id for check in registry.CHECKS])
+def test_axes_are_labelled_and_nothing_is_cut_off(checks, identifier):
+    with mpl.rc_context(style.RC):
+        figure = command.PICTURES.get(identifier, errors.draw)(checks[identifier])
+        figure.canvas.draw()
+        width, height = figure.bbox.width, figure.bbox.height
+        for axes in figure.axes:
+            assert axes.get_xlabel()
+            named = [text for text in (axes.xaxis.label, axes.yaxis.label) if text.get_text()]
+            for text in [*named, *(axes.get_legend().get_texts() if axes.get_legend() else [])]:
+                box = text.get_window_extent()
+                assert -1 <= box.x0 <= box.x1 <= width + 1, text.get_text()
+                assert -1 <= box.y0 <= box.y1 <= height + 1, text.get_text()
+        plt.close(figure)
+
+
+def test_every_claim_is_drawn(tmp_path):
+    command.main(["--json", str(RESULTS), "--out", str(tmp_path)])
+    assert {path.stem for path in tmp_path.iterdir()} == {check.id for check in registry.CHECKS}
+
+
+def test_missing_and_quick_results_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--json: no results at"):
+        command.main(["--json", str(tmp_path / "none.json")])
+    quick = tmp_path / "quick.json"
+    quick.write_text(json.dumps({"provenance": {"configuration": {"quick": True}}, "checks": []}))
+    with pytest.raises(ValueError, match="is of quick checks"):
+        command.main(["--json", str(quick)])
