@@ -46,8 +46,8 @@ def _checks_section(checks: dict[str, Any]) -> str:
                 escape(check["mark"]),
                 f"{escape(check['statement'])}<br><small>Where: {escape(check['regime'])}</small>",
                 f"{check['cases']:,}",
-                f"{figure:.1e}" if isinstance(figure, float) else escape(str(figure)),
-                f"{check['tolerance']:.0e}",
+                f"{figure:.3g}" if isinstance(figure, float) else escape(str(figure)),
+                f"{check['tolerance']:.3g}",
                 f"<span{mark}>{escape(check['verdict'])}</span>",
                 f"<span{mark}>{escape(check['counterexample_verdict'])}</span>"
                 + (f" ({broken:.4g})" if isinstance(broken, float) else "")

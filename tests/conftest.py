@@ -1,3 +1,17 @@
+import atexit
+import os
+import shutil
+import tempfile
+
+# Most of the suite's time is compiling, and many tests compile the same functions: once for all of them, and for the
+# processes they start. Read by JAX when it is imported; the workers of pytest-xdist inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax
 
 import models  # noqa: F401  (sets up JAX's CPU thread pool before JAX starts it)

@@ -139,7 +139,7 @@ def _compiles(code: str) -> bool:
 
 def _changed_lines(before: str, after: str) -> str:
     lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))
-    return "\n".join(line[0] + line[1:].strip() for line in lines if re.match(r"[+-](?![+-])", line))
+    return "\n".join(line[0] + line[1:].strip() for line in lines if re.match(r"[+-](?![+-])\s*\S", line))
 
 
 def run_module(

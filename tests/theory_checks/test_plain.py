@@ -31,8 +31,8 @@ def test_residuals_and_jacobians_against_autodiff_of_loops(shape):
 
 
 def test_the_nearest_crossing_on_a_line_is_found():
-    case = make_case(Shape(1, 1, 1, 4, False), "gaussian", 0, strength=20.0)
-    case = replace(case, key=case.query)
+    case = make_case(Shape(1, 1, 1, 4, False), "gaussian", 0)
+    case = replace(case, query=np.full((1, 1, 1), 20.0), key=np.ones((1, 1, 1)))
     grid = np.linspace(-10, 10, 2_000_001)[:, None]
     crossings = grid[:-1, 0][np.diff(np.sign(determinants(case, grid))) != 0]
     found = certified_radius.distance_found(case, np.random.default_rng(0))
