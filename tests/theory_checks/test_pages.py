@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from theory_checks import pages, registry
+from theory_checks import mistakes, pages, registry
 
 DOCS = pages.ROOT / "docs" / "claims"
 RESULTS = pages.ROOT / "results" / "reference" / "theory_checks.json"
@@ -28,6 +28,14 @@ def test_committed_pages_show_the_committed_results():
     assert [row["id"] for row in report["checks"]] == [check.id for check in registry.CHECKS]
     for path, text in pages.pages(report, DOCS).items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python -m theory_checks.pages"
+
+
+def test_committed_sabotage_was_complete_and_all_caught():
+    report = json.loads(RESULTS.with_name("sabotage.json").read_text(encoding="utf-8"))
+    assert report["complete"]
+    assert report["all_caught"]
+    assert [row["mistake"] for row in report["mistakes"][1:]] == [mistake.name for mistake in mistakes.MISTAKES]
+    assert (DOCS / "sabotage.md").read_text(encoding="utf-8") == pages.sabotage_page(report)
 
 
 def test_a_page_keeps_its_text():
