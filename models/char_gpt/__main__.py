@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 
 from models import cli, corpus
 from models.char_gpt import checkpoint
-from models.char_gpt.config import Config, Objective, Site
+from models.char_gpt.config import CHOICES, Config
 from models.char_gpt.run import METRICS, configuration_of, run
 from models.char_gpt.sweep import PROFILES, sweep
 from models.char_gpt.training import TrainingDivergedError
@@ -25,8 +25,11 @@ _HELP = {
     "noise_scale": "sigma of the embedding process, for map",
     "first_scale": "sigma_1 of the embedding process, for map",
     "evaluation_windows": "validation windows that are evaluated",
+    "path": "which implementation of the density trains and watches; both give the same numbers",
+    "barrier_share": "share of sequences, heads and layers whose barrier enters a step (margin, accelerated)",
+    "product_dtype": "type of the large matrix products of the accelerated path; determinants stay float32",
+    "rematerialise": "blocks: recompute every layer in the backward pass instead of storing it",
 }
-_CHOICES: dict[str, tuple[str, ...]] = {"objective": get_args(Objective), "barrier_site": get_args(Site)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(
             "--" + field.name.replace("_", "-"),
             type=field.type if field.type in (int, float) else str,
-            choices=_CHOICES.get(field.name),
+            choices=CHOICES.get(field.name),
             default=field.default,
             help=f"{_HELP.get(field.name, field.name.replace('_', ' '))} (default: %(default)s)",
         )

@@ -7,6 +7,16 @@ from typing import Any, Literal, get_args
 Objective = Literal["ce", "margin", "map"]
 Site = Literal["embedding", "layers"]
 SITES: tuple[Site, ...] = get_args(Site)
+Path = Literal["reference", "accelerated"]
+ProductDtype = Literal["float32", "bfloat16"]
+Rematerialise = Literal["none", "blocks"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": get_args(Objective),
+    "barrier_site": SITES,
+    "path": get_args(Path),
+    "product_dtype": get_args(ProductDtype),
+    "rematerialise": get_args(Rematerialise),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +41,13 @@ class Config:
     backtrack: int = 0
     checkpoint_every: int = 200
     evaluation_windows: int = 256
+    path: Path = "reference"
+    barrier_share: float = 1.0
+    product_dtype: ProductDtype = "float32"
+    rematerialise: Rematerialise = "none"
 
     def __post_init__(self) -> None:
-        for name, choices in (("objective", get_args(Objective)), ("barrier_site", SITES)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{_option(name)}: got {getattr(self, name)!r}; pass one of {', '.join(choices)}.")
         smallest = {"seed": 0, "backtrack": 0, "context": 4}
@@ -46,6 +60,12 @@ class Config:
         for name in ("learning_rate", "weight_prior_scale", "noise_scale", "first_scale"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{_option(name)}: got 0; pass a number greater than 0.")
+        if not 0 < self.barrier_share <= 1:
+            raise ValueError(f"--barrier-share: got {self.barrier_share}; pass a share greater than 0 and at most 1.")
+        if self.barrier_share < 1 and (self.path, self.objective) != ("accelerated", "margin"):
+            raise ValueError("--barrier-share: below 1 needs --path accelerated and --objective margin.")
+        if self.product_dtype != "float32" and self.path != "accelerated":
+            raise ValueError(f"--product-dtype: got {self.product_dtype}; narrower products need --path accelerated.")
         if self.width % self.heads:
             raise ValueError(f"--heads: got {self.heads}; pass a divisor of --width, {self.width}.")
 

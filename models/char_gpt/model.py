@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from models.char_gpt.config import Config
+from models.char_gpt.config import Config, Rematerialise
 from prob_transformer import Attention
 
 
@@ -97,11 +97,13 @@ class CharGPT(eqx.Module):
         """Input embeddings u: what the embedding prior is over and what noise is added to."""
         return self.token_embedding[characters] + self.position_embedding[: characters.shape[0]]
 
-    def decode(self, embeddings: Float[Array, "n d"]) -> tuple[Float[Array, "n V"], Float[Array, "L n d"]]:
+    def decode(
+        self, embeddings: Float[Array, "n d"], rematerialise: Rematerialise = "none"
+    ) -> tuple[Float[Array, "n V"], Float[Array, "L n d"]]:
         """Logits from input embeddings, and every layer's normalised attention inputs."""
         stream, inputs = embeddings, []
         for block in self.blocks:
-            stream, attended = block(stream)
+            stream, attended = (eqx.filter_checkpoint(block) if rematerialise == "blocks" else block)(stream)
             inputs.append(attended)
         return self.final_norm(stream) @ self.head.T, jnp.stack(inputs)
 

@@ -12,6 +12,9 @@ loss is `prob_transformer.map_objective` of the training text: "margin" with the
 map with barrier_weight = 1. Other weights temper the embedding prior. Site "layers" averages over heads and layers,
 each head analysed alone on its layer's normalised inputs with identity values; there "map" is a product of one
 process density a head, a penalty and not the likelihood of any one model.
+
+`path` picks the implementation: the reference, or the accelerated one, which can also estimate the barrier from a
+share of sequences, heads and layers drawn anew every step.
 """
 
 from typing import NamedTuple
@@ -19,47 +22,83 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.stats as jstats
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from models.char_gpt.config import Config, Site
-from models.char_gpt.model import CharGPT
-from prob_transformer import Attention, residual_and_log_det, weight_prior
+from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Site
+from models.char_gpt.model import Block, CharGPT
+from prob_transformer import Attention, accelerated, residual_and_log_det, weight_prior
+from prob_transformer.accelerated import DEFAULT_TILING, Cells, MeanBarrier, Tiling
 from prob_transformer.change_of_variables import ResidualAndLogDet
 
 
 class LossTerms(NamedTuple):
-    """Nats per character: total loss, cross-entropy, penalty before weighting; and the share of det J <= 0."""
+    """Nats per character: total loss, cross-entropy, penalty before weighting; and the share of det J <= 0.
+
+    `penalty_variance` is that of a penalty estimated from a share of the batch, and 0 where all of it was used.
+    """
 
     loss: Float[Array, ""]
     cross_entropy: Float[Array, ""]
     penalty: Float[Array, ""]
     negative_share: Float[Array, ""]
+    penalty_variance: Float[Array, ""]
 
 
 def forward(
-    model: CharGPT, characters: Int[Array, "B n"]
+    model: CharGPT, characters: Int[Array, "B n"], rematerialise: Rematerialise = "none"
 ) -> tuple[Float[Array, "B n V"], Float[Array, "B n d"], Float[Array, "L B n d"]]:
     """Logits, input embeddings, and the normalised inputs of every layer."""
     embeddings = jax.vmap(model.embed)(characters)
-    logits, inputs = jax.vmap(model.decode, out_axes=(0, 1))(embeddings)
+    logits, inputs = jax.vmap(lambda u: model.decode(u, rematerialise), out_axes=(0, 1))(embeddings)
     return logits, embeddings, inputs
 
 
+def _at_every_head(function, block: Block, attended: Float[Array, "B n d"]):
+    """`function(attention, embeddings)` for every head of a layer, alone and with identity values."""
+    return jax.vmap(lambda query, key: function(Attention(query[None], key[None]), attended))(block.query, block.key)
+
+
+def _stacked(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 def site_density(
-    model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]
+    model: CharGPT,
+    site: Site,
+    embeddings: Float[Array, "B n d"],
+    inputs: Float[Array, "L B n d"],
+    path: Path = "reference",
 ) -> ResidualAndLogDet:
     """Residual, sign and log|det J_i| at a site: (B, n, ...) for "embedding", (L, H, B, n, ...) for "layers"."""
+    density = residual_and_log_det if path == "reference" else accelerated.residual_and_log_det
     if site == "embedding":
-        return residual_and_log_det(model.prior_stage, embeddings)
+        return density(model.prior_stage, embeddings)
+    if path == "reference":
+        layers = zip(model.blocks, inputs, strict=True)
+        return _stacked([_at_every_head(density, block, attended) for block, attended in layers])
+    # All layers in one call: its tiles are compiled once, and take their sequences from any layer.
+    return jax.vmap(lambda block, attended: _at_every_head(density, block, attended))(_stacked(model.blocks), inputs)
 
-    def one_head(query: Float[Array, "p d"], key: Float[Array, "p d"], attended: Float[Array, "B n d"]):
-        return residual_and_log_det(Attention(query[None], key[None]), attended)
 
-    layers = [
-        jax.vmap(one_head, in_axes=(0, 0, None))(block.query, block.key, attended)
-        for block, attended in zip(model.blocks, inputs, strict=True)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+def site_cells(model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]) -> Cells:
+    """The cells of a site for the accelerated barrier, with leading axes as in `site_density`."""
+    if site == "embedding":
+        return Cells.of(model.prior_stage, embeddings)
+    layers = zip(model.blocks, inputs, strict=True)
+    return _stacked([_at_every_head(Cells.of, block, attended) for block, attended in layers])
+
+
+def accelerated_barrier(cells: Cells, config: Config, key: PRNGKeyArray) -> MeanBarrier:
+    """Mean barrier over the cells, or its estimate from `barrier_share` of them drawn with the key."""
+    tiling = tiling_of(config.product_dtype)
+    if config.barrier_share < 1:
+        return accelerated.subsampled_barrier(key, cells, config.barrier_share, tiling)
+    return accelerated.mean_barrier(cells, tiling)
+
+
+def tiling_of(product_dtype: ProductDtype) -> Tiling:
+    """The default tiling, with its large products made in the given type."""
+    return DEFAULT_TILING._replace(product_dtype=None if product_dtype == "float32" else product_dtype)
 
 
 def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -67,25 +106,36 @@ def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> 
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
 
-def loss_terms(model: CharGPT, windows: Int[Array, "B n+1"], config: Config, training_characters: int) -> LossTerms:
-    """The training loss of a batch of windows and its parts, by the formulas of the module docstring."""
-    logits, embeddings, inputs = forward(model, windows[:, :-1])
+def loss_terms(
+    model: CharGPT, windows: Int[Array, "B n+1"], config: Config, training_characters: int, key: PRNGKeyArray
+) -> LossTerms:
+    """The training loss of a batch of windows and its parts, by the formulas of the module docstring.
+
+    The key draws what a subsampled barrier looks at, and is not used otherwise.
+    """
+    logits, embeddings, inputs = forward(model, windows[:, :-1], config.rematerialise)
     data_term = cross_entropy(logits, windows[:, 1:]).mean()
     prior = weight_prior(model, config.weight_prior_scale) / training_characters
     zero = jnp.zeros((), data_term.dtype)
     if config.objective == "ce":
-        return LossTerms(data_term + prior, data_term, zero, zero)
-    residual, sign, log_det = site_density(model, config.barrier_site, embeddings, inputs)
+        return LossTerms(data_term + prior, data_term, zero, zero, zero)
+    if (config.path, config.objective) == ("accelerated", "margin"):
+        cells = site_cells(model, config.barrier_site, embeddings, inputs)
+        mean, negative_share, variance = accelerated_barrier(cells, config, key)
+        return LossTerms(data_term + config.barrier_weight * mean + prior, data_term, mean, negative_share, variance)
+    residual, sign, log_det = site_density(model, config.barrier_site, embeddings, inputs, config.path)
     penalty = -log_det
     if config.objective == "map":
         is_first = jnp.arange(penalty.shape[-1]) == 0
         scale = jnp.where(is_first, config.first_scale, config.noise_scale).astype(residual.dtype)
         penalty = penalty - jstats.norm.logpdf(residual, 0.0, scale[:, None]).sum(-1)
     total = data_term + config.barrier_weight * penalty.mean() + prior
-    return LossTerms(total, data_term, penalty.mean(), (sign <= 0).mean(dtype=data_term.dtype))
+    return LossTerms(total, data_term, penalty.mean(), (sign <= 0).mean(dtype=data_term.dtype), zero)
 
 
-def negative_counts(model: CharGPT, windows: Int[Array, "B n+1"]) -> dict[Site, tuple[Int[Array, ""], Int[Array, ""]]]:
+def negative_counts(
+    model: CharGPT, windows: Int[Array, "B n+1"], path: Path = "reference"
+) -> dict[Site, tuple[Int[Array, ""], Int[Array, ""]]]:
     """At both sites: how many determinants of the batch are not positive, and how many there are.
 
     The first two positions, whose determinant is 1 by definition, are left out.
@@ -93,6 +143,6 @@ def negative_counts(model: CharGPT, windows: Int[Array, "B n+1"]) -> dict[Site, 
     _, embeddings, inputs = forward(model, windows[:, :-1])
     counts: dict[Site, tuple[Int[Array, ""], Int[Array, ""]]] = {}
     for site in ("embedding", "layers"):
-        sign = site_density(model, site, embeddings, inputs).sign[..., 2:]
+        sign = site_density(model, site, embeddings, inputs, path).sign[..., 2:]
         counts[site] = ((sign <= 0).sum(), jnp.asarray(sign.size))
     return counts

@@ -41,7 +41,10 @@ class Profile(NamedTuple):
 PROFILES = {
     "smoke": Profile((0,), Config(steps=20, width=16, heads=2, context=16, batch=4, evaluation_windows=16)),
     "quick": Profile((0, 1, 2), Config(steps=200, batch=8)),
-    "full": Profile((0, 1, 2, 3, 4), Config(steps=3000, layers=4, width=128, context=128, evaluation_windows=1024)),
+    "full": Profile(
+        (0, 1, 2, 3, 4),
+        Config(steps=3000, layers=4, width=128, context=128, evaluation_windows=1024, path="accelerated"),
+    ),
 }
 
 

@@ -68,7 +68,7 @@ def backtracked(
     """
 
     def negatives(candidate: CharGPT) -> Int[Array, ""]:
-        return negative_counts(candidate, windows)[config.barrier_site][0]
+        return negative_counts(candidate, windows, config.path)[config.barrier_site][0]
 
     def apply(scale: Float[Array, ""]) -> CharGPT:
         return eqx.apply_updates(model, jax.tree.map(lambda u: scale * u, update))
@@ -91,9 +91,11 @@ def train_step(
     """One optimiser step on the batch of (characters, seed, step); `config` is static."""
     characters, seed, step = data
     windows = draw_windows(characters, seed, step, config)
+    # Apart from the key that drew the windows.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
     def objective(model: CharGPT) -> tuple[Float[Array, ""], LossTerms]:
-        terms = loss_terms(model, windows, config, characters.shape[0])
+        terms = loss_terms(model, windows, config, characters.shape[0], key)
         return terms.loss, terms
 
     (_, terms), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(state.model)
@@ -107,7 +109,7 @@ def train_step(
 
 @eqx.filter_jit
 def _watch(data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]], model: CharGPT, config: Config):
-    return negative_counts(model, draw_windows(*data, config))
+    return negative_counts(model, draw_windows(*data, config), config.path)
 
 
 def initial_state(config: Config, vocabulary_size: int) -> State:

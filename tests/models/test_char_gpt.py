@@ -52,7 +52,7 @@ def test_the_model_is_causal_and_float32():
 
 def test_plain_cross_entropy_with_the_weight_prior():
     model, windows = model_and_windows()
-    terms = loss_terms(model, windows, SMALL, 1000)
+    terms = loss_terms(model, windows, SMALL, 1000, jax.random.key(0))
     expected = cross_entropy_by_hand(model, windows)
     np.testing.assert_allclose(terms.cross_entropy, expected, rtol=1e-12)
     leaves = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model)])
@@ -66,7 +66,7 @@ def test_at_the_embedding_site_the_loss_is_the_map_objective_a_character(objecti
     weight = 0.3 if objective == "margin" else 1.0
     config = dataclasses.replace(SMALL, objective=objective, barrier_weight=weight)
     characters = windows[:, 1:].size
-    terms = loss_terms(model, windows, config, characters)
+    terms = loss_terms(model, windows, config, characters, jax.random.key(0))
     reference = map_objective(
         model.prior_stage,
         jax.vmap(lambda u: model.decode(u)[0]),
@@ -95,7 +95,7 @@ def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objecti
                 if objective == "map":
                     penalty = penalty - norm.logpdf(residual, 0, scales).sum(-1)
                 terms.append(penalty)
-    got = loss_terms(model, windows, config, 1000)
+    got = loss_terms(model, windows, config, 1000, jax.random.key(0))
     np.testing.assert_allclose(got.penalty, np.mean(terms), rtol=1e-10)
     np.testing.assert_allclose(
         got.loss, got.cross_entropy + 0.05 * np.mean(terms) + weight_prior(model, 1.0) / 1000, rtol=1e-10
@@ -105,7 +105,7 @@ def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objecti
 def test_the_gradient_of_the_loss_matches_finite_differences():
     model, windows = model_and_windows()
     config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", barrier_weight=1.0)
-    loss = eqx.filter_jit(lambda m: loss_terms(m, windows, config, 1000).loss)
+    loss = eqx.filter_jit(lambda m: loss_terms(m, windows, config, 1000, jax.random.key(0)).loss)
     slope = eqx.filter_grad(loss)(model)
     for where in (lambda m: m.blocks[0].query, lambda m: m.blocks[1].key, lambda m: m.token_embedding):
         shape = where(model).shape

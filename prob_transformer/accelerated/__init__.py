@@ -1,0 +1,21 @@
+"""The jitted path: the same numbers as the reference in `prob_transformer`, under the same names, at scale.
+
+Read in this order: elimination (many small inverses), cells (what is swept), sweep (the tiles), log_det (its gradient),
+change_of_variables, barrier, margin.
+"""
+
+from prob_transformer.accelerated.barrier import MeanBarrier, barrier, mean_barrier, subsampled_barrier
+from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
+from prob_transformer.accelerated.change_of_variables import attention_mean, residual_and_log_det
+
+__all__ = [
+    "DEFAULT_TILING",
+    "Cells",
+    "MeanBarrier",
+    "Tiling",
+    "attention_mean",
+    "barrier",
+    "mean_barrier",
+    "residual_and_log_det",
+    "subsampled_barrier",
+]

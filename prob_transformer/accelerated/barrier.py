@@ -1,0 +1,59 @@
+"""The barrier at scale: every position, its mean with value and gradient in one sweep, and an unbiased share of it."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from prob_transformer._validation import require_embeddings
+from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
+from prob_transformer.accelerated.log_det import log_det, log_det_total, subsampled_log_det_total
+from prob_transformer.attention import Attention
+
+
+class MeanBarrier(NamedTuple):
+    """Mean of b_i in nats over all cells and positions (), and the share of det J_i <= 0 ().
+
+    `variance` () estimates the variance of a subsampled mean for the cells given; it is 0 where nothing was left out.
+    """
+
+    mean: Float[Array, ""]
+    negative_share: Float[Array, ""]
+    variance: Float[Array, ""]
+
+
+@partial(jax.jit, static_argnums=2)
+def _barrier(attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling) -> Float[Array, "... n"]:
+    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
+    return -log_det(Cells.of(attention, flat), tiling).log_det.reshape(embeddings.shape[:-1])
+
+
+def barrier(
+    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
+) -> Float[Array, "... n"]:
+    """b_i = -log|det J_i| in nats at every position, as `prob_transformer.barrier`. Raises as that function."""
+    return _barrier(attention, require_embeddings("embeddings", embeddings, attention.width), tiling)
+
+
+def mean_barrier(cells: Cells, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
+    """Mean of b_i over all cells (..., H, p, n) and positions; its gradient is found in the same sweep as its value."""
+    flat = cells.flat()
+    scale = jnp.full((flat.keys.shape[0], flat.length), -1 / (flat.keys.shape[0] * flat.length), flat.keys.dtype)
+    total, sign, _ = log_det_total(flat, scale, tiling)
+    return MeanBarrier(total, (sign <= 0).mean(dtype=total.dtype), jnp.zeros_like(total))
+
+
+def subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
+    """Unbiased estimate of the mean of b_i from a share of the cells, drawn anew for every block of queries.
+
+    Cells (..., H, p, n) are sequences, heads and layers alike; each block of queries sees `share` of them, at least
+    two. The gradient is unbiased as well, being that of the estimate. Raises ValueError for a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share: got {share}; pass a share of the cells greater than 0 and at most 1.")
+    flat = cells.flat()
+    count = flat.keys.shape[0] * flat.length
+    total, variance, negative_share = subsampled_log_det_total(flat, key, share, tiling)
+    return MeanBarrier(-total / count, negative_share, jax.lax.stop_gradient(variance) / count**2)

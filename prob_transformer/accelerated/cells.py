@@ -1,0 +1,97 @@
+"""What the accelerated path works on: attentions with positions in the last axis, and how a sweep over them is cut."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from prob_transformer._validation import require_count
+from prob_transformer.attention import Attention
+
+
+class Tiling(NamedTuple):
+    """How a sweep is cut: queries a block, keys a chunk (a multiple of the block), and the type of the large products.
+
+    Sums and determinants stay in the type of the inputs whatever the products are made in ("bfloat16", or None for
+    the inputs' own). `group_bytes` bounds the moments alive at once and with them how many cells are swept together.
+    """
+
+    block: int = 128
+    chunk: int = 128
+    product_dtype: str | None = None
+    group_bytes: int = 2**21
+
+    def fitted(self, length: int) -> "Tiling":
+        """The tiling for sequences of this length: no block larger than the sequence needs. Raises ValueError."""
+        require_count("block", self.block, 8, "fewer queries do not fill a vector register")
+        if self.chunk % self.block:
+            raise ValueError(f"chunk: got {self.chunk}; pass a multiple of block, {self.block}.")
+        if length >= self.block:
+            return self
+        block = -(-length // 8) * 8
+        return self._replace(block=block, chunk=block)
+
+
+DEFAULT_TILING = Tiling()
+
+
+class Cells(NamedTuple):
+    """Queries, keys (..., H, p, n) and values seen through the queries W_Q V u_s (..., H, Hp, n), positions last."""
+
+    queries: Float[Array, "... H p n"]
+    keys: Float[Array, "... H p n"]
+    features: Float[Array, "... H Hp n"]
+
+    @classmethod
+    def of(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":
+        """The cell of one attention and each sequence (..., n, d); heads are joint, as in the process."""
+        queries = jnp.einsum("hpd,...nd->...hpn", attention.query, embeddings)
+        keys = jnp.einsum("hpd,...nd->...hpn", attention.key, embeddings)
+        if attention.value is None:
+            return cls(queries, keys, queries)
+        stacked_query = attention.query.reshape(-1, attention.width)
+        through = jnp.einsum("rd,hde->hre", stacked_query, attention.value)
+        return cls(queries, keys, jnp.einsum("hre,...ne->...hrn", through, embeddings))
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[-1]
+
+    def flat(self) -> "Cells":
+        """The same cells with one leading axis (c, H, ..., n)."""
+        return Cells(*(x.reshape(-1, *x.shape[-3:]) for x in self))
+
+
+def padded(tiling: Tiling, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+    """Zeros after the last position up to a whole chunk: nobody's past, and cut off again from every result."""
+    extra = -x.shape[-1] % tiling.chunk
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+
+
+def group_size(tiling: Tiling, cells: Cells) -> int:
+    """How many of the cells (c, ...) to sweep at once: the largest divisor of c within the tiling's bytes."""
+    count, heads, size, _ = cells.keys.shape
+    bytes_a_cell = heads**2 * size**2 * tiling.block * cells.keys.dtype.itemsize
+    most = max(1, min(tiling.group_bytes // bytes_a_cell, count))
+    return max(divisor for divisor in range(1, most + 1) if count % divisor == 0)
+
+
+def in_groups(function, tiling: Tiling, cells: Cells, *others: Array):
+    """`function(tiling, cells, *others)` on a few cells at a time, so that memory does not grow with their number."""
+    group = group_size(tiling, cells)
+
+    def split(x):
+        return x.reshape(x.shape[0] // group, group, *x.shape[1:])
+
+    def one_group(parts):
+        return function(tiling, *parts)
+
+    result = jax.lax.map(one_group, jax.tree.map(split, (cells, *others)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result)
+
+
+def scaled_queries(queries: Float[Array, "... p n"]) -> Float[Array, "... p n"]:
+    """W_Q u / sqrt(p)."""
+    return queries / math.sqrt(queries.shape[-2])

@@ -1,0 +1,76 @@
+"""The change of variables at scale: the numbers of `prob_transformer.change_of_variables`, blocked and batched.
+
+Residual and log-determinants never hold (n, p, p) or (n, n) for more than one block of queries at a time, forwards or
+backwards; memory grows linearly with n. docs/accelerated.md derives the gradient and lists what was measured.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from prob_transformer._validation import require_embeddings
+from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling, padded
+from prob_transformer.accelerated.log_det import log_det
+from prob_transformer.accelerated.sweep import block_weights
+from prob_transformer.attention import Attention
+from prob_transformer.change_of_variables import ResidualAndLogDet
+
+
+def _blocked_mean(
+    attention: Attention, cells: Cells, embeddings: Float[Array, "c n d"], tiling: Tiling
+) -> Float[Array, "c n d"]:
+    length = embeddings.shape[1]
+    tiling = tiling.fitted(length)
+    queries, keys = padded(tiling, cells.queries), padded(tiling, cells.keys)
+    attended = jnp.swapaxes(padded(tiling, jnp.swapaxes(embeddings, 1, 2)), 1, 2)
+
+    # Recomputed in the backward pass: its weights over all keys are what must not be stored.
+    @jax.checkpoint
+    def one_block(start, queries, keys, attended):
+        here = jax.lax.dynamic_slice_in_dim(queries, start, tiling.block, 3)
+        means = jnp.einsum("chbs,csd->chbd", block_weights(here, keys, start), attended)
+        if attention.value is None:
+            return means[:, 0]
+        return jnp.einsum("hde,chbe->cbd", attention.value, means)
+
+    starts = jnp.arange(0, attended.shape[1], tiling.block)
+    blocks = jax.lax.map(lambda start: one_block(start, queries, keys, attended), starts)
+    return jnp.moveaxis(blocks, 0, 1).reshape(attended.shape)[:, :length]
+
+
+@partial(jax.jit, static_argnums=2)
+def _attention_mean(attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling):
+    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
+    return _blocked_mean(attention, Cells.of(attention, flat), flat, tiling).reshape(embeddings.shape)
+
+
+@partial(jax.jit, static_argnums=2)
+def _residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling):
+    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
+    cells = Cells.of(attention, flat)
+    sign, values = log_det(cells, tiling)
+    residual = flat - _blocked_mean(attention, cells, flat, tiling)
+    shape = embeddings.shape[:-1]
+    return ResidualAndLogDet(residual.reshape(embeddings.shape), sign.reshape(shape), values.reshape(shape))
+
+
+def residual_and_log_det(
+    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
+) -> ResidualAndLogDet:
+    """Residual e_i, sign(det J_i) and log|det J_i| in nats at every position of embeddings (..., n, d).
+
+    As `prob_transformer.residual_and_log_det`, in the dtype of the arguments; the gradient is reverse mode only, and
+    not defined on the boundary itself, where the sign is 0. Raises ValueError as that function, and for a tiling that
+    does not fit.
+    """
+    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    return _residual_and_log_det(attention, embeddings, tiling)
+
+
+def attention_mean(
+    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
+) -> Float[Array, "... n d"]:
+    """mu_i at every position, as `prob_transformer.attention_mean`. Raises as `residual_and_log_det`."""
+    return _attention_mean(attention, require_embeddings("embeddings", embeddings, attention.width), tiling)

@@ -1,0 +1,183 @@
+"""log|det J_i| of many cells as functions that JAX can differentiate and batch.
+
+`log_det` gives every position; `log_det_total` a weighted sum over positions, whose gradient comes out of the same
+sweep as its value, which is what training needs; `subsampled_log_det_total` an unbiased estimate of that sum. All
+recompute in the backward pass what they do not keep: between the passes lives at most a gradient of the cells' size.
+Reverse mode only.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from prob_transformer.accelerated.cells import Cells, Tiling, in_groups, padded
+from prob_transformer.accelerated.sweep import (
+    LogDet,
+    block_log_det,
+    block_log_det_gradient,
+    sweep_log_det,
+    sweep_log_det_gradient,
+)
+
+
+class LogDetTotal(NamedTuple):
+    """Sum of scale * log|det J_i| in nats (); sign and log|det J_i| (c, n), through which no gradient flows."""
+
+    total: Float[Array, ""]
+    sign: Float[Array, "c n"]
+    log_det: Float[Array, "c n"]
+
+
+class SubsampledTotal(NamedTuple):
+    """Unbiased estimate of the total (), an unbiased estimate of its variance (), and the share of det J_i <= 0 seen.
+
+    The variance is that of the draw of cells, for the cells given, and NaN where a stratum has one draw out of several.
+    """
+
+    total: Float[Array, ""]
+    variance: Float[Array, ""]
+    negative_share: Float[Array, ""]
+
+
+def _batched_over_cells(function: Callable) -> Callable:
+    """Under vmap the new axis becomes more cells, instead of making every tile larger."""
+    batched = custom_vmap(function)
+
+    @batched.def_vmap
+    def _(axis_size, in_batched, *arguments):
+        def merged(x, is_batched):
+            x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        result = batched(*jax.tree.map(merged, arguments, tuple(in_batched)))
+        split = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), result)
+        return split, jax.tree.map(lambda _: True, split)
+
+    return batched
+
+
+@lru_cache
+def _values(tiling: Tiling) -> Callable:
+    return _batched_over_cells(lambda cells: in_groups(sweep_log_det, tiling, cells))
+
+
+@lru_cache
+def _gradient(tiling: Tiling) -> Callable:
+    return _batched_over_cells(lambda cells, scale: in_groups(sweep_log_det_gradient, tiling, cells, scale))
+
+
+def _cut(length: int, tree):
+    return jax.tree.map(lambda x: x[..., :length], tree)
+
+
+def _padded(tiling: Tiling, tree):
+    return jax.tree.map(lambda x: padded(tiling, x), tree)
+
+
+def _sweep_values(cells: Cells, tiling: Tiling) -> LogDet:
+    tiling = tiling.fitted(cells.length)
+    return _cut(cells.length, _values(tiling)(_padded(tiling, cells)))
+
+
+def _sweep_gradient(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling):
+    tiling = tiling.fitted(cells.length)
+    return _cut(cells.length, _gradient(tiling)(*_padded(tiling, (cells, scale))))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def log_det(cells: Cells, tiling: Tiling) -> LogDet:
+    """Sign and log|det J_i| (c, n) of every position of the cells (c, H, p, n)."""
+    return _sweep_values(cells, tiling)
+
+
+log_det.defvjp(
+    lambda cells, tiling: (_sweep_values(cells, tiling), cells),
+    lambda tiling, cells, cotangent: (_sweep_gradient(cells, cotangent.log_det, tiling).cells,),
+)
+
+
+def _total(scale: Float[Array, "c n"], values: LogDet) -> LogDetTotal:
+    return LogDetTotal((scale * values.log_det).sum(), values.sign, values.log_det)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def log_det_total(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling) -> LogDetTotal:
+    """sum over cells and positions of scale * log|det J_i|; value and gradient in one sweep."""
+    return _total(scale, _sweep_values(cells, tiling))
+
+
+def _total_forward(cells, scale, tiling):
+    sign, values, gradient = _sweep_gradient(cells, scale, tiling)
+    return _total(scale, LogDet(sign, values)), (gradient, values)
+
+
+def _total_backward(tiling, kept, cotangent):
+    gradient, values = kept
+    return jax.tree.map(lambda x: cotangent.total * x, (gradient, values))
+
+
+log_det_total.defvjp(_total_forward, _total_backward)
+
+
+def cells_drawn(count: int, share: float) -> int:
+    """How many of `count` cells a share asks for; two at least, if there are two, so that a variance can be given."""
+    return min(count, max(2, round(count * share)))
+
+
+def _draw(cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differentiate: bool):
+    """The estimate from cells drawn without replacement for every block of queries, and its gradient if asked for."""
+    length, count = cells.length, cells.keys.shape[0]
+    drawn = cells_drawn(count, share)
+    factor = count / drawn
+    tiling = tiling.fitted(length)
+    whole = _padded(tiling, cells)
+    starts = jnp.arange(0, whole.length, tiling.block)
+
+    def one_block(gradient: Cells | None, inputs: tuple[Int[Array, ""], PRNGKeyArray]):
+        start, key = inputs
+        chosen = jax.random.choice(key, count, (drawn,), replace=False)
+        part = Cells(*(x[chosen] for x in whole))
+        is_real = (start + jnp.arange(tiling.block) < length).astype(part.keys.dtype)
+        if gradient is None:
+            sign, log_det = in_groups(lambda t, group: block_log_det(t, group, start), tiling, part)
+        else:
+            scale = jnp.broadcast_to(is_real, (drawn, tiling.block))
+
+            def with_gradient(tiling, group, scale):
+                nothing = jax.tree.map(jnp.zeros_like, group)
+                return block_log_det_gradient(tiling, group, scale, start, nothing)
+
+            sign, log_det, change = in_groups(with_gradient, tiling, part, scale)
+            gradient = jax.tree.map(lambda x, more: x.at[chosen].add(factor * more), gradient, change)
+        sums = jnp.where(is_real > 0, log_det, 0).sum(1)
+        negative = ((sign <= 0) & (is_real > 0)).sum()
+        if drawn == count:
+            variance = jnp.zeros((), sums.dtype)
+        elif drawn == 1:
+            variance = jnp.full((), jnp.nan, sums.dtype)
+        else:
+            variance = count * (factor - 1) * jnp.square(sums - sums.mean()).sum() / (drawn - 1)
+        return gradient, (factor * sums.sum(), variance, negative)
+
+    start_gradient = jax.tree.map(jnp.zeros_like, whole) if differentiate else None
+    gradient, parts = lax.scan(one_block, start_gradient, (starts, jax.random.split(key, starts.size)))
+    total, variance, negative = (x.sum() for x in parts)
+    return SubsampledTotal(total, variance, negative / (drawn * length)), _cut(length, gradient)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def subsampled_log_det_total(cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling) -> SubsampledTotal:
+    """Unbiased estimate of the sum of log|det J_i| from a share of the cells, drawn anew for every block of queries."""
+    return _draw(cells, key, share, tiling, differentiate=False)[0]
+
+
+subsampled_log_det_total.defvjp(
+    lambda cells, key, share, tiling: _draw(cells, key, share, tiling, differentiate=True),
+    lambda share, tiling, gradient, cotangent: (jax.tree.map(lambda x: cotangent.total * x, gradient), None),
+)
