@@ -114,14 +114,19 @@ def loss_terms(
     The key draws what a subsampled barrier looks at, and is not used otherwise.
     """
     logits, embeddings, inputs = forward(model, windows[:, :-1], config.rematerialise)
+    if (config.path, config.objective) == ("accelerated", "margin"):
+        # The barrier's sweep before the decoder's backward pass and not beside it, where each slows the other.
+        logits, inputs = jax.lax.optimization_barrier((logits, inputs))
+        cells = site_cells(model, config.barrier_site, embeddings, inputs)
+        estimate = accelerated_barrier(cells, config, key)
+        logits, estimate = jax.lax.optimization_barrier((logits, estimate))
     data_term = cross_entropy(logits, windows[:, 1:]).mean()
     prior = weight_prior(model, config.weight_prior_scale) / training_characters
     zero = jnp.zeros((), data_term.dtype)
     if config.objective == "ce":
         return LossTerms(data_term + prior, data_term, zero, zero, zero)
     if (config.path, config.objective) == ("accelerated", "margin"):
-        cells = site_cells(model, config.barrier_site, embeddings, inputs)
-        mean, negative_share, variance = accelerated_barrier(cells, config, key)
+        mean, negative_share, variance = estimate
         return LossTerms(data_term + config.barrier_weight * mean + prior, data_term, mean, negative_share, variance)
     residual, sign, log_det = site_density(model, config.barrier_site, embeddings, inputs, config.path)
     penalty = -log_det

@@ -6,8 +6,8 @@ exchanges is fast but can lose digits, so every result is checked by a probe,
 
     |J (X v) - v|  <=  tolerance (|J| |X v| + |v|)   in every row, for a fixed vector v of signs,
 
-the backward error that a stable elimination keeps near rounding. A batch in which any matrix fails is eliminated again
-with partial pivoting.
+the backward error that a stable elimination keeps near rounding. Those that fail are eliminated again with partial
+pivoting, a few at a time.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 # A growth of the elements by about this factor is let through before rows are exchanged.
 PERMITTED_GROWTH = 64
+REPAIRED_AT_ONCE = 32
 # JAX 0.12 compiles the elimination of one column at a time, written out, to code that is two to three times as fast as
 # a loop over columns; JAX 0.10 merges the columns again into code that is three times as slow. Above this size writing
 # out costs too much compilation.
@@ -110,24 +111,33 @@ def eliminate_with_exchanges(matrix: Float[Array, "c m m b"]) -> Eliminated:
     )
 
 
-def passes_probe(matrix: Float[Array, "c m m b"], inverse: Float[Array, "c m m b"]) -> Bool[Array, ""]:
-    """Whether every matrix of the batch and its inverse pass the probe of the module docstring."""
+def passes_probe(matrix: Float[Array, "c m m b"], inverse: Float[Array, "c m m b"]) -> Bool[Array, "c b"]:
+    """Which matrices and inverses pass the probe of the module docstring; NaN does not."""
     columns = matrix.shape[1]
     signs = np.where(np.random.default_rng(0).random(columns) < 0.5, -1, 1)
     solution = written_out(lambda column: inverse[:, :, column] * int(signs[column]), columns)
     product = written_out(lambda column: matrix[:, :, column] * solution[:, None, column], columns)
     size = written_out(lambda column: jnp.abs(matrix[:, :, column] * solution[:, None, column]), columns)
     allowed = PERMITTED_GROWTH * jnp.finfo(matrix.dtype).eps * (size + 1)
-    return (jnp.abs(product - jnp.asarray(signs, matrix.dtype)[:, None]) <= allowed).all()
+    return (jnp.abs(product - jnp.asarray(signs, matrix.dtype)[:, None]) <= allowed).all(1)
 
 
 def inverse_and_log_det(matrix: Float[Array, "c m m b"]) -> Eliminated:
     """Inverse, sign and log|det| of every matrix, with row exchanges where the fast elimination fails its probe."""
+    groups, _, _, batch = matrix.shape
     fast = eliminate(matrix)
-    # A loop of at most one turn instead of `lax.cond`, which would copy matrix and inverse in and out.
-    _, result = lax.while_loop(
-        lambda carry: ~carry[0],
-        lambda carry: (jnp.asarray(True), eliminate_with_exchanges(matrix)),
-        (passes_probe(matrix, fast.inverse), fast),
-    )
-    return result
+    count = min(REPAIRED_AT_ONCE, groups * batch)
+
+    def repair(carry: tuple[Bool[Array, "c b"], Eliminated]) -> tuple[Bool[Array, "c b"], Eliminated]:
+        failed, result = carry
+        # The first failed ones; where there are fewer, some that passed are eliminated again, to the same end.
+        group, index = jnp.divmod(jnp.argsort(~failed.ravel(), stable=True)[:count], batch)
+        inverse, sign, log_det = eliminate_with_exchanges(jnp.moveaxis(matrix[group, :, :, index], 0, -1)[None])
+        result = Eliminated(
+            result.inverse.at[group, :, :, index].set(jnp.moveaxis(inverse[0], -1, 0)),
+            result.sign.at[group, index].set(sign[0]),
+            result.log_det.at[group, index].set(log_det[0]),
+        )
+        return failed.at[group, index].set(False), result
+
+    return lax.while_loop(lambda carry: carry[0].any(), repair, (~passes_probe(matrix, fast.inverse), fast))[1]

@@ -107,39 +107,38 @@ class _Block(NamedTuple):
         )
 
     def chunk(self, tiling: Tiling, cells: Cells, begin: Int[Array, ""]):
-        """Keys, features, their outer products (c, H, Hp p, chunk) and the weights of one chunk."""
+        """Centred keys and features of one chunk, and its weights."""
         keys = _at(cells.keys, begin, tiling.chunk) - self.key_centre
         features = _at(cells.features, begin, tiling.chunk) - self.feature_centre
+        return keys, features, _at(self.weights, begin, tiling.chunk)
+
+
+def _second_moments(tiling: Tiling, cells: Cells, block: _Block) -> Float[Array, "c H Hp p b"]:
+    def of_chunk(step):
+        keys, features, weights = block.chunk(tiling, cells, step * tiling.chunk)
         outer = features[:, :, :, None] * keys[:, :, None]
-        return keys, features, outer.reshape(*outer.shape[:2], -1, tiling.chunk), _at(self.weights, begin, tiling.chunk)
+        outer = outer.reshape(*outer.shape[:2], -1, tiling.chunk)
+        return _product(tiling, outer, _transposed(weights))
+
+    moments = lax.fori_loop(1, block.chunks, lambda step, moments: moments + of_chunk(step), of_chunk(0))
+    return moments.reshape(*cells.features.shape[:3], *block.key_mean.shape[2:])
 
 
-def _second_moments(tiling: Tiling, cells: Cells, block: _Block) -> Float[Array, "c H Hpp b"]:
-    shape = (*cells.keys.shape[:2], cells.features.shape[2] * cells.keys.shape[2], block.key_mean.shape[-1])
-
-    def add_chunk(step, moments):
-        _, _, outer, weights = block.chunk(tiling, cells, step * tiling.chunk)
-        return moments + _product(tiling, outer, _transposed(weights))
-
-    return lax.fori_loop(0, block.chunks, add_chunk, jnp.zeros(shape, cells.keys.dtype))
-
-
-def _small_matrix(block: _Block, moments: Float[Array, "c H Hpp b"]) -> Float[Array, "c Hp Hp b"]:
+def _small_matrix(block: _Block, moments: Float[Array, "c H Hp p b"]) -> Float[Array, "c Hp Hp b"]:
     """I - [Cov(x^h, k^h)]_h / sqrt(p), heads side by side."""
     groups, heads, size, count = block.key_mean.shape
     rank = heads * size
-    covariance = moments.reshape(groups, heads, rank, size, count)
-    covariance = covariance - block.feature_mean[:, :, :, None] * block.key_mean[:, :, None]
+    covariance = moments - block.feature_mean[:, :, :, None] * block.key_mean[:, :, None]
     joined = jnp.moveaxis(covariance, 1, 2).reshape(groups, rank, rank, count)
     return jnp.eye(rank, dtype=joined.dtype)[:, :, None] - joined / math.sqrt(size)
 
 
-def _sum_keys(matrices: Float[Array, "c H Hp p k"], keys: Float[Array, "c H p k"]) -> Float[Array, "c H Hp k"]:
-    return written_out(lambda b: matrices[:, :, :, b] * keys[:, :, None, b], keys.shape[2])
+def _sum_keys(matrices: Float[Array, "c H p Hp k"], keys: Float[Array, "c H p k"]) -> Float[Array, "c H Hp k"]:
+    return written_out(lambda b: matrices[:, :, b] * keys[:, :, b, None], keys.shape[2])
 
 
-def _sum_features(matrices: Float[Array, "c H Hp p k"], features: Float[Array, "c H Hp k"]) -> Float[Array, "c H p k"]:
-    return written_out(lambda a: matrices[:, :, a] * features[:, :, a, None], features.shape[2])
+def _sum_features(matrices: Float[Array, "c H p Hp k"], features: Float[Array, "c H Hp k"]) -> Float[Array, "c H p k"]:
+    return written_out(lambda a: matrices[:, :, :, a] * features[:, :, None, a], features.shape[2])
 
 
 def block_log_det(tiling: Tiling, cells: Cells, start: Int[Array, ""]) -> LogDet:
@@ -161,30 +160,34 @@ def block_log_det_gradient(
     moments = _second_moments(tiling, cells, block)
     inverse, sign, log_det = inverse_and_log_det(_small_matrix(block, moments))
 
-    pull = jnp.swapaxes(inverse, 1, 2) * (-scale[:, None, None] / math.sqrt(size))
-    pull = jnp.moveaxis(pull.reshape(groups, rank, heads, size, count), 2, 1)
+    # d log|det J_i| / dM_i is -J_i^{-T}; its rows are features and its columns keys, so the inverse itself has keys
+    # first. Factor and scale of each query go to its weights, which are smaller.
+    pull = inverse.reshape(groups, heads, size, rank, count)
+    factor = -scale[:, None] / math.sqrt(size)
     pull_key_mean = _sum_keys(pull, block.key_mean)
     pull_feature_mean = _sum_features(pull, block.feature_mean)
-    moments = moments.reshape(pull.shape)
-    average = written_out(lambda b: pull[:, :, :, b] * moments[:, :, :, b], size)
-    average = (average - 2 * pull_key_mean * block.feature_mean).sum(2)
-    pull = pull.reshape(groups, heads, rank * size, count)
-    # Kept in both orders: the matrix products run at half speed when they have to turn it around themselves.
-    pull_transposed = lax.optimization_barrier(_transposed(pull))
+    average = written_out(lambda b: pull[:, :, b] * moments[:, :, :, b], size)
+    average = written_out(lambda a: average[:, :, a] - 2 * (pull_key_mean * block.feature_mean)[:, :, a], rank)
+    pull = pull.reshape(groups, heads, size * rank, count)
 
     def add_chunk(step, carry):
         query_part, found = carry
         begin = step * tiling.chunk
-        keys, features, outer, weights = block.chunk(tiling, cells, begin)
-        slopes = _product(tiling, pull_transposed, outer)
-        slopes = slopes - _transposed(pull_key_mean) @ features - _transposed(pull_feature_mean) @ keys
-        slopes = weights * (slopes - average[..., None]) / math.sqrt(size)
-        pushed = _product(tiling, pull, weights).reshape(groups, heads, rank, size, tiling.chunk)
+        keys, features, weights = block.chunk(tiling, cells, begin)
+        weights = weights * factor[..., None]
+        # Positions first: the product runs at half speed when it has to turn its left side around.
+        outer = _transposed(keys)[..., None] * _transposed(features)[..., None, :]
+        slopes = _product(tiling, outer.reshape(groups, heads, tiling.chunk, -1), pull)
+        slopes = slopes - _transposed(features) @ pull_key_mean - _transposed(keys) @ pull_feature_mean
+        slopes = _transposed(weights) * (slopes - average[..., None, :]) / math.sqrt(size)
+        # One large product after the other: run at once, they take the cache from each other.
+        slopes, weights = lax.optimization_barrier((slopes, weights))
+        pushed = _product(tiling, pull, weights).reshape(groups, heads, size, rank, tiling.chunk)
         feature_part = _sum_keys(pushed, keys) - pull_key_mean @ weights
-        key_part = _sum_features(pushed, features) - pull_feature_mean @ weights + queries @ slopes
+        key_part = _sum_features(pushed, features) - pull_feature_mean @ weights + queries @ _transposed(slopes)
         found = Cells(found.queries, _added(found.keys, begin, key_part), _added(found.features, begin, feature_part))
         # Keys without their centre would do too: the slopes of a query sum to zero.
-        return query_part + keys @ _transposed(slopes), found
+        return query_part + keys @ slopes, found
 
     query_part, gradient = lax.fori_loop(0, block.chunks, add_chunk, (jnp.zeros_like(queries), gradient))
     return LogDetGradient(sign, log_det, gradient._replace(queries=_added(gradient.queries, start, query_part)))
