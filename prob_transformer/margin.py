@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.attention import Attention, Past, attention_weights, weighted_mean
-from prob_transformer.change_of_variables import jacobian_block, over_positions, residual_and_log_det
+from prob_transformer.change_of_variables import jacobian_block, residual_and_log_det
 
 MarginKind = Literal["determinant", "conditioning"]
 
@@ -56,6 +56,31 @@ def _variance_share_at(attention: Attention, past: Past, embedding: Float[Array,
     return spread / jnp.where(total > 0, total, 1.0)
 
 
+def closest_positions(
+    attention: Attention, embeddings: Float[Array, "... n d"], margins: Float[Array, "... n"], k: int
+) -> SupportTokens:
+    """The k positions of smallest |margin| and their carriers. Raises ValueError if k is not between 1 and n."""
+    length = embeddings.shape[-2]
+    require_count("k", k, 1, "the number of positions to return")
+    if k > length:
+        raise ValueError(f"k: got {k}; pass at most n = {length}, the number of positions.")
+    positions = jnp.argsort(jnp.abs(margins), axis=-1, stable=True)[..., :k]
+
+    def one_sequence(sequence: Float[Array, "n d"], chosen: Int[Array, " k"]) -> Float[Array, "k n"]:
+        past = Past.of(attention, sequence)
+
+        def one_position(position: Int[Array, ""]) -> Float[Array, " n"]:
+            return _variance_share_at(attention, past.seen_by(jnp.arange(length) < position), sequence[position])
+
+        return jax.vmap(one_position)(chosen)
+
+    for _ in range(embeddings.ndim - 2):
+        one_sequence = jax.vmap(one_sequence)
+    return SupportTokens(
+        positions, jnp.take_along_axis(margins, positions, axis=-1), one_sequence(embeddings, positions)
+    )
+
+
 def support_tokens(
     attention: Attention, embeddings: Float[Array, "... n d"], k: int, kind: MarginKind = "determinant"
 ) -> SupportTokens:
@@ -65,15 +90,4 @@ def support_tokens(
     visible in `margins`. Ties go to the earlier position. Raises ValueError if k is not between 1 and n.
     """
     embeddings = require_embeddings("embeddings", embeddings, attention.width)
-    length = embeddings.shape[-2]
-    require_count("k", k, 1, "the number of positions to return")
-    if k > length:
-        raise ValueError(f"k: got {k}; pass at most n = {length}, the number of positions.")
-    margins = stability_margin(attention, embeddings, kind)
-    positions = jnp.argsort(jnp.abs(margins), axis=-1, stable=True)[..., :k]
-    carriers = over_positions(_variance_share_at, attention, embeddings)
-    return SupportTokens(
-        positions,
-        jnp.take_along_axis(margins, positions, axis=-1),
-        jnp.take_along_axis(carriers, positions[..., None], axis=-2),
-    )
+    return closest_positions(attention, embeddings, stability_margin(attention, embeddings, kind), k)

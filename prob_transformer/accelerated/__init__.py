@@ -7,15 +7,25 @@ change_of_variables, barrier, margin.
 from prob_transformer.accelerated.barrier import MeanBarrier, barrier, mean_barrier, subsampled_barrier
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.accelerated.change_of_variables import attention_mean, residual_and_log_det
+from prob_transformer.accelerated.margin import (
+    ConditioningMargin,
+    conditioning_margin,
+    stability_margin,
+    support_tokens,
+)
 
 __all__ = [
     "DEFAULT_TILING",
     "Cells",
+    "ConditioningMargin",
     "MeanBarrier",
     "Tiling",
     "attention_mean",
     "barrier",
+    "conditioning_margin",
     "mean_barrier",
     "residual_and_log_det",
+    "stability_margin",
     "subsampled_barrier",
+    "support_tokens",
 ]

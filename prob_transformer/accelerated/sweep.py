@@ -149,6 +149,15 @@ def block_log_det(tiling: Tiling, cells: Cells, start: Int[Array, ""]) -> LogDet
     return LogDet(sign, log_det)
 
 
+def block_small_inverse(
+    tiling: Tiling, cells: Cells, start: Int[Array, ""]
+) -> tuple[Float[Array, "c H b n"], Float[Array, "c Hp Hp b"]]:
+    """Weights of one block of queries, and the inverses of their I - R L."""
+    queries = _at(cells.queries, start, tiling.block)
+    block = _Block.of(tiling, cells, queries, start)
+    return block.weights, inverse_and_log_det(_small_matrix(block, _second_moments(tiling, cells, block))).inverse
+
+
 def block_log_det_gradient(
     tiling: Tiling, cells: Cells, scale: Float[Array, "c b"], start: Int[Array, ""], gradient: Cells
 ) -> LogDetGradient:

@@ -1,0 +1,201 @@
+"""Margins at scale: det J_i from the sweep, sigma_min(J_i) by Lanczos steps that never form J_i.
+
+With L = [Cov(v^h, k^h) / sqrt(p)]_h and R the stacked queries, J_i = I - L R has the inverse
+
+    J_i^{-1} = I + L (I - R L)^{-1} R      (Woodbury; I - R L is the small matrix of the sweep),
+
+applied with attention weights alone. Lanczos on J_i^{-1} J_i^{-T}, whose largest eigenvalue is sigma_min^{-2}, gives a
+Ritz value theta <= sigma_min^{-2} whatever the start, and for a start drawn uniformly on the sphere
+
+    P( theta < (1 - eps) sigma_min^{-2} ) <= 1.648 sqrt(d) exp(-sqrt(eps) (2 steps - 1))
+
+(Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992, theorem 4.2), from which the lower end follows.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from prob_transformer._validation import require_count, require_embeddings
+from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling, in_groups, padded
+from prob_transformer.accelerated.change_of_variables import residual_and_log_det
+from prob_transformer.accelerated.sweep import block_small_inverse
+from prob_transformer.attention import Attention
+from prob_transformer.margin import MarginKind, SupportTokens, closest_positions
+
+DEFAULT_STEPS = 16
+DEFAULT_FAILURE = 1e-6
+
+
+class ConditioningMargin(NamedTuple):
+    """Two ends between which sigma_min(J_i) lies (..., n): `upper` up to rounding, `lower` up to the failure asked for.
+
+    Both are 0 on the degeneracy boundary itself.
+    """
+
+    upper: Float[Array, "... n"]
+    lower: Float[Array, "... n"]
+
+
+def relative_error(width: int, steps: int, failure: float) -> float:
+    """eps of the module docstring for d = `width`: what theta may fall short of, but for probability `failure`."""
+    return min(1.0, (math.log(1.648 * math.sqrt(width) / failure) / (2 * steps - 1)) ** 2)
+
+
+def _lanczos(apply, start: Float[Array, "c b d"], steps: int) -> Float[Array, "c b steps steps"]:
+    """The projection of a symmetric operator on the Krylov space of each start, orthogonalised twice a step."""
+    basis = jnp.zeros((steps, *start.shape), start.dtype)
+    images = jnp.zeros_like(basis)
+
+    def step(index, carry):
+        basis, images, vector = carry
+        basis = basis.at[index].set(vector)
+        image = apply(vector)
+        images = images.at[index].set(image)
+        residual = image
+        for _ in range(2):
+            residual = residual - jnp.einsum("kcbd,kcb->cbd", basis, jnp.einsum("kcbd,cbd->kcb", basis, residual))
+        norm = jnp.linalg.norm(residual, axis=-1, keepdims=True)
+        # Nothing but rounding is left once the Krylov space is invariant; a zero vector adds an eigenvalue of zero.
+        exhausted = norm <= 8 * jnp.finfo(start.dtype).eps * jnp.linalg.norm(image, axis=-1, keepdims=True)
+        return basis, images, jnp.where(exhausted, 0, residual / jnp.where(exhausted, 1, norm))
+
+    basis, images, _ = lax.fori_loop(0, steps, step, (basis, images, start))
+    projected = jnp.einsum("kcbd,lcbd->cbkl", basis, images)
+    return (projected + jnp.swapaxes(projected, -1, -2)) / 2
+
+
+def _block_projection(
+    attention: Attention,
+    tiling: Tiling,
+    cells: Cells,
+    embeddings: Float[Array, "c n d"],
+    first: Float[Array, "c n d"],
+    steps: int,
+    start: Array,
+) -> Float[Array, "c b steps steps"]:
+    weights, inverse = block_small_inverse(tiling, cells, start)
+    heads, size = attention.heads, attention.head_size
+    stacked_query = attention.query.reshape(heads * size, attention.width)
+    positions_first = jnp.swapaxes(cells.keys, -1, -2)
+
+    def centred(scores: Float[Array, "c H b n"]) -> Float[Array, "c H b n"]:
+        return weights * (scores - (weights * scores).sum(-1, keepdims=True)) / math.sqrt(size)
+
+    def through_values(y: Float[Array, "c b d"]) -> Float[Array, "c H b d"]:
+        return y[:, None] if attention.value is None else jnp.einsum("hde,cbd->chbe", attention.value, y)
+
+    def solve(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
+        """J^{-1} y."""
+        small = jnp.einsum("cxyb,cby->cbx", inverse, jnp.einsum("rd,cbd->cbr", stacked_query, y))
+        small = small.reshape(*small.shape[:2], heads, size)
+        scores = centred(jnp.einsum("chpn,cbhp->chbn", cells.keys, small))
+        attended = jnp.einsum("chbn,cnd->chbd", scores, embeddings)
+        if attention.value is None:
+            return y + attended[:, 0]
+        return y + jnp.einsum("hde,chbe->cbd", attention.value, attended)
+
+    def solve_transposed(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
+        """J^{-T} y."""
+        scores = centred(jnp.einsum("chbd,cnd->chbn", through_values(y), embeddings))
+        small = jnp.einsum("chbn,chnp->cbhp", scores, positions_first)
+        small = jnp.einsum("cxyb,cbx->cby", inverse, small.reshape(*small.shape[:2], heads * size))
+        return y + small @ stacked_query
+
+    here = lax.dynamic_slice_in_dim(first, start, tiling.block, 1)
+    return _lanczos(lambda y: solve(solve_transposed(y)), here, steps)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _largest_inverse_square(
+    attention: Attention, embeddings: Float[Array, "c n d"], key: PRNGKeyArray, steps: int, tiling: Tiling
+) -> Float[Array, "c n"]:
+    length, width = embeddings.shape[1:]
+    tiling = tiling.fitted(length)
+    cells = Cells(*(padded(tiling, x) for x in Cells.of(attention, embeddings)))
+    first = jax.random.normal(key, (embeddings.shape[0], cells.length, width), embeddings.dtype)
+    first = first / jnp.linalg.norm(first, axis=-1, keepdims=True)
+    attended = jnp.pad(embeddings, [(0, 0), (0, cells.length - length), (0, 0)])
+
+    def one_group(tiling, cells, attended, first):
+        starts = jnp.arange(0, cells.length, tiling.block)
+        blocks = lax.map(
+            lambda start: _block_projection(attention, tiling, cells, attended, first, steps, start), starts
+        )
+        return jnp.moveaxis(blocks, 0, 1).reshape(attended.shape[0], -1, steps, steps)
+
+    projected = in_groups(one_group, tiling, cells, attended, first)[:, :length]
+    # Outside the loops above: LAPACK inside a compiled loop can stall JAX 0.10 on two cores.
+    return jnp.linalg.eigvalsh(jnp.where(jnp.isfinite(projected), projected, jnp.inf))[..., -1]
+
+
+def conditioning_margin(
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+    key: PRNGKeyArray,
+    steps: int = DEFAULT_STEPS,
+    failure: float = DEFAULT_FAILURE,
+    tiling: Tiling = DEFAULT_TILING,
+) -> ConditioningMargin:
+    """sigma_min(J_i) at every position of embeddings (..., n, d), between two ends, after a few Lanczos steps.
+
+    The key draws the starts; `failure` bounds the probability, at each position, that `lower` is too high. Raises
+    ValueError for steps below 1, a failure outside (0, 1), and as `residual_and_log_det`. Equations: module docstring.
+    """
+    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    require_count("steps", steps, 1, "every step applies the inverse of J once")
+    if not 0 < failure < 1:
+        raise ValueError(f"failure: got {failure}; pass a probability between 0 and 1.")
+    # More steps than d add nothing: the Krylov space is then the whole space.
+    steps = min(steps, attention.width)
+    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
+    theta = _largest_inverse_square(attention, flat, key, steps, tiling).reshape(embeddings.shape[:-1])
+    # On the boundary the inverse does not exist and theta is not finite.
+    upper = jnp.where(jnp.isfinite(theta), 1 / jnp.sqrt(theta), 0)
+    exact = steps >= min(attention.width, 2 * attention.heads * attention.head_size + 1)
+    error = 0.0 if exact else relative_error(attention.width, steps, failure)
+    return ConditioningMargin(upper, upper * math.sqrt(1 - error))
+
+
+def stability_margin(
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+    kind: MarginKind = "determinant",
+    *,
+    key: PRNGKeyArray | None = None,
+    steps: int = DEFAULT_STEPS,
+    tiling: Tiling = DEFAULT_TILING,
+) -> Float[Array, "... n"]:
+    """Margin m_i of every position, as `prob_transformer.stability_margin`; "conditioning" needs a key.
+
+    The conditioning margin is the upper end of `conditioning_margin`. Raises ValueError for an unknown kind, for
+    conditioning without a key, and as `residual_and_log_det`.
+    """
+    if kind == "determinant":
+        _, sign, log_det = residual_and_log_det(attention, embeddings, tiling)
+        return sign * jnp.exp(log_det)
+    if kind == "conditioning":
+        if key is None:
+            raise ValueError("key: got None; pass a JAX random key, from which the iterations start.")
+        return conditioning_margin(attention, embeddings, key, steps, tiling=tiling).upper
+    raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
+
+
+def support_tokens(
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+    k: int,
+    kind: MarginKind = "determinant",
+    *,
+    key: PRNGKeyArray | None = None,
+    tiling: Tiling = DEFAULT_TILING,
+) -> SupportTokens:
+    """The k positions closest to the boundary, as `prob_transformer.support_tokens`. Raises as `stability_margin`."""
+    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    margins = stability_margin(attention, embeddings, kind, key=key, tiling=tiling)
+    return closest_positions(attention, embeddings, margins, k)
