@@ -99,7 +99,7 @@ def margins(
     The first two positions are left out, their determinant being 1 by definition.
     """
     chosen = jnp.asarray(windows[:_MARGIN_WINDOWS, :-1])
-    _, embeddings, inputs = _forward(model, chosen)
+    _, embeddings, (inputs, _, _) = _forward(model, chosen)
     summary: dict[str, dict[str, Any]] = {}
     determinants: dict[str, np.ndarray] = {}
     for site in SITES:

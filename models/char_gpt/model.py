@@ -1,6 +1,7 @@
 """A small pre-LayerNorm GPT whose heads keep W_Q and W_K apart, so that their margins can be looked at."""
 
 import math
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,6 +31,14 @@ class LayerNorm(eqx.Module):
         return self.gain * centred / jnp.sqrt(variance + 1e-5) + self.shift
 
 
+class Attended(NamedTuple):
+    """What the heads of a layer attended over: normalised inputs (n, d), and their queries and keys (H, p, n)."""
+
+    inputs: Float[Array, "n d"]
+    queries: Float[Array, "H p n"]
+    keys: Float[Array, "H p n"]
+
+
 class Block(eqx.Module):
     """Multi-head causal attention and a GELU perceptron, each on normalised inputs and added to the stream."""
 
@@ -55,18 +64,18 @@ class Block(eqx.Module):
         self.contract = _normal(keys[5], (width, hidden), small / math.sqrt(hidden))
         self.attention_norm, self.perceptron_norm = LayerNorm(width), LayerNorm(width)
 
-    def __call__(self, stream: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-        """The stream after the block, and the normalised inputs its heads attended over."""
+    def __call__(self, stream: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Attended]:
+        """The stream after the block, and what its heads attended over."""
         inputs = self.attention_norm(stream)
         length = stream.shape[0]
-        queries, keys, values = (jnp.einsum("hpd,nd->hnp", w, inputs) for w in (self.query, self.key, self.value))
-        logits = jnp.einsum("hip,hsp->his", queries, keys) / math.sqrt(self.query.shape[1])
+        queries, keys, values = (jnp.einsum("hpd,nd->hpn", w, inputs) for w in (self.query, self.key, self.value))
+        logits = jnp.einsum("hpi,hps->his", queries, keys) / math.sqrt(self.query.shape[1])
         # As real decoders do, and unlike the process: a position attends to itself too.
         visible = jnp.tril(jnp.ones((length, length), bool))
         weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-        stream = stream + jnp.einsum("hdp,his,hsp->id", self.output, weights, values)
+        stream = stream + jnp.einsum("hdp,his,hps->id", self.output, weights, values)
         hidden = jax.nn.gelu(self.perceptron_norm(stream) @ self.expand.T)
-        return stream + hidden @ self.contract.T, inputs
+        return stream + hidden @ self.contract.T, Attended(inputs, queries, keys)
 
 
 class CharGPT(eqx.Module):
@@ -99,13 +108,13 @@ class CharGPT(eqx.Module):
 
     def decode(
         self, embeddings: Float[Array, "n d"], rematerialise: Rematerialise = "none"
-    ) -> tuple[Float[Array, "n V"], Float[Array, "L n d"]]:
-        """Logits from input embeddings, and every layer's normalised attention inputs."""
-        stream, inputs = embeddings, []
+    ) -> tuple[Float[Array, "n V"], Attended]:
+        """Logits from input embeddings, and what every layer attended over, layers first."""
+        stream, layers = embeddings, []
         for block in self.blocks:
             stream, attended = (eqx.filter_checkpoint(block) if rematerialise == "blocks" else block)(stream)
-            inputs.append(attended)
-        return self.final_norm(stream) @ self.head.T, jnp.stack(inputs)
+            layers.append(attended)
+        return self.final_norm(stream) @ self.head.T, jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
     def __call__(self, characters: Int[Array, " n"]) -> Float[Array, "n V"]:
         return self.decode(self.embed(characters))[0]

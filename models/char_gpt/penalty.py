@@ -25,7 +25,7 @@ import jax.scipy.stats as jstats
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Site
-from models.char_gpt.model import Block, CharGPT
+from models.char_gpt.model import Attended, Block, CharGPT
 from prob_transformer import Attention, accelerated, residual_and_log_det, weight_prior
 from prob_transformer.accelerated import DEFAULT_TILING, Cells, MeanBarrier, Tiling
 from prob_transformer.change_of_variables import ResidualAndLogDet
@@ -46,11 +46,11 @@ class LossTerms(NamedTuple):
 
 def forward(
     model: CharGPT, characters: Int[Array, "B n"], rematerialise: Rematerialise = "none"
-) -> tuple[Float[Array, "B n V"], Float[Array, "B n d"], Float[Array, "L B n d"]]:
-    """Logits, input embeddings, and the normalised inputs of every layer."""
+) -> tuple[Float[Array, "B n V"], Float[Array, "B n d"], Attended]:
+    """Logits, input embeddings, and of every layer its inputs (L, B, n, d), queries and keys (L, B, H, p, n)."""
     embeddings = jax.vmap(model.embed)(characters)
-    logits, inputs = jax.vmap(lambda u: model.decode(u, rematerialise), out_axes=(0, 1))(embeddings)
-    return logits, embeddings, inputs
+    logits, attended = jax.vmap(lambda u: model.decode(u, rematerialise), out_axes=(0, 1))(embeddings)
+    return logits, embeddings, attended
 
 
 def _at_every_head(function, block: Block, attended: Float[Array, "B n d"]):
@@ -80,12 +80,12 @@ def site_density(
     return jax.vmap(lambda block, attended: _at_every_head(density, block, attended))(_stacked(model.blocks), inputs)
 
 
-def site_cells(model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]) -> Cells:
-    """The cells of a site for the accelerated barrier, with leading axes as in `site_density`."""
+def site_cells(model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], attended: Attended) -> Cells:
+    """The cells of a site for the accelerated barrier: (B, 1, p, n), or (L, B, H, 1, p, n) from the decoder's own."""
     if site == "embedding":
         return Cells.of(model.prior_stage, embeddings)
-    layers = zip(model.blocks, inputs, strict=True)
-    return _stacked([_at_every_head(Cells.of, block, attended) for block, attended in layers])
+    queries, keys = attended.queries[..., None, :, :], attended.keys[..., None, :, :]
+    return Cells(queries, keys, queries)
 
 
 def accelerated_barrier(cells: Cells, config: Config, key: PRNGKeyArray) -> MeanBarrier:
@@ -113,11 +113,11 @@ def loss_terms(
 
     The key draws what a subsampled barrier looks at, and is not used otherwise.
     """
-    logits, embeddings, inputs = forward(model, windows[:, :-1], config.rematerialise)
+    logits, embeddings, attended = forward(model, windows[:, :-1], config.rematerialise)
     if (config.path, config.objective) == ("accelerated", "margin"):
         # The barrier's sweep before the decoder's backward pass and not beside it, where each slows the other.
-        logits, inputs = jax.lax.optimization_barrier((logits, inputs))
-        cells = site_cells(model, config.barrier_site, embeddings, inputs)
+        logits, attended = jax.lax.optimization_barrier((logits, attended))
+        cells = site_cells(model, config.barrier_site, embeddings, attended)
         estimate = accelerated_barrier(cells, config, key)
         logits, estimate = jax.lax.optimization_barrier((logits, estimate))
     data_term = cross_entropy(logits, windows[:, 1:]).mean()
@@ -128,7 +128,7 @@ def loss_terms(
     if (config.path, config.objective) == ("accelerated", "margin"):
         mean, negative_share, variance = estimate
         return LossTerms(data_term + config.barrier_weight * mean + prior, data_term, mean, negative_share, variance)
-    residual, sign, log_det = site_density(model, config.barrier_site, embeddings, inputs, config.path)
+    residual, sign, log_det = site_density(model, config.barrier_site, embeddings, attended.inputs, config.path)
     penalty = -log_det
     if config.objective == "map":
         is_first = jnp.arange(penalty.shape[-1]) == 0
@@ -145,9 +145,9 @@ def negative_counts(
 
     The first two positions, whose determinant is 1 by definition, are left out.
     """
-    _, embeddings, inputs = forward(model, windows[:, :-1])
+    _, embeddings, attended = forward(model, windows[:, :-1])
     counts: dict[Site, tuple[Int[Array, ""], Int[Array, ""]]] = {}
     for site in ("embedding", "layers"):
-        sign = site_density(model, site, embeddings, inputs, path).sign[..., 2:]
+        sign = site_density(model, site, embeddings, attended.inputs, path).sign[..., 2:]
         counts[site] = ((sign <= 0).sum(), jnp.asarray(sign.size))
     return counts

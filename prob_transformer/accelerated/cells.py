@@ -64,23 +64,43 @@ class Cells(NamedTuple):
         return Cells(*(x.reshape(-1, *x.shape[-3:]) for x in self))
 
 
+class Rows(NamedTuple):
+    """Cells as the sweep reads them: queries (..., H, p, n), and features above keys, (..., H, Hp + p, n)."""
+
+    queries: Float[Array, "... H p n"]
+    attended: Float[Array, "... H Hp+p n"]
+
+    @classmethod
+    def of(cls, cells: Cells) -> "Rows":
+        return cls(cells.queries, jnp.concatenate([cells.features, cells.keys], -2))
+
+    def cells(self) -> Cells:
+        """Undoes `of`."""
+        rank = self.attended.shape[-2] - self.queries.shape[-2]
+        return Cells(self.queries, self.attended[..., rank:, :], self.attended[..., :rank, :])
+
+    @property
+    def length(self) -> int:
+        return self.queries.shape[-1]
+
+
 def padded(tiling: Tiling, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
     """Zeros after the last position up to a whole chunk: nobody's past, and cut off again from every result."""
     extra = -x.shape[-1] % tiling.chunk
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
 
 
-def group_size(tiling: Tiling, cells: Cells) -> int:
+def group_size(tiling: Tiling, rows: Rows) -> int:
     """How many of the cells (c, ...) to sweep at once: the largest divisor of c within the tiling's bytes."""
-    count, heads, size, _ = cells.keys.shape
-    bytes_a_cell = heads**2 * size**2 * tiling.block * cells.keys.dtype.itemsize
+    count, heads, size, _ = rows.queries.shape
+    bytes_a_cell = heads**2 * size**2 * tiling.block * rows.queries.dtype.itemsize
     most = max(1, min(tiling.group_bytes // bytes_a_cell, count))
     return max(divisor for divisor in range(1, most + 1) if count % divisor == 0)
 
 
-def in_groups(function, tiling: Tiling, cells: Cells, *others: Array):
-    """`function(tiling, cells, *others)` on a few cells at a time, so that memory does not grow with their number."""
-    group = group_size(tiling, cells)
+def in_groups(function, tiling: Tiling, rows: Rows, *others: Array):
+    """`function(tiling, rows, *others)` on a few cells at a time, so that memory does not grow with their number."""
+    group = group_size(tiling, rows)
 
     def split(x):
         return x.reshape(x.shape[0] // group, group, *x.shape[1:])
@@ -88,7 +108,7 @@ def in_groups(function, tiling: Tiling, cells: Cells, *others: Array):
     def one_group(parts):
         return function(tiling, *parts)
 
-    result = jax.lax.map(one_group, jax.tree.map(split, (cells, *others)))
+    result = jax.lax.map(one_group, jax.tree.map(split, (rows, *others)))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result)
 
 

@@ -30,7 +30,7 @@ def _blocked_mean(
     @jax.checkpoint
     def one_block(start, queries, keys, attended):
         here = jax.lax.dynamic_slice_in_dim(queries, start, tiling.block, 3)
-        means = jnp.einsum("chbs,csd->chbd", block_weights(here, keys, start), attended)
+        means = jnp.einsum("chsb,csd->chbd", block_weights(here, keys, start), attended)
         if attention.value is None:
             return means[:, 0]
         return jnp.einsum("hde,chbe->cbd", attention.value, means)

@@ -1,7 +1,7 @@
 """Inverses and log-determinants of many small matrices at once, the batch in the last axis.
 
 LAPACK takes one small matrix a call and spends most of its time on entering and leaving. Here every step of
-Gauss-Jordan elimination is one rank-1 update of all matrices, contiguous along the batch. Elimination without row
+Gauss-Jordan elimination is one rank-2 update of all matrices, contiguous along the batch. Elimination without row
 exchanges is fast but can lose digits, so every result is checked by a probe,
 
     |J (X v) - v|  <=  tolerance (|J| |X v| + |v|)   in every row, for a fixed vector v of signs,
@@ -18,15 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 # A growth of the elements by about this factor is let through before rows are exchanged.
 PERMITTED_GROWTH = 64
 REPAIRED_AT_ONCE = 32
-# JAX 0.12 compiles the elimination of one column at a time, written out, to code that is two to three times as fast as
-# a loop over columns; JAX 0.10 merges the columns again into code that is three times as slow. Above this size writing
-# out costs too much compilation.
-WRITE_OUT_BELOW = 33 if jax.__version_info__ >= (0, 12) else 9
 
 
 def written_out(term: Callable[[int], Array], count: int) -> Array:
@@ -42,32 +38,62 @@ class Eliminated(NamedTuple):
     log_det: Float[Array, "c b"]
 
 
-def _eliminate_column(carry: Eliminated, column: Array | int) -> Eliminated:
-    """One step in place: after m of them, the matrix has become its inverse."""
+def apart(start: Array | int, function: Callable[[], PyTree]) -> PyTree:
+    """`function()` in a loop of one pass; `start` is any number of at least 0 that XLA does not know.
+
+    XLA on a CPU merges small steps into the large one that uses them and makes them anew for every element of it; as
+    that then reads other elements than it writes, it copies the large array too. Nothing is merged across a loop.
+    """
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))
+    passes = jnp.minimum(start + 1, 1)
+    return lax.while_loop(lambda carry: carry[0] < passes, lambda carry: (carry[0] + 1, function()), (0, nothing))[1]
+
+
+def _small_inverse(block: Float[Array, "c r r b"]) -> tuple[Float[Array, "c r r b"], Float[Array, "c b"]]:
+    """Inverses and determinants of matrices of one or two columns."""
+    if block.shape[1] == 1:
+        return 1 / block, block[:, 0, 0]
+    first, second = block[:, 0], block[:, 1]
+    determinant = first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]
+    adjugate = [jnp.stack([second[:, 1], -first[:, 1]], 1), jnp.stack([-second[:, 0], first[:, 0]], 1)]
+    return jnp.stack(adjugate, 1) / determinant[:, None, None], determinant
+
+
+def _eliminate_columns(start: Array | int, carry: Eliminated, count: int) -> Eliminated:
+    """One step in place with one or two pivots; after all columns, the matrix has become its inverse."""
     matrix, sign, log_det = carry
-    is_column = jnp.arange(matrix.shape[1]) == column
-    row = lax.dynamic_index_in_dim(matrix, column, 1, keepdims=False)
-    factors = lax.dynamic_index_in_dim(matrix, column, 2, keepdims=False)
-    pivot = lax.dynamic_index_in_dim(row, column, 1, keepdims=False)
-    inverse_pivot = 1 / pivot
-    new_row = jnp.where(is_column[:, None], inverse_pivot[:, None], row * inverse_pivot[:, None])
-    factors = jnp.where(is_column[:, None], -1, factors)
-    new_row, factors = lax.optimization_barrier((new_row, factors))
-    kept = jnp.where((is_column[:, None] | is_column)[:, :, None], 0, matrix)
-    updated = kept - factors[:, :, None] * new_row[:, None]
-    return Eliminated(updated, sign * jnp.sign(pivot), log_det + jnp.log(jnp.abs(pivot)))
+    index = jnp.arange(matrix.shape[1]) - start
+    is_pivot = (index >= 0) & (index < count)
+    identity = (index == jnp.arange(count)[:, None])[:, :, None].astype(matrix.dtype)
+
+    def panels() -> tuple[Float[Array, "c r m b"], Float[Array, "c r m b"]]:
+        rows = lax.dynamic_slice_in_dim(matrix, start, count, 1)
+        factors = jnp.swapaxes(lax.dynamic_slice_in_dim(matrix, start, count, 2), 1, 2)
+        return rows, jnp.where(is_pivot[:, None], -identity, factors)
+
+    rows, factors = apart(start, panels)
+    inverse, determinant = _small_inverse(lax.dynamic_slice_in_dim(rows, start, count, 2))
+
+    def solved() -> Float[Array, "c r m b"]:
+        others = jnp.where(is_pivot[:, None], identity, rows)
+        return written_out(lambda k: inverse[:, :, k, None] * others[:, None, k], count)
+
+    rows = apart(start, solved)
+    kept = jnp.where((is_pivot[:, None] | is_pivot)[:, :, None], 0, matrix)
+    updated = kept - written_out(lambda k: factors[:, k, :, None] * rows[:, None, k], count)
+    return Eliminated(updated, sign * jnp.sign(determinant), log_det + jnp.log(jnp.abs(determinant)))
 
 
 def eliminate(matrix: Float[Array, "c m m b"]) -> Eliminated:
-    """Gauss-Jordan elimination without row exchanges; not finite where a pivot is zero."""
+    """Gauss-Jordan elimination without row exchanges, two pivots a step; not finite where their block is singular."""
     ones = jnp.ones((matrix.shape[0], matrix.shape[-1]), matrix.dtype)
     carry = Eliminated(matrix, ones, jnp.zeros_like(ones))
-    size = matrix.shape[1]
-    if size < WRITE_OUT_BELOW:
-        for column in range(size):
-            carry = Eliminated(*lax.optimization_barrier(tuple(_eliminate_column(carry, column))))
-        return carry
-    return lax.fori_loop(0, size, lambda column, carry: _eliminate_column(carry, column), carry)
+    odd = matrix.shape[1] % 2
+    if odd:
+        carry = _eliminate_columns(0, carry, 1)
+    return lax.fori_loop(
+        0, matrix.shape[1] // 2, lambda step, carry: _eliminate_columns(odd + 2 * step, carry, 2), carry
+    )
 
 
 def eliminate_with_exchanges(matrix: Float[Array, "c m m b"]) -> Eliminated:
@@ -111,18 +137,24 @@ def eliminate_with_exchanges(matrix: Float[Array, "c m m b"]) -> Eliminated:
     )
 
 
-def passes_probe(matrix: Float[Array, "c m m b"], inverse: Float[Array, "c m m b"]) -> Bool[Array, "c b"]:
-    """Which matrices and inverses pass the probe of the module docstring; NaN does not."""
+def passes_probe(
+    matrix: Float[Array, "c m m b"], inverse: Float[Array, "c m m b"], start: Array | int = 0
+) -> Bool[Array, "c b"]:
+    """Which matrices and inverses pass the probe of the module docstring; NaN does not. `start` as in `apart`."""
     columns = matrix.shape[1]
     signs = np.where(np.random.default_rng(0).random(columns) < 0.5, -1, 1)
     solution = written_out(lambda column: inverse[:, :, column] * int(signs[column]), columns)
-    product = written_out(lambda column: matrix[:, :, column] * solution[:, None, column], columns)
-    size = written_out(lambda column: jnp.abs(matrix[:, :, column] * solution[:, None, column]), columns)
+
+    def product_and_size() -> tuple[Float[Array, "c m b"], Float[Array, "c m b"]]:
+        terms = [matrix[:, :, column] * solution[:, None, column] for column in range(columns)]
+        return reduce(jnp.add, terms), reduce(jnp.add, [jnp.abs(term) for term in terms])
+
+    product, size = apart(start, product_and_size)
     allowed = PERMITTED_GROWTH * jnp.finfo(matrix.dtype).eps * (size + 1)
     return (jnp.abs(product - jnp.asarray(signs, matrix.dtype)[:, None]) <= allowed).all(1)
 
 
-def inverse_and_log_det(matrix: Float[Array, "c m m b"]) -> Eliminated:
+def inverse_and_log_det(matrix: Float[Array, "c m m b"], start: Array | int = 0) -> Eliminated:
     """Inverse, sign and log|det| of every matrix, with row exchanges where the fast elimination fails its probe."""
     groups, _, _, batch = matrix.shape
     fast = eliminate(matrix)
@@ -140,4 +172,4 @@ def inverse_and_log_det(matrix: Float[Array, "c m m b"]) -> Eliminated:
         )
         return failed.at[group, index].set(False), result
 
-    return lax.while_loop(lambda carry: carry[0].any(), repair, (~passes_probe(matrix, fast.inverse), fast))[1]
+    return lax.while_loop(lambda carry: carry[0].any(), repair, (~passes_probe(matrix, fast.inverse, start), fast))[1]

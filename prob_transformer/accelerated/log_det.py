@@ -16,7 +16,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer.accelerated.cells import Cells, Tiling, in_groups, padded
+from prob_transformer.accelerated.cells import Cells, Rows, Tiling, in_groups, padded
 from prob_transformer.accelerated.sweep import (
     LogDet,
     block_log_det,
@@ -64,12 +64,12 @@ def _batched_over_cells(function: Callable) -> Callable:
 
 @lru_cache
 def _values(tiling: Tiling) -> Callable:
-    return _batched_over_cells(lambda cells: in_groups(sweep_log_det, tiling, cells))
+    return _batched_over_cells(lambda rows: in_groups(sweep_log_det, tiling, rows))
 
 
 @lru_cache
 def _gradient(tiling: Tiling) -> Callable:
-    return _batched_over_cells(lambda cells, scale: in_groups(sweep_log_det_gradient, tiling, cells, scale))
+    return _batched_over_cells(lambda rows, scale: in_groups(sweep_log_det_gradient, tiling, rows, scale))
 
 
 def _cut(length: int, tree):
@@ -82,12 +82,13 @@ def _padded(tiling: Tiling, tree):
 
 def _sweep_values(cells: Cells, tiling: Tiling) -> LogDet:
     tiling = tiling.fitted(cells.length)
-    return _cut(cells.length, _values(tiling)(_padded(tiling, cells)))
+    return _cut(cells.length, _values(tiling)(_padded(tiling, Rows.of(cells))))
 
 
-def _sweep_gradient(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling):
+def _sweep_gradient(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling) -> tuple[LogDet, Cells]:
     tiling = tiling.fitted(cells.length)
-    return _cut(cells.length, _gradient(tiling)(*_padded(tiling, (cells, scale))))
+    found = _cut(cells.length, _gradient(tiling)(*_padded(tiling, (Rows.of(cells), scale))))
+    return LogDet(found.sign, found.log_det), found.rows.cells()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -98,7 +99,7 @@ def log_det(cells: Cells, tiling: Tiling) -> LogDet:
 
 log_det.defvjp(
     lambda cells, tiling: (_sweep_values(cells, tiling), cells),
-    lambda tiling, cells, cotangent: (_sweep_gradient(cells, cotangent.log_det, tiling).cells,),
+    lambda tiling, cells, cotangent: (_sweep_gradient(cells, cotangent.log_det, tiling)[1],),
 )
 
 
@@ -113,8 +114,8 @@ def log_det_total(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling) -> L
 
 
 def _total_forward(cells, scale, tiling):
-    sign, values, gradient = _sweep_gradient(cells, scale, tiling)
-    return _total(scale, LogDet(sign, values)), (gradient, values)
+    values, gradient = _sweep_gradient(cells, scale, tiling)
+    return _total(scale, values), (gradient, values.log_det)
 
 
 def _total_backward(tiling, kept, cotangent):
@@ -136,14 +137,14 @@ def _draw(cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differe
     drawn = cells_drawn(count, share)
     factor = count / drawn
     tiling = tiling.fitted(length)
-    whole = _padded(tiling, cells)
+    whole = _padded(tiling, Rows.of(cells))
     starts = jnp.arange(0, whole.length, tiling.block)
 
-    def one_block(gradient: Cells | None, inputs: tuple[Int[Array, ""], PRNGKeyArray]):
+    def one_block(gradient: Rows | None, inputs: tuple[Int[Array, ""], PRNGKeyArray]):
         start, key = inputs
         chosen = jax.random.choice(key, count, (drawn,), replace=False)
-        part = Cells(*(x[chosen] for x in whole))
-        is_real = (start + jnp.arange(tiling.block) < length).astype(part.keys.dtype)
+        part = Rows(*(x[chosen] for x in whole))
+        is_real = (start + jnp.arange(tiling.block) < length).astype(part.queries.dtype)
         if gradient is None:
             sign, log_det = in_groups(lambda t, group: block_log_det(t, group, start), tiling, part)
         else:
@@ -168,7 +169,8 @@ def _draw(cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differe
     start_gradient = jax.tree.map(jnp.zeros_like, whole) if differentiate else None
     gradient, parts = lax.scan(one_block, start_gradient, (starts, jax.random.split(key, starts.size)))
     total, variance, negative = (x.sum() for x in parts)
-    return SubsampledTotal(total, variance, negative / (drawn * length)), _cut(length, gradient)
+    found = None if gradient is None else _cut(length, gradient).cells()
+    return SubsampledTotal(total, variance, negative / (drawn * length)), found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._validation import require_count, require_embeddings
-from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling, in_groups, padded
+from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded
 from prob_transformer.accelerated.change_of_variables import residual_and_log_det
 from prob_transformer.accelerated.sweep import block_small_inverse
 from prob_transformer.attention import Attention
@@ -73,19 +73,19 @@ def _lanczos(apply, start: Float[Array, "c b d"], steps: int) -> Float[Array, "c
 def _block_projection(
     attention: Attention,
     tiling: Tiling,
-    cells: Cells,
+    rows: Rows,
     embeddings: Float[Array, "c n d"],
     first: Float[Array, "c n d"],
     steps: int,
     start: Array,
 ) -> Float[Array, "c b steps steps"]:
-    weights, inverse = block_small_inverse(tiling, cells, start)
+    weights, (inverse, _, _) = block_small_inverse(tiling, rows, start)
+    keys = rows.cells().keys
     heads, size = attention.heads, attention.head_size
     stacked_query = attention.query.reshape(heads * size, attention.width)
-    positions_first = jnp.swapaxes(cells.keys, -1, -2)
 
-    def centred(scores: Float[Array, "c H b n"]) -> Float[Array, "c H b n"]:
-        return weights * (scores - (weights * scores).sum(-1, keepdims=True)) / math.sqrt(size)
+    def centred(scores: Float[Array, "c H n b"]) -> Float[Array, "c H n b"]:
+        return weights * (scores - (weights * scores).sum(-2, keepdims=True)) / math.sqrt(size)
 
     def through_values(y: Float[Array, "c b d"]) -> Float[Array, "c H b d"]:
         return y[:, None] if attention.value is None else jnp.einsum("hde,cbd->chbe", attention.value, y)
@@ -94,16 +94,16 @@ def _block_projection(
         """J^{-1} y."""
         small = jnp.einsum("cxyb,cby->cbx", inverse, jnp.einsum("rd,cbd->cbr", stacked_query, y))
         small = small.reshape(*small.shape[:2], heads, size)
-        scores = centred(jnp.einsum("chpn,cbhp->chbn", cells.keys, small))
-        attended = jnp.einsum("chbn,cnd->chbd", scores, embeddings)
+        scores = centred(jnp.einsum("chpn,cbhp->chnb", keys, small))
+        attended = jnp.einsum("chnb,cnd->chbd", scores, embeddings)
         if attention.value is None:
             return y + attended[:, 0]
         return y + jnp.einsum("hde,chbe->cbd", attention.value, attended)
 
     def solve_transposed(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
         """J^{-T} y."""
-        scores = centred(jnp.einsum("chbd,cnd->chbn", through_values(y), embeddings))
-        small = jnp.einsum("chbn,chnp->cbhp", scores, positions_first)
+        scores = centred(jnp.einsum("chbd,cnd->chnb", through_values(y), embeddings))
+        small = jnp.einsum("chnb,chpn->cbhp", scores, keys)
         small = jnp.einsum("cxyb,cbx->cby", inverse, small.reshape(*small.shape[:2], heads * size))
         return y + small @ stacked_query
 
@@ -117,19 +117,19 @@ def _largest_inverse_square(
 ) -> Float[Array, "c n"]:
     length, width = embeddings.shape[1:]
     tiling = tiling.fitted(length)
-    cells = Cells(*(padded(tiling, x) for x in Cells.of(attention, embeddings)))
-    first = jax.random.normal(key, (embeddings.shape[0], cells.length, width), embeddings.dtype)
+    rows = Rows(*(padded(tiling, x) for x in Rows.of(Cells.of(attention, embeddings))))
+    first = jax.random.normal(key, (embeddings.shape[0], rows.length, width), embeddings.dtype)
     first = first / jnp.linalg.norm(first, axis=-1, keepdims=True)
-    attended = jnp.pad(embeddings, [(0, 0), (0, cells.length - length), (0, 0)])
+    attended = jnp.pad(embeddings, [(0, 0), (0, rows.length - length), (0, 0)])
 
-    def one_group(tiling, cells, attended, first):
-        starts = jnp.arange(0, cells.length, tiling.block)
+    def one_group(tiling, rows, attended, first):
+        starts = jnp.arange(0, rows.length, tiling.block)
         blocks = lax.map(
-            lambda start: _block_projection(attention, tiling, cells, attended, first, steps, start), starts
+            lambda start: _block_projection(attention, tiling, rows, attended, first, steps, start), starts
         )
         return jnp.moveaxis(blocks, 0, 1).reshape(attended.shape[0], -1, steps, steps)
 
-    projected = in_groups(one_group, tiling, cells, attended, first)[:, :length]
+    projected = in_groups(one_group, tiling, rows, attended, first)[:, :length]
     # Outside the loops above: LAPACK inside a compiled loop can stall JAX 0.10 on two cores.
     return jnp.linalg.eigvalsh(jnp.where(jnp.isfinite(projected), projected, jnp.inf))[..., -1]
 

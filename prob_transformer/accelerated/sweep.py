@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from prob_transformer.accelerated.cells import Cells, Tiling, scaled_queries
-from prob_transformer.accelerated.elimination import inverse_and_log_det, written_out
+from prob_transformer.accelerated.cells import Rows, Tiling, scaled_queries
+from prob_transformer.accelerated.elimination import Eliminated, apart, inverse_and_log_det, written_out
 
 
 class LogDet(NamedTuple):
@@ -37,11 +37,11 @@ class LogDet(NamedTuple):
 
 
 class LogDetGradient(NamedTuple):
-    """Sign and log|det J_i|, and the gradient of sum_i scale_i log|det J_i| in the cells."""
+    """Sign and log|det J_i|, and the gradient of sum_i scale_i log|det J_i| in the rows."""
 
     sign: Float[Array, "... n"]
     log_det: Float[Array, "... n"]
-    cells: Cells
+    rows: Rows
 
 
 def _transposed(x: Float[Array, "... a b"]) -> Float[Array, "... b a"]:
@@ -65,161 +65,145 @@ def _product(tiling: Tiling, left: Float[Array, "... a b"], right: Float[Array, 
 
 def block_weights(
     queries: Float[Array, "c H p b"], keys: Float[Array, "c H p n"], start: Int[Array, ""]
-) -> Float[Array, "c H b n"]:
-    """alpha_i of a block of queries over the strict past; zero where there is none."""
+) -> Float[Array, "c H n b"]:
+    """alpha_i of a block of queries over the strict past, keys first; zero where there is none."""
     block, length = queries.shape[-1], keys.shape[-1]
-    logits = _transposed(scaled_queries(queries)) @ keys
-    visible = jnp.arange(length) < (start + jnp.arange(block))[:, None]
+    logits = _transposed(keys) @ scaled_queries(queries)
+    visible = jnp.arange(length)[:, None] < start + jnp.arange(block)
     logits = jnp.where(visible, logits, -jnp.inf)
-    largest = lax.stop_gradient(logits.max(-1, keepdims=True))
+    largest = lax.stop_gradient(logits.max(-2, keepdims=True))
     unnormalised = jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
-    total = unnormalised.sum(-1, keepdims=True)
+    total = unnormalised.sum(-2, keepdims=True)
     return unnormalised / jnp.where(total > 0, total, 1)
 
 
 class _Block(NamedTuple):
-    """What both passes over the chunks share; `*_mean` are weighted means from which the `*_centre` is taken off."""
+    """What both passes over the chunks share; the centre is taken off the attended rows and off their weighted mean."""
 
-    weights: Float[Array, "c H b n"]
-    key_centre: Float[Array, "c H p 1"]
-    feature_centre: Float[Array, "c H Hp 1"]
-    key_mean: Float[Array, "c H p b"]
-    feature_mean: Float[Array, "c H Hp b"]
+    weights: Float[Array, "c H n b"]
+    centre: Float[Array, "c H Hp+p 1"]
+    mean: Float[Array, "c H Hp+p b"]
     chunks: Int[Array, ""]
 
     @classmethod
-    def of(cls, tiling: Tiling, cells: Cells, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
-        weights = block_weights(queries, cells.keys, start)
-        key_mean = cells.keys @ _transposed(weights)
-        feature_mean = cells.features @ _transposed(weights)
-        key_centre = key_mean.mean(-1, keepdims=True)
-        feature_centre = feature_mean.mean(-1, keepdims=True)
+    def of(cls, tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
+        rank = rows.attended.shape[2] - queries.shape[2]
+        weights = block_weights(queries, rows.attended[:, :, rank:], start)
+        mean = rows.attended @ weights
+        centre = mean.mean(-1, keepdims=True)
         chunks = (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
         # Where the past is empty all weights are zero, and so is the mean; it must not become minus the centre.
-        full = weights.sum(-1)[:, :, None]
-        return cls(
-            weights,
-            key_centre,
-            feature_centre,
-            key_mean - key_centre * full,
-            feature_mean - feature_centre * full,
-            chunks,
-        )
+        return cls(weights, centre, mean - centre * weights.sum(-2, keepdims=True), chunks)
 
-    def chunk(self, tiling: Tiling, cells: Cells, begin: Int[Array, ""]):
-        """Centred keys and features of one chunk, and its weights."""
-        keys = _at(cells.keys, begin, tiling.chunk) - self.key_centre
-        features = _at(cells.features, begin, tiling.chunk) - self.feature_centre
-        return keys, features, _at(self.weights, begin, tiling.chunk)
+    def chunk(self, tiling: Tiling, rows: Rows, begin: Int[Array, ""]):
+        """Centred rows of one chunk, and its weights."""
+        attended = _at(rows.attended, begin, tiling.chunk) - self.centre
+        return attended, lax.dynamic_slice_in_dim(self.weights, begin, tiling.chunk, 2)
 
 
-def _second_moments(tiling: Tiling, cells: Cells, block: _Block) -> Float[Array, "c H Hp p b"]:
+def _second_moments(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[Array, "c H Hp p b"]:
     def of_chunk(step):
-        keys, features, weights = block.chunk(tiling, cells, step * tiling.chunk)
-        outer = features[:, :, :, None] * keys[:, :, None]
-        outer = outer.reshape(*outer.shape[:2], -1, tiling.chunk)
-        return _product(tiling, outer, _transposed(weights))
+        attended, weights = block.chunk(tiling, rows, step * tiling.chunk)
+        outer = attended[:, :, :rank, None] * attended[:, :, None, rank:]
+        return _product(tiling, outer.reshape(*outer.shape[:2], -1, tiling.chunk), weights)
 
     moments = lax.fori_loop(1, block.chunks, lambda step, moments: moments + of_chunk(step), of_chunk(0))
-    return moments.reshape(*cells.features.shape[:3], *block.key_mean.shape[2:])
+    return moments.reshape(*moments.shape[:2], rank, -1, moments.shape[-1])
 
 
 def _small_matrix(block: _Block, moments: Float[Array, "c H Hp p b"]) -> Float[Array, "c Hp Hp b"]:
     """I - [Cov(x^h, k^h)]_h / sqrt(p), heads side by side."""
-    groups, heads, size, count = block.key_mean.shape
-    rank = heads * size
-    covariance = moments - block.feature_mean[:, :, :, None] * block.key_mean[:, :, None]
+    groups, _, rank, size, count = moments.shape
+    covariance = moments - block.mean[:, :, :rank, None] * block.mean[:, :, None, rank:]
     joined = jnp.moveaxis(covariance, 1, 2).reshape(groups, rank, rank, count)
     return jnp.eye(rank, dtype=joined.dtype)[:, :, None] - joined / math.sqrt(size)
 
 
-def _sum_keys(matrices: Float[Array, "c H p Hp k"], keys: Float[Array, "c H p k"]) -> Float[Array, "c H Hp k"]:
-    return written_out(lambda b: matrices[:, :, b] * keys[:, :, b, None], keys.shape[2])
+def _pulled(matrices: Float[Array, "c H p Hp k"], attended: Float[Array, "c H Hp+p k"]) -> Float[Array, "c H Hp+p k"]:
+    """The matrices, keys first, applied to the keys, above their transposes applied to the features."""
+    size, rank = matrices.shape[2:4]
+    of_keys = written_out(lambda b: matrices[:, :, b] * attended[:, :, rank + b, None], size)
+    of_features = written_out(lambda a: matrices[:, :, :, a] * attended[:, :, a, None], rank)
+    return jnp.concatenate([of_keys, of_features], 2)
 
 
-def _sum_features(matrices: Float[Array, "c H p Hp k"], features: Float[Array, "c H Hp k"]) -> Float[Array, "c H p k"]:
-    return written_out(lambda a: matrices[:, :, :, a] * features[:, :, None, a], features.shape[2])
-
-
-def block_log_det(tiling: Tiling, cells: Cells, start: Int[Array, ""]) -> LogDet:
+def block_log_det(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> LogDet:
     """Sign and log|det J_i| (c, block) of one block of queries."""
-    queries = _at(cells.queries, start, tiling.block)
-    block = _Block.of(tiling, cells, queries, start)
-    _, sign, log_det = inverse_and_log_det(_small_matrix(block, _second_moments(tiling, cells, block)))
+    _, (_, sign, log_det) = block_small_inverse(tiling, rows, start)
     return LogDet(sign, log_det)
 
 
 def block_small_inverse(
-    tiling: Tiling, cells: Cells, start: Int[Array, ""]
-) -> tuple[Float[Array, "c H b n"], Float[Array, "c Hp Hp b"]]:
-    """Weights of one block of queries, and the inverses of their I - R L."""
-    queries = _at(cells.queries, start, tiling.block)
-    block = _Block.of(tiling, cells, queries, start)
-    return block.weights, inverse_and_log_det(_small_matrix(block, _second_moments(tiling, cells, block))).inverse
+    tiling: Tiling, rows: Rows, start: Int[Array, ""]
+) -> tuple[Float[Array, "c H n b"], Eliminated]:
+    """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
+    queries = _at(rows.queries, start, tiling.block)
+    block = _Block.of(tiling, rows, queries, start)
+    moments = _second_moments(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
+    return block.weights, inverse_and_log_det(_small_matrix(block, moments), start)
 
 
 def block_log_det_gradient(
-    tiling: Tiling, cells: Cells, scale: Float[Array, "c b"], start: Int[Array, ""], gradient: Cells
+    tiling: Tiling, rows: Rows, scale: Float[Array, "c b"], start: Int[Array, ""], gradient: Rows
 ) -> LogDetGradient:
     """Sign and log|det J_i| (c, block) of one block of queries, and `gradient` with the block's part added."""
-    queries = _at(cells.queries, start, tiling.block)
+    queries = _at(rows.queries, start, tiling.block)
     groups, heads, size, count = queries.shape
     rank = heads * size
-    block = _Block.of(tiling, cells, queries, start)
-    moments = _second_moments(tiling, cells, block)
-    inverse, sign, log_det = inverse_and_log_det(_small_matrix(block, moments))
+    block = _Block.of(tiling, rows, queries, start)
+    moments = _second_moments(tiling, rows, block, rank)
+    inverse, sign, log_det = inverse_and_log_det(_small_matrix(block, moments), start)
 
     # d log|det J_i| / dM_i is -J_i^{-T}; its rows are features and its columns keys, so the inverse itself has keys
     # first. Factor and scale of each query go to its weights, which are smaller.
     pull = inverse.reshape(groups, heads, size, rank, count)
-    factor = -scale[:, None] / math.sqrt(size)
-    pull_key_mean = _sum_keys(pull, block.key_mean)
-    pull_feature_mean = _sum_features(pull, block.feature_mean)
+    factor = -scale[:, None, None] / math.sqrt(size)
+    pull_mean = _pulled(pull, block.mean)
     average = written_out(lambda b: pull[:, :, b] * moments[:, :, :, b], size)
-    average = written_out(lambda a: average[:, :, a] - 2 * (pull_key_mean * block.feature_mean)[:, :, a], rank)
+    average = written_out(lambda a: average[:, :, a] - 2 * (pull_mean * block.mean)[:, :, a], rank)[:, :, None]
     pull = pull.reshape(groups, heads, size * rank, count)
 
     def add_chunk(step, carry):
         query_part, found = carry
         begin = step * tiling.chunk
-        keys, features, weights = block.chunk(tiling, cells, begin)
-        weights = weights * factor[..., None]
+        attended, weights = block.chunk(tiling, rows, begin)
+        weights = weights * factor
         # Positions first: the product runs at half speed when it has to turn its left side around.
-        outer = _transposed(keys)[..., None] * _transposed(features)[..., None, :]
-        slopes = _product(tiling, outer.reshape(groups, heads, tiling.chunk, -1), pull)
-        slopes = slopes - _transposed(features) @ pull_key_mean - _transposed(keys) @ pull_feature_mean
-        slopes = _transposed(weights) * (slopes - average[..., None, :]) / math.sqrt(size)
+        turned = apart(step, lambda: _transposed(attended))
+        outer = turned[..., rank:, None] * turned[..., None, :rank]
+        products = _product(tiling, outer.reshape(groups, heads, tiling.chunk, -1), pull), turned @ pull_mean
+        slopes = apart(step, lambda: weights * (products[0] - products[1] - average) / math.sqrt(size))
         # One large product after the other: run at once, they take the cache from each other.
-        slopes, weights = lax.optimization_barrier((slopes, weights))
+        slopes, weights = lax.optimization_barrier((slopes, _transposed(weights)))
         pushed = _product(tiling, pull, weights).reshape(groups, heads, size, rank, tiling.chunk)
-        feature_part = _sum_keys(pushed, keys) - pull_key_mean @ weights
-        key_part = _sum_features(pushed, features) - pull_feature_mean @ weights + queries @ _transposed(slopes)
-        found = Cells(found.queries, _added(found.keys, begin, key_part), _added(found.features, begin, feature_part))
+        part = apart(step, lambda: _pulled(pushed, attended)) - pull_mean @ weights
+        part = part.at[:, :, rank:].add(queries @ _transposed(slopes))
         # Keys without their centre would do too: the slopes of a query sum to zero.
-        return query_part + keys @ slopes, found
+        return query_part + attended[:, :, rank:] @ slopes, _added(found, begin, part)
 
-    query_part, gradient = lax.fori_loop(0, block.chunks, add_chunk, (jnp.zeros_like(queries), gradient))
-    return LogDetGradient(sign, log_det, gradient._replace(queries=_added(gradient.queries, start, query_part)))
+    start_carry = (jnp.zeros_like(queries), gradient.attended)
+    query_part, attended = lax.fori_loop(0, block.chunks, add_chunk, start_carry)
+    return LogDetGradient(sign, log_det, Rows(_added(gradient.queries, start, query_part), attended))
 
 
 def _joined(blocks: Float[Array, "blocks c b"]) -> Float[Array, "c n"]:
     return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1)
 
 
-def sweep_log_det(tiling: Tiling, cells: Cells) -> LogDet:
+def sweep_log_det(tiling: Tiling, rows: Rows) -> LogDet:
     """Sign and log|det J_i| (c, n) of a group of cells, block by block; n is a multiple of the chunk."""
-    starts = jnp.arange(0, cells.length, tiling.block)
-    sign, log_det = lax.map(lambda start: block_log_det(tiling, cells, start), starts)
+    starts = jnp.arange(0, rows.length, tiling.block)
+    sign, log_det = lax.map(lambda start: block_log_det(tiling, rows, start), starts)
     return LogDet(_joined(sign), _joined(log_det))
 
 
-def sweep_log_det_gradient(tiling: Tiling, cells: Cells, scale: Float[Array, "c n"]) -> LogDetGradient:
+def sweep_log_det_gradient(tiling: Tiling, rows: Rows, scale: Float[Array, "c n"]) -> LogDetGradient:
     """The same with the gradient, in one pass."""
 
     def one_block(gradient, start):
-        here = block_log_det_gradient(tiling, cells, _at(scale, start, tiling.block), start, gradient)
-        return here.cells, (here.sign, here.log_det)
+        here = block_log_det_gradient(tiling, rows, _at(scale, start, tiling.block), start, gradient)
+        return here.rows, (here.sign, here.log_det)
 
-    starts = jnp.arange(0, cells.length, tiling.block)
-    gradient, (sign, log_det) = lax.scan(one_block, jax.tree.map(jnp.zeros_like, cells), starts)
+    starts = jnp.arange(0, rows.length, tiling.block)
+    gradient, (sign, log_det) = lax.scan(one_block, jax.tree.map(jnp.zeros_like, rows), starts)
     return LogDetGradient(_joined(sign), _joined(log_det), gradient)

@@ -37,7 +37,7 @@ def cross_entropy_by_hand(model, windows):
 
 
 def layer_inputs(model, window):
-    return model.decode(model.embed(window[:-1]))[1]
+    return model.decode(model.embed(window[:-1]))[1].inputs
 
 
 def test_the_model_is_causal_and_float32():
