@@ -88,12 +88,12 @@ def eliminate(matrix: Float[Array, "c m m b"]) -> Eliminated:
     """Gauss-Jordan elimination without row exchanges, two pivots a step; not finite where their block is singular."""
     ones = jnp.ones((matrix.shape[0], matrix.shape[-1]), matrix.dtype)
     carry = Eliminated(matrix, ones, jnp.zeros_like(ones))
-    odd = matrix.shape[1] % 2
+    pairs, odd = divmod(matrix.shape[1], 2)
     if odd:
         carry = _eliminate_columns(0, carry, 1)
-    return lax.fori_loop(
-        0, matrix.shape[1] // 2, lambda step, carry: _eliminate_columns(odd + 2 * step, carry, 2), carry
-    )
+    if pairs:
+        carry = lax.fori_loop(0, pairs, lambda pair, carry: _eliminate_columns(odd + 2 * pair, carry, 2), carry)
+    return carry
 
 
 def eliminate_with_exchanges(matrix: Float[Array, "c m m b"]) -> Eliminated:

@@ -90,10 +90,11 @@ class _Block(NamedTuple):
         rank = rows.attended.shape[2] - queries.shape[2]
         weights = block_weights(queries, rows.attended[:, :, rank:], start)
         mean = rows.attended @ weights
-        centre = mean.mean(-1, keepdims=True)
+        # One but for the first position: its past is empty, so its mean is zero and must not become minus the centre.
+        total = weights.sum(-2, keepdims=True)
+        centre = mean.sum(-1, keepdims=True) / total.sum(-1, keepdims=True)
         chunks = (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
-        # Where the past is empty all weights are zero, and so is the mean; it must not become minus the centre.
-        return cls(weights, centre, mean - centre * weights.sum(-2, keepdims=True), chunks)
+        return cls(weights, centre, mean - centre * total, chunks)
 
     def chunk(self, tiling: Tiling, rows: Rows, begin: Int[Array, ""]):
         """Centred rows of one chunk, and its weights."""
@@ -111,10 +112,14 @@ def _second_moments(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Flo
     return moments.reshape(*moments.shape[:2], rank, -1, moments.shape[-1])
 
 
-def _small_matrix(block: _Block, moments: Float[Array, "c H Hp p b"]) -> Float[Array, "c Hp Hp b"]:
+def _small_matrix(
+    block: _Block, moments: Float[Array, "c H Hp p b"], start: Int[Array, ""]
+) -> Float[Array, "c Hp Hp b"]:
     """I - [Cov(x^h, k^h)]_h / sqrt(p), heads side by side."""
     groups, _, rank, size, count = moments.shape
     covariance = moments - block.mean[:, :, :rank, None] * block.mean[:, :, None, rank:]
+    # No token or one: nothing varies, and rounding must not say otherwise.
+    covariance = jnp.where(start + jnp.arange(count) < 2, 0, covariance)
     joined = jnp.moveaxis(covariance, 1, 2).reshape(groups, rank, rank, count)
     return jnp.eye(rank, dtype=joined.dtype)[:, :, None] - joined / math.sqrt(size)
 
@@ -140,7 +145,7 @@ def block_small_inverse(
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
     moments = _second_moments(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
-    return block.weights, inverse_and_log_det(_small_matrix(block, moments), start)
+    return block.weights, inverse_and_log_det(_small_matrix(block, moments, start), start)
 
 
 def block_log_det_gradient(
@@ -152,7 +157,7 @@ def block_log_det_gradient(
     rank = heads * size
     block = _Block.of(tiling, rows, queries, start)
     moments = _second_moments(tiling, rows, block, rank)
-    inverse, sign, log_det = inverse_and_log_det(_small_matrix(block, moments), start)
+    inverse, sign, log_det = inverse_and_log_det(_small_matrix(block, moments, start), start)
 
     # d log|det J_i| / dM_i is -J_i^{-T}; its rows are features and its columns keys, so the inverse itself has keys
     # first. Factor and scale of each query go to its weights, which are smaller.

@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from long import SHAPES, TILINGS, draw
+
+import prob_transformer as reference
+from prob_transformer import accelerated
+from prob_transformer.accelerated import Cells, Tiling
+
+TILING = Tiling(8, 16)
+
+
+def problem(count=6, shape=(1, 2, 3, 20, False)):
+    """Cells of `count` sequences, and the barrier of each position by the reference."""
+    attention, embeddings = draw(0, shape, batch=(count,))
+    return Cells.of(attention, jnp.asarray(embeddings)), np.asarray(reference.barrier(attention, embeddings))
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:4])
+def test_barrier_equals_the_reference(shape):
+    attention, embeddings = draw(2, shape, batch=(2,))
+    got = accelerated.barrier(attention, embeddings, TILINGS[0])
+    np.testing.assert_allclose(got, reference.barrier(attention, embeddings), atol=1e-11)
+
+
+def test_the_mean_and_its_gradient_equal_the_mean_of_the_reference():
+    attention, embeddings = draw(0, (2, 3, 4, 20, True), batch=(2, 2))
+
+    def fast(attention, u):
+        return accelerated.mean_barrier(Cells.of(attention, u), TILING).mean
+
+    def slow(attention, u):
+        return reference.barrier(attention, u).mean()
+
+    got, slopes = jax.jit(jax.value_and_grad(fast, (0, 1)))(attention, jnp.asarray(embeddings))
+    expected, expected_slopes = jax.jit(jax.value_and_grad(slow, (0, 1)))(attention, jnp.asarray(embeddings))
+    np.testing.assert_allclose(got, expected, atol=1e-13)
+    for one, two in zip(jax.tree.leaves(slopes), jax.tree.leaves(expected_slopes), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-11)
+
+
+def test_the_negative_share_is_that_of_the_reference():
+    attention, embeddings = draw(0, (1, 2, 3, 20, False), scale=3.0, batch=(5,))
+    sign = np.asarray(reference.residual_and_log_det(attention, embeddings).sign)
+    assert 0 < (sign <= 0).mean() < 1
+    found = accelerated.mean_barrier(Cells.of(attention, jnp.asarray(embeddings)), TILING)
+    np.testing.assert_allclose(found.negative_share, (sign <= 0).mean(), rtol=1e-12)
+    whole = accelerated.subsampled_barrier(jax.random.key(0), Cells.of(attention, jnp.asarray(embeddings)), 1.0, TILING)
+    np.testing.assert_allclose(whole.negative_share, (sign <= 0).mean(), rtol=1e-12)
+
+
+def test_a_share_of_one_is_the_exact_mean_with_variance_zero():
+    cells, barrier = problem()
+    found = accelerated.subsampled_barrier(jax.random.key(0), cells, 1.0, TILING)
+    np.testing.assert_allclose(found.mean, barrier.mean(), atol=1e-13)
+    assert found.variance == 0
+    assert accelerated.mean_barrier(cells, TILING).variance == 0
+
+
+def test_subsampled_value_gradient_and_variance_are_unbiased():
+    # Two of six cells for each of three blocks of queries: 15 equally likely pairs a block, drawn independently, so
+    # mean and variance of the estimate are known exactly.
+    cells, barrier = problem()
+    share, draws = 1 / 3, 3000
+    keys = jax.random.split(jax.random.key(1), draws)
+
+    def estimate(key):
+        def value(cells):
+            found = accelerated.subsampled_barrier(key, cells, share, TILING)
+            return found.mean, found.variance
+
+        (mean, variance), slope = jax.value_and_grad(value, has_aux=True)(cells)
+        return mean, variance, slope
+
+    mean, variance, slope = jax.jit(lambda keys: jax.lax.map(estimate, keys))(keys)
+    sums = [barrier[:, start : start + 8].sum(1) for start in (0, 8, 16)]
+    pairs = [(a, b) for a in range(6) for b in range(a)]
+    true_variance = sum(np.var([3 * (s[a] + s[b]) for a, b in pairs]) for s in sums) / barrier.size**2
+    assert abs(mean.mean() - barrier.mean()) < 4 * np.sqrt(true_variance / draws)
+    assert abs(mean.var() / true_variance - 1) < 0.12
+    assert abs(variance.mean() / true_variance - 1) < 0.12
+    exact = jax.grad(lambda cells: accelerated.mean_barrier(cells, TILING).mean)(cells)
+    for one, two in zip(slope, exact, strict=True):
+        error = np.abs(one.mean(0) - two) / (one.std(0) / np.sqrt(draws) + 1e-12)
+        # Thousands of entries, hence five standard errors; positions that no query sees have gradient zero in both.
+        assert error.max() < 5
+        assert np.abs(two).max() > 1e-4
+
+
+def test_at_least_two_cells_are_drawn_so_that_a_variance_can_be_given():
+    cells, barrier = problem()
+    found = accelerated.subsampled_barrier(jax.random.key(0), cells, 1e-6, TILING)
+    assert found.variance > 0
+    one, barrier = problem(count=1)
+    found = accelerated.subsampled_barrier(jax.random.key(0), one, 0.5, TILING)
+    np.testing.assert_allclose(found.mean, barrier.mean(), atol=1e-13)
+    assert found.variance == 0
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan")])
+def test_a_share_outside_zero_to_one_is_refused(share):
+    cells, _ = problem()
+    with pytest.raises(ValueError, match=r"share: got .*; pass a share of the cells greater than 0 and at most 1"):
+        accelerated.subsampled_barrier(jax.random.key(0), cells, share, TILING)

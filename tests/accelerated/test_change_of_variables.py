@@ -1,0 +1,210 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from long import SHAPES, TILINGS, draw
+
+import prob_transformer as reference
+from prob_transformer import Attention, accelerated
+from prob_transformer.accelerated import DEFAULT_TILING, Cells, Tiling
+from prob_transformer.accelerated import change_of_variables as module
+from prob_transformer.accelerated.log_det import log_det
+from theory_checks.rounding import amplification
+from theory_checks.strategies import SHAPES as SMALL_SHAPES
+from theory_checks.strategies import attention_cases
+
+
+def pullback(function, attention, embeddings, seed=0):
+    """Gradients of a random linear functional of residual and log-determinants, in all arguments."""
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=embeddings.shape[:-1]), rng.normal(size=embeddings.shape)
+
+    def total(attention, embeddings):
+        found = function(attention, embeddings)
+        return (weights[0] * found.log_det).sum() + (weights[1] * found.residual).sum()
+
+    return jax.jit(jax.grad(total, argnums=(0, 1)))(attention, jnp.asarray(embeddings))
+
+
+@pytest.mark.parametrize(("shape", "tiling"), list(zip(SHAPES, TILINGS * 2, strict=False)))
+def test_value_and_gradient_equal_the_reference(shape, tiling):
+    attention, embeddings = draw(0, shape, batch=(3,))
+
+    def fast(attention, embeddings):
+        return accelerated.residual_and_log_det(attention, embeddings, tiling)
+
+    expected = reference.residual_and_log_det(attention, embeddings)
+    got = fast(attention, embeddings)
+    np.testing.assert_allclose(got.residual, expected.residual, atol=1e-13)
+    np.testing.assert_allclose(got.log_det, expected.log_det, atol=1e-11)
+    np.testing.assert_array_equal(got.sign, expected.sign)
+    np.testing.assert_allclose(
+        accelerated.attention_mean(attention, embeddings, tiling),
+        reference.attention_mean(attention, embeddings),
+        atol=1e-13,
+    )
+    slopes = zip(
+        jax.tree.leaves(pullback(fast, attention, embeddings)),
+        jax.tree.leaves(pullback(reference.residual_and_log_det, attention, embeddings)),
+        strict=True,
+    )
+    for fast_slope, slope in slopes:
+        np.testing.assert_allclose(fast_slope, slope, atol=1e-10 * np.abs(slope).max())
+
+
+def test_the_drawn_cases_can_tell_a_wrong_sign_a_transposition_and_a_wrong_mask():
+    for shape in SHAPES:
+        attention, embeddings = draw(0, shape, batch=(3,))
+        log_det = np.asarray(reference.residual_and_log_det(attention, embeddings).log_det)
+        assert np.abs(log_det).max() > 0.05
+        reversed_order = reference.residual_and_log_det(attention, embeddings[:, ::-1]).log_det[:, ::-1]
+        assert np.abs(log_det - reversed_order).max() > 0.05
+        if shape[2] > 1:
+            assert np.abs(attention.interaction - attention.interaction.swapaxes(1, 2)).max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_default_tiling_over_several_blocks(dtype):
+    attention, embeddings = draw(0, (2, 4, 8, 300, True), dtype, batch=(2,))
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (attention, embeddings))
+    expected = reference.residual_and_log_det(*wide)
+    got = accelerated.residual_and_log_det(attention, embeddings)
+    assert {array.dtype for array in got} == {jnp.dtype(dtype)}
+    tolerance = 1e-5 if dtype == np.float32 else 1e-12
+    np.testing.assert_allclose(got.log_det, expected.log_det, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(got.residual, expected.residual, rtol=tolerance, atol=tolerance)
+    slopes = zip(
+        jax.tree.leaves(pullback(accelerated.residual_and_log_det, attention, embeddings)),
+        jax.tree.leaves(pullback(reference.residual_and_log_det, *wide)),
+        strict=True,
+    )
+    for fast_slope, slope in slopes:
+        assert fast_slope.dtype == dtype
+        np.testing.assert_allclose(fast_slope, slope, atol=10 * tolerance * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_adversarial_geometry_stays_within_rounding_of_the_reference(dtype, data):
+    case = data.draw(attention_cases(dtype, shapes=SMALL_SHAPES[1::4]))
+    attention = Attention(case.query, case.key, case.value)
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (attention, case.embeddings))
+    expected = reference.residual_and_log_det(*wide)
+    got = accelerated.residual_and_log_det(attention, case.embeddings)
+    kappa = amplification(case, np.asarray(reference.jacobian_block(*wide)))
+    error = np.abs(np.asarray(got.log_det) - np.asarray(expected.log_det)).max()
+    assert error <= 200 * np.finfo(dtype).eps * kappa
+
+
+def test_the_first_two_positions_have_exactly_zero_log_det():
+    for shape in SHAPES:
+        attention, embeddings = draw(3, shape, scale=30.0)
+        got = accelerated.residual_and_log_det(attention, embeddings, TILINGS[0])
+        assert got.log_det[:2].tolist() == [0.0, 0.0]
+        assert got.sign[:2].tolist() == [1.0, 1.0]
+
+
+def test_on_the_boundary_the_sign_is_zero_and_the_log_det_minus_infinity():
+    # Past (-1, 1), query 0: uniform weights, variance exactly 1, so J = 1 - a vanishes at a = 1.
+    attention = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)))
+    got = accelerated.residual_and_log_det(attention, jnp.array([[-1.0], [1.0], [0.0]]))
+    assert got.sign[2] == 0
+    assert got.log_det[2] == -jnp.inf
+
+
+def test_far_off_keys_and_values_keep_the_digits_of_their_covariance():
+    # A shift of all keys or all features changes nothing. Without the block's centre, E[xk] - E[x]E[k] would lose all
+    # digits to it: 300^2 times the rounding of float32 is 0.01.
+    queries, keys, features = np.random.default_rng(0).normal(size=(3, 1, 1, 3, 24)).astype(np.float32)
+    plain = log_det(Cells(queries, keys, features), Tiling(8, 8)).log_det
+    far = log_det(Cells(queries, keys + np.float32(300), features + np.float32(300)), Tiling(8, 8)).log_det
+    assert np.abs(plain).max() > 0.4
+    np.testing.assert_allclose(far, plain, atol=1e-3)
+
+
+def test_vmap_and_jit_equal_one_call_with_a_batch():
+    attention, embeddings = draw(1, SHAPES[3], batch=(2, 3))
+
+    def fast(u):
+        return accelerated.residual_and_log_det(attention, u, TILINGS[1])
+
+    together = fast(embeddings)
+    for other in (jax.jit(fast)(embeddings), jax.vmap(fast)(embeddings), jax.vmap(jax.vmap(fast))(embeddings)):
+        for one, two in zip(together, other, strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-12)
+    queries = jnp.stack([attention.query, 0.5 * attention.query])
+    many = jax.vmap(
+        lambda query: accelerated.residual_and_log_det(
+            Attention(query, attention.key, attention.value), embeddings, TILINGS[1]
+        )
+    )(queries)
+    halved = reference.residual_and_log_det(
+        Attention(0.5 * attention.query, attention.key, attention.value), embeddings
+    )
+    np.testing.assert_allclose(many.log_det[1], halved.log_det, atol=1e-11)
+
+
+def test_bfloat16_products_keep_float32_determinants():
+    attention, embeddings = draw(0, (1, 4, 8, 64, False), np.float32, batch=(2,))
+    exact = accelerated.residual_and_log_det(attention, embeddings).log_det
+    narrow = accelerated.residual_and_log_det(attention, embeddings, Tiling(product_dtype="bfloat16")).log_det
+    assert narrow.dtype == jnp.float32
+    # Eight bits of mantissa in a sum of weighted products: visible, and small.
+    assert 0 < np.abs(narrow - exact).max() < 0.05
+
+
+def test_one_compilation_for_one_shape_and_tiling():
+    attention, embeddings = draw(0, (1, 2, 3, 19, False))
+    before = module._residual_and_log_det._cache_size()
+    for factor in (1.0, 2.0, 3.0):
+        accelerated.residual_and_log_det(attention, factor * embeddings)
+    assert module._residual_and_log_det._cache_size() == before + 1
+
+
+def temporary_bytes(length, heads=2, size=8):
+    embeddings = jax.ShapeDtypeStruct((1, length, heads * size), jnp.float32)
+    weight = jax.ShapeDtypeStruct((heads, size, heads * size), jnp.float32)
+
+    def total(query, key, embeddings):
+        value = jnp.broadcast_to(jnp.eye(heads * size, dtype=jnp.float32), (heads, heads * size, heads * size))
+        return accelerated.residual_and_log_det(Attention(query, key, value), embeddings).log_det.sum()
+
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(weight, weight, embeddings).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_linearly_with_the_length():
+    # Quadratic growth, (n, n) for a head or more, would make the second difference as large as the first.
+    short, middle, long = (temporary_bytes(length) for length in (1024, 2048, 4096))
+    assert (long - middle) < 2.2 * (middle - short)
+    assert long < 4 * 4096**2
+
+
+@pytest.mark.parametrize(
+    ("tiling", "message"),
+    [
+        (Tiling(block=4), "block: got 4; pass an integer of at least 8"),
+        (Tiling(block=16, chunk=24), "chunk: got 24; pass a multiple of block, 16"),
+    ],
+)
+def test_a_tiling_that_does_not_fit_is_refused_by_name(tiling, message):
+    attention, embeddings = draw(0, SHAPES[0])
+    with pytest.raises(ValueError, match=message):
+        accelerated.residual_and_log_det(attention, embeddings, tiling)
+
+
+@pytest.mark.parametrize("function", [accelerated.residual_and_log_det, accelerated.attention_mean])
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (np.ones((4, 3)), r"embeddings: has shape \(4, 3\); pass \(\.\.\., n, d\) with d = 2"),
+        (np.ones((1, 2)), "embeddings: has n = 1 positions; pass at least 2"),
+        (np.full((3, 2), np.nan), "embeddings: contains NaN or inf"),
+    ],
+)
+def test_bad_embeddings_are_refused_by_name(function, embeddings, message):
+    with pytest.raises(ValueError, match=message):
+        function(Attention(np.ones((1, 2, 2)), np.ones((1, 2, 2))), embeddings, DEFAULT_TILING)

@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from long import draw
+
+import prob_transformer as reference
+from prob_transformer import Attention, accelerated
+from prob_transformer.accelerated import Tiling
+from prob_transformer.accelerated.margin import relative_error
+
+TILING = Tiling(8, 16)
+KEY = jax.random.key(0)
+
+
+def smallest_singular_values(attention, embeddings):
+    return np.linalg.svd(np.asarray(reference.jacobian_block(attention, embeddings)), compute_uv=False)[..., -1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps"), [((1, 2, 3, 20, False), 3), ((2, 2, 5, 20, True), 5), ((1, 2, 12, 20, False), 5)]
+)
+def test_enough_steps_give_the_smallest_singular_value_exactly(shape, steps):
+    # d steps always, and 2Hp + 1 of them where that is fewer: J^-1 J^-T is the identity plus a matrix of rank 2Hp.
+    attention, embeddings = draw(0, shape, batch=(2,))
+    expected = smallest_singular_values(attention, embeddings)
+    found = accelerated.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+    np.testing.assert_allclose(found.upper, expected, rtol=1e-7)
+    np.testing.assert_array_equal(found.lower, found.upper)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_two_ends_hold_the_smallest_singular_value_between_them(dtype):
+    attention, embeddings = draw(0, (2, 8, 16, 40, True), dtype, scale=1.5, batch=(4,))
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (attention, embeddings))
+    expected = smallest_singular_values(*wide)
+    assert expected.min() < 0.2
+    rounding = 1e-4 if dtype == np.float32 else 1e-9
+    for steps in (2, 4, 8, 14):
+        found = accelerated.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+        assert (found.upper >= expected * (1 - rounding)).all()
+        assert (found.lower <= expected * (1 + rounding)).all()
+    np.testing.assert_allclose(found.upper, expected, rtol=0.02)
+
+
+def test_the_lower_end_fails_no_more_often_than_it_may():
+    # One bad case, many starts: with half the failures allowed the bound must hold at least half the time.
+    attention, embeddings = draw(0, (1, 16, 32, 8, False), scale=1.5)
+    expected = smallest_singular_values(attention, embeddings)
+    keys = jax.random.split(KEY, 200)
+    find = jax.jit(
+        lambda key: accelerated.conditioning_margin(attention, embeddings, key, 6, failure=0.5, tiling=TILING).lower
+    )
+    too_high = np.mean([np.asarray(find(key)) > expected * (1 + 1e-9) for key in keys], axis=0)
+    assert too_high.max() <= 0.5
+    assert relative_error(32, 6, 0.5) < 1
+
+
+def test_more_steps_and_a_smaller_failure_move_the_bound_as_the_theorem_says():
+    # Kuczynski and Wozniakowski 1992, theorem 4.2, solved for eps by hand for d = 100, 10 steps, 1e-3.
+    assert relative_error(100, 10, 1e-3) == pytest.approx((np.log(16480) / 19) ** 2, rel=1e-12)
+    assert relative_error(100, 20, 1e-3) < relative_error(100, 10, 1e-3) < relative_error(100, 10, 1e-6)
+    assert relative_error(100, 1, 1e-9) == 1
+
+
+def test_on_the_boundary_both_ends_are_zero():
+    attention = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)))
+    found = accelerated.conditioning_margin(attention, jnp.array([[-1.0], [1.0], [0.0]]), KEY)
+    assert found.upper[2] == found.lower[2] == 0
+    np.testing.assert_allclose(found.upper[:2], 1)
+
+
+@pytest.mark.parametrize("kind", ["determinant", "conditioning"])
+def test_margins_and_support_tokens_equal_the_reference(kind):
+    attention, embeddings = draw(1, (2, 3, 4, 20, True), batch=(2,))
+    margin = accelerated.stability_margin(attention, embeddings, kind, key=KEY, tiling=TILING)
+    np.testing.assert_allclose(margin, reference.stability_margin(attention, embeddings, kind), rtol=1e-7)
+    found = accelerated.support_tokens(attention, embeddings, 4, kind, key=KEY, tiling=TILING)
+    expected = reference.support_tokens(attention, embeddings, 4, kind)
+    np.testing.assert_array_equal(found.positions, expected.positions)
+    np.testing.assert_allclose(found.margins, expected.margins, rtol=1e-7)
+    np.testing.assert_allclose(found.carriers, expected.carriers, atol=1e-12)
+
+
+def test_bad_arguments_are_refused_by_name():
+    attention, embeddings = draw(0, (1, 2, 3, 5, False))
+    with pytest.raises(ValueError, match="kind: got 'other'; pass one of determinant, conditioning"):
+        accelerated.stability_margin(attention, embeddings, "other")
+    with pytest.raises(ValueError, match="key: got None; pass a JAX random key"):
+        accelerated.stability_margin(attention, embeddings, "conditioning")
+    with pytest.raises(ValueError, match=r"steps: got 0; pass an integer of at least 1"):
+        accelerated.conditioning_margin(attention, embeddings, KEY, 0)
+    with pytest.raises(ValueError, match=r"failure: got 1\.0; pass a probability between 0 and 1"):
+        accelerated.conditioning_margin(attention, embeddings, KEY, failure=1.0)
+    with pytest.raises(ValueError, match="k: got 6; pass at most n = 5"):
+        accelerated.support_tokens(attention, embeddings, 6)
