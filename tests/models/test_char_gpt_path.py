@@ -1,0 +1,85 @@
+"""The accelerated path of the character GPT against the reference path: same loss, same gradient."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.char_gpt.config import Config
+from models.char_gpt.model import CharGPT
+from models.char_gpt.penalty import loss_terms, negative_counts
+
+SMALL = Config(layers=2, width=8, heads=2, context=20, batch=3, noise_scale=0.7, first_scale=1.3, barrier_weight=1.0)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A model in float64 whose heads are far from uniform attention, and a batch of windows."""
+    model = CharGPT(jax.random.key(0), SMALL, 5)
+    model = jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, model)
+    model = eqx.tree_at(lambda m: m.token_embedding, model, replace_fn=lambda x: 8 * x)
+    return model, jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 21)))
+
+
+def value_and_gradient(problem, config, key=KEY):
+    model, windows = problem
+
+    @eqx.filter_jit
+    def both(model):
+        def loss(model):
+            terms = loss_terms(model, windows, config, 1000, key)
+            return terms.loss, terms
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)(model)
+
+    (_, terms), gradient = both(model)
+    return terms, gradient
+
+
+@pytest.mark.parametrize(("objective", "site"), [("margin", "layers"), ("map", "layers"), ("margin", "embedding")])
+def test_both_paths_give_the_same_loss_and_gradient(problem, objective, site):
+    slow = dataclasses.replace(SMALL, objective=objective, barrier_site=site)
+    terms, gradient = value_and_gradient(problem, dataclasses.replace(slow, path="accelerated"))
+    expected_terms, expected_gradient = value_and_gradient(problem, slow)
+    assert abs(expected_terms.penalty) > 1e-3
+    for got, expected in zip(terms, expected_terms, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
+    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-11 * max(1, np.abs(expected).max()))
+
+
+def test_both_paths_count_the_same_crossings(problem):
+    model, windows = problem
+    keys = lambda m: [block.query for block in m.blocks]  # noqa: E731
+    model = eqx.tree_at(keys, model, [2.0 * block.key for block in model.blocks])
+    slow, fast = (negative_counts(model, windows, path) for path in ("reference", "accelerated"))
+    assert int(slow["layers"][0]) > 0
+    assert jax.tree.map(int, fast) == jax.tree.map(int, slow)
+
+
+def test_rematerialising_the_blocks_changes_nothing(problem):
+    config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", path="accelerated")
+    terms, gradient = value_and_gradient(problem, dataclasses.replace(config, rematerialise="blocks"))
+    expected_terms, expected_gradient = value_and_gradient(problem, config)
+    np.testing.assert_allclose(terms.loss, expected_terms.loss, rtol=1e-13)
+    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+def test_a_subsampled_barrier_depends_on_the_key_and_says_how_much_it_varies(problem):
+    config = dataclasses.replace(
+        SMALL, objective="margin", barrier_site="layers", path="accelerated", barrier_share=0.25
+    )
+    model, windows = problem
+    loss = eqx.filter_jit(lambda key: loss_terms(model, windows, config, 1000, key))
+    several = [loss(key) for key in jax.random.split(KEY, 60)]
+    penalties = np.array([terms.penalty for terms in several])
+    exact = loss_terms(model, windows, dataclasses.replace(config, barrier_share=1.0), 1000, KEY).penalty
+    spread = np.sqrt(np.mean([terms.penalty_variance for terms in several]))
+    assert penalties.std() > 0
+    assert abs(penalties.mean() - exact) < 4 * spread / np.sqrt(60)
+    assert 0.7 < penalties.std() / spread < 1.4
