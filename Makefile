@@ -1,20 +1,23 @@
 # The two commands: `make reproduce` and `make test`. Each makes its own environment from the lock file first.
 #   make reproduce [PROFILE=smoke|quick|full]     checks, training, figures, results/report.html
 #   make test                                     the test suite
+#   make benchmark [BENCHMARK=FILE]               time and memory of the accelerated path; killed, it goes on where it was
 # For long nights: make test-deep [SEED=N], every drawn check on far more cases with a new seed each day.
 # Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13
 
 PROFILE ?= quick
 VENV ?= .venv
 RESULTS ?= results
+BENCHMARK ?= $(RESULTS)/benchmark.json
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+INSTALLED_FOR_BENCHMARK := $(VENV)/.installed-for-benchmark
 
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: reproduce test test-deep lint types lock clean
+.PHONY: reproduce test test-deep benchmark lint types lock clean
 
 reproduce: $(INSTALLED)
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
@@ -32,6 +35,9 @@ test-deep: $(INSTALLED)
 		--only conditioning --only safe-region --only certified-radius --only map-equivalence --cases 5000 \
 		--json $(RESULTS)/deep/theory_checks.json
 
+benchmark: $(INSTALLED_FOR_BENCHMARK)
+	$(RUN) -m benchmarks --out $(BENCHMARK)
+
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -46,10 +52,17 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Rewrites the lock file; needs uv. smart-open and wrapt are gensim's own needs, and gensim is only unpacked here.
+# PyTorch, which only the benchmark is held against, comes on top and changes nothing of the above.
+$(INSTALLED_FOR_BENCHMARK): $(INSTALLED) benchmarks/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	touch $@
+
+# Rewrites the lock file; needs uv. smart-open and wrapt are gensim's own needs, and gensim is only unpacked here. The
+# extra `benchmark` is left out: benchmarks/requirements.txt pins it.
 lock:
-	uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
-		--quiet --no-annotate --no-emit-package smart-open --no-emit-package wrapt --output-file requirements.lock
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra checkout --extra corpus --extra dev \
+		--generate-hashes --no-header --quiet --no-annotate --no-emit-package smart-open --no-emit-package wrapt \
+		--output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

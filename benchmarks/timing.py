@@ -1,0 +1,55 @@
+"""Paired timings: in every round each contestant runs once, so that whatever slows the machine slows them alike.
+
+The order is rotated from round to round. A ratio is taken within each round; its median over the rounds is reported
+with the smallest and the largest.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+# Threads of one library spin for a moment after its last call; the next contestant is to have the cores to itself.
+PAUSE_SECONDS = 0.02
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    """The names in their order, begun `by` places later."""
+    start = by % len(names) if names else 0
+    return [*names[start:], *names[:start]]
+
+
+def paired_rounds(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, description: str
+) -> dict[str, list[float]]:
+    """Seconds of every contestant, one entry a round; each has run once before, so that all is compiled.
+
+    A contestant has to return only when its results are ready.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    with tqdm(total=(rounds + 1) * len(contestants), desc=description, unit="run", leave=False) as bar:
+        for run in contestants.values():
+            run()
+            bar.update()
+        for index in range(rounds):
+            for name in rotated(list(contestants), index):
+                time.sleep(PAUSE_SECONDS)
+                started = time.perf_counter()
+                contestants[name]()
+                seconds[name].append(time.perf_counter() - started)
+                bar.update()
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest of the rounds."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def ratio(over: Sequence[float], under: Sequence[float], factor: float = 1.0) -> dict[str, float]:
+    """Spread of factor * over / under, taken round by round. Raises ValueError unless both have the same rounds."""
+    if len(over) != len(under):
+        raise ValueError(f"under: has {len(under)} rounds and over {len(over)}; pass timings of the same rounds.")
+    return spread([factor * a / b for a, b in zip(over, under, strict=True)])
