@@ -84,7 +84,10 @@ def every_case(text, out, devices):
 
 
 def in_a_process(out, *arguments):
-    """The command itself, but for the evaluation, which no mesh changes; prints what is written below `out`."""
+    """The command itself, but for the evaluation, which no mesh changes; prints what is written below `out`.
+
+    In place of the evaluation, a model with its heads in both processes is put together again.
+    """
 
     def report(event, given):
         if event == "open" and str(given[0]).startswith(out) and given[2] & (os.O_WRONLY | os.O_RDWR):
@@ -93,7 +96,16 @@ def in_a_process(out, *arguments):
     sys.addaudithook(report)
     stub = {"clean_loss": {"nats_per_character": 0, "characters": 0, "standard_error": 0}}
     stub["margins"] = {"layers": {"negative_share": 0}}
-    run.evaluate = lambda model, corpus, config: (stub, {"embedding": np.zeros(1), "layers": np.zeros(1)})
+
+    def evaluate(model, corpus, config):
+        mesh = sharding.mesh_for(config, 1, 4)
+        spread = sharding.placed(model, mesh)
+        assert not spread.blocks[0].query.is_fully_addressable
+        again = sharding.gathered(spread, mesh)
+        assert jax.tree.all(jax.tree.map(np.array_equal, again, model))
+        return stub, {"embedding": np.zeros(1), "layers": np.zeros(1)}
+
+    run.evaluate = evaluate
     cli.run(lambda: command.main(list(arguments)))
 
 
