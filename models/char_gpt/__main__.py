@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
 from models import cli, corpus
-from models.char_gpt import checkpoint
+from models.char_gpt import checkpoint, sharding
 from models.char_gpt.config import CHOICES, Config
 from models.char_gpt.run import METRICS, configuration_of, run
 from models.char_gpt.sweep import PROFILES, sweep
@@ -47,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", help="go on with a run from its checkpoint")
     every = commands.add_parser("sweep", help="train every method over several seeds; goes on where it was killed")
     every.add_argument("--profile", default="quick", help=f"{', '.join(PROFILES)} (default: %(default)s)")
+    for command in (train, resume):
+        command.add_argument("--mesh", metavar="data=D,heads=H", help="spread training over all D * H devices")
+        command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens")
+        command.add_argument("--processes", type=int, metavar="N", help="how many processes take part")
+        command.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
     for command in (train, resume, every):
         command.add_argument("--corpus", type=Path, help="any UTF-8 text (default: the Wikipedia sample)")
         command.add_argument("--out", type=Path, required=True, help="folder for checkpoint, metrics and margins")
@@ -63,8 +69,11 @@ def main(argv: list[str] | None = None) -> int:
             sweep(arguments.profile, corpus.load(arguments.corpus, context + 1), arguments.out, console)
             return 0
         config = _train_configuration(arguments) if arguments.command == "train" else configuration_of(arguments.out)
+        mesh = _mesh(arguments, config)
         text = corpus.load(arguments.corpus, config.context + 1)
-        _report(console, run(config, text, arguments.out), arguments.out)
+        metrics = run(config, text, arguments.out, mesh)
+        if sharding.is_first_process():
+            _report(console, metrics, arguments.out)
     except TrainingDivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -76,6 +85,21 @@ def _train_configuration(arguments: argparse.Namespace) -> Config:
     if (arguments.out / checkpoint.NAME).exists():
         raise ValueError(f"--out: {arguments.out} already holds a run; resume it, or pass another folder.")
     return config
+
+
+def _mesh(arguments: argparse.Namespace, config: Config) -> Mesh | None:
+    """The mesh asked for, after joining the other processes if there are any."""
+    several = (arguments.coordinator, arguments.processes, arguments.process_id)
+    if arguments.mesh is None:
+        if several != (None, None, None):
+            raise ValueError("--mesh: not given; pass data=D,heads=H with the devices of all processes.")
+        return None
+    data, heads = sharding.parse_mesh(arguments.mesh)
+    if several != (None, None, None):
+        if None in several:
+            raise ValueError("--coordinator, --processes, --process-id: pass all three, or none for one process.")
+        sharding.connect(*several)
+    return sharding.mesh_for(config, data, heads)
 
 
 def _report(console: Console, metrics: dict[str, Any], out: Path) -> None:

@@ -22,10 +22,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.stats as jstats
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Site
 from models.char_gpt.model import Attended, Block, CharGPT
+from models.char_gpt.sharding import SITE_SPECS, at_site
 from prob_transformer import Attention, accelerated, residual_and_log_det, weight_prior
 from prob_transformer.accelerated import DEFAULT_TILING, Cells, MeanBarrier, Tiling
 from prob_transformer.change_of_variables import ResidualAndLogDet
@@ -80,17 +82,27 @@ def site_density(
     return jax.vmap(lambda block, attended: _at_every_head(density, block, attended))(_stacked(model.blocks), inputs)
 
 
+def _density_at(site: Site, path: Path, mesh: Mesh | None):
+    """`site_density` as a function of model, embeddings and inputs, over a mesh if there is one."""
+    return at_site(lambda model, embeddings, inputs: site_density(model, site, embeddings, inputs, path), site, mesh)
+
+
 def site_cells(model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], attended: Attended) -> Cells:
-    """The cells of a site for the accelerated barrier: (B, 1, p, n), or (L, B, H, 1, p, n) from the decoder's own."""
+    """The cells of a site for the accelerated barrier, with leading axes as in `site_density`; the decoder's own."""
     if site == "embedding":
         return Cells.of(model.prior_stage, embeddings)
-    queries, keys = attended.queries[..., None, :, :], attended.keys[..., None, :, :]
+    queries, keys = (jnp.moveaxis(x, 2, 1)[..., None, :, :] for x in (attended.queries, attended.keys))
     return Cells(queries, keys, queries)
 
 
-def accelerated_barrier(cells: Cells, config: Config, key: PRNGKeyArray) -> MeanBarrier:
-    """Mean barrier over the cells, or its estimate from `barrier_share` of them drawn with the key."""
+def accelerated_barrier(cells: Cells, config: Config, key: PRNGKeyArray, mesh: Mesh | None = None) -> MeanBarrier:
+    """Mean barrier over the cells of the site, or its estimate from `barrier_share` of them drawn with the key."""
     tiling = tiling_of(config.product_dtype)
+    if mesh is not None:
+        spec = SITE_SPECS[config.barrier_site]
+        if config.barrier_share < 1:
+            return accelerated.sharded_subsampled_barrier(key, cells, config.barrier_share, mesh, spec, tiling)
+        return accelerated.sharded_mean_barrier(cells, mesh, spec, tiling)
     if config.barrier_share < 1:
         return accelerated.subsampled_barrier(key, cells, config.barrier_share, tiling)
     return accelerated.mean_barrier(cells, tiling)
@@ -107,18 +119,24 @@ def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> 
 
 
 def loss_terms(
-    model: CharGPT, windows: Int[Array, "B n+1"], config: Config, training_characters: int, key: PRNGKeyArray
+    model: CharGPT,
+    windows: Int[Array, "B n+1"],
+    config: Config,
+    training_characters: int,
+    key: PRNGKeyArray,
+    mesh: Mesh | None = None,
 ) -> LossTerms:
     """The training loss of a batch of windows and its parts, by the formulas of the module docstring.
 
-    The key draws what a subsampled barrier looks at, and is not used otherwise.
+    The key draws what a subsampled barrier looks at, and is not used otherwise. With a mesh, model and windows are
+    placed on it as `models.char_gpt.sharding` says.
     """
     logits, embeddings, attended = forward(model, windows[:, :-1], config.rematerialise)
     if (config.path, config.objective) == ("accelerated", "margin"):
         # The barrier's sweep before the decoder's backward pass and not beside it, where each slows the other.
         logits, attended = jax.lax.optimization_barrier((logits, attended))
         cells = site_cells(model, config.barrier_site, embeddings, attended)
-        estimate = accelerated_barrier(cells, config, key)
+        estimate = accelerated_barrier(cells, config, key, mesh)
         logits, estimate = jax.lax.optimization_barrier((logits, estimate))
     data_term = cross_entropy(logits, windows[:, 1:]).mean()
     prior = weight_prior(model, config.weight_prior_scale) / training_characters
@@ -128,7 +146,8 @@ def loss_terms(
     if (config.path, config.objective) == ("accelerated", "margin"):
         mean, negative_share, variance = estimate
         return LossTerms(data_term + config.barrier_weight * mean + prior, data_term, mean, negative_share, variance)
-    residual, sign, log_det = site_density(model, config.barrier_site, embeddings, attended.inputs, config.path)
+    density = _density_at(config.barrier_site, config.path, mesh)
+    residual, sign, log_det = density(model, embeddings, attended.inputs)
     penalty = -log_det
     if config.objective == "map":
         is_first = jnp.arange(penalty.shape[-1]) == 0
@@ -139,7 +158,7 @@ def loss_terms(
 
 
 def negative_counts(
-    model: CharGPT, windows: Int[Array, "B n+1"], path: Path = "reference"
+    model: CharGPT, windows: Int[Array, "B n+1"], path: Path = "reference", mesh: Mesh | None = None
 ) -> dict[Site, tuple[Int[Array, ""], Int[Array, ""]]]:
     """At both sites: how many determinants of the batch are not positive, and how many there are.
 
@@ -148,6 +167,6 @@ def negative_counts(
     _, embeddings, attended = forward(model, windows[:, :-1])
     counts: dict[Site, tuple[Int[Array, ""], Int[Array, ""]]] = {}
     for site in ("embedding", "layers"):
-        sign = site_density(model, site, embeddings, attended.inputs, path).sign[..., 2:]
+        sign = _density_at(site, path, mesh)(model, embeddings, attended.inputs).sign[..., 2:]
         counts[site] = ((sign <= 0).sum(), jnp.asarray(sign.size))
     return counts

@@ -7,10 +7,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from models.char_gpt import checkpoint
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import evaluate
+from models.char_gpt.sharding import is_first_process
 from models.char_gpt.training import train
 from models.corpus import Corpus
 from prob_transformer.provenance import atomic_path, provenance, write_json
@@ -31,17 +33,18 @@ def finished(out: Path, config: Config, corpus_sha256: str) -> dict[str, Any] | 
     return metrics if made_by == (config.as_dict(), corpus_sha256) else None
 
 
-def run(config: Config, corpus: Corpus, out: Path) -> dict[str, Any]:
-    """Train (going on from a checkpoint in `out`), evaluate, write the files and return the metrics."""
+def run(config: Config, corpus: Corpus, out: Path, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Train (going on from a checkpoint in `out`), evaluate, write the files and return the metrics.
+
+    A mesh spreads the training; every process then evaluates the whole model on its first device.
+    """
     done = finished(out, config, corpus.sha256)
     if done is not None:
         return done
     # Taken before training, so that a commit made meanwhile is not taken for the one that ran.
     record_of_origin = provenance(config.seed, config.as_dict())
-    state, record = train(config, corpus, out)
+    state, record = train(config, corpus, out, mesh=mesh)
     measured, determinants = evaluate(state.model, corpus, config)
-    with atomic_path(out / MARGINS) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, embedding=determinants["embedding"], layers=determinants["layers"])
     parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_inexact_array)))
     metrics = {
         "provenance": record_of_origin,
@@ -55,7 +58,10 @@ def run(config: Config, corpus: Corpus, out: Path) -> dict[str, Any]:
         "halved_steps": int(state.halvings),
         "training": record["history"],
     }
-    write_json(out / METRICS, metrics)
+    if is_first_process():
+        with atomic_path(out / MARGINS) as temporary, temporary.open("wb") as stream:
+            np.savez_compressed(stream, embedding=determinants["embedding"], layers=determinants["layers"])
+        write_json(out / METRICS, metrics)
     return metrics
 
 

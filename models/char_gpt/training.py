@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from models.char_gpt import checkpoint
 from models.char_gpt.config import SITES, Config
 from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import LossTerms, loss_terms, negative_counts
+from models.char_gpt.sharding import constrained, gathered, is_first_process, over_data, placed, require_agreement
 from models.corpus import Corpus
 
 HISTORY_EVERY = 20
@@ -59,7 +61,7 @@ def _anonymous(config: Config) -> Config:
 
 
 def backtracked(
-    model: CharGPT, update: PyTree, windows: Int[Array, "B n+1"], config: Config
+    model: CharGPT, update: PyTree, windows: Int[Array, "B n+1"], config: Config, mesh: Mesh | None = None
 ) -> tuple[CharGPT, Int[Array, ""]]:
     """The model after the update, and how often that was halved to keep det J <= 0 from spreading in the batch.
 
@@ -68,7 +70,7 @@ def backtracked(
     """
 
     def negatives(candidate: CharGPT) -> Int[Array, ""]:
-        return negative_counts(candidate, windows, config.path)[config.barrier_site][0]
+        return negative_counts(candidate, windows, config.path, mesh)[config.barrier_site][0]
 
     def apply(scale: Float[Array, ""]) -> CharGPT:
         return eqx.apply_updates(model, jax.tree.map(lambda u: scale * u, update))
@@ -86,30 +88,36 @@ def backtracked(
 
 @eqx.filter_jit
 def train_step(
-    data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]], state: State, config: Config
+    data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]],
+    state: State,
+    config: Config,
+    mesh: Mesh | None = None,
 ) -> tuple[State, LossTerms]:
-    """One optimiser step on the batch of (characters, seed, step); `config` is static."""
+    """One optimiser step on the batch of (characters, seed, step); `config` and the mesh of the state are static."""
     characters, seed, step = data
-    windows = draw_windows(characters, seed, step, config)
+    windows = over_data(draw_windows(characters, seed, step, config), mesh)
     # Apart from the key that drew the windows.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
     def objective(model: CharGPT) -> tuple[Float[Array, ""], LossTerms]:
-        terms = loss_terms(model, windows, config, characters.shape[0], key)
+        terms = loss_terms(model, windows, config, characters.shape[0], key, mesh)
         return terms.loss, terms
 
     (_, terms), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(state.model)
     update, optimiser_state = optimiser(config).update(gradient, state.optimiser, state.model)
     if config.backtrack and config.objective != "ce":
-        model, halvings = backtracked(state.model, update, windows, config)
+        model, halvings = backtracked(state.model, update, windows, config, mesh)
     else:
         model, halvings = eqx.apply_updates(state.model, update), jnp.zeros((), jnp.int32)
-    return State(model, optimiser_state, state.halvings + halvings), terms
+    return constrained((State(model, optimiser_state, state.halvings + halvings), terms), mesh)
 
 
 @eqx.filter_jit
-def _watch(data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]], model: CharGPT, config: Config):
-    return negative_counts(model, draw_windows(*data, config), config.path)
+def _watch(
+    data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]], model: CharGPT, config: Config, mesh: Mesh | None
+):
+    counts = negative_counts(model, over_data(draw_windows(*data, config), mesh), config.path, mesh)
+    return constrained(counts, mesh)
 
 
 def initial_state(config: Config, vocabulary_size: int) -> State:
@@ -136,29 +144,37 @@ def _note_crossings(record: dict[str, Any], counts: Mapping[Any, tuple[Any, Any]
         seen["positions_negative"] += int(negative)
 
 
-def train(config: Config, corpus: Corpus, out: Path, *, stop_at: int | None = None) -> tuple[State, dict[str, Any]]:
+def train(
+    config: Config, corpus: Corpus, out: Path, *, stop_at: int | None = None, mesh: Mesh | None = None
+) -> tuple[State, dict[str, Any]]:
     """Train from the checkpoint in `out` if there is one, else from the start, up to the last step or `stop_at`.
 
-    Checkpoints every `checkpoint_every` steps; returns the last state and record. Raises TrainingDivergedError when the
-    loss is not finite, leaving the last checkpoint; ValueError for an unwritable folder or a foreign checkpoint.
+    Checkpoints every `checkpoint_every` steps; returns the last state, whole even if it was spread over a mesh, and
+    record. Raises TrainingDivergedError when the loss is not finite, leaving the last checkpoint; ValueError for an
+    unwritable folder or a foreign checkpoint.
     """
     state, step, record = initial_state(config, len(corpus.vocabulary)), 0, new_record()
     path = out / checkpoint.NAME
-    if path.exists():
+    is_new = not path.exists()
+    if not is_new:
         state, step, record = checkpoint.load(path, config, corpus.sha256, state)
-    else:
+    # Also keeps the first process from writing before the others have looked.
+    require_agreement(options=config.as_dict(), text=corpus.sha256, checkpoint=record)
+    if is_new and is_first_process():
         checkpoint.save(path, config, corpus.sha256, state, step, record)
-    characters, seed = jnp.asarray(corpus.train), jnp.asarray(config.seed)
+    state = placed(state, mesh)
+    characters, seed = placed((jnp.asarray(corpus.train), jnp.asarray(config.seed)), mesh)
     compiled_for = _anonymous(config)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
     started = time.perf_counter() - record["wall_seconds"]
     name = f"{config.method} seed {config.seed}"
-    with tqdm(total=config.steps, initial=step, desc=name, unit="step", mininterval=1) as bar:
+    quiet = not is_first_process()
+    with tqdm(total=config.steps, initial=step, desc=name, unit="step", mininterval=1, disable=quiet) as bar:
         while step < last:
-            data = (characters, seed, jnp.asarray(step))
+            data = (characters, seed, placed(jnp.asarray(step), mesh))
             if step % config.watch_every == 0:
-                _note_crossings(record, _watch(data, state.model, compiled_for))
-            state, terms = train_step(data, state, compiled_for)
+                _note_crossings(record, _watch(data, state.model, compiled_for, mesh))
+            state, terms = train_step(data, state, compiled_for, mesh)
             if not np.isfinite(terms.loss):
                 raise TrainingDivergedError(
                     f"the loss is {float(terms.loss)} at step {step} of {config.method}, seed {config.seed}; lower "
@@ -173,5 +189,7 @@ def train(config: Config, corpus: Corpus, out: Path, *, stop_at: int | None = No
             bar.update()
             if step % config.checkpoint_every == 0 or step == last:
                 record["wall_seconds"] = time.perf_counter() - started
-                checkpoint.save(path, config, corpus.sha256, state, step, record)
-    return state, record
+                whole = gathered(state, mesh)
+                if is_first_process():
+                    checkpoint.save(path, config, corpus.sha256, whole, step, record)
+    return gathered(state, mesh), record

@@ -1,7 +1,7 @@
 """The jitted path: the same numbers as the reference in `prob_transformer`, under the same names, at scale.
 
 Read in this order: elimination (many small inverses), cells (what is swept), sweep (the tiles), log_det (its gradient),
-change_of_variables, barrier, margin.
+change_of_variables, barrier, margin; sharding spreads the cells over devices.
 """
 
 from prob_transformer.accelerated.barrier import MeanBarrier, barrier, mean_barrier, subsampled_barrier
@@ -12,6 +12,12 @@ from prob_transformer.accelerated.margin import (
     conditioning_margin,
     stability_margin,
     support_tokens,
+)
+from prob_transformer.accelerated.sharding import (
+    mesh,
+    sharded_mean_barrier,
+    sharded_residual_and_log_det,
+    sharded_subsampled_barrier,
 )
 
 __all__ = [
@@ -24,7 +30,11 @@ __all__ = [
     "barrier",
     "conditioning_margin",
     "mean_barrier",
+    "mesh",
     "residual_and_log_det",
+    "sharded_mean_barrier",
+    "sharded_residual_and_log_det",
+    "sharded_subsampled_barrier",
     "stability_margin",
     "subsampled_barrier",
     "support_tokens",

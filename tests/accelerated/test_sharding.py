@@ -1,0 +1,306 @@
+"""Cells on a mesh of 8 virtual devices, against the reference on one. Run as a script, this is what they do."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from prob_transformer import Attention, accelerated, barrier, residual_and_log_det
+from prob_transformer.accelerated import Cells, Tiling
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = ((8, 1, "float64"), (4, 2, "float64"), (2, 4, "float64"), (4, 2, "float32"))
+TILING = Tiling(8, 8)
+HEADS_AND_SEQUENCES = PartitionSpec(None, "heads", "data")
+# Sharded over "data" alone, so that the devices along "heads" repeat the work.
+SEQUENCES = PartitionSpec(None, None, "data")
+ALL_ON_SEQUENCES = PartitionSpec(("data", "heads"))
+NAMES = ("query", "key", "embeddings")
+EXCHANGES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+DRAWS = 1000
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+
+
+def layers(dtype, sequences=8):
+    """Queries and keys (L, H, p, d) = (2, 4, 3, 5) and embeddings (L, sequences, 12, 5) of each layer.
+
+    One determinant is negative and none is near 0, where float32 would lose the digits that are asked for.
+    """
+    rng = np.random.default_rng(3)
+    query, key = rng.normal(size=(2, 2, 4, 3, 5))
+    embeddings = 0.5 * rng.normal(size=(2, sequences, 12, 5))
+    return query.astype(dtype), key.astype(dtype), embeddings.astype(dtype)
+
+
+def uneven_layer():
+    """One layer whose barriers are all negative and grow within every shard of 4 sequences.
+
+    Shards that drew alike would so err alike, and their errors would add up.
+    """
+    _, key, embeddings = (x[:1] for x in layers("float64", 16))
+    return -key, key, embeddings * np.tile([0.2, 0.5, 1.0, 2.0], 4)[:, None, None]
+
+
+def joint():
+    """One attention of two heads with values, 8 sequences, and weights of a scalar made of its density."""
+    rng = np.random.default_rng(1)
+    query, key = rng.normal(size=(2, 2, 3, 5))
+    value = 0.5 * rng.normal(size=(2, 5, 5))
+    embeddings, residual_weight = rng.normal(size=(2, 8, 12, 5))
+    return (query, key, value, embeddings), residual_weight, rng.normal(size=(8, 12))
+
+
+def at_every_head(function, query, key, embeddings):
+    """`function(attention, embeddings)` for every layer and head, alone and with identity values."""
+
+    def one(query, key, embeddings):
+        return function(Attention(query[None], key[None]), embeddings)
+
+    return jax.vmap(jax.vmap(one, in_axes=(0, 0, None)))(query, key, embeddings)
+
+
+def weighted_density(density, parameters, residual_weight, log_det_weight):
+    """A scalar of residual and log-determinant; the sign beside it."""
+    query, key, value, embeddings = parameters
+    residual, sign, log_det = density(Attention(query, key, value), embeddings)
+    return (residual_weight * residual).sum() + (log_det_weight * log_det).sum(), sign
+
+
+# What the 8 devices do.
+
+
+def on_devices(out):
+    results = {}
+    for data, heads, dtype in CASES:
+        found = sharded_mean(accelerated.mesh(data, heads), HEADS_AND_SEQUENCES, layers(dtype))
+        results.update({f"{data}x{heads}/{dtype}/{name}": value for name, value in found.items()})
+    mesh = accelerated.mesh(4, 2)
+    found = sharded_mean(mesh, SEQUENCES, layers("float64"))
+    results.update({f"repeated/{name}": value for name, value in found.items()})
+    results.update({f"subsampled/{name}": value for name, value in sharded_draws(mesh).items()})
+    results.update({f"density/{name}": value for name, value in sharded_density(mesh).items()})
+    np.savez(out, **results)
+
+
+def sharded_mean(mesh, spec, parameters):
+    """Mean barrier, its gradient, how that is spread, and the exchanges in the compiled code."""
+    on_heads = spec[1]
+
+    def mean(query, key, embeddings):
+        found = accelerated.sharded_mean_barrier(at_every_head(Cells.of, query, key, embeddings), mesh, spec, TILING)
+        return found.mean, found
+
+    specs = (PartitionSpec(None, on_heads), PartitionSpec(None, on_heads), PartitionSpec(None, "data"))
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(parameters, specs, strict=True)]
+    compiled = jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2), has_aux=True)).lower(*placed).compile()
+    (_, found), gradient = compiled(*placed)
+    return {
+        **found._asdict(),
+        **dict(zip(NAMES, gradient, strict=True)),
+        "shard": gradient[2].addressable_shards[0].data.shape,
+        "devices": len({shard.device for shard in gradient[2].addressable_shards}),
+        "exchanges": sorted(
+            set(re.findall(r"all-reduce|all-gather|all-to-all|collective-permute", compiled.as_text()))
+        ),
+    }
+
+
+def sharded_draws(mesh):
+    """Many draws of a quarter of the cells, and one of all of them with its gradient."""
+    spec = PartitionSpec("heads", "data")
+
+    def draw(parameters, key, share):
+        cells = Cells(*(x[0] for x in at_every_head(Cells.of, *parameters)))
+        return accelerated.sharded_subsampled_barrier(key, cells, share, mesh, spec, TILING)
+
+    @jax.jit
+    def draws(parameters, keys):
+        return jax.lax.map(lambda key: draw(parameters, key, 0.25), keys)
+
+    found = draws(uneven_layer(), jax.random.split(jax.random.key(0), DRAWS))
+    everything = jax.jit(jax.value_and_grad(lambda parameters: draw(parameters, jax.random.key(1), 1.0).mean))
+    value, gradient = everything(uneven_layer())
+    return {**found._asdict(), "all": value, **dict(zip(NAMES, gradient, strict=True))}
+
+
+def sharded_density(mesh):
+    """Residual and log-determinant with a gradient, and how they are spread."""
+    parameters, *weights = joint()
+
+    def density(attention, embeddings):
+        return accelerated.sharded_residual_and_log_det(attention, embeddings, mesh, ALL_ON_SEQUENCES, TILING)
+
+    def scalar(parameters):
+        return weighted_density(density, parameters, *weights)
+
+    (value, sign), gradient = jax.jit(jax.value_and_grad(scalar, has_aux=True))(parameters)
+    return {
+        "value": value,
+        "sign": sign,
+        "devices": len({shard.device for shard in sign.addressable_shards}),
+        "shard": sign.addressable_shards[0].data.shape,
+        **dict(zip(("query", "key", "value_map", "embeddings"), gradient, strict=True)),
+    }
+
+
+# What is expected of them.
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sharding") / "found.npz"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_ENABLE_X64": "1",
+        # The code runs once, and compiling it is what takes time.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, __file__, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.load(out)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """The reference's mean barrier on one device, in float64, with its gradient and the share of det J <= 0."""
+
+    def mean(query, key, embeddings):
+        return at_every_head(barrier, query, key, embeddings).mean()
+
+    parameters = [jnp.asarray(x) for x in layers("float64")]
+    value, gradient = jax.jit(jax.value_and_grad(mean, argnums=(0, 1, 2)))(*parameters)
+    sign = at_every_head(residual_and_log_det, *parameters).sign
+    return {"mean": value, "negative_share": (sign <= 0).mean(), "gradient": gradient}
+
+
+def assert_close(actual, expected, tolerance):
+    """To the tolerance relative to the largest element: small ones carry the rounding of large ones."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("data", "heads", "dtype"), CASES)
+def test_mean_barrier_and_gradient_are_those_of_one_device(found, truth, data, heads, dtype):
+    prefix = f"{data}x{heads}/{dtype}"
+    assert found[f"{prefix}/mean"].dtype == dtype
+    assert_close(found[f"{prefix}/mean"], truth["mean"], TOLERANCE[dtype])
+    np.testing.assert_allclose(found[f"{prefix}/negative_share"], truth["negative_share"], rtol=1e-6)
+    assert 0 < truth["negative_share"] < 0.5
+    assert found[f"{prefix}/variance"] == 0
+    for name, expected in zip(NAMES, truth["gradient"], strict=True):
+        assert_close(found[f"{prefix}/{name}"], expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("data", "heads", "dtype"), CASES)
+def test_every_device_does_its_share_and_only_sums_are_exchanged(found, data, heads, dtype):
+    prefix = f"{data}x{heads}/{dtype}"
+    assert found[f"{prefix}/devices"] == 8
+    assert tuple(found[f"{prefix}/shard"]) == (2, 8 // data, 12, 5)
+    assert list(found[f"{prefix}/exchanges"]) == ["all-reduce"]
+
+
+def test_devices_along_an_axis_that_is_not_named_repeat_the_work_without_counting_twice(found, truth):
+    assert_close(found["repeated/mean"], truth["mean"], 1e-12)
+    for name, expected in zip(NAMES, truth["gradient"], strict=True):
+        assert_close(found[f"repeated/{name}"], expected, 1e-12)
+
+
+def test_density_of_one_attention_on_sequences_over_all_devices(found):
+    parameters, *weights = joint()
+
+    def scalar(parameters):
+        return weighted_density(residual_and_log_det, parameters, *weights)
+
+    (value, sign), gradient = jax.jit(jax.value_and_grad(scalar, has_aux=True))(parameters)
+    assert found["density/devices"] == 8
+    assert tuple(found["density/shard"]) == (1, 12)
+    np.testing.assert_array_equal(found["density/sign"], sign)
+    assert {-1, 1} <= set(np.asarray(sign).ravel())
+    np.testing.assert_allclose(found["density/value"], value, rtol=1e-12)
+    for name, expected in zip(("query", "key", "value_map", "embeddings"), gradient, strict=True):
+        assert_close(found[f"density/{name}"], expected, 1e-11)
+
+
+def draw_variance(sums):
+    """Variance of the estimated total when 2 of the 8 cells in the last axis are drawn without replacement."""
+    return 8 * (8 / 2 - 1) * sums.var(-1, ddof=1)
+
+
+def test_subsampled_barrier_is_unbiased_and_reports_the_variance_of_independent_draws(found):
+    by_cell = np.asarray(at_every_head(barrier, *(jnp.asarray(x) for x in uneven_layer()))[0])
+    means = found["subsampled/mean"]
+    assert abs(means.mean() - by_cell.mean()) < 4 * np.sqrt(means.var(ddof=1) / DRAWS)
+    # Every block of 8 queries has a draw of its own; a shard has 2 of 4 heads and 4 of 16 sequences.
+    blocks = np.stack([by_cell[..., :8].sum(-1), by_cell[..., 8:].sum(-1)])
+    shards = np.moveaxis(blocks.reshape(2, 2, 2, 4, 4), 2, 3).reshape(2, 8, 8)
+    independent = draw_variance(shards).sum() / by_cell.size**2
+    # The variance of 1000 draws has a standard error of about 4.5 %.
+    np.testing.assert_allclose(means.var(ddof=1), independent, rtol=0.2)
+    np.testing.assert_allclose(found["subsampled/variance"].mean(), independent, rtol=0.2)
+    # What shards that drew alike would give is told apart from that.
+    assert draw_variance(shards.sum(1)).sum() / by_cell.size**2 > 4 * independent
+
+
+def test_drawing_everything_gives_the_mean_and_its_gradient(found):
+    parameters = [jnp.asarray(x) for x in uneven_layer()]
+    mean = jax.jit(jax.value_and_grad(lambda parameters: at_every_head(barrier, *parameters).mean()))
+    value, gradient = mean(parameters)
+    np.testing.assert_allclose(found["subsampled/all"], value, rtol=1e-12)
+    for name, expected in zip(NAMES, gradient, strict=True):
+        assert_close(found[f"subsampled/{name}"], expected, 1e-11)
+
+
+@pytest.mark.parametrize(("data", "heads"), [(2, 1), (1, 3)])
+def test_a_mesh_of_more_devices_than_there_are_is_refused(data, heads):
+    with pytest.raises(ValueError, match=rf"data, heads: got {data} \* {heads} = .* pass a product of 1, or start JAX"):
+        accelerated.mesh(data, heads)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, True])
+def test_a_mesh_of_no_devices_is_refused(count):
+    with pytest.raises(ValueError, match=r"heads: got .* pass an integer of at least 1"):
+        accelerated.mesh(1, count)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (PartitionSpec(None, "heads", "data"), r"cells: axis 2 has length 6 for 4 devices along data; pass a multiple"),
+        (PartitionSpec(None, None, ("heads", "data")), "cells: axis 2 has length 6 for 8 devices along heads, data"),
+        (PartitionSpec("positions"), "spec: names positions; pass axes of the mesh: data, heads"),
+        (PartitionSpec(None, None, None, "heads"), "spec: got .* pass at most one entry for each of the leading axes"),
+    ],
+)
+def test_cells_that_cannot_be_spread_are_refused(spec, message):
+    mesh = AbstractMesh((4, 2), ("data", "heads"))
+    cells = at_every_head(Cells.of, *layers("float64", 6))
+    with pytest.raises(ValueError, match=message):
+        accelerated.sharded_mean_barrier(cells, mesh, spec)
+    with pytest.raises(ValueError, match=message):
+        accelerated.sharded_subsampled_barrier(jax.random.key(0), cells, 0.5, mesh, spec)
+
+
+def test_sequences_that_cannot_be_spread_are_refused():
+    (query, key, value, embeddings), *_ = joint()
+    mesh = AbstractMesh((3, 1), ("data", "heads"))
+    with pytest.raises(ValueError, match="embeddings: axis 0 has length 8 for 3 devices along data"):
+        accelerated.sharded_residual_and_log_det(Attention(query, key, value), embeddings, mesh, PartitionSpec("data"))
+
+
+def test_a_share_outside_0_and_1_is_refused():
+    cells = at_every_head(Cells.of, *layers("float64"))
+    with pytest.raises(ValueError, match="share: got 0; pass a share"):
+        accelerated.sharded_subsampled_barrier(jax.random.key(0), cells, 0, accelerated.mesh(1, 1), PartitionSpec())
+
+
+if __name__ == "__main__":
+    on_devices(sys.argv[1])
