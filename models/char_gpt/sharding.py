@@ -41,6 +41,7 @@ def connect(coordinator: str, processes: int, process_id: int) -> None:
     """Join `processes` processes into one JAX run; process 0 listens at coordinator, HOST:PORT.
 
     To be called before JAX is used. Raises ValueError naming the option; JAX's own error if the others do not answer.
+    Where one process alone fails later, JAX stops the others once its time limit of five minutes is over.
     """
     if not re.fullmatch(r".+:\d+", coordinator):
         raise ValueError(f"--coordinator: got {coordinator!r}; pass HOST:PORT of process 0.")
