@@ -8,7 +8,8 @@ expected number of roots (docs/theory.md section 3; `python -m theory_checks --o
 """
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
@@ -18,10 +19,26 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
+from prob_transformer import accelerated
 from prob_transformer._validation import is_concrete, require_count, require_floating, require_positive
 from prob_transformer.attention import Attention, Past
-from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
+from prob_transformer.change_of_variables import ResidualAndLogDet, residual_and_log_det, residual_and_log_det_at
 from prob_transformer.transform import CausalAttentionTransform, Solution, raise_unless_converged
+
+PathName = Literal["reference", "accelerated"]
+
+
+class _Path(NamedTuple):
+    """The two directions: embeddings to noise, and noise to embeddings."""
+
+    residual_and_log_det: Callable[..., ResidualAndLogDet]
+    transform: type[CausalAttentionTransform]
+
+
+_PATHS: dict[PathName, _Path] = {
+    "reference": _Path(residual_and_log_det, CausalAttentionTransform),
+    "accelerated": _Path(accelerated.residual_and_log_det, accelerated.CausalAttentionTransform),
+}
 
 
 def _normal_log_density(residual: Float[Array, "... d"], scale: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -32,15 +49,17 @@ def _normal_log_density(residual: Float[Array, "... d"], scale: Float[Array, "..
 class EmbeddingProcess(dist.Distribution):
     """NumPyro distribution of n = `length` embeddings of width d under an attention; event shape (n, d), nats.
 
-    `noise_scale` and `first_scale` are standard deviations; their broadcast shape is the batch shape. Raises
-    ValueError for a length below 2 or scales that are not positive and finite.
+    `noise_scale` and `first_scale` are standard deviations; their broadcast shape is the batch shape. `path` picks the
+    code that samples and evaluates whole sequences: "reference", or "accelerated" for long ones, whose log_prob has
+    reverse-mode gradients only. Raises ValueError for a length below 2, scales that are not positive and finite, or
+    another path.
     """
 
     arg_constraints: ClassVar = {"noise_scale": constraints.positive, "first_scale": constraints.positive}
     support = constraints.real_matrix
     reparametrized_params: ClassVar = ["noise_scale", "first_scale"]
     pytree_data_fields = ("attention", "noise_scale", "first_scale")
-    pytree_aux_fields = ("length",)
+    pytree_aux_fields = ("length", "path")
 
     def __init__(
         self,
@@ -49,6 +68,7 @@ class EmbeddingProcess(dist.Distribution):
         noise_scale: Float[Array, "..."] | float = 1.0,
         first_scale: Float[Array, "..."] | float = 1.0,
         *,
+        path: PathName = "reference",
         validate_args: bool | None = None,
     ):
         if not isinstance(attention, Attention):
@@ -58,7 +78,9 @@ class EmbeddingProcess(dist.Distribution):
         first_scale = require_floating("first_scale", first_scale)
         require_positive("noise_scale", noise_scale)
         require_positive("first_scale", first_scale)
-        self.attention, self.length = attention, length
+        if path not in get_args(PathName):
+            raise ValueError(f"path: got {path!r}; pass one of {', '.join(get_args(PathName))}.")
+        self.attention, self.length, self.path = attention, length, path
         self.noise_scale, self.first_scale = jnp.broadcast_arrays(noise_scale, first_scale)
         super().__init__(self.noise_scale.shape, (length, attention.width), validate_args=validate_args)
 
@@ -71,7 +93,7 @@ class EmbeddingProcess(dist.Distribution):
         shape = jnp.shape(value)
         if shape[-2:] != self.event_shape:
             raise ValueError(f"value: has shape {shape}; pass (..., n, d) ending in {self.event_shape}.")
-        residual, _, log_det = residual_and_log_det(self.attention, value)
+        residual, _, log_det = _PATHS[self.path].residual_and_log_det(self.attention, value)
         return _normal_log_density(residual, self._scales()) + log_det
 
     @validate_sample
@@ -81,7 +103,7 @@ class EmbeddingProcess(dist.Distribution):
     def solve_sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Solution:
         """Draws with a `SolveStatus` a position, for those who want the root found past the boundary as well."""
         noise = jax.random.normal(key, self.shape(sample_shape), jnp.result_type(self.noise_scale))
-        return CausalAttentionTransform(self.attention).solve(noise * self._scales()[..., None])
+        return _PATHS[self.path].transform(self.attention).solve(noise * self._scales()[..., None])
 
     def sample(self, key: PRNGKeyArray | None, sample_shape: tuple[int, ...] = ()) -> Float[Array, "... n d"]:
         """Exact draws where det J > 0 everywhere; raises `ImplicitSolveError` where one met det J <= 0 or no root."""

@@ -69,6 +69,19 @@ def residual_tolerance(dtype: Any) -> float:
     return 1e-9 if jnp.dtype(dtype) == jnp.float64 else 1e-4
 
 
+def status_after(
+    mismatch: Float[Array, "... d"],
+    sign: Float[Array, "..."],
+    allowed: Float[Array, "..."] | float,
+    status_so_far: Int[Array, "..."],
+) -> Int[Array, "..."]:
+    """The worse of `status_so_far` and what a point of the path is: a root, if its mismatch is allowed, or not."""
+    # Written so that a NaN counts as not converged.
+    reached = jnp.abs(mismatch).max(-1) <= allowed
+    crossed = jnp.where(sign > 0, SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY)
+    return jnp.maximum(status_so_far, jnp.where(reached, crossed, SolveStatus.NOT_CONVERGED).astype(jnp.int32))
+
+
 def _in_default_precision(tree):
     floating, rest = eqx.partition(tree, eqx.is_inexact_array)
     return eqx.combine(jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), floating), rest)
@@ -98,10 +111,7 @@ def solve_position(
     start = residual_and_log_det_at(frozen_attention, frozen_past, frozen_noise)
 
     def judge(here, target, status_so_far):
-        # Written so that a NaN counts as not converged.
-        reached = jnp.abs(here.residual - target).max() <= residual_tolerance(noise.dtype) * scale
-        crossed = jnp.where(here.sign > 0, SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY)
-        return jnp.maximum(status_so_far, jnp.where(reached, crossed, SolveStatus.NOT_CONVERGED).astype(jnp.int32))
+        return status_after(here.residual - target, here.sign, residual_tolerance(noise.dtype) * scale, status_so_far)
 
     def follow(carry, fraction):
         u, residual, status = carry
@@ -190,6 +200,6 @@ class CausalAttentionTransform(Transform):
         return (self.attention,), (("attention",), {"continuation_steps": self.continuation_steps})
 
     def eq(self, other: object, static: bool = False):
-        if not isinstance(other, CausalAttentionTransform) or self.continuation_steps != other.continuation_steps:
+        if type(other) is not type(self) or self.continuation_steps != other.continuation_steps:
             return False
         return eqx.tree_equal(self.attention, other.attention)

@@ -238,3 +238,17 @@ def test_an_expanded_process_broadcasts():
     expanded = mild_process().expand((4,))
     assert expanded.sample(jax.random.key(0)).shape == (4, 5, 3)
     assert isinstance(mild_process().to_event(0), dist.Distribution)
+
+
+def test_both_paths_give_the_same_draws_and_densities():
+    query, key, value, _ = draw(0, (2, 3, 2, 5, True), scale=0.3)
+    slow, fast = (
+        EmbeddingProcess(Attention(query, key, value), 7, jnp.array([0.5, 1.0]), path=path)
+        for path in ("reference", "accelerated")
+    )
+    drawn = slow.sample(jax.random.key(0), (3,))
+    np.testing.assert_allclose(fast.sample(jax.random.key(0), (3,)), drawn, atol=1e-8)
+    np.testing.assert_allclose(fast.log_prob(drawn), slow.log_prob(drawn), atol=1e-11)
+    assert jax.tree.structure(fast) != jax.tree.structure(slow)
+    with pytest.raises(ValueError, match="path: got 'fast'; pass one of reference, accelerated"):
+        EmbeddingProcess(Attention(query, key, value), 7, path="fast")

@@ -1,0 +1,257 @@
+"""Noise to embeddings at scale: all sequences, position by position, in one compiled scan over a key-value cache.
+
+Derived here: mu_i depends on u_i only through y = R u_i, where R = [W_Q^h]_h (Hp x d). So u - mu(y) = t with y = R u
+holds exactly when u = t + mu(y) for a root y of the Hp-dimensional
+
+    g(y) = y - R mu(y) - R t = 0,     dg/dy = I_Hp - R L(y),     L = dmu/dy = [Cov(v^h, k^h) / sqrt(p)]_h  (d x Hp),
+
+and det dg/dy = det J_i, the small determinant of change_of_variables.py. R mu(y) and R L(y) are made of the values seen
+through the queries, which the cache holds, so nothing of width d is touched until y is known. Where Hp > d this is
+larger than the equation in u, and still right.
+
+As in the reference (prob_transformer/transform.py), t moves in a straight line from the residual at u = eps to eps and
+the root is tracked through `continuation_steps` points, because with several roots the path decides which one is found,
+and that there is only one cannot be known beforehand. From root to root Newton steps are taken, halved until they
+shrink |g|; where they get stuck, they start again from the last root with the way to the next point halved. A root on
+the path counts when |g| <= tolerance (1 + |y|); the last one is polished and judged in u, as in the reference. With
+
+    J_i^{-1} = I_d + L (I_Hp - R L)^{-1} R      (Woodbury)
+
+the implicit function theorem gives exact derivatives, in forward mode of any order and in reverse mode once.
+
+Past the boundary statuses may differ from the reference's: where a path meets det J_i = 0, either solver may jump to
+another root that the other one misses. Steep paths on which the reference gets stuck are mostly followed here.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from prob_transformer import transform as reference
+from prob_transformer._validation import require_embeddings
+from prob_transformer.accelerated.change_of_variables import residual_and_log_det
+from prob_transformer.accelerated.elimination import inverse_and_log_det
+from prob_transformer.accelerated.sweep import block_weights
+from prob_transformer.attention import Attention, Past, weighted_covariance
+from prob_transformer.transform import Solution, SolveStatus, residual_tolerance, status_after
+
+# Newton steps tried for a root, halved ones included; pieces of a path are cut again up to as many a point on average.
+_MAX_STEPS = 64
+_SHORTEST_STEP = 2.0**-10
+# Share of the decrease promised by the linear model that a step must keep.
+_SUFFICIENT_DECREASE = 1e-4
+# The way from one point of the path to the next is cut into at most so many pieces.
+_PIECES = 1024
+# In float32 a steep attention needs two steps in u until rounding is all that is left.
+_POLISHING_STEPS = 3
+
+
+class _Point(NamedTuple):
+    """y, y - R mu(y), and inverse and sign of the determinant of I - R L(y), sequences last."""
+
+    y: Float[Array, "Hp b"]
+    seen_residual: Float[Array, "Hp b"]
+    inverse: Float[Array, "Hp Hp b"]
+    sign: Float[Array, " b"]
+
+
+class _Search(NamedTuple):
+    """How far each sequence is on its path, in pieces; `root` is its last root and `here` the best y since."""
+
+    here: _Point
+    root: _Point
+    reached: Int[Array, " b"]
+    stride: Int[Array, " b"]
+    length: Float[Array, " b"]
+    tried: Int[Array, " b"]
+    tried_in_all: Int[Array, " b"]
+    status: Int[Array, " b"]
+
+
+def _chosen(condition: Array, yes: _Point, no: _Point) -> _Point:
+    return _Point(*(jnp.where(condition, a, b) for a, b in zip(yes, no, strict=True)))
+
+
+def _weights(past: Past, position: Int[Array, ""], y: Float[Array, "Hp b"]) -> Float[Array, "b H n"]:
+    """alpha_i of the queries y."""
+    batch, heads, _, size = past.keys.shape
+    queries = y.T.reshape(batch, heads, size, 1)
+    return block_weights(queries, jnp.swapaxes(past.keys, -1, -2), position)[..., 0]
+
+
+def _covariance(weights: Float[Array, "b H n"], past: Past, x: Float[Array, "b H n a"]) -> Float[Array, "a Hp b"]:
+    """[Cov(x^h, k^h) / sqrt(p)]_h."""
+    blocks = jax.vmap(jax.vmap(weighted_covariance))(weights, x, past.keys) / math.sqrt(past.keys.shape[-1])
+    return jnp.moveaxis(blocks, (0, 1), (-1, 1)).reshape(x.shape[-1], -1, x.shape[0])
+
+
+def _seen_residual(past: Past, weights: Float[Array, "b H n"], y: Float[Array, "Hp b"]) -> Float[Array, "Hp b"]:
+    return y - jnp.einsum("bhs,bhsr->rb", weights, past.query_values)
+
+
+def _at(past: Past, position: Int[Array, ""], y: Float[Array, "Hp b"]) -> _Point:
+    weights = _weights(past, position, y)
+    small = jnp.eye(y.shape[0], dtype=y.dtype)[..., None] - _covariance(weights, past, past.query_values)
+    inverse, sign, _ = inverse_and_log_det(small[None])
+    return _Point(y, _seen_residual(past, weights, y), inverse[0], sign[0])
+
+
+def _follow_path(past: Past, position: Int[Array, ""], seen_noise: Float[Array, "Hp b"], steps: int) -> _Search:
+    """Every sequence tracked to the end of its path; one evaluation at a time, each sequence at its own point."""
+    tolerance = residual_tolerance(seen_noise.dtype)
+    end = steps * _PIECES
+    begin = _seen_residual(past, _weights(past, position, seen_noise), seen_noise)
+
+    def try_a_step(search: _Search) -> _Search:
+        here, root, reached, stride, length, tried, tried_in_all, status = search
+        # Where the path was lost or met det J <= 0 it is not followed further: straight to its end.
+        on_path = status == SolveStatus.CONVERGED
+        goal = jnp.where(on_path, jnp.minimum(reached + stride, (reached // _PIECES + 1) * _PIECES), end)
+        fraction = (goal / end).astype(seen_noise.dtype)
+        target = (1 - fraction) * begin + fraction * seen_noise
+
+        mismatch = here.seen_residual - target
+        there = _at(past, position, here.y - length * jnp.einsum("xyb,yb->xb", here.inverse, mismatch))
+        before, after = (jnp.linalg.norm(x, axis=0) for x in (mismatch, there.seen_residual - target))
+        active = reached < end
+        # The start is a root already. A NaN is not shorter.
+        shorter = active & ((reached < 0) | (after < (1 - _SUFFICIENT_DECREASE * length) * before))
+        here = _chosen(shorter, there, here)
+        length = jnp.where(shorter, jnp.minimum(1, 4 * length), length / 2)
+
+        mismatch = here.seen_residual - target
+        allowed = tolerance * (1 + jnp.abs(here.y).max(0))
+        # The last root goes on for as long as steps still help.
+        exhausted = (goal < end) | ~shorter | (after > before / 2)
+        arrived = active & exhausted & (jnp.abs(mismatch).max(0) <= allowed)
+        stuck = active & ~arrived & ((tried + 1 >= _MAX_STEPS) | (length < _SHORTEST_STEP))
+        again = stuck & on_path & (stride > 1) & (tried_in_all < steps * _MAX_STEPS)
+        over = arrived | (stuck & ~again)
+        here = _chosen(again, root, here)
+        return _Search(
+            here,
+            _chosen(arrived, here, root),
+            jnp.where(arrived | (over & ~on_path), goal, reached),
+            jnp.where(arrived, jnp.minimum(_PIECES, 2 * stride), jnp.where(again, stride // 2, stride)),
+            jnp.where(arrived | stuck, 1, length),
+            jnp.where(arrived | stuck, 0, tried + 1),
+            tried_in_all + 1,
+            jnp.where(over, status_after(mismatch.T, here.sign, allowed, status), status),
+        )
+
+    nothing = jnp.zeros(seen_noise.shape[1], jnp.int32)
+    whole_step = jnp.ones_like(seen_noise[0])
+    # Still without its inverse: the first step goes nowhere and finds it.
+    start = _Point(seen_noise, begin, jnp.zeros((len(begin), *begin.shape), begin.dtype), whole_step)
+    search = _Search(start, start, nothing - _PIECES, nothing + _PIECES, whole_step, nothing, nothing, nothing)
+    return lax.while_loop(lambda search: (search.reached < end).any(), try_a_step, search)
+
+
+def _mismatch(
+    u: Float[Array, "b d"], attention: Attention, past: Past, position: Int[Array, ""], noise: Float[Array, "b d"]
+) -> Float[Array, "b d"]:
+    """e(u) - noise."""
+    weights = _weights(past, position, attention.query.reshape(-1, attention.width) @ u.T)
+    return u - jnp.einsum("bhs,bhsd->bd", weights, past.values) - noise
+
+
+def _apply_inverse(
+    attention: Attention, past: Past, position: Int[Array, ""], point: _Point, v: Float[Array, "b d"]
+) -> Float[Array, "b d"]:
+    """J^{-1} v."""
+    slope = _covariance(_weights(past, position, point.y), past, past.values)
+    seen = attention.query.reshape(-1, attention.width) @ v.T
+    return v + jnp.einsum("dxb,xyb,yb->bd", slope, point.inverse, seen)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _solve_position(
+    attention: Attention, past: Past, position: Int[Array, ""], noise: Float[Array, "b d"], steps: int
+) -> tuple[Float[Array, "b d"], Int[Array, " b"]]:
+    """The root of every sequence at one position and its `SolveStatus`."""
+    stacked_query = attention.query.reshape(-1, attention.width)
+    search = _follow_path(past, position, stacked_query @ noise.T, steps)
+
+    def polish(_, carry):
+        u, mismatch = carry
+        there = u - _apply_inverse(attention, past, position, search.here, mismatch)
+        mismatch_there = _mismatch(there, attention, past, position, noise)
+        closer = jnp.abs(mismatch_there).max(-1) < jnp.abs(mismatch).max(-1)
+        return jax.tree.map(partial(jnp.where, closer[:, None]), (there, mismatch_there), (u, mismatch))
+
+    weights = _weights(past, position, search.here.y)
+    u = noise + jnp.einsum("bhs,bhsd->bd", weights, past.values)
+    u, mismatch = lax.fori_loop(0, _POLISHING_STEPS, polish, (u, _mismatch(u, attention, past, position, noise)))
+    allowed = residual_tolerance(noise.dtype) * (1 + jnp.abs(noise).max(-1))
+    return u, status_after(mismatch, search.here.sign, allowed, search.status)
+
+
+@_solve_position.defjvp
+def _(steps, primals, tangents):
+    """The implicit function theorem: J du = -(change of e(u) - noise at fixed u)."""
+    attention, past, position, _ = primals
+    u, status = _solve_position(*primals, steps)
+    _, change = jax.jvp(partial(_mismatch, u), primals, tangents)
+
+    # How J^{-1} is applied is not differentiated, as the derivative of a linear solve follows from J itself.
+    frozen_attention, frozen_past, frozen_u = lax.stop_gradient((attention, past, u))
+    point = _at(frozen_past, position, frozen_attention.query.reshape(-1, attention.width) @ frozen_u.T)
+
+    def jacobian(v):
+        return jax.jvp(lambda u: _mismatch(u, *primals), (u,), (v,))[1]
+
+    def solve(_, v):
+        return _apply_inverse(frozen_attention, frozen_past, position, point, v)
+
+    def solve_transposed(_, v):
+        return jax.linear_transpose(partial(solve, None), v)(v)[0]
+
+    u_tangent = -lax.custom_linear_solve(jacobian, change, solve, solve_transposed)
+    return (u, status), (u_tangent, np.zeros(status.shape, jax.dtypes.float0))
+
+
+@partial(jax.jit, static_argnums=2)
+def _solve(attention: Attention, noise: Float[Array, "... n d"], steps: int) -> Solution:
+    # In half precision no root is within tolerance; it is solved in float32.
+    dtype = jnp.result_type(jnp.float32, noise, *jax.tree.leaves(attention))
+    length, width = noise.shape[-2:]
+    attention = jax.tree.map(lambda leaf: leaf.astype(dtype), attention)
+    sequences = noise.reshape(-1, length, width).astype(dtype)
+
+    def step(past: Past, inputs: tuple[Int[Array, ""], Float[Array, "b d"]]):
+        position, noise_here = inputs
+        u, status = _solve_position(attention, past, position, noise_here, steps)
+        return jax.vmap(lambda past, u: past.write(attention, position, u))(past, u), (u, status)
+
+    empty = Past.empty(attention, length, dtype)
+    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (sequences.shape[0], *leaf.shape)), empty)
+    _, (embeddings, status) = lax.scan(step, empty, (jnp.arange(length), jnp.swapaxes(sequences, 0, 1)))
+    embeddings = jnp.swapaxes(embeddings, 0, 1).reshape(noise.shape).astype(noise.dtype)
+    return Solution(embeddings, status.T.reshape(noise.shape[:-1]))
+
+
+class CausalAttentionTransform(reference.CausalAttentionTransform):
+    """Noise (..., n, d) -> embeddings (..., n, d), as `prob_transformer.CausalAttentionTransform` with the same errors.
+
+    Works in the dtype of noise and attention, float32 at least (where logits of more than about 1000 leave no root
+    within tolerance). The gradient of a call keeps the cache of every position, so its memory grows with n^2.
+    """
+
+    def solve(self, noise: Float[Array, "... n d"]) -> Solution:
+        """Embeddings and a `SolveStatus` code for every position, never an error for a root that was not found."""
+        noise = require_embeddings("noise", noise, self.attention.width)
+        return _solve(self.attention, noise, self.continuation_steps)
+
+    def _inverse(self, y: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+        return residual_and_log_det(self.attention, y).residual
+
+    def log_abs_det_jacobian(
+        self, x: Float[Array, "... n d"], y: Float[Array, "... n d"], intermediates: Any = None
+    ) -> Float[Array, "..."]:
+        return -residual_and_log_det(self.attention, y).log_det.sum(-1)

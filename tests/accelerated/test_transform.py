@@ -1,0 +1,258 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from dense import SHAPES, dense_map, dense_truth, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpyro.distributions import constraints
+from scipy.optimize import brentq
+
+import prob_transformer
+from prob_transformer import Attention, EmbeddingProcess, ImplicitSolveError, SolveStatus
+from prob_transformer.accelerated import CausalAttentionTransform
+from prob_transformer.accelerated import transform as module
+from prob_transformer.transform import residual_tolerance
+
+# Most of the time goes into compiling, so many tests share one shape: heads, head size, width, length, own values.
+SHARED, BATCH = (2, 2, 3, 6, True), 64
+
+
+def attention_of(seed, scale=0.2, shape=SHARED, dtype=np.float64):
+    """With the default scale weak enough that standard normal noise stays inside the boundary."""
+    return Attention(*draw(seed, shape, dtype, scale)[:3])
+
+
+def noise_of(seed, shape=SHARED, dtype=np.float64):
+    return np.random.default_rng(seed).normal(size=(BATCH, shape[3], shape[2])).astype(dtype)
+
+
+def assert_round_trip(attention, noise, embeddings):
+    def residual(u):
+        return dense_map(attention.query, attention.key, attention.value, u)
+
+    atol = 1e-8 if noise.dtype == np.float64 else residual_tolerance(noise.dtype) * (1 + np.abs(noise).max())
+    np.testing.assert_allclose(jax.jit(jax.vmap(residual))(embeddings), noise, atol=atol)
+
+
+ROUND_TRIPS = [(shape, np.float64) for shape in SHAPES] + [(SHAPES[index], np.float32) for index in (0, 5)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), ROUND_TRIPS)
+def test_sampling_then_the_dense_residual_returns_the_noise(shape, dtype):
+    attention, noise = attention_of(0, 0.15, shape, dtype), noise_of(0, shape, dtype)
+    embeddings, status = CausalAttentionTransform(attention).solve(noise)
+    assert embeddings.dtype == dtype
+    assert (status == SolveStatus.CONVERGED).all()
+    assert_round_trip(attention, noise, embeddings)
+
+
+@pytest.mark.parametrize(("strength", "dtype"), [(20.0, np.float64), (500.0, np.float64), (20.0, np.float32)])
+def test_steep_interactions_inside_the_boundary_are_solved(strength, dtype):
+    # Identity values and an interaction whose symmetric part is negative definite: det J >= 1 everywhere.
+    root, twist = np.random.default_rng(1).normal(size=(2, 3, 3))
+    interaction = strength * (0.3 * (twist - twist.T) - root @ root.T)
+    attention = Attention((np.sqrt(3) * interaction[None]).astype(dtype), np.eye(3, dtype=dtype)[None])
+    noise = noise_of(0, dtype=dtype)
+    embeddings, status = CausalAttentionTransform(attention).solve(noise)
+    assert (status == SolveStatus.CONVERGED).all()
+    assert_round_trip(attention, noise, embeddings)
+
+
+def test_where_the_reference_converges_the_root_is_the_same():
+    # Past the boundary as well; either may jump off a path that meets det J = 0, which on these draws neither does.
+    attention, noise = attention_of(0, 0.7), noise_of(3)
+    embeddings, status = CausalAttentionTransform(attention).solve(noise)
+    truth = prob_transformer.CausalAttentionTransform(attention).solve(noise)
+    # Where one past is another the equation is another.
+    converged = np.logical_and.accumulate(truth.status == SolveStatus.CONVERGED, axis=1)
+    assert 0.3 < converged.mean() < 0.9
+    assert (status[converged] == SolveStatus.CONVERGED).all()
+    np.testing.assert_allclose(embeddings[converged], truth.embeddings[converged], atol=1e-8)
+
+
+def path_on_the_line(a, past, noise):
+    """d = 1: "start" where e' <= 0 at u = noise, "fold" where e' comes near 0 before the root, or the root."""
+
+    def residual(u):
+        logits = a * np.multiply.outer(u, past)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mean = weights @ past
+        return u - mean, 1 - a * (weights @ past**2 - mean**2)
+
+    value, slope = residual(noise)
+    if slope <= 0:
+        return "start"
+    direction = np.sign(noise - value)
+    grid = noise + direction * np.linspace(0, 2 * np.abs(past).max() + 1, 4001)
+    value, slope = residual(grid)
+    arrived = int(np.argmax(direction * (value - noise) >= 0))
+    if slope[: arrived + 1].min() < 0.05:
+        return "fold"
+    if arrived == 0:
+        return grid[0]
+    return brentq(lambda u: residual(u)[0] - noise, *grid[arrived - 1 : arrived + 1], xtol=1e-14)
+
+
+@pytest.mark.parametrize("a", [-3.0, 4.0])
+def test_on_the_line_the_root_is_the_one_at_the_end_of_the_path(a):
+    attention = Attention(np.array([[[a]]]), np.ones((1, 1, 1)))
+    noise = noise_of(1, SHAPES[0])
+    embeddings, status = (np.asarray(x) for x in CausalAttentionTransform(attention).solve(noise))
+    seen = {"start": 0, "fold": 0, "root": 0}
+    for sequence in range(BATCH):
+        for i in range(1, 4):
+            found = path_on_the_line(a, embeddings[sequence, :i, 0], noise[sequence, i, 0])
+            kind = found if isinstance(found, str) else "root"
+            seen[kind] += 1
+            if kind == "start":
+                assert status[sequence, i] >= SolveStatus.PAST_BOUNDARY
+            elif kind == "root":
+                assert status[sequence, i] == SolveStatus.CONVERGED
+                assert abs(embeddings[sequence, i, 0] - found) < 1e-10
+    assert seen["root"] == 3 * BATCH if a < 0 else min(seen.values()) > 5
+
+
+def assert_statuses_are_true(attention, noise):
+    embeddings, status = (np.asarray(x) for x in CausalAttentionTransform(attention).solve(noise))
+    assert np.isfinite(embeddings).all()
+    residual, sign, _ = (np.asarray(x) for x in prob_transformer.residual_and_log_det(attention, embeddings))
+    allowed = residual_tolerance(np.float64) * (1 + np.abs(noise).max(-1))
+    assert (np.abs(residual - noise).max(-1) <= allowed)[status != SolveStatus.NOT_CONVERGED].all()
+    assert (sign[status == SolveStatus.CONVERGED] > 0).all()
+    return status
+
+
+def test_every_status_is_true_of_its_root():
+    status = assert_statuses_are_true(attention_of(0, 1.5), noise_of(3))
+    assert set(np.unique(status)) == {SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY, SolveStatus.NOT_CONVERGED}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    *(arrays(float, (2, 2, 3), elements=st.floats(-4, 4)) for _ in range(2)),
+    # Larger values let embeddings grow until the residual itself is rounding.
+    arrays(float, (2, 3, 3), elements=st.floats(-0.5, 0.5)),
+    st.integers(0, 1000),
+    st.floats(0, 5),
+)
+def test_every_status_is_true_whatever_the_attention(query, key, value, seed, scale):
+    assert_statuses_are_true(Attention(query, key, value), scale * noise_of(seed))
+
+
+def test_densities_and_log_determinants_are_those_of_the_process():
+    attention = attention_of(4)
+    transform = CausalAttentionTransform(attention)
+    base = dist.Normal(jnp.zeros((6, 3)), jnp.array([2.0, *[0.5] * 5])[:, None]).to_event(2)
+    transformed = dist.TransformedDistribution(base, transform)
+    draws = transformed.sample(jax.random.key(0), (BATCH,))
+    process = EmbeddingProcess(attention, 6, noise_scale=0.5, first_scale=2.0)
+    np.testing.assert_allclose(transformed.log_prob(draws), process.log_prob(draws), atol=1e-10)
+    _, _, (_, log_det) = dense_truth(attention.query, attention.key, attention.value, draws[0])
+    assert abs(log_det) > 1e-3
+    np.testing.assert_allclose(transform.log_abs_det_jacobian(draws, draws)[0], -log_det, atol=1e-10)
+
+
+def test_gradients_match_the_references_and_finite_differences_to_second_order():
+    attention, noise = attention_of(3), jnp.asarray(noise_of(2)[0])
+
+    def gradient_of(transform):
+        def loss(scale, noise):
+            scaled = Attention(scale * attention.query, attention.key, scale * attention.value)
+            return jnp.sin(transform(scaled).solve(noise).embeddings).sum()
+
+        return lambda scale: jax.value_and_grad(loss, (0, 1))(scale, noise)
+
+    ours = gradient_of(CausalAttentionTransform)
+    derivatives = jax.jit(lambda scale: jax.jvp(ours, (scale,), (1.0,)))
+    (_, (slope, noise_slope)), (forward_slope, (second, mixed)) = derivatives(1.0)
+    _, (truth, noise_truth) = gradient_of(prob_transformer.CausalAttentionTransform)(1.0)
+    np.testing.assert_allclose([slope, forward_slope], truth, rtol=1e-9)
+    np.testing.assert_allclose(noise_slope, noise_truth, atol=1e-9)
+    (above, (above_slope, above_mixed)), (below, (below_slope, below_mixed)) = (
+        derivatives(1 + step)[0] for step in (1e-5, -1e-5)
+    )
+    np.testing.assert_allclose(slope, (above - below) / 2e-5, atol=1e-7)
+    np.testing.assert_allclose(second, (above_slope - below_slope) / 2e-5, rtol=1e-6)
+    np.testing.assert_allclose(mixed, (above_mixed - below_mixed) / 2e-5, atol=1e-8)
+
+
+def test_a_long_sequence_is_one_scan_compiled_once():
+    # Query = -key: the symmetric part of the interaction is negative semidefinite, so det J >= 1.
+    rng = np.random.default_rng(5)
+    key, noise = rng.normal(size=(1, 4, 16)), rng.normal(size=(1000, 16))
+    transform = CausalAttentionTransform(Attention(-key, key), continuation_steps=4)
+    before = module._solve._cache_size()
+    embeddings, status = transform.solve(noise)
+    again = CausalAttentionTransform(Attention(-2 * key, 2 * key), continuation_steps=4).solve(noise[::-1])
+    assert module._solve._cache_size() == before + 1
+    assert (status == SolveStatus.CONVERGED).all()
+    assert (again.status == SolveStatus.CONVERGED).all()
+    np.testing.assert_allclose(transform.inv(embeddings), noise, atol=1e-8)
+
+
+def test_there_is_one_loop_over_positions_and_no_lapack_in_it():
+    traced = module._solve.trace(attention_of(0), jnp.zeros((4, 6, 3)), 16)
+    assert [eqn.params["length"] for eqn in traced.jaxpr.eqns if eqn.primitive.name == "scan"] == [6]
+    assert "lapack" not in traced.lower().as_text()
+
+
+def test_half_precision_is_solved_in_single():
+    attention = attention_of(0, shape=SHAPES[0], dtype=np.float32)
+    noise = jnp.asarray(noise_of(8, SHAPES[0]), jnp.bfloat16)
+    embeddings, status = CausalAttentionTransform(attention).solve(noise)
+    assert embeddings.dtype == jnp.bfloat16
+    assert (status == SolveStatus.CONVERGED).all()
+    single = CausalAttentionTransform(attention)(noise.astype(jnp.float32))
+    np.testing.assert_array_equal(embeddings, single.astype(jnp.bfloat16))
+
+
+def test_past_the_boundary_the_status_is_named_and_calling_raises():
+    # d = 1, past (-1, 1, 0.3), a = 4: near u = 0 the determinant is negative, and noise there has three roots.
+    transform = CausalAttentionTransform(Attention(np.array([[[4.0]]]), np.ones((1, 1, 1))))
+    noise = transform.inv(jnp.array([[-1.0], [1.0], [0.3], [0.0]]))
+    _, status = transform.solve(noise)
+    failed = int(np.argmax(np.asarray(status) > 0))
+    with pytest.raises(ImplicitSolveError, match=f"at position {failed}") as info:
+        transform(noise)
+    assert (info.value.status, info.value.position) == (SolveStatus(int(status[failed])), failed)
+    compiled = jax.jit(jax.vmap(lambda x: transform(x)))
+    np.testing.assert_allclose(compiled(0.1 * noise[None])[0], transform(0.1 * noise), atol=1e-12)
+    with pytest.raises(Exception, match=r"past_boundary|not_converged"):
+        jax.block_until_ready(compiled(noise[None]))
+
+
+def test_noise_too_large_for_the_logits_has_a_named_status():
+    transform = CausalAttentionTransform(Attention(np.array([[[-4.0]]]), np.ones((1, 1, 1))))
+    noise = np.array([[1.0], [1e308], [1.0], [1.0]])
+    _, status = transform.solve(noise)
+    assert SolveStatus(int(status[1])) is SolveStatus.NOT_CONVERGED
+    with pytest.raises(ImplicitSolveError, match="not_converged at position 1"):
+        transform(noise)
+
+
+def test_transforms_are_pytrees_and_compare_by_class_and_parameters():
+    one = CausalAttentionTransform(attention_of(6))
+    assert jax.tree.unflatten(jax.tree.structure(one), jax.tree.leaves(one)) == one
+    assert one != CausalAttentionTransform(attention_of(7))
+    assert one != CausalAttentionTransform(one.attention, continuation_steps=3)
+    assert one != prob_transformer.CausalAttentionTransform(one.attention)
+    assert one.inv.domain is one.domain is one.codomain is constraints.real_matrix
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: t(np.ones((5, 2))), r"noise: has shape \(5, 2\)"),
+        (lambda t: t(np.full((5, 3), np.nan)), "noise: contains NaN or inf"),
+        (lambda t: t(np.ones((1, 3))), "noise: has n = 1 positions"),
+        (lambda t: CausalAttentionTransform(np.eye(2)), "attention: got ndarray; pass an Attention"),
+        (lambda t: CausalAttentionTransform(t.attention, 0), "continuation_steps: got 0"),
+    ],
+)
+def test_bad_input_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(CausalAttentionTransform(attention_of(0)))
