@@ -23,8 +23,8 @@ Every number on this page comes from a result committed under [benchmarks/result
 `python -m benchmarks.page` writes the page, and a test compares the two. `make benchmark` measures again, on your
 machine.
 
-In every round each contestant runs once, in an order rotated from round to round, and ratios are taken within rounds;
-everything is compiled before the first round."""
+In every round each contestant is timed once, right after an untimed run of its own, in an order rotated from round to
+round, and ratios are taken within rounds. Nothing here was measured on an accelerator unless its heading says so."""
 
 
 def page(results: Mapping[str, dict[str, Any]]) -> str:
