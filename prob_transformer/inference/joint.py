@@ -1,0 +1,89 @@
+"""The joint density of a NumPyro model as a function of its latent sites: what every method of inference starts from.
+
+    constrained      -log p(theta(z), y)
+    unconstrained    -log p(theta(z), y) - log|d theta / d z|
+
+z are unconstrained coordinates, theta(z) NumPyro's transforms of them onto the supports of the sites.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.infer.util import constrain_fn, log_density, potential_energy
+
+from prob_transformer._validation import require_finite, require_floating
+
+Space = Literal["constrained", "unconstrained"]
+Sites = Mapping[str, Float[Array, "..."]]
+
+# NumPyro's own radius of random starts.
+_RADIUS = 2.0
+
+
+def negative_log_joint(model: Callable, args: tuple, kwargs: dict, space: Space, point: Sites) -> Float[Array, ""]:
+    """Negative log joint in nats at unconstrained values of the latent sites; the space decides about the Jacobian."""
+    if space == "unconstrained":
+        return potential_energy(model, args, kwargs, point)
+    return -log_density(model, args, kwargs, constrain_fn(model, args, kwargs, point))[0]
+
+
+def observed_data(trace: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The values of the observed sites of a trace, factors left out."""
+    return {name: site["value"] for name, site in trace.items() if _is_data(site)}
+
+
+def _is_data(site: dict[str, Any]) -> bool:
+    # A factor is a sample site of the distribution Unit, observed as an empty array.
+    return site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
+
+
+def starting_point(
+    model: Callable, args: tuple, kwargs: dict, init: Mapping[str, Any], key: PRNGKeyArray | None
+) -> dict[str, Float[Array, "..."]]:
+    """Unconstrained starting values of all latent sites; running the model on concrete values validates its data."""
+    start: dict[str, Float[Array, "..."]] = {}
+
+    def value_of(site: dict[str, Any]) -> Float[Array, "..."] | None:
+        if site["type"] != "sample" or site["is_observed"]:
+            return None
+        name, fn = site["name"], site["fn"]
+        if fn.support.is_discrete:
+            raise ValueError(f"model: site {name!r} is discrete and not observed; pass its data or sum it out.")
+        transform, shape = biject_to(fn.support), fn.shape()
+        if name in init:
+            value = require_floating(f"init[{name!r}]", init[name])
+            require_finite(f"init[{name!r}]", value)
+            if value.shape != shape:
+                raise ValueError(f"init[{name!r}]: has shape {value.shape}; pass {shape}.")
+            if not np.asarray(fn.support(value)).all():
+                raise ValueError(f"init[{name!r}]: lies outside {fn.support}; pass values inside the support.")
+            point = transform.inv(value)
+            if not np.isfinite(np.asarray(point)).all():
+                raise ValueError(f"init[{name!r}]: lies on the edge of {fn.support}; pass values inside the support.")
+        elif key is None:
+            raise ValueError(f"init: has no value for {name!r}; pass one, or a key or seed for a random start.")
+        else:
+            site_key = jax.random.fold_in(key, len(start))
+            point = jax.random.uniform(site_key, transform.inverse_shape(shape), minval=-_RADIUS, maxval=_RADIUS)
+        start[name] = point
+        return transform(point)
+
+    trace = handlers.trace(handlers.substitute(model, substitute_fn=value_of)).get_trace(*args, **kwargs)
+    unknown = sorted(set(init) - set(start))
+    if unknown:
+        raise ValueError(f"init: names {', '.join(unknown)}; the model's latent sites are {', '.join(start)}.")
+    if not start:
+        raise ValueError("model: has no latent site; leave the parameters to be found unobserved.")
+    for name, value in observed_data(trace).items():
+        if jnp.size(value) == 0:
+            raise ValueError(
+                f"model: observed site {name!r} has shape {jnp.shape(value)}; pass at least one observation."
+            )
+    return start

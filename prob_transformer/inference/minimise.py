@@ -1,0 +1,164 @@
+"""Limited-memory BFGS whose steps never cross a wall, as one compiled loop.
+
+    d = -H g,    x <- x + t d,    f(x + t d) <= f(x) + 1e-4 t g.d    and    g(x + t d).d >= 0.9 g.d
+
+H is optax's approximation of the inverse Hessian. The step length t starts at 1 and is bisected until these weak Wolfe
+conditions hold (Lewis and Overton 2013), which keep H positive definite: too long a step halves the bracket, too short
+a one doubles or bisects upwards. A step to a point where any of the watched signs differs from those of the current
+iterate counts as too long, and so does one to a point where the value or its gradient is not finite. Only the ends of
+a step are looked at: one that crosses two walls of the same determinant is not noticed.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+_ARMIJO, _WOLFE = 1e-4, 0.9
+_TRIALS = 50
+_MEMORY = 10
+# The value is only known to a few units of its last digit; without this slack the last steps would be refused.
+_ROUNDING = 10
+# A vanishing gradient alone does not make a minimum: exp(x) has one as x -> -inf, but its steps do not shorten.
+_LARGEST_FINAL_STEP = 1e-2
+_RUNNING = -1
+
+
+class MapStatus(enum.IntEnum):
+    """How the search for the maximum ended."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    LINE_SEARCH_FAILED = 2
+    NOT_FINITE = 3
+    INFEASIBLE_START = 4
+
+
+class Iterate(NamedTuple):
+    """A point (k,), the value in nats, its gradient (k,), and the watched signs there."""
+
+    point: Float[Array, " k"]
+    value: Float[Array, ""]
+    gradient: Float[Array, " k"]
+    signs: Float[Array, "..."]
+
+
+class Minimum(NamedTuple):
+    """Where the search ended, its `MapStatus` code, the steps made, and how many of them were cut short at a wall."""
+
+    iterate: Iterate
+    status: Int[Array, ""]
+    steps: Int[Array, ""]
+    crossings: Int[Array, ""]
+
+
+class _Search(NamedTuple):
+    best: Iterate
+    step: Float[Array, ""]
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+    trials: Int[Array, ""]
+    done: Bool[Array, ""]
+    crossed: Bool[Array, ""]
+    not_finite: Bool[Array, ""]
+
+
+class _State(NamedTuple):
+    iterate: Iterate
+    memory: Any
+    status: Int[Array, ""]
+    steps: Int[Array, ""]
+    crossings: Int[Array, ""]
+
+
+def _is_finite(iterate: Iterate) -> Bool[Array, ""]:
+    return jnp.isfinite(iterate.value) & jnp.isfinite(iterate.gradient).all()
+
+
+def _line_search(
+    evaluate: Callable[[Float[Array, " k"]], Iterate],
+    here: Iterate,
+    direction: Float[Array, " k"],
+    skip: Bool[Array, ""],
+) -> _Search:
+    slope = here.gradient @ direction
+    slack = _ROUNDING * jnp.finfo(here.point.dtype).eps * jnp.abs(here.value)
+
+    def trial(search: _Search) -> _Search:
+        there = evaluate(here.point + search.step * direction)
+        crosses = (there.signs != here.signs).any()
+        low_enough = there.value <= here.value + _ARMIJO * search.step * slope + slack
+        accepted = ~crosses & _is_finite(there) & low_enough
+        too_short = there.gradient @ direction < _WOLFE * slope
+        low = jnp.where(accepted, search.step, search.low)
+        high = jnp.where(accepted, search.high, search.step)
+        return _Search(
+            best=jax.tree.map(lambda new, old: jnp.where(accepted, new, old), there, search.best),
+            step=jnp.where(jnp.isinf(high), 2 * search.step, 0.5 * (low + high)),
+            low=low,
+            high=high,
+            trials=search.trials + 1,
+            done=accepted & ~too_short,
+            crossed=search.crossed | crosses,
+            not_finite=~crosses & ~_is_finite(there),
+        )
+
+    one, no = jnp.ones((), here.point.dtype), jnp.zeros((), bool)
+    start = _Search(here, one, 0 * one, jnp.inf * one, jnp.zeros((), jnp.int32), skip, no, no)
+    return jax.lax.while_loop(lambda search: ~search.done & (search.trials < _TRIALS), trial, start)
+
+
+def minimise(
+    evaluate: Callable[[Float[Array, " k"]], Iterate],
+    start: Float[Array, " k"],
+    tolerance: Float[Array, ""],
+    max_steps: Int[Array, ""],
+) -> Minimum:
+    """Minimise from `start` until the largest entry of the gradient is at most `tolerance` and steps have shortened.
+
+    `evaluate` gives the `Iterate` at a point. Traceable, without exceptions: a start on a wall, a start or steps
+    without a finite value and gradient, and steps that cannot be shortened enough end with their `MapStatus`.
+    """
+    lbfgs = optax.scale_by_lbfgs(_MEMORY)
+
+    def direction_at(here: Iterate, memory: Any) -> tuple[Float[Array, " k"], Any]:
+        downhill, kept = lbfgs.update(here.gradient, memory, here.point)
+        # A step cut short at a wall may have met negative curvature; what H then proposes can point uphill.
+        again, fresh = lbfgs.update(here.gradient, lbfgs.init(here.point), here.point)
+        good = here.gradient @ downhill > 0
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), (-downhill, kept), (-again, fresh))
+
+    def advance(state: _State) -> _State:
+        here = state.iterate
+        direction, memory = direction_at(here, state.memory)
+        # The first direction is the gradient, which says nothing of the distance to go.
+        short = (state.steps > 0) & (jnp.abs(direction).max() <= _LARGEST_FINAL_STEP)
+        largest = jnp.abs(here.gradient).max()
+        settled = (largest == 0) | ((largest <= tolerance) & short)
+        stop = settled | (state.steps >= max_steps)
+        search = _line_search(evaluate, here, direction, stop)
+        moved = search.low > 0
+        failed = jnp.where(search.not_finite, MapStatus.NOT_FINITE, MapStatus.LINE_SEARCH_FAILED)
+        searched = jnp.where(moved, _RUNNING, failed)
+        status = jnp.where(settled, MapStatus.CONVERGED, jnp.where(stop, MapStatus.MAX_STEPS, searched))
+        return _State(
+            search.best,
+            memory,
+            status.astype(jnp.int32),
+            state.steps + moved,
+            state.crossings + search.crossed,
+        )
+
+    here = evaluate(start)
+    on_wall = ~(jnp.abs(here.signs) > 0).all()
+    refused = jnp.where(
+        on_wall, MapStatus.INFEASIBLE_START, jnp.where(_is_finite(here), _RUNNING, MapStatus.NOT_FINITE)
+    )
+    none = jnp.zeros((), jnp.int32)
+    first = _State(here, lbfgs.init(start), refused.astype(jnp.int32), none, none)
+    last = jax.lax.while_loop(lambda state: state.status == _RUNNING, advance, first)
+    return Minimum(last.iterate, last.status, last.steps, last.crossings)

@@ -1,0 +1,165 @@
+"""Results as an `xarray.DataTree` in the groups that ArviZ reads, written to netCDF or zarr whole or not at all.
+
+    posterior, posterior_predictive, log_likelihood, sample_stats    dimensions chain, draw, then those of the site
+    observed_data                                                    the dimensions of the site
+
+The tree is built, saved and loaded by xarray alone: ArviZ 0.23 takes it with `InferenceData.from_datatree`, ArviZ 1 as
+it is. Only numbers and text are stored, so nothing is pickled. Zarr stores have format 2, whose consolidated metadata
+every version reads without a warning.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Num
+
+from prob_transformer.provenance import atomic_path
+
+Group = Literal["posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data"]
+Dims = Mapping[str, tuple[str, ...]]
+
+_SITE_DIMS = {"embeddings": ("position", "embedding_dim"), "tokens": ("position",)}
+_REQUIRED_ATTRS = ("version", "seed", "objective")
+# What both formats hold without conversion; bfloat16, float16 and complex numbers are refused rather than cast.
+_DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
+_ENGINES: dict[str, Literal["h5netcdf", "zarr"]] = {".nc": "h5netcdf", ".zarr": "zarr"}
+
+
+def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
+    """The names of a site's own dimensions: those given, those of the token model, or name_dim_0, name_dim_1, ..."""
+    if name in dims:
+        if len(dims[name]) != ndim:
+            raise ValueError(f"dims: names {dims[name]} for {name!r}, which has {ndim} dimensions; name each of them.")
+        return tuple(dims[name])
+    known = _SITE_DIMS.get(name, ())
+    if known and ndim in (len(known), len(known) + 1):
+        return ("sequence", *known) if ndim > len(known) else known
+    return tuple(f"{name}_dim_{axis}" for axis in range(ndim))
+
+
+def _numbers(label: str, value: Num[Any, "..."]) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype.name not in _DTYPES:
+        raise ValueError(f"{label}: has dtype {array.dtype}; pass one of {', '.join(_DTYPES)}.")
+    return array
+
+
+def _dataset(group: str, arrays: Mapping[str, Num[Any, "..."]], observed: Mapping[str, Any], dims: Dims) -> xr.Dataset:
+    outer = () if group == "observed_data" else ("chain", "draw")
+    variables, sizes = {}, dict[str, int]()
+    for name, value in arrays.items():
+        label = f"{group}/{name}"
+        if "/" in name:
+            raise ValueError(f"{label}: the name holds '/', which separates groups; rename the site.")
+        array = _numbers(label, value)
+        own = array.ndim - len(outer)
+        if own < 0:
+            raise ValueError(f"{label}: has shape {array.shape}; pass (chain, draw, ...).")
+        # The density of a site sums over its event, so its log-likelihood keeps the leading dimensions only.
+        whole = max(own, np.ndim(observed[name])) if group == "log_likelihood" and name in observed else own
+        names = (*outer, *_site_dims(name, whole, dims)[:own])
+        for dim, size in zip(names, array.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(
+                    f"{label}: has {size} entries along {dim!r}, which has {sizes[dim]} elsewhere in {group}; pass "
+                    "arrays that agree, or `dims` with another name."
+                )
+        variables[name] = (names, array)
+    return xr.Dataset(variables, coords={dim: np.arange(size) for dim, size in sizes.items()})
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"attrs[{name!r}]: is not JSON ({error}); pass text, finite numbers or lists.") from None
+
+
+def datatree(
+    groups: Mapping[str, Mapping[str, Num[Any, "..."]]], dims: Dims | None, attrs: Mapping[str, Any]
+) -> xr.DataTree:
+    """The tree of the given groups of arrays by site, all shaped (chain, draw, ...) but those of `observed_data`.
+
+    `dims` names the dimensions of a site after chain and draw; without it "embeddings" are (position, embedding_dim),
+    "tokens" (position,), both behind `sequence` when batched, and others (name_dim_0, ...). Every dimension has the
+    coordinates 0, 1, .... `attrs` holds at least version, seed and objective: `provenance(...)` with an objective
+    added; what is not text is stored as JSON. Raises ValueError naming the group and site, or the attribute.
+    """
+    dims = {} if dims is None else dims
+    unknown = sorted(set(groups) - set(get_args(Group)))
+    if unknown or not groups:
+        raise ValueError(f"groups: got {unknown or 'none'}; pass some of {', '.join(get_args(Group))}.")
+    missing = [name for name in _REQUIRED_ATTRS if name not in attrs]
+    if missing:
+        raise ValueError(f"attrs: lack {', '.join(missing)}; pass provenance(seed, configuration) and an objective.")
+    observed = groups.get("observed_data", {})
+    unused = sorted(set(dims) - {name for arrays in groups.values() for name in arrays})
+    if unused:
+        raise ValueError(f"dims: name {', '.join(unused)}, in none of the groups; leave them out.")
+    tree = xr.DataTree.from_dict({group: _dataset(group, arrays, observed, dims) for group, arrays in groups.items()})
+    tree.attrs = {name: _text(name, value) for name, value in attrs.items()}
+    return tree
+
+
+def _engine(path: Path) -> Literal["h5netcdf", "zarr"]:
+    if path.suffix not in _ENGINES:
+        raise ValueError(f"{path}: ends in {path.suffix!r}; pass a path ending in {' or '.join(_ENGINES)}.")
+    return _ENGINES[path.suffix]
+
+
+def _save_zarr(tree: xr.DataTree, path: Path) -> None:
+    if path.exists() and not any((path / marker).exists() for marker in (".zgroup", "zarr.json")):
+        raise ValueError(f"{path}: is there and is not a zarr store; pass another path.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}-"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
+    new, old = aside / "new", aside / "old"
+    try:
+        tree.to_zarr(new, zarr_format=2)
+        if path.exists():
+            path.replace(old)
+        try:
+            new.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def save(tree: xr.DataTree, path: Path | str) -> None:
+    """Write a tree to `path`, a netCDF file (.nc) or a zarr folder (.zarr), whole or not at all.
+
+    It is written beside `path` and renamed. A folder cannot replace another in one step: a process killed between the
+    two renames leaves an earlier store under a hidden name beside `path`, and none at `path`. Raises ValueError naming
+    the path for another ending, one that cannot be written, or a folder that is not a zarr store.
+    """
+    path = Path(path)
+    if _engine(path) == "zarr":
+        _save_zarr(tree, path)
+        return
+    with atomic_path(path) as temporary:
+        tree.to_netcdf(os.fspath(temporary), engine="h5netcdf")
+
+
+def load(path: Path | str) -> xr.DataTree:
+    """The tree that `save` wrote, in memory. Raises ValueError naming the path if it is not there or not readable."""
+    path = Path(path)
+    engine = _engine(path)
+    if not path.exists():
+        raise ValueError(f"{path}: is not there; pass the path of a saved result.")
+    try:
+        with xr.open_datatree(path, engine=engine) as tree:
+            return tree.load()
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read with {engine} ({error!r}); pass a result written by save.") from error

@@ -1,0 +1,355 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta
+from scipy import stats
+from scipy.optimize import minimize, minimize_scalar
+
+from prob_transformer import (
+    Attention,
+    EmbeddingProcess,
+    LinearDecoder,
+    map_objective,
+    residual_and_log_det,
+    token_model,
+)
+from prob_transformer.inference import MapStatus, embedding_signs, find_map, load, save
+
+ZERO = Attention(np.zeros((1, 1, 2)), np.zeros((1, 1, 2)))
+COINS = np.array([1, 1, 0, 1, 1, 1, 0, 1])
+PAST = jnp.array([[-1.0], [1.0], [0.0]])
+
+
+def observed_process(attention, y, scale=0.5):
+    u = numpyro.sample("embeddings", EmbeddingProcess(attention, y.shape[0], 0.4, 1.7))
+    numpyro.sample("y", dist.Normal(u, scale).to_event(2), obs=y)
+
+
+def coin(x, a=2.0, b=3.0):
+    p = numpyro.sample("p", dist.Beta(a, b))
+    with numpyro.plate("cases", x.shape[0]):
+        numpyro.sample("x", dist.Bernoulli(p), obs=x)
+
+
+def counts(y):
+    rate = numpyro.sample("rate", dist.Gamma(3.0, 2.0))
+    with numpyro.plate("cases", y.shape[0]):
+        numpyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def spread(y):
+    scale = numpyro.sample("scale", dist.HalfNormal(2.0))
+    with numpyro.plate("cases", y.shape[0]):
+        numpyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+
+def walled(centre, width, weight=1.0):
+    """One parameter a and three fixed embeddings, det J_3 = 1 - a: the wall is at a = 1."""
+    a = numpyro.sample("a", dist.Normal(centre, width))
+    log_det = residual_and_log_det(Attention(a[None, None, None], jnp.ones((1, 1, 1))), PAST).log_det
+    numpyro.factor("barrier", weight * log_det.sum() if weight else 0.0)
+
+
+def wall_signs(parameters):
+    return residual_and_log_det(Attention(parameters["a"][None, None, None], jnp.ones((1, 1, 1))), PAST).sign
+
+
+def posterior_mean(y, scale=0.5):
+    """u = L^-1 noise without interaction: a linear Gaussian model, solved with NumPy."""
+    n = y.shape[0]
+    lower = np.eye(n)
+    for i in range(1, n):
+        lower[i, :i] = -1.0 / i
+    noise_precision = np.diag(1 / np.array([1.7] + [0.4] * (n - 1)) ** 2)
+    return np.linalg.solve(lower.T @ noise_precision @ lower + np.eye(n) / scale**2, y / scale**2)
+
+
+WATCHED, NEAR, ON_WALL = {"signs": wall_signs}, {"init": {"a": 0.3}}, {"init": {"a": 1.0}}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "error"), [(np.float64, 1e-9, 1e-10), (np.float32, 1e-4, 1e-5)])
+def test_without_interaction_the_mode_is_the_posterior_mean_of_the_linear_gaussian_model(dtype, tolerance, error):
+    y = np.random.default_rng(0).normal(size=(4, 2)).astype(dtype)
+    attention = Attention(jnp.zeros((1, 1, 2), dtype), jnp.zeros((1, 1, 2), dtype))
+    options = {"init": {"embeddings": np.zeros_like(y)}, "tolerance": tolerance}
+    found = find_map(observed_process, attention, y, space="unconstrained", **options)
+    assert found.converged
+    assert found.gradient_norm <= tolerance
+    assert found.parameters["embeddings"].dtype == dtype
+    np.testing.assert_allclose(found.parameters["embeddings"], posterior_mean(y), atol=error)
+
+
+@pytest.mark.parametrize("space", ["constrained", "unconstrained"])
+def test_the_mode_of_a_coin_depends_on_the_space_as_its_closed_forms_do(space):
+    found = find_map(coin, COINS, space=space, seed=0)
+    heads, n, a, b = 6, 8, 2.0, 3.0
+    mode = {"constrained": (heads + a - 1) / (n + a + b - 2), "unconstrained": (heads + a) / (n + a + b)}[space]
+    assert found.converged
+    np.testing.assert_allclose(found.parameters["p"], mode, atol=1e-7)
+    np.testing.assert_allclose(jax.nn.sigmoid(found.unconstrained["p"]), mode, atol=1e-7)
+    joint = stats.beta.logpdf(mode, a, b) + stats.bernoulli.logpmf(COINS, mode).sum()
+    jacobian = np.log(mode * (1 - mode)) if space == "unconstrained" else 0.0
+    np.testing.assert_allclose(found.objective, -joint - jacobian, atol=1e-10)
+    np.testing.assert_allclose(found.log_likelihood["x"], stats.bernoulli.logpmf(COINS, mode), atol=1e-6)
+
+
+@pytest.mark.parametrize(("space", "mode"), [("constrained", 12.0 / 6.0), ("unconstrained", 13.0 / 6.0)])
+def test_the_mode_of_a_rate(space, mode):
+    # Gamma(3, 2) and 10 counts in 4 cases: Gamma(13, 6), whose logarithm has its mode at 13/6.
+    found = find_map(counts, np.array([2, 3, 4, 1]), space=space, seed=3)
+    assert found.converged
+    np.testing.assert_allclose(found.parameters["rate"], mode, atol=1e-7)
+
+
+@pytest.mark.parametrize("space", ["constrained", "unconstrained"])
+def test_the_optimum_is_scipys_on_an_objective_written_by_hand(space):
+    y = np.array([0.3, -1.2, 2.0])
+
+    def by_hand(log_scale):
+        joint = stats.halfnorm.logpdf(np.exp(log_scale), scale=2.0) + stats.norm.logpdf(y, 0, np.exp(log_scale)).sum()
+        return -joint - (log_scale if space == "unconstrained" else 0.0)
+
+    truth = minimize_scalar(by_hand, bracket=(-1, 0, 1), options={"xtol": 1e-12})
+    found = find_map(spread, y, space=space, seed=1, tolerance=1e-8)
+    assert found.converged
+    np.testing.assert_allclose(found.unconstrained["scale"], truth.x, atol=1e-7)
+    np.testing.assert_allclose(found.objective, truth.fun, atol=1e-12)
+
+
+def test_the_optimum_of_the_token_model_is_scipys_on_the_objective():
+    # A = -I with identity values: det J >= 1 everywhere.
+    attention = Attention(-np.eye(2)[None], np.eye(2)[None])
+    decoder = LinearDecoder(np.random.default_rng(2).normal(size=(3, 2)), np.zeros(3))
+    tokens, options = np.array([0, 2, 1]), {"noise_scale": 0.6, "barrier_weight": 0.3}
+    start = np.random.default_rng(3).normal(size=(3, 2))
+
+    @jax.jit
+    def objective(flat):
+        return map_objective(attention, decoder, flat.reshape(3, 2), tokens, **options)
+
+    truth = minimize(objective, start.ravel(), jac=jax.jit(jax.grad(objective)), method="BFGS", options={"gtol": 1e-9})
+    found = find_map(
+        token_model,
+        attention,
+        decoder,
+        tokens,
+        space="constrained",
+        init={"embeddings": start},
+        signs=embedding_signs(attention),
+        tolerance=1e-8,
+        **options,
+    )
+    assert found.converged
+    np.testing.assert_allclose(found.objective, truth.fun, atol=1e-10)
+    np.testing.assert_allclose(found.parameters["embeddings"], truth.x.reshape(3, 2), atol=1e-6)
+    assert found.crossings == 0
+    np.testing.assert_array_equal(found.signs, 1.0)
+    np.testing.assert_array_equal(found.observed_data["tokens"], tokens)
+
+
+def test_autodelta_reaches_the_constrained_mode():
+    svi = SVI(coin, AutoDelta(coin), optax.adam(optax.exponential_decay(0.1, 100, 0.5)), Trace_ELBO())
+    params = svi.run(jax.random.key(0), 1500, COINS, progress_bar=False).params
+    found = find_map(coin, COINS, space="constrained", seed=0)
+    np.testing.assert_allclose(params["p_auto_loc"], found.parameters["p"], atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.3, 1.0])
+def test_a_step_across_the_wall_is_cut_short(width):
+    # (a - 5) / s^2 = -1 / (1 - a) has the roots 3 -+ sqrt(4 + s^2), one on each side of the wall.
+    near, far = 3 - np.sqrt(4 + width**2), 3 + np.sqrt(4 + width**2)
+    options = {"space": "constrained", "tolerance": 1e-9, **NEAR}
+    found = find_map(walled, 5.0, width, **options, **WATCHED)
+    assert found.converged
+    assert found.crossings > 0
+    np.testing.assert_allclose(found.parameters["a"], near, atol=1e-8)
+    np.testing.assert_array_equal(found.signs, 1.0)
+    # The first step is of length 1, from 0.3 to 1.3, where the objective is lower.
+    unwatched = find_map(walled, 5.0, width, **options)
+    assert unwatched.signs is None
+    assert unwatched.crossings == 0
+    np.testing.assert_allclose(unwatched.parameters["a"], far, atol=1e-8)
+
+
+def test_a_start_past_the_wall_stays_there_and_says_so():
+    found = find_map(walled, -4.0, 1.0, space="constrained", init={"a": 1.5}, signs=wall_signs)
+    # (a + 4) = 1 / (a - 1)
+    np.testing.assert_allclose(found.parameters["a"], (-3 + np.sqrt(29)) / 2, atol=1e-6)
+    assert found.converged
+    assert found.crossings > 0
+    np.testing.assert_array_equal(found.to_datatree()["sample_stats/negative_signs"], [[1]])
+
+
+def test_embeddings_drawn_past_the_wall_by_data_stay_before_it():
+    attention, y = Attention(np.ones((1, 1, 1)), np.ones((1, 1, 1))), np.array([[-2.0], [2.0], [0.1]])
+    options = {"space": "unconstrained", "init": {"embeddings": np.array([[-0.5], [0.5], [0.0]])}}
+    found = find_map(observed_process, attention, y, 0.3, signs=embedding_signs(attention), **options)
+    assert found.converged
+    assert found.crossings > 0
+    np.testing.assert_array_equal(found.signs, 1.0)
+    unwatched = find_map(observed_process, attention, y, 0.3, **options).parameters["embeddings"]
+    assert np.asarray(residual_and_log_det(attention, unwatched).sign).min() < 0
+
+    def objective(flat):
+        residual, sign, log_det = residual_and_log_det(attention, flat.reshape(3, 1))
+        prior = stats.norm.logpdf(np.asarray(residual)[:, 0], 0, [1.7, 0.4, 0.4]).sum() + np.asarray(log_det).sum()
+        value = -prior - stats.norm.logpdf(flat, y[:, 0], 0.3).sum()
+        return value if (np.asarray(sign) > 0).all() else np.inf
+
+    start = np.asarray(found.parameters["embeddings"]).ravel()
+    simplex = {"initial_simplex": start + 0.1 * np.eye(4, 3), "xatol": 1e-9, "fatol": 1e-13}
+    truth = minimize(objective, start, method="Nelder-Mead", options=simplex)
+    np.testing.assert_allclose(found.objective, truth.fun, atol=1e-9)
+    np.testing.assert_allclose(start, truth.x, atol=1e-5)
+
+
+def test_other_data_of_the_same_shape_compile_nothing():
+    runs = []
+
+    def model(attention, y):
+        runs.append(isinstance(y, jax.core.Tracer))
+        observed_process(attention, y)
+
+    def mode(y, seed, **options):
+        attention = Attention(np.full((1, 1, 2), 1e-12 * seed), np.ones((1, 1, 2)))
+        options |= {"signs": embedding_signs(attention), "seed": seed}
+        found = find_map(model, attention, y, space="constrained", **options)
+        np.testing.assert_allclose(found.parameters["embeddings"], posterior_mean(y), atol=1e-6)
+
+    mode(np.ones((3, 2)), 1)
+    assert any(runs)
+    runs.clear()
+    mode(np.random.default_rng(0).normal(size=(3, 2)), 2, tolerance=1e-7, max_steps=80)
+    assert runs == [False]
+
+
+def test_a_seed_is_its_key_and_every_start_ends_at_the_mode():
+    one = find_map(coin, COINS, space="constrained", seed=4)
+    same = find_map(coin, COINS, space="constrained", key=jax.random.key(4))
+    assert (one.parameters["p"], one.steps) == (same.parameters["p"], same.steps)
+    assert (one.seed, same.seed) == (4, None)
+    other = find_map(coin, COINS, space="constrained", seed=5)
+    assert other.unconstrained["p"] != one.unconstrained["p"]
+    np.testing.assert_allclose(other.parameters["p"], one.parameters["p"], atol=1e-6)
+
+
+def test_a_start_at_the_mode_stays_there():
+    found = find_map(coin, COINS, space="constrained", init={"p": 7 / 11})
+    assert found.converged
+    np.testing.assert_allclose(found.parameters["p"], 7 / 11, atol=1e-12)
+
+
+def lone_scale():
+    numpyro.sample("scale", dist.HalfNormal(1.0))
+
+
+def not_a_number(y):
+    location = numpyro.sample("location", dist.Normal(0.0, 1.0))
+    numpyro.factor("nan", jnp.where(location == y, 0.0, jnp.nan))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "status", "remedy"),
+    [
+        (coin, (COINS,), {"seed": 0, "max_steps": 1}, MapStatus.MAX_STEPS, "raise max_steps"),
+        # The density is largest at scale 0, the edge of the support: log(scale) runs off and the gradient vanishes.
+        (lone_scale, (), {"seed": 0}, MapStatus.MAX_STEPS, "on its edge"),
+        (walled, (5.0, 0.3), ON_WALL | WATCHED, MapStatus.INFEASIBLE_START, "away from the wall"),
+        (walled, (5.0, 0.3), ON_WALL, MapStatus.NOT_FINITE, "change init"),
+        # Nothing but the signs stops this search at the wall.
+        (walled, (5.0, 0.3, 0.0), NEAR | WATCHED, MapStatus.LINE_SEARCH_FAILED, "add a barrier"),
+        (not_a_number, (0.5,), {"init": {"location": 0.5}}, MapStatus.NOT_FINITE, "change init"),
+    ],
+)
+def test_a_search_that_fails_names_how_and_is_not_written_silently(model, data, options, status, remedy):
+    found = find_map(model, *data, space="constrained", **options)
+    assert not found.converged
+    assert found.status is status
+    with pytest.raises(ValueError, match=f"status: {status.name.lower()} after {found.steps} steps.*{remedy}"):
+        found.to_datatree()
+    kept = found.to_datatree(allow_unconverged=True)
+    assert kept.attrs["status"] == status.name.lower()
+    assert not kept["sample_stats/converged"].item()
+    assert kept["sample_stats/status"].item() == int(status)
+
+
+def test_without_a_barrier_the_watched_wall_is_reached_but_not_crossed():
+    found = find_map(walled, 5.0, 0.3, 0.0, space="constrained", **NEAR, **WATCHED)
+    assert 0.99 < found.parameters["a"] < 1
+    assert found.crossings > 0
+    np.testing.assert_array_equal(found.signs, 1.0)
+
+
+def test_the_edge_of_the_support_is_no_maximum_in_the_unconstrained_space_either():
+    # Density of log(scale): exp(-scale^2 / 2) scale, largest at scale 1.
+    found = find_map(lone_scale, space="unconstrained", seed=0)
+    assert found.converged
+    np.testing.assert_allclose(found.parameters["scale"], 1.0, atol=1e-6)
+
+
+def test_the_datatree_holds_the_mode_the_fit_and_the_data(tmp_path):
+    y = np.random.default_rng(0).normal(size=(3, 2))
+    found = find_map(observed_process, ZERO, y, space="constrained", seed=11, signs=embedding_signs(ZERO))
+    save(found.to_datatree({"y": ("position", "embedding_dim")}), tmp_path / "map.nc")
+    tree = load(tmp_path / "map.nc")
+    assert tree["posterior/embeddings"].dims == ("chain", "draw", "position", "embedding_dim")
+    np.testing.assert_allclose(tree["posterior/embeddings"].values[0, 0], posterior_mean(y), atol=1e-6)
+    assert tree["log_likelihood/y"].dims == ("chain", "draw")
+    expected = stats.norm.logpdf(y, found.parameters["embeddings"], 0.5).sum()
+    np.testing.assert_allclose(tree["log_likelihood/y"].item(), expected, rtol=1e-12)
+    np.testing.assert_array_equal(tree["observed_data/y"], y)
+    assert tree["sample_stats/objective"].item() == found.objective
+    assert tree["sample_stats/converged"].item()
+    assert tree["sample_stats/negative_signs"].item() == 0
+    assert tree.attrs["seed"] == "11"
+    assert "constrained coordinates" in tree.attrs["objective"]
+    assert tree.attrs["version"]
+
+
+def test_a_batch_of_sequences_is_searched_as_a_whole():
+    decoder, tokens = LinearDecoder(np.eye(2), np.zeros(2)), np.array([[0, 1, 1], [1, 1, 0]])
+    options = {"space": "constrained", "seed": 0, "tolerance": 1e-8}
+    both = find_map(token_model, ZERO, decoder, tokens, **options)
+    alone = find_map(token_model, ZERO, decoder, tokens[1], **options)
+    np.testing.assert_allclose(both.parameters["embeddings"][1], alone.parameters["embeddings"], atol=1e-6)
+    assert both.to_datatree()["log_likelihood/tokens"].dims == ("chain", "draw", "sequence")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "message"),
+    [
+        (coin, (COINS,), {"space": "both"}, "space: got 'both'; pass one of constrained, unconstrained"),
+        (coin, (COINS,), {}, "init: has no value for 'p'; pass one, or a key or seed"),
+        (coin, (COINS,), {"init": {"q": 0.5}, "seed": 0}, "init: names q; the model's latent sites are p"),
+        (coin, (COINS,), {"init": {"p": 1.5}}, r"init\['p'\]: lies outside"),
+        (coin, (COINS,), {"init": {"p": 1.0}}, r"init\['p'\]: lies on the edge"),
+        (coin, (COINS,), {"init": {"p": np.nan}}, r"init\['p'\]: contains NaN or inf"),
+        (coin, (COINS,), {"init": {"p": np.full(2, 0.5)}}, r"init\['p'\]: has shape \(2,\); pass \(\)"),
+        (coin, (COINS,), {"init": {"p": "half"}}, r"init\['p'\]: got str"),
+        (coin, (np.zeros(0, int),), {"seed": 0}, r"model: observed site 'x' has shape \(0,\)"),
+        (coin, (COINS,), {"seed": 0, "max_steps": 0}, "max_steps: got 0"),
+        (coin, (COINS,), {"seed": 0, "tolerance": 0.0}, "tolerance: got 0.0"),
+        (coin, (COINS,), {"seed": -1}, "seed: got -1"),
+        (coin, (COINS,), {"seed": 0, "signs": embedding_signs(ZERO)}, "signs: the model has no site 'embeddings'"),
+        (
+            lambda: numpyro.sample("k", dist.Poisson(1.0)),
+            (),
+            {"seed": 0},
+            "site 'k' is discrete and not observed",
+        ),
+        (lambda: numpyro.sample("y", dist.Normal(), obs=0.0), (), {"seed": 0}, "model: has no latent site"),
+    ],
+)
+def test_bad_input_is_refused_by_name(model, data, options, message):
+    with pytest.raises(ValueError, match=message):
+        find_map(model, *data, **{"space": "constrained", **options})
+
+
+def test_signs_need_an_attention():
+    with pytest.raises(ValueError, match="attention: got str; pass an Attention"):
+        embedding_signs("attention")

@@ -1,0 +1,190 @@
+import os
+import warnings
+
+import arviz
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+
+from prob_transformer.inference import datatree, load, save
+from prob_transformer.provenance import provenance
+
+ATTRS = provenance(7, {"steps": 5, "rate": 0.1}, "python -m x") | {"objective": "negative log joint"}
+ENDINGS = [".nc", ".zarr"]
+RNG = np.random.default_rng(0)
+GROUPS = {
+    "posterior": {
+        "embeddings": RNG.normal(size=(2, 3, 4, 5)),
+        "scale": np.array([[0.0, -0.0, 1.0], [np.nan, np.inf, -np.inf]]),
+        "loc": RNG.normal(size=(2, 3, 2)).astype(np.float32),
+    },
+    "posterior_predictive": {"tokens": np.arange(24).reshape(2, 3, 4)},
+    "log_likelihood": {"tokens": RNG.normal(size=(2, 3))},
+    "sample_stats": {"diverging": RNG.normal(size=(2, 3)) > 0, "steps": np.zeros((2, 3), np.int32)},
+    "observed_data": {"tokens": np.array([0, 3, 1, 0])},
+}
+
+
+def saved(tmp_path, ending):
+    path = tmp_path / f"result{ending}"
+    save(datatree(GROUPS, None, ATTRS), path)
+    return path
+
+
+def test_groups_dimensions_coordinates_and_attributes():
+    tree = datatree(GROUPS, None, ATTRS)
+    assert set(tree.children) == set(GROUPS)
+    assert tree["posterior/embeddings"].dims == ("chain", "draw", "position", "embedding_dim")
+    assert tree["posterior/loc"].dims == ("chain", "draw", "loc_dim_0")
+    assert tree["posterior_predictive/tokens"].dims == ("chain", "draw", "position")
+    assert tree["log_likelihood/tokens"].dims == ("chain", "draw")
+    assert tree["observed_data/tokens"].dims == ("position",)
+    for dim, size in {"chain": 2, "draw": 3, "position": 4, "embedding_dim": 5, "loc_dim_0": 2}.items():
+        np.testing.assert_array_equal(tree.posterior[dim], np.arange(size))
+    assert (tree.attrs["seed"], tree.attrs["objective"]) == ("7", "negative log joint")
+    assert tree.attrs["version"] == ATTRS["version"]
+    assert tree.attrs["configuration"] == '{"steps": 5, "rate": 0.1}'
+
+
+def test_batches_are_sequences_and_names_can_be_given():
+    groups = {
+        "posterior": {"embeddings": jnp.ones((1, 2, 6, 4, 5)), "weight": np.ones((1, 2, 7, 5))},
+        "log_likelihood": {"tokens": np.ones((1, 2, 6)), "y": np.ones((1, 2, 4)), "z": np.ones((1, 2, 4))},
+        "observed_data": {"tokens": np.ones((6, 4), int), "y": np.ones((4, 9))},
+    }
+    dims = {"weight": ("token", "embedding_dim"), "y": ("case", "feature")}
+    tree = datatree(groups, dims, ATTRS)
+    assert tree["posterior/embeddings"].dims == ("chain", "draw", "sequence", "position", "embedding_dim")
+    assert tree["posterior/weight"].dims == ("chain", "draw", "token", "embedding_dim")
+    assert tree["observed_data/tokens"].dims == ("sequence", "position")
+    # The density sums over the event: one number a sequence, one a case.
+    assert tree["log_likelihood/tokens"].dims == ("chain", "draw", "sequence")
+    assert tree["log_likelihood/y"].dims == ("chain", "draw", "case")
+    assert tree["log_likelihood/z"].dims == ("chain", "draw", "z_dim_0")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_saved_tree_comes_back_with_every_value_dtype_dimension_and_attribute(tmp_path, ending):
+    path = saved(tmp_path, ending)
+    assert os.listdir(tmp_path) == [path.name]
+    found = load(path)
+    assert found.attrs == datatree(GROUPS, None, ATTRS).attrs
+    assert set(found.children) == set(GROUPS)
+    for group, arrays in GROUPS.items():
+        assert set(found[group].data_vars) == set(arrays)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[group][name].values, array, strict=True)
+            np.testing.assert_array_equal(np.signbit(found[group][name]), np.signbit(array))
+    assert found.identical(datatree(GROUPS, None, ATTRS))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_arviz_reads_the_files(tmp_path, ending):
+    path = saved(tmp_path, ending)
+    if arviz.__version__.startswith("0."):
+        # ArviZ 0.23 reads netCDF itself, but refuses any store once zarr 3 is installed.
+        found = arviz.from_netcdf(path) if ending == ".nc" else arviz.InferenceData.from_datatree(load(path))
+    else:
+        found = (arviz.from_netcdf if ending == ".nc" else arviz.from_zarr)(path)
+    assert found.attrs["seed"] == "7"
+    for group, arrays in GROUPS.items():
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[group][name].values, array, strict=True)
+    assert set(arviz.summary(found, var_names=["loc"], kind="stats").index) == {"loc[0]", "loc[1]"}
+    found.close()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("death", [RuntimeError, KeyboardInterrupt])
+def test_a_killed_save_leaves_what_was_there_and_no_litter(tmp_path, ending, death, monkeypatch):
+    path = tmp_path / f"result{ending}"
+    write = "to_netcdf" if ending == ".nc" else "to_zarr"
+    whole = getattr(xr.DataTree, write)
+
+    def half(tree, *args, **kwargs):
+        whole(tree, *args, **kwargs)
+        raise death("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(xr.DataTree, write, half)
+        with pytest.raises(death, match="killed"):
+            save(datatree(GROUPS, None, ATTRS), path)
+    assert os.listdir(tmp_path) == []
+    save(datatree({"posterior": {"scale": np.ones((1, 1))}}, None, ATTRS), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(xr.DataTree, write, half)
+        with pytest.raises(death, match="killed"):
+            save(datatree(GROUPS, None, ATTRS), path)
+    assert os.listdir(tmp_path) == [path.name]
+    assert set(load(path).children) == {"posterior"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_saving_again_replaces_the_whole(tmp_path, ending):
+    path = saved(tmp_path, ending)
+    save(datatree({"posterior": {"scale": np.ones((1, 1))}}, None, ATTRS), path)
+    assert set(load(path).children) == {"posterior"}
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_nothing_is_pickled_and_both_formats_agree(tmp_path):
+    files = [path for path in saved(tmp_path, ".zarr").rglob("*") if path.is_file()]
+    assert files
+    assert not any(b"pickle" in path.read_bytes() for path in files)
+    saved(tmp_path, ".nc")
+    assert load(tmp_path / "result.nc").identical(load(tmp_path / "result.zarr"))
+
+
+@pytest.mark.parametrize(
+    ("groups", "dims", "attrs", "message"),
+    [
+        ({}, None, ATTRS, "groups: got none; pass some of posterior"),
+        ({"prior": {}}, None, ATTRS, r"groups: got \['prior'\]"),
+        (GROUPS, None, {"seed": 1, "version": "0"}, "attrs: lack objective"),
+        (GROUPS, None, ATTRS | {"x": np.nan}, r"attrs\['x'\]: is not JSON"),
+        (GROUPS, None, ATTRS | {"x": object()}, r"attrs\['x'\]: is not JSON"),
+        (GROUPS, {"lok": ("a",)}, ATTRS, "dims: name lok, in none of the groups"),
+        (GROUPS, {"loc": ("a", "b")}, ATTRS, "dims: names .* for 'loc', which has 1 dimensions"),
+        ({"posterior": {"a": np.ones(3)}}, None, ATTRS, r"posterior/a: has shape \(3,\); pass \(chain, draw"),
+        ({"posterior": {"a/b": np.ones((1, 3))}}, None, ATTRS, "posterior/a/b: the name holds '/'"),
+        ({"posterior": {"a": np.ones((1, 3), object)}}, None, ATTRS, "posterior/a: has dtype object"),
+        ({"posterior": {"a": jnp.ones((1, 3), jnp.bfloat16)}}, None, ATTRS, "posterior/a: has dtype bfloat16"),
+        ({"posterior": {"a": np.ones((1, 3), complex)}}, None, ATTRS, "posterior/a: has dtype complex128"),
+        (
+            {"posterior": {"a": np.ones((1, 3)), "b": np.ones((1, 4))}},
+            None,
+            ATTRS,
+            "posterior/b: has 4 entries along 'draw', which has 3 elsewhere in posterior",
+        ),
+    ],
+)
+def test_bad_input_is_refused_by_name(groups, dims, attrs, message):
+    with pytest.raises(ValueError, match=message):
+        datatree(groups, dims, attrs)
+
+
+def test_bad_paths_are_refused_by_name(tmp_path):
+    tree = datatree(GROUPS, None, ATTRS)
+    with pytest.raises(ValueError, match=r"result\.pkl: ends in '.pkl'; pass a path ending in .nc or .zarr"):
+        save(tree, tmp_path / "result.pkl")
+    with pytest.raises(ValueError, match=r"result\.pkl: ends in '.pkl'"):
+        load(tmp_path / "result.pkl")
+    for ending in ENDINGS:
+        with pytest.raises(ValueError, match=rf"gone\{ending}: is not there"):
+            load(tmp_path / f"gone{ending}")
+        (tmp_path / "file").write_text("text")
+        with pytest.raises(ValueError, match=rf"x\{ending}: cannot be written"):
+            save(tree, tmp_path / "file" / f"x{ending}")
+    (tmp_path / "own.zarr").mkdir()
+    (tmp_path / "own.zarr" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"own\.zarr: is there and is not a zarr store"):
+        save(tree, tmp_path / "own.zarr")
+    assert (tmp_path / "own.zarr" / "notes.txt").read_text() == "mine"
+    (tmp_path / "broken.nc").write_text("not HDF5")
+    for name in ("broken.nc", "own.zarr"):
+        with warnings.catch_warnings():
+            # xarray first tells that there is no consolidated metadata.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            with pytest.raises(ValueError, match=f"{name}: cannot be read with"):
+                load(tmp_path / name)
