@@ -1,45 +1,34 @@
 """Particle filter: latent embeddings given tokens, and an estimate of the evidence that is unbiased.
 
     target after i tokens    p(u_1..i) prod_{s <= i} p(x_s | u_s)                              (token_model)
-    weight of particle k     w_i^k = p(x_i | u_i^k) p(u_i^k | u_<i^k) / q(u_i^k | u_<i^k)
-    estimate                 Z = prod_i sum_k W_{i-1}^k w_i^k,      E[Z] = p(x_1..n),   W_i^k proportional to W_{i-1}^k w_i^k
+    weight of particle k     w_i^k = p(x_i | u_i^k) p(u_i^k | u_<i^k) / q(u_i^k | u_<i^k)      (q: proposals)
+    carried weight           W_i^k proportional to W_{i-1}^k w_i^k, or to w_i^k after resampling
+    estimate                 Z = prod_i sum_k W_{i-1}^k w_i^k,      E[Z] = p(x_1..n)
 
 Attention sees the whole past, so a particle is a whole past with its key-value cache, and resampling permutes caches.
 Particles are resampled (systematically) before a position when the effective sample size after the one before is at
 most threshold * N; otherwise weights are carried. Z is unbiased for the evidence; log Z, which is what is returned, is
-below the log-evidence on average (Jensen). Two proposals q:
-
-    process   the process itself: draw eps_i, solve e_i(u_i) = eps_i, so w = p(x_i | u_i)
-    direct    u_i ~ N(c, diag s^2) with c the plain mean of the values and s their spread plus the noise, no root to find,
-              and w holds the exact N(e_i; 0, scale^2) |det J_i| / q
-
-Where det J > 0 everywhere both estimate one number. Elsewhere (docs/theory.md section 3) the process proposal has the
-law of its root finder, which is not the |det J| density, and the direct one targets that density, whose mass exceeds 1.
+below the log-evidence on average (Jensen), and less so the more particles. This holds where det J > 0 everywhere;
+`proposals` says what is estimated elsewhere.
 """
 
 import enum
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
-from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import is_concrete, require_count
-from prob_transformer.attention import Attention, Past, attention_weights, weighted_mean
-from prob_transformer.change_of_variables import residual_and_log_det_at
+from prob_transformer.attention import Attention
+from prob_transformer.inference.proposals import PROPOSALS, ProposalName
 from prob_transformer.inference.resampling import effective_sample_size, systematic_resampling
 from prob_transformer.process import EmbeddingProcess
-from prob_transformer.token_model import Decoder, LinearDecoder, require_tokens, require_vocabulary
-from prob_transformer.transform import SolveStatus, solve_position
-
-ProposalName = Literal["process", "direct"]
-# Anything above 1 bounds the weights of the direct proposal, because mu_i is bounded; more only wastes particles.
-_INFLATION = 1.25
+from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
+from prob_transformer.transform import SolveStatus
 
 
 class ParticleStatus(enum.IntEnum):
@@ -82,43 +71,6 @@ class ParticleResult(NamedTuple):
     process: EmbeddingProcess
 
 
-class _Proposal(NamedTuple):
-    """An embedding (d,), log p / q of it () and its `SolveStatus` code ()."""
-
-    embedding: Float[Array, " d"]
-    log_weight: Float[Array, ""]
-    status: Int[Array, ""]
-
-
-def _from_process(
-    attention: Attention, past: Past, scale: Float[Array, ""], standard_normal: Float[Array, " d"]
-) -> _Proposal:
-    noise = scale * standard_normal
-    root, status = solve_position(attention, past, noise)
-    # A lost root may be anything, NaN included; the noise keeps the cache finite, and the weight will be 0.
-    embedding = jnp.where(status == SolveStatus.NOT_CONVERGED, noise, root)
-    return _Proposal(embedding, jnp.zeros_like(scale), status)
-
-
-def _from_values(
-    attention: Attention, past: Past, scale: Float[Array, ""], standard_normal: Float[Array, " d"]
-) -> _Proposal:
-    # At u = 0 the weights are uniform: the centre is the plain mean, the spread how far mu_i can move from it.
-    uniform = attention_weights(attention, past, jnp.zeros_like(standard_normal))
-    means = jax.vmap(weighted_mean)(uniform, past.values)
-    variances = jax.vmap(weighted_mean)(uniform, jnp.square(past.values - means[:, None]))
-    centre, spread = means.sum(0), jnp.sqrt(variances).sum(0)
-    width = jnp.sqrt(jnp.square(_INFLATION * scale) + jnp.square(spread))
-    embedding = centre + width * standard_normal
-    residual, sign, log_det = residual_and_log_det_at(attention, past, embedding)
-    log_density = norm.logpdf(residual, 0.0, scale).sum() + log_det
-    status = jnp.where(sign > 0, SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY).astype(jnp.int32)
-    return _Proposal(embedding, log_density - norm.logpdf(embedding, centre, width).sum(), status)
-
-
-_PROPOSALS: dict[str, Callable[..., _Proposal]] = {"process": _from_process, "direct": _from_values}
-
-
 def _count_distinct(ancestors: Int[Array, "n N"], alive: Bool[Array, " N"]) -> Int[Array, " n"]:
     def back(indices, ancestors_here):
         met = jnp.zeros_like(alive).at[indices].max(alive)
@@ -141,7 +93,7 @@ def _filter(
 
     def extend(past, embeddings, position, token, standard_normal):
         scale = jnp.where(position == 0, process.first_scale, process.noise_scale)
-        embedding, log_weight, status = _PROPOSALS[proposal](attention, past, scale, standard_normal)
+        embedding, log_weight, status = PROPOSALS[proposal](attention, past, scale, standard_normal)
         log_weight = log_weight + jax.nn.log_softmax(decoder(embedding[None])[0])[token]
         # Written so that NaN and inf count; -inf is an exact zero and no trouble.
         status = jnp.where(log_weight < jnp.inf, status, SolveStatus.NOT_CONVERGED)
@@ -182,7 +134,7 @@ def _filter(
         )
         return (*extended, log_weights), kept
 
-    empty = jax.tree.map(lambda leaf: jnp.stack([leaf] * particles), process.empty_past())
+    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (particles, *leaf.shape)), process.empty_past())
     blank = jnp.zeros((particles, length, attention.width), dtype)
     uniform = jnp.full(particles, -jnp.log(jnp.asarray(particles, dtype)))
     positions = jnp.arange(length), tokens, jax.random.split(key, length)

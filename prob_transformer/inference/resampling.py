@@ -23,7 +23,7 @@ def systematic_resampling(key: PRNGKeyArray, weights: Float[Array, " N"]) -> Int
 
 
 def effective_sample_size(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
-    """1 / sum_k W_k^2 for normalised log-weights (N,): N when all are equal, 1 when one has all, 0 when all are zero."""
+    """1 / sum_k W_k^2 of normalised log-weights (N,): N where all are equal, 1 where one has all, 0 where all are 0."""
     squares = jnp.exp(2 * log_weights).sum()
     # At most N by Cauchy-Schwarz, which rounding would break.
     size = jnp.minimum(1 / jnp.where(squares > 0, squares, 1.0), log_weights.shape[0])

@@ -3,7 +3,7 @@
 The paths of the particles alone share few ancestors at early positions (`ParticleResult.distinct`). Backward simulation
 draws them anew: u_n from the last weights, then for i = n-1, ..., 1 given the future u_{i+1..n} already drawn
 
-    P(k) proportional to W_i^k  prod_{s > i} N(e_s; 0, sigma^2 I) |det J_s|    with past (u_1..i^k, u_{i+1}, ..., u_{s-1})
+    P(k) proportional to W_i^k  prod_{s > i} N(e_s; 0, sigma^2 I) |det J_s|,    u_s with past (u_1..i^k, u_{i+1..s-1})
 
 and u_i = u_i^k. Every position of the future sees the candidate past, so its whole density is computed again for every
 candidate: O(N n^2) per position and path, O(N n^3) per path. For short sequences.
