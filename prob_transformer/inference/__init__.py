@@ -1,10 +1,25 @@
 """Inference for the models of this library, and results in the form that ArviZ reads.
 
-Read in this order: results (what every method returns), minimise (steps that stay on their side of det J = 0), map.
+Read in this order: results (what every method returns), joint, minimise (steps that stay on their side of det J = 0),
+map, particles and smoothing.
 """
 
 from prob_transformer.inference.map import MapResult, embedding_signs, find_map
 from prob_transformer.inference.minimise import MapStatus
+from prob_transformer.inference.particles import ParticleResult, ParticleStatus, particle_filter
 from prob_transformer.inference.results import datatree, load, save
+from prob_transformer.inference.smoothing import smooth
 
-__all__ = ["MapResult", "MapStatus", "datatree", "embedding_signs", "find_map", "load", "save"]
+__all__ = [
+    "MapResult",
+    "MapStatus",
+    "ParticleResult",
+    "ParticleStatus",
+    "datatree",
+    "embedding_signs",
+    "find_map",
+    "load",
+    "particle_filter",
+    "save",
+    "smooth",
+]

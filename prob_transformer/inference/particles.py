@@ -1,0 +1,216 @@
+"""Particle filter: latent embeddings given tokens, and an estimate of the evidence that is unbiased.
+
+    target after i tokens    p(u_1..i) prod_{s <= i} p(x_s | u_s)                              (token_model)
+    weight of particle k     w_i^k = p(x_i | u_i^k) p(u_i^k | u_<i^k) / q(u_i^k | u_<i^k)      (q: proposals)
+    carried weight           W_i^k proportional to W_{i-1}^k w_i^k, or to w_i^k after resampling
+    estimate                 Z = prod_i sum_k W_{i-1}^k w_i^k,      E[Z] = p(x_1..n)
+
+Attention sees the whole past, so a particle is a whole past with its key-value cache, and resampling permutes caches.
+Particles are resampled (systematically) before a position when the effective sample size after the one before is at
+most threshold * N; otherwise weights are carried. Z is unbiased for the evidence; log Z, which is what is returned, is
+below the log-evidence on average (Jensen), and less so the more particles. This holds where det J > 0 everywhere;
+`proposals` says what is estimated elsewhere.
+"""
+
+import enum
+from typing import Any, NamedTuple, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from prob_transformer._validation import is_concrete, require_count
+from prob_transformer.attention import Attention
+from prob_transformer.inference.proposals import PROPOSALS, ProposalName
+from prob_transformer.inference.resampling import effective_sample_size, systematic_resampling
+from prob_transformer.process import EmbeddingProcess
+from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
+from prob_transformer.transform import SolveStatus
+
+
+class ParticleStatus(enum.IntEnum):
+    """What the evidence is worth; the larger the worse, and the worst that happened is reported.
+
+    PAST_BOUNDARY: a particle met det J <= 0, so the evidence belongs to the law of the root finder ("process") or to
+    the |det J| density of mass above 1 ("direct"). NOT_CONVERGED: a root was not found or a weight was NaN; such a
+    particle has weight 0, so the evidence misses its share. ALL_DIED: no particle has a weight above 0. OK says only
+    that no particle met any of this: several roots with det J > 0 each cannot be seen.
+    """
+
+    OK = 0
+    PAST_BOUNDARY = 1
+    NOT_CONVERGED = 2
+    ALL_DIED = 3
+
+
+class ParticleResult(NamedTuple):
+    """N particles after n positions, and how they came about; all weights are normalised, in nats.
+
+    `log_evidence` () log Z, -inf when all died; `embeddings` (N, n, d) whole paths and `log_weights` (N,) theirs;
+    `ess` (n,) after each position; `resampled` (n,) whether particles were resampled before it; `ancestors` (n, N)
+    which particle of the position before each descends from; `distinct` (n,) how many particles of each position the
+    paths of weight above 0 go through; `status` () a `ParticleStatus` code; `unsolved` (n,) particles that met
+    det J <= 0 or got no root or weight. `filtered` (n, N, d) and `filtered_log_weights` (n, N) are the particles as
+    they were at each position, which `smooth` needs together with the `process`.
+    """
+
+    log_evidence: Float[Array, ""]
+    embeddings: Float[Array, "N n d"]
+    log_weights: Float[Array, " N"]
+    ess: Float[Array, " n"]
+    resampled: Bool[Array, " n"]
+    ancestors: Int[Array, "n N"]
+    distinct: Int[Array, " n"]
+    status: Int[Array, ""]
+    unsolved: Int[Array, " n"]
+    filtered: Float[Array, "n N d"]
+    filtered_log_weights: Float[Array, "n N"]
+    process: EmbeddingProcess
+
+
+def _count_distinct(ancestors: Int[Array, "n N"], alive: Bool[Array, " N"]) -> Int[Array, " n"]:
+    def back(indices, ancestors_here):
+        met = jnp.zeros_like(alive).at[indices].max(alive)
+        return ancestors_here[indices], met.sum()
+
+    return jax.lax.scan(back, jnp.arange(alive.shape[0]), ancestors, reverse=True)[1]
+
+
+@eqx.filter_jit
+def _filter(
+    process: EmbeddingProcess,
+    decoder: Decoder,
+    tokens: Int[Array, " n"],
+    key: PRNGKeyArray,
+    threshold: Float[Array, ""],
+    particles: int,
+    proposal: str,
+) -> ParticleResult:
+    attention, length, dtype = process.attention, process.length, process.noise_scale.dtype
+
+    def extend(past, embeddings, position, token, standard_normal):
+        scale = jnp.where(position == 0, process.first_scale, process.noise_scale)
+        embedding, log_weight, status = PROPOSALS[proposal](attention, past, scale, standard_normal)
+        log_weight = log_weight + jax.nn.log_softmax(decoder(embedding[None])[0])[token]
+        # Written so that NaN and inf count; -inf is an exact zero and no trouble.
+        status = jnp.where(log_weight < jnp.inf, status, SolveStatus.NOT_CONVERGED)
+        log_weight = jnp.where(status == SolveStatus.NOT_CONVERGED, -jnp.inf, log_weight)
+        extended = past.write(attention, position, embedding), embeddings.at[position].set(embedding)
+        return extended, embedding, log_weight.astype(dtype), status
+
+    def step(carry, inputs):
+        pasts, embeddings, log_weights = carry
+        position, token, key = inputs
+        resample_key, noise_key = jax.random.split(key)
+        ess = effective_sample_size(log_weights)
+        resampled = (position > 0) & (ess > 0) & (ess <= threshold * particles)
+        drawn = systematic_resampling(resample_key, jnp.exp(log_weights))
+        ancestors = jnp.where(resampled, drawn, jnp.arange(particles))
+        log_weights = jnp.where(resampled, -jnp.log(jnp.asarray(particles, dtype)), log_weights)
+        pasts, embeddings = jax.tree.map(lambda leaf: leaf[ancestors], (pasts, embeddings))
+
+        noise = jax.random.normal(noise_key, (particles, attention.width), dtype)
+        extended, latest, log_increments, status = jax.vmap(extend, in_axes=(0, 0, None, None, 0))(
+            pasts, embeddings, position, token, noise
+        )
+        alive = log_weights > -jnp.inf
+        unsolved = (alive & (status != SolveStatus.CONVERGED)).sum()
+        worst = jnp.where(alive, status, SolveStatus.CONVERGED).max()
+        joint = log_weights + log_increments
+        log_mean = logsumexp(joint)
+        log_weights = jnp.where(joint > -jnp.inf, joint - log_mean, -jnp.inf)
+        kept = (
+            log_mean,
+            effective_sample_size(log_weights),
+            resampled,
+            ancestors,
+            unsolved,
+            worst,
+            latest,
+            log_weights,
+        )
+        return (*extended, log_weights), kept
+
+    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (particles, *leaf.shape)), process.empty_past())
+    blank = jnp.zeros((particles, length, attention.width), dtype)
+    uniform = jnp.full(particles, -jnp.log(jnp.asarray(particles, dtype)))
+    positions = jnp.arange(length), tokens, jax.random.split(key, length)
+    (_, embeddings, log_weights), kept = jax.lax.scan(step, (empty, blank, uniform), positions)
+    log_means, ess, resampled, ancestors, unsolved, worst, filtered, filtered_log_weights = kept
+    alive = log_weights > -jnp.inf
+    # The codes of the two enumerations agree as far as the first goes.
+    status = jnp.where(alive.any(), worst.max(), ParticleStatus.ALL_DIED)
+    return ParticleResult(
+        log_means.sum(),
+        embeddings,
+        log_weights,
+        ess,
+        resampled,
+        ancestors,
+        _count_distinct(ancestors, alive),
+        status,
+        unsolved,
+        filtered,
+        filtered_log_weights,
+        process,
+    )
+
+
+def _require_decoder(decoder: Any, width: int, dtype: Any) -> int:
+    """The size of the vocabulary of a decoder that treats every row alone and alike."""
+    if not callable(decoder):
+        raise ValueError(f"decoder: got {type(decoder).__name__}; pass a callable from (n, d) to logits (n, V).")
+    rows = jnp.linspace(-1.0, 1.0, 2 * width, dtype=dtype).reshape(2, width)
+    logits = decoder(rows)
+    if logits.ndim != 2 or logits.shape[0] != 2:
+        raise ValueError(f"decoder: maps (2, {width}) to {logits.shape}; pass a callable from (n, d) to logits (n, V).")
+    alone = decoder(rows[1:])
+    if is_concrete(alone) and not np.allclose(alone[0], logits[1], rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            "decoder: its logits for a row depend on the rows before; pass one that acts row by row, as LinearDecoder."
+        )
+    return logits.shape[1]
+
+
+def particle_filter(
+    attention: Attention,
+    decoder: Decoder,
+    tokens: Int[Array, " n"],
+    key: PRNGKeyArray,
+    particles: int = 1000,
+    *,
+    noise_scale: Float[Array, ""] | float = 1.0,
+    first_scale: Float[Array, ""] | float = 1.0,
+    threshold: Float[Array, ""] | float = 0.5,
+    proposal: ProposalName = "process",
+) -> ParticleResult:
+    """Embeddings given tokens (n,) under `token_model`, and an estimate of log p(tokens) in nats whose exp is unbiased.
+
+    Resamples where the effective sample size is at most `threshold` * N. The decoder must act row by row, as
+    `LinearDecoder` does, so that token i depends on the past through u_i alone. Never raises for numerical trouble:
+    see `status`. Raises ValueError for bad arguments. Equations: module docstring.
+    """
+    tokens = require_tokens(tokens)
+    if tokens.ndim != 1:
+        raise ValueError(f"tokens: has shape {tokens.shape}; pass one sequence (n,), or vmap over sequences.")
+    if tokens.shape[0] < 2:
+        raise ValueError(f"tokens: has n = {tokens.shape[0]} positions; pass at least 2, or there is no attention.")
+    require_count("particles", particles, 2, "one particle has no weights to compare")
+    if proposal not in get_args(ProposalName):
+        raise ValueError(f"proposal: got {proposal!r}; pass one of {', '.join(get_args(ProposalName))}.")
+    if is_concrete(threshold) and not 0 <= float(threshold) <= 1:
+        raise ValueError(f"threshold: got {threshold}; pass a share of the particles from 0 (never) to 1 (always).")
+    if key is None:
+        raise ValueError("key: got None; pass a JAX random key.")
+    process = EmbeddingProcess(attention, tokens.shape[0], noise_scale, first_scale)
+    if process.batch_shape:
+        raise ValueError(f"noise_scale: has shape {process.batch_shape} with first_scale; pass scalars, or vmap.")
+    dtype = attention.query.dtype
+    process = EmbeddingProcess(
+        attention, tokens.shape[0], process.noise_scale.astype(dtype), process.first_scale.astype(dtype)
+    )
+    require_vocabulary(tokens, _require_decoder(decoder, attention.width, dtype))
+    return _filter(process, decoder, tokens, key, jnp.asarray(threshold, dtype), particles, proposal)
