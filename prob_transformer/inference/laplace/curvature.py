@@ -13,7 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from prob_transformer.inference.laplace.potential import Potential
 
@@ -22,6 +22,8 @@ Product = Callable[[Float[Array, " k"]], Float[Array, " k"]]
 
 # Products evaluated side by side: enough for matrix-matrix speed, few enough for memory.
 _SIDE_BY_SIDE = 64
+# Units of the last digit within which two ways of computing an entry agree.
+_ROUNDING = 8
 
 
 def _hessian_product(value: Callable[[Float[Array, " k"]], Float[Array, ""]], z: Float[Array, " k"]) -> Product:
@@ -46,28 +48,27 @@ def curvature_product(potential: Potential, curvature: Curvature) -> Product:
     return lambda v: backward(outer(forward(v)))[0] + rest(v)
 
 
-def block_of(product: Product, size: int, low: int, high: int) -> Float[Array, "b b"]:
-    """The diagonal block of rows and columns low..high of the symmetric matrix behind a product; all of it from 0 to k."""
+def block_of(product: Product, like: Float[Array, " k"], low: int, high: int) -> Float[Array, "b b"]:
+    """Rows and columns low..high of the symmetric matrix behind a product; all of it from 0 to k."""
 
-    def column(index: Array) -> Float[Array, " b"]:
-        return product(jnp.zeros(size).at[index].set(1.0))[low:high]
+    def column(index: Int[Array, ""]) -> Float[Array, " b"]:
+        return product(jnp.zeros_like(like).at[index].set(1.0))[low:high]
 
     return jax.lax.map(column, jnp.arange(low, high), batch_size=_SIDE_BY_SIDE)
 
 
 def diagonal_of(product: Product, like: Float[Array, " k"]) -> Float[Array, " k"]:
-    """The exact diagonal of the matrix behind a product, from k products, or from 2 if it is diagonal."""
-    size = like.shape[0]
+    """The exact diagonal of the matrix behind a product, from k products, or from 2 if the matrix is diagonal."""
     row_sums = product(jnp.ones_like(like))
-    # A matrix that is not diagonal passes this only if A g = diag(A 1) g for a random g: with probability 0.
+    # A matrix that is not diagonal passes only if A g = diag(A 1) g for a random g, which has probability 0.
     probe = jax.random.normal(jax.random.key(0), like.shape, like.dtype)
     error = jnp.abs(product(probe) - row_sums * probe)
-    is_diagonal = (error <= 8 * jnp.finfo(like.dtype).eps * jnp.abs(row_sums * probe)).all()
+    is_diagonal = (error <= _ROUNDING * jnp.finfo(like.dtype).eps * jnp.abs(row_sums * probe)).all()
 
-    def entry(index: Array) -> Float[Array, ""]:
+    def entry(index: Int[Array, ""]) -> Float[Array, ""]:
         return product(jnp.zeros_like(like).at[index].set(1.0))[index]
 
     def one_by_one() -> Float[Array, " k"]:
-        return jax.lax.map(entry, jnp.arange(size), batch_size=_SIDE_BY_SIDE)
+        return jax.lax.map(entry, jnp.arange(like.shape[0]), batch_size=_SIDE_BY_SIDE)
 
     return jax.lax.cond(is_diagonal, lambda: row_sums, one_by_one)

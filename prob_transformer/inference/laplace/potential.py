@@ -45,7 +45,7 @@ class Data(eqx.Module):
             jnp.sum(fn.log_prob(self.values[name])) * self.scales.get(name, 1.0)
             for name, fn in self.fns.items()
         ]
-        return -sum(terms, start=jnp.zeros(()))
+        return -jnp.asarray(sum(terms, start=0.0))
 
 
 class Potential(eqx.Module):

@@ -48,26 +48,27 @@ class Precision(Protocol):
 
 
 def require_definite(
-    smallest: Float[Array, ""], largest: Float[Array, ""], size: int, found: str = "smallest eigenvalue"
-) -> Float[Array, ""]:
-    """`smallest` if it exceeds rounding, size * eps * largest; raises IndefiniteCurvatureError otherwise.
+    values: Float[Array, "..."], found: str = "smallest eigenvalue", *, size: int = 0
+) -> Float[Array, "..."]:
+    """The values, if the smallest exceeds 0 by what rounding makes of eigenvalues of `size`: size * eps * largest.
 
-    Under jit the same message is that of an error at run time, as long as what is returned here is used.
+    Raises IndefiniteCurvatureError otherwise; under jit the run-time error of the same text, as long as what is
+    returned here is used.
     """
-    limit = size * jnp.finfo(smallest.dtype).eps * jnp.abs(largest)
+    smallest, limit = values.min(), size * jnp.finfo(values.dtype).eps * values.max()
     remedy = (
         "the point is a saddle or flat, or rounding hides its curvature. Find the mode again from another start or "
         "with a smaller tolerance, use curvature='ggn', a tighter prior or float64; nothing was set to zero"
     )
     if not is_concrete(smallest):
         message = f"precision: not positive definite, its {found} is not above rounding; {remedy}."
-        return eqx.error_if(smallest, ~(smallest > limit), message)
-    if not smallest > limit:
+        return eqx.error_if(values, ~((smallest > limit) & (smallest > 0)), message)
+    if not (smallest > limit and smallest > 0):
         raise IndefiniteCurvatureError(
             f"precision: not positive definite, its {found} is {float(smallest):.6g} with rounding at "
             f"{float(limit):.1g}; {remedy}."
         )
-    return smallest
+    return values
 
 
 class DensePrecision(eqx.Module):
@@ -83,8 +84,7 @@ class DensePrecision(eqx.Module):
             raise ValueError(f"matrix: has shape {matrix.shape}; pass (k, k) with k of at least 1.")
         require_finite("matrix", matrix)
         eigenvalues, self.eigenvectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
-        smallest = require_definite(eigenvalues[0], eigenvalues[-1], len(matrix))
-        self.eigenvalues = eigenvalues.at[0].set(smallest)
+        self.eigenvalues = require_definite(eigenvalues, size=len(matrix))
 
     @property
     def size(self) -> int:
@@ -116,6 +116,10 @@ class DensePrecision(eqx.Module):
         rotated = jacobian @ (self.eigenvectors / jnp.sqrt(self.eigenvalues))
         return rotated @ rotated.T
 
+    def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
+        """Eigenvalues of P - diag(prior)."""
+        return jnp.linalg.eigvalsh(self.matrix() - jnp.diag(prior))
+
 
 class DiagonalPrecision(eqx.Module):
     """P = diag(p) from its entries (k,). Raises ValueError for another shape or entries that are not finite,
@@ -128,9 +132,7 @@ class DiagonalPrecision(eqx.Module):
         if diagonal.ndim != 1 or diagonal.shape[0] == 0:
             raise ValueError(f"diagonal: has shape {diagonal.shape}; pass (k,) with k of at least 1.")
         require_finite("diagonal", diagonal)
-        # Entries of a diagonal carry no rounding from each other: each only has to be positive.
-        smallest = require_definite(diagonal.min(), jnp.zeros_like(diagonal[0]), len(diagonal), "smallest entry")
-        self.diagonal = jnp.maximum(diagonal, smallest)
+        self.diagonal = require_definite(diagonal, "smallest entry")
 
     @property
     def size(self) -> int:
@@ -156,6 +158,10 @@ class DiagonalPrecision(eqx.Module):
         """J P^-1 J^T."""
         scaled = jacobian / jnp.sqrt(self.diagonal)
         return scaled @ scaled.T
+
+    def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
+        """The entries of P - diag(prior)."""
+        return self.diagonal - prior
 
 
 class BlockPrecision(eqx.Module):
