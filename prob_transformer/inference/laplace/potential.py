@@ -41,10 +41,7 @@ class Data(eqx.Module):
 
     def loss(self) -> Float[Array, ""]:
         """The negative log-likelihood in nats."""
-        terms = [
-            jnp.sum(fn.log_prob(self.values[name])) * self.scales.get(name, 1.0)
-            for name, fn in self.fns.items()
-        ]
+        terms = [jnp.sum(fn.log_prob(self.values[name])) * self.scales.get(name, 1.0) for name, fn in self.fns.items()]
         return -jnp.asarray(sum(terms, start=0.0))
 
 

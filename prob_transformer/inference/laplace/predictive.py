@@ -88,6 +88,18 @@ class LinearisedPredictive(NamedTuple):
         return jax.nn.sigmoid(scaled) if self.distribution == "BernoulliLogits" else jax.nn.softmax(scaled, axis=-1)
 
 
+def _trace(potential: Potential, values: dict[str, Array], args: tuple, kwargs: dict) -> dict[str, dict[str, Any]]:
+    # The seed is for data that the call leaves out; nothing here depends on what is drawn for them.
+    model = handlers.seed(handlers.substitute(potential.model, data=values), jax.random.key(0))
+    return handlers.trace(model).get_trace(*args, **kwargs)
+
+
+def _data_names(potential: Potential, trace: dict[str, dict[str, Any]]) -> list[str]:
+    """The sites of data, given or left out; a factor is a sample site of the distribution Unit."""
+    samples = {name: site["fn"] for name, site in trace.items() if site["type"] == "sample"}
+    return [name for name, fn in samples.items() if name not in potential.mode and not isinstance(fn, dist.Unit)]
+
+
 def _draw(potential: Potential, precision: Precision, key: PRNGKeyArray, draws: int) -> dict[str, Array]:
     drawn = jax.vmap(potential.constrained)(potential.centre() + precision.sample(key, draws))
     return {name: drawn[name] for name in potential.mode}
@@ -113,11 +125,14 @@ def sampled(
     """Predictions of the model called with `args` and `kwargs` under draws of the same parameters as `draw` has."""
     latent = _draw(potential, precision, key, draws)
     data_key = jax.random.fold_in(key, 1)
-    drawn = Predictive(_Unobserved(potential.model), latent, parallel=True)(data_key, *args, **kwargs)
+    names = _data_names(
+        potential, _trace(potential, {name: values[0] for name, values in latent.items()}, args, kwargs)
+    )
+    predict = Predictive(_Unobserved(potential.model), latent, return_sites=names, parallel=True)
+    drawn = predict(data_key, *args, **kwargs)
 
     def log_likelihood(values: dict[str, Array]) -> dict[str, Array]:
-        model = handlers.seed(handlers.substitute(potential.model, data=values), data_key)
-        trace = handlers.trace(model).get_trace(*args, **kwargs)
+        trace = _trace(potential, values, args, kwargs)
         return {name: trace[name]["fn"].log_prob(value) for name, value in observed_data(trace).items()}
 
     densities = jax.vmap(log_likelihood)(latent)
@@ -136,10 +151,10 @@ def _site_at(
 
     def distribution(z: Float[Array, " k"]) -> dist.Distribution:
         latent = {name: value for name, value in potential.constrained(z).items() if name in potential.mode}
-        model = handlers.seed(handlers.substitute(potential.model, data=latent), jax.random.key(0))
-        trace = handlers.trace(model).get_trace(*args, **kwargs)
-        if site not in trace or trace[site]["type"] != "sample" or site in potential.mode:
-            raise ValueError(f"site: got {site!r}; pass the name of an observed site of the model.")
+        trace = _trace(potential, latent, args, kwargs)
+        names = _data_names(potential, trace)
+        if site not in names:
+            raise ValueError(f"site: got {site!r}; pass one of the model's sites of data, {', '.join(names)}.")
         return trace[site]["fn"]
 
     return distribution
@@ -170,6 +185,4 @@ def linearised(
     mean = output(z)
     jacobian = (jax.jacrev if mean.size < z.size else jax.jacfwd)(output)(z).reshape(mean.size, z.size)
     noise = jnp.broadcast_to(base(whole).scale, whole.shape()) if kind is dist.Normal else None
-    return LinearisedPredictive(
-        site, _OUTPUT[kind], kind.__name__, mean, precision.covariance_of(jacobian), noise
-    )
+    return LinearisedPredictive(site, _OUTPUT[kind], kind.__name__, mean, precision.covariance_of(jacobian), noise)
