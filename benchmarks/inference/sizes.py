@@ -1,0 +1,30 @@
+"""How much is drawn for every comparison, full and quick."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of a whole run; a result is a function of these, the code and the machine."""
+
+    seed: int = 0
+    # Datasets of the parameter models.
+    sequences: int = 40
+    positions: int = 8
+    # NUTS.
+    warmup: int = 1000
+    draws: int = 5000
+    chains: int = 2
+    # The particle filter: independent runs, and particles in each.
+    repeats: int = 400
+    particles: int = 500
+    # Simulation-based calibration.
+    replicates: int = 200
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+QUICK = Sizes(sequences=6, positions=3, warmup=200, draws=200, repeats=8, particles=20, replicates=20)
