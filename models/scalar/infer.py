@@ -67,7 +67,8 @@ def _nuts(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tupl
     from prob_transformer.inference.nuts import nuts
 
     sizes = {"warmup": options.warmup, "draws": options.draws, "chains": options.chains}
-    found = nuts(parameter_model, data.embeddings, key=key, **sizes)
+    # New data for every draw would need as many solutions of the implicit equation, and nothing here looks at them.
+    found = nuts(parameter_model, data.embeddings, key=key, predictive=False, **sizes)
     with _refusals_are_failures():
         tree = found.to_datatree()
     return tree, f"{options.chains} chains of {options.draws} draws after {options.warmup} of warm-up"
@@ -129,7 +130,7 @@ _SMALLEST = {
     "max_steps": (1, "the steps allowed"),
     "warmup": (1, "the steps of adaptation"),
     "chains": (1, "the number of chains"),
-    "draws": (2, "the spread is taken from them"),
+    "draws": (4, "their spread and, for nuts, halves of chains are compared"),
     "particles": (2, "one particle has no weights to compare"),
     "repeats": (2, "the standard error is taken from them"),
 }

@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import numpy as np
@@ -65,15 +66,16 @@ def grid():
 
 
 def test_the_data_follow_the_process_and_the_decoder():
-    data = generate(jax.random.key(0), 300, 3, -2.0, 0.4)
-    residual, sign, log_det = residual_and_log_det(data.attention, data.embeddings)
-    scaled = np.asarray(residual)[..., 0] / [1.0, 0.4, 0.4]
+    drawn = [generate(jax.random.key(seed), 6, 4, -2.0, 0.4) for seed in range(50)]
+    embeddings, tokens = np.concatenate([d.embeddings for d in drawn]), np.concatenate([d.tokens for d in drawn])
+    residual, sign, log_det = residual_and_log_det(drawn[0].attention, embeddings)
+    scaled = np.asarray(residual)[..., 0] / [1.0, 0.4, 0.4, 0.4]
     assert kstest(scaled.ravel(), "norm").pvalue > 1e-3
     assert (np.asarray(sign) * np.exp(np.asarray(log_det)) >= 1).all()
-    probability = np.exp(log_softmax(np.asarray(data.embeddings) @ np.array(WEIGHT).T, axis=-1))
+    probability = np.exp(log_softmax(embeddings @ np.array(WEIGHT).T, axis=-1))
     for token in range(3):
         expected = probability[..., token]
-        error = (np.asarray(data.tokens) == token).sum() - expected.sum()
+        error = (tokens == token).sum() - expected.sum()
         assert abs(error) < 4 * np.sqrt((expected * (1 - expected)).sum())
 
 
@@ -135,7 +137,21 @@ def test_laplace_draws_have_the_covariance_of_finite_differences_at_the_mode(tmp
         np.cov(draws) / np.outer(deviations, deviations), covariance / np.outer(deviations, deviations), atol=0.12
     )
     evidence = density(mode) + np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(precision)[1]
-    assert f"log-evidence {evidence:.3f}" in capsys.readouterr().out
+    shown = re.search(r"log-evidence (-[0-9.]+) nats", capsys.readouterr().out)
+    np.testing.assert_allclose(float(shown[1]), evidence, atol=2e-4)
+
+
+def test_nuts_has_the_moments_of_the_sum_over_a_grid(grid, tmp_path, capsys):
+    status, tree = run("nuts", tmp_path / "nuts.nc", "--warmup", "200", "--draws", "300")
+    assert status == 0
+    found = tree["posterior"].to_dataset()
+    assert found["b"].shape == (2, 300)
+    for name, draws in (("a", -found["b"].values), ("noise_scale", found["noise_scale"].values)):
+        mean, deviation = grid.moments(name)
+        # At least 100 of the 600 draws are worth an independent one.
+        assert abs(draws.mean() - mean) < 4 * deviation / np.sqrt(100)
+        np.testing.assert_allclose(draws.std(), deviation, rtol=0.35)
+    assert "nuts given 6 sequences" in capsys.readouterr().out
 
 
 def test_particles_give_evidence_and_moments_of_the_sum_over_a_grid(tmp_path, capsys):
