@@ -1,7 +1,8 @@
 """Inference against the truth: `python -m benchmarks.inference --out FILE [--quick] [--only NAME ...]`.
 
 A killed run keeps its finished sections in FILE.partial, and the same command goes on from there. Exit status 0 when
-all was measured, whatever the figures; 2 for bad input. `python -m benchmarks.inference.page` writes docs/inference.md.
+all was measured, whatever the figures; 2 for bad input. `python -m benchmarks.inference.page` writes
+docs/inference_benchmark.md.
 """
 
 import argparse
