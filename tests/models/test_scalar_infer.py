@@ -47,7 +47,7 @@ class Grid:
     """The posterior of (a, scale) summed over a grid, evenly spaced in log(-a)."""
 
     def __init__(self, embeddings):
-        b, scale = np.geomspace(0.002, 80, 400), np.linspace(0.15, 1.5, 200)
+        b, scale = np.geomspace(0.002, 80, 160), np.linspace(0.15, 1.5, 100)
         self.log_joint = np.array([log_joint(-x, scale, embeddings) for x in b])
         weights = np.exp(self.log_joint - self.log_joint.max()) * b[:, None]
         weights /= weights.sum()
@@ -66,11 +66,13 @@ def grid():
 
 
 def test_the_data_follow_the_process_and_the_decoder():
-    drawn = [generate(jax.random.key(seed), 6, 4, -2.0, 0.4) for seed in range(50)]
+    drawn = [generate(jax.random.key(seed), 6, 4, -2.0, 0.4) for seed in range(150)]
     embeddings, tokens = np.concatenate([d.embeddings for d in drawn]), np.concatenate([d.tokens for d in drawn])
     residual, sign, log_det = residual_and_log_det(drawn[0].attention, embeddings)
     scaled = np.asarray(residual)[..., 0] / [1.0, 0.4, 0.4, 0.4]
     assert kstest(scaled.ravel(), "norm").pvalue > 1e-3
+    later = np.square(scaled[:, 1:])
+    assert abs(later.mean() - 1) < 4 * np.sqrt(2 / later.size)
     assert (np.asarray(sign) * np.exp(np.asarray(log_det)) >= 1).all()
     probability = np.exp(log_softmax(embeddings @ np.array(WEIGHT).T, axis=-1))
     for token in range(3):

@@ -17,7 +17,7 @@ from prob_transformer.inference.laplace.precision import require_definite
 
 
 def nearest_kronecker(block: Float[Array, "ab ab"], rows: int) -> tuple[Float[Array, "a a"], Float[Array, "b b"]]:
-    """Symmetric A (a, a) and B (b, b), a = `rows`, whose A (x) B is nearest to the symmetric block in Frobenius norm."""
+    """Symmetric A (a, a) and B (b, b), a = `rows`, with A (x) B nearest to a symmetric block in Frobenius norm."""
     columns = block.shape[0] // rows
     entries = block.reshape(rows, columns, rows, columns).transpose(0, 2, 1, 3)
     # Of the entries, the part that symmetric factors can reach.

@@ -13,6 +13,7 @@ each structure keeps of P:
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import equinox as eqx
@@ -71,8 +72,8 @@ def _scaled_product(
 @eqx.filter_jit
 def _site_blocks(potential: Potential, curvature: Curvature) -> list[Float[Array, "b b"]]:
     product, z = curvature_product(potential, curvature), potential.centre()
-    edges = np.cumsum([0, *(potential.mode[name].size for name in potential.sites)])
-    return [block_of(product, z, low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    edges = np.cumsum([0, *(potential.mode[name].size for name in potential.sites)]).tolist()
+    return [block_of(product, z, low, high) for low, high in pairwise(edges)]
 
 
 @eqx.filter_jit

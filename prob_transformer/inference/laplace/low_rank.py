@@ -3,9 +3,9 @@
     P = D^1/2 (I + R) D^1/2,     R ~ V diag(l) V^T
 
 D is the diagonal of the curvature of the prior (for independent normal priors all of it), R what the rest adds in its
-units, and l with the columns of V its `rank` largest eigenvalues. With all k of them P is exact. With fewer, a direction
-that is left out keeps the precision of the prior, so the variances are too large there: for R >= 0 they lie between
-those of the posterior and of the prior, and log det P is too small by the sum of log(1 + l) over what is left out.
+units, l its `rank` largest eigenvalues and the columns of V their eigenvectors. With all k of them P is exact. With
+fewer, a direction that is left out keeps the precision of the prior: variances are never smaller than those of the
+exact P, and log det P is too small by the sum of log(1 + l) over what is left out, so the evidence is too large.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from prob_transformer.inference.laplace.precision import IndefiniteCurvatureError, require_definite
+
+# Multiples of Lanczos' own tolerance below which an eigenvalue counts as negative.
+_NEGATIVE = 10.0
 
 
 class LowRankPrecision(eqx.Module):
@@ -79,21 +82,27 @@ def largest_eigenpairs(
     does not converge. Like every Lanczos iteration it can miss an eigenvalue whose direction its start lacks.
     """
     start = np.random.default_rng(0).normal(size=size).astype(dtype)
-    # I + R: convergence is judged relative to each eigenvalue, which fails for those at 0.
-    shifted = LinearOperator((size, size), matvec=lambda v: v + product(v), dtype=dtype)
     tolerance = np.finfo(dtype).eps ** (2 / 3)
+
+    def shifted(shift: float) -> LinearOperator:
+        # Convergence is judged relative to each eigenvalue; a shift of the size of R keeps those at 0 within reach.
+        scale = np.asarray(shift, dtype)
+        return LinearOperator((size, size), matvec=lambda v: scale * v + product(v), dtype=dtype)
+
+    options = {"v0": start, "tol": tolerance}
     try:
-        values, vectors = eigsh(shifted, rank, which="LA", v0=start, tol=tolerance)
-        smallest = eigsh(shifted, 1, which="SA", v0=start, tol=tolerance, return_eigenvectors=False)[0] - 1
+        scale = max(1.0, eigsh(shifted(1.0), 1, which="LA", return_eigenvectors=False, **options)[0])
+        values, vectors = eigsh(shifted(scale), rank, which="LA", **options)
+        smallest = eigsh(shifted(scale), 1, which="SA", return_eigenvectors=False, **options)[0] - scale
     except ArpackError as error:
         raise ValueError(
             f"rank: Lanczos did not find the {rank} largest eigenvalues ({error}); pass another rank or structure."
         ) from None
-    if smallest < -np.sqrt(tolerance) * max(1.0, values.max()):
+    if smallest < -_NEGATIVE * tolerance * scale:
         raise IndefiniteCurvatureError(
             f"precision: in units of the prior the curvature less the diagonal of the prior's has an eigenvalue of "
             f"{smallest:.6g}, which a low rank would leave out"
             f"{', and the precision is not positive definite' if smallest <= -1 else ''}; use curvature='ggn', "
             "structure='full' or a rank of all parameters."
         )
-    return values[::-1] - 1, vectors[:, ::-1]
+    return values[::-1] - scale, vectors[:, ::-1]

@@ -120,7 +120,7 @@ class LaplaceResult(NamedTuple):
         seed: int | None = None,
         draws: int = 1000,
     ) -> xr.DataTree:
-        """One chain of draws in the groups posterior, posterior_predictive, log_likelihood, sample_stats, observed_data.
+        """One chain of draws: posterior, posterior_predictive, log_likelihood, sample_stats and observed_data.
 
         `sample_stats` has the log joint density of each draw in nats, in unconstrained coordinates. Draws come from
         `key`, or from `jax.random.key(seed)`; `seed` is also what the tree is labelled with. Raises ValueError without

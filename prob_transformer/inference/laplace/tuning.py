@@ -4,8 +4,8 @@
 
 c_i are the eigenvalues of the curvature without that of the prior N(0, 1/tau). At a maximum inside the range
 tau |z*|^2 = sum_i c_i / (c_i + tau), the effective number of parameters (MacKay 1992). The mode belongs to the prior
-with which it was found: set the model's prior to the tau found, find the mode again, and repeat until tau stays; a fixed
-point is a stationary point of the evidence of a linear Gaussian model.
+with which it was found: set the model's prior to the tau found, find the mode again, and repeat until tau stays. For a
+linear Gaussian model such a fixed point is a stationary point of the exact evidence.
 """
 
 import enum
@@ -41,7 +41,7 @@ class TuningStatus(enum.IntEnum):
 class PriorTuning(NamedTuple):
     """The prior precision tau = 1 / scale^2 of largest evidence, with that evidence in nats and the status.
 
-    `effective_parameters` is sum_i c_i / (c_i + tau), of k parameters. An edge of the range is no maximum: see `status`.
+    `effective_parameters` is sum_i c_i / (c_i + tau), of k parameters. An edge of the range is no maximum.
     """
 
     prior_precision: float
@@ -119,15 +119,14 @@ def tune_prior_precision(result: LaplaceResult, bounds: tuple[float, float] = (1
             f"result: a {type(result.precision).__name__} does not give its eigenvalues without the prior; use one of "
             "the other structures."
         )
-    prior = np.asarray(_require_normal_priors(result), float)
-    eigenvalues = np.asarray(
-        result.precision.curvature_eigenvalues(jnp.asarray(prior, result.potential.centre().dtype))
-    )
-    eigenvalues = eigenvalues.astype(float)
+    prior = _require_normal_priors(result)
+    eigenvalues = np.asarray(result.precision.curvature_eigenvalues(prior), float)
+    prior = np.asarray(prior, float)
     if not eigenvalues.min() + bounds[0] > 0:
         raise IndefiniteCurvatureError(
             f"precision: not positive definite at a prior precision of {bounds[0]:.6g}, for the smallest eigenvalue "
-            f"without the prior is {eigenvalues.min():.6g}; use curvature='ggn' or a higher lower bound."
+            f"without the prior is {eigenvalues.min():.6g}; use curvature='ggn', a higher lower bound, "
+            "or float64 if it is rounding."
         )
     squared = np.asarray(result.potential.centre(), float) ** 2
     at_fit = 0.5 * (prior * squared - np.log(prior)).sum() + 0.5 * np.log(eigenvalues + prior).sum()
