@@ -8,14 +8,14 @@ import numpy as np
 from jaxtyping import Float
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer.util import unconstrain_fn
-from prob_transformer.inference.laplace import laplace
-from prob_transformer.inference.nuts import nuts
 from scipy.stats import kurtosis, norm, skew
 
 from benchmarks.inference.models import Problem, latent_problem, plane_problem, scalar_problem
 from benchmarks.inference.sizes import Sizes
 from benchmarks.section import Column, Section, at_most
 from prob_transformer.inference import find_map
+from prob_transformer.inference.laplace import laplace
+from prob_transformer.inference.nuts import nuts
 
 MEAN_BOUND, SD_BOUND = 0.1, 0.15
 _BINS = 40
@@ -86,26 +86,47 @@ def _flat(problem: Problem, draws: dict[str, Any]) -> Float[np.ndarray, "chain d
     return np.asarray(jax.jit(jax.vmap(jax.vmap(unconstrained)))(draws))
 
 
+def _beyond(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence on the coordinates in which the two differ by more than the bounds, if there are any."""
+    beyond = [row for row in rows if row["mean_difference"] > MEAN_BOUND or row["sd_difference"] > SD_BOUND]
+    if not beyond:
+        return []
+    named = "; ".join(
+        f"{row['model']}, {row['coordinate']} (skewness {row['skewness']:.2f}, excess kurtosis {row['kurtosis']:.2f})"
+        for row in beyond
+    )
+    return [
+        f"Beyond {MEAN_BOUND:g} sd or {SD_BOUND:.0%}: {named}. A Gaussian has neither skewness nor excess kurtosis: these "
+        "posteriors are not Gaussian, and Laplace sits at the mode while their mean lies towards the longer tail."
+    ]
+
+
 def run_laplace_nuts(sizes: Sizes) -> dict[str, Any]:
-    """All three models; the bounds are for those whose data say enough for a Gaussian posterior."""
-    parameters = [*compare(scalar_problem(sizes), sizes), *compare(plane_problem(sizes), sizes)]
-    latent = compare(latent_problem(), sizes)
+    """Few data, many data, and latent embeddings; the bounds are for the last two."""
+    few = [
+        row for problem in (scalar_problem, plane_problem) for row in compare(problem(sizes, sizes.sequences), sizes)
+    ]
+    judged = [
+        *compare(scalar_problem(sizes, sizes.many_sequences), sizes),
+        *compare(plane_problem(sizes, sizes.many_sequences), sizes),
+        *compare(latent_problem(), sizes),
+    ]
     targets = []
     for key, what, bound in (
-        ("mean_difference", "difference of means, posterior sd", MEAN_BOUND),
-        ("sd_difference", "relative difference of sds", SD_BOUND),
+        ("mean_difference", "largest difference of means, posterior sd", MEAN_BOUND),
+        ("sd_difference", "largest relative difference of sds", SD_BOUND),
     ):
-        for name in dict.fromkeys(row["model"] for row in [*parameters, *latent]):
-            largest = max(row[key] for row in [*parameters, *latent] if row["model"] == name)
-            targets.append(at_most(f"Laplace against NUTS, {name}: largest {what}", largest, bound))
+        for name in dict.fromkeys(row["model"] for row in judged):
+            largest = max(row[key] for row in judged if row["model"] == name)
+            targets.append(at_most(f"Laplace against NUTS, {name}: {what}", largest, bound))
     return {
         "setting": (
-            f"{sizes.sequences} sequences of {sizes.positions} embeddings drawn from the process (latent: 4 tokens); "
-            f"NUTS: {sizes.chains} chains of {sizes.draws} draws after {sizes.warmup} of warm-up"
+            f"sequences of {sizes.positions} embeddings drawn from the process; NUTS: {sizes.chains} chains of "
+            f"{sizes.draws} draws after {sizes.warmup} of warm-up"
         ),
-        "rows": [*parameters, *latent],
+        "rows": [*few, *judged],
         "targets": targets,
-        "notes": [],
+        "notes": _beyond([*few, *judged]),
     }
 
 

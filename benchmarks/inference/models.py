@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
-from models.scalar.dataset import decoder, generate, parameter_model
-from models.scalar.density import scalar_attention
 
 from benchmarks.inference.sizes import Sizes
+from models.scalar.dataset import decoder, generate, parameter_model
+from models.scalar.density import scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, token_model
 
 TRUE_A, TRUE_NOISE_SCALE = -1.0, 0.5
@@ -65,21 +65,21 @@ def conjugate_model(seen: Float[Array, "n d"]) -> None:
     numpyro.sample("seen", dist.Normal(embeddings, OBSERVATION_SCALE).to_event(2), obs=seen)
 
 
-def scalar_problem(sizes: Sizes) -> Problem:
-    """Parameters of the scalar process, from a dataset that it generates."""
+def scalar_problem(sizes: Sizes, sequences: int) -> Problem:
+    """Parameters of the scalar process, from so many sequences that it generates."""
     key = jax.random.key(sizes.seed)
-    data = generate(key, sizes.sequences, sizes.positions, TRUE_A, TRUE_NOISE_SCALE)
-    return Problem("scalar, d = 1", parameter_model, (data.embeddings,))
+    data = generate(key, sequences, sizes.positions, TRUE_A, TRUE_NOISE_SCALE)
+    return Problem(f"scalar, d = 1, {sequences} sequences", parameter_model, (data.embeddings,))
 
 
-def plane_problem(sizes: Sizes) -> Problem:
-    """Parameters of the process in the plane, from a dataset that it generates."""
+def plane_problem(sizes: Sizes, sequences: int) -> Problem:
+    """Parameters of the process in the plane, from so many sequences that it generates."""
     attention = plane_attention(jnp.asarray(TRUE_STRENGTHS))
     process = EmbeddingProcess(attention, sizes.positions, TRUE_NOISE_SCALE)
-    embeddings = process.sample(jax.random.key(sizes.seed + 1), (sizes.sequences,))
-    return Problem("plane, d = 2", plane_model, (embeddings,))
+    embeddings = process.sample(jax.random.key(sizes.seed + 1), (sequences,))
+    return Problem(f"plane, d = 2, {sequences} sequences", plane_model, (embeddings,))
 
 
 def latent_problem() -> Problem:
     """Embeddings of a few tokens; there is no truth, for the tokens were not drawn from any."""
-    return Problem("latent, d = 1", latent_model, (jnp.asarray(LATENT_TOKENS),))
+    return Problem("latent, d = 1, 4 tokens", latent_model, (jnp.asarray(LATENT_TOKENS),))

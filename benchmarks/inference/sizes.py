@@ -9,12 +9,13 @@ class Sizes:
     """Sizes of a whole run; a result is a function of these, the code and the machine."""
 
     seed: int = 0
-    # Datasets of the parameter models.
+    # Datasets of the parameter models: few sequences, and enough for a posterior close to a Gaussian.
     sequences: int = 40
+    many_sequences: int = 1600
     positions: int = 8
     # NUTS.
-    warmup: int = 1000
-    draws: int = 5000
+    warmup: int = 500
+    draws: int = 2500
     chains: int = 2
     # The particle filter: independent runs, and particles in each.
     repeats: int = 400
@@ -27,4 +28,6 @@ class Sizes:
         return dataclasses.asdict(self)
 
 
-QUICK = Sizes(sequences=6, positions=3, warmup=200, draws=200, repeats=8, particles=20, replicates=20)
+QUICK = Sizes(
+    sequences=6, many_sequences=12, positions=3, warmup=200, draws=200, repeats=8, particles=20, replicates=20
+)
