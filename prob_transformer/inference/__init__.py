@@ -1,12 +1,13 @@
 """Inference for the models of this library, and results in the form that ArviZ reads.
 
 Read in this order: results (what every method returns), joint, minimise (steps that stay on their side of det J = 0),
-map, particles and smoothing.
+map, proposals, particles, smoothing, particle_result.
 """
 
 from prob_transformer.inference.map import MapResult, embedding_signs, find_map
 from prob_transformer.inference.minimise import MapStatus
-from prob_transformer.inference.particles import ParticleResult, ParticleStatus, particle_filter
+from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
+from prob_transformer.inference.particles import particle_filter
 from prob_transformer.inference.results import datatree, load, save
 from prob_transformer.inference.smoothing import smooth
 

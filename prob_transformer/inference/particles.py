@@ -6,69 +6,37 @@
     estimate                 Z = prod_i sum_k W_{i-1}^k w_i^k,      E[Z] = p(x_1..n)
 
 Attention sees the whole past, so a particle is a whole past with its key-value cache, and resampling permutes caches.
-Particles are resampled (systematically) before a position when the effective sample size after the one before is at
-most threshold * N; otherwise weights are carried. Z is unbiased for the evidence; log Z, which is what is returned, is
-below the log-evidence on average (Jensen), and less so the more particles. This holds where det J > 0 everywhere;
-`proposals` says what is estimated elsewhere.
+Before a position particles are resampled (systematically, by Blackjax) when the effective sample size after the one
+before is at most threshold * N; otherwise weights are carried. Z is unbiased for the evidence; log Z, which is what is
+returned, is below the log-evidence on average (Jensen), and less so the more particles. This holds where det J > 0
+everywhere; `proposals` says what is estimated elsewhere.
 """
 
-import enum
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from blackjax.smc.ess import ess as effective_sample_size
+from blackjax.smc.resampling import systematic
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.attention import Attention
+from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
-from prob_transformer.inference.resampling import effective_sample_size, systematic_resampling
 from prob_transformer.process import EmbeddingProcess
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
 from prob_transformer.transform import SolveStatus
 
 
-class ParticleStatus(enum.IntEnum):
-    """What the evidence is worth; the larger the worse, and the worst that happened is reported.
-
-    PAST_BOUNDARY: a particle met det J <= 0, so the evidence belongs to the law of the root finder ("process") or to
-    the |det J| density of mass above 1 ("direct"). NOT_CONVERGED: a root was not found or a weight was NaN; such a
-    particle has weight 0, so the evidence misses its share. ALL_DIED: no particle has a weight above 0. OK says only
-    that no particle met any of this: several roots with det J > 0 each cannot be seen.
-    """
-
-    OK = 0
-    PAST_BOUNDARY = 1
-    NOT_CONVERGED = 2
-    ALL_DIED = 3
-
-
-class ParticleResult(NamedTuple):
-    """N particles after n positions, and how they came about; all weights are normalised, in nats.
-
-    `log_evidence` () log Z, -inf when all died; `embeddings` (N, n, d) whole paths and `log_weights` (N,) theirs;
-    `ess` (n,) after each position; `resampled` (n,) whether particles were resampled before it; `ancestors` (n, N)
-    which particle of the position before each descends from; `distinct` (n,) how many particles of each position the
-    paths of weight above 0 go through; `status` () a `ParticleStatus` code; `unsolved` (n,) particles that met
-    det J <= 0 or got no root or weight. `filtered` (n, N, d) and `filtered_log_weights` (n, N) are the particles as
-    they were at each position, which `smooth` needs together with the `process`.
-    """
-
-    log_evidence: Float[Array, ""]
-    embeddings: Float[Array, "N n d"]
-    log_weights: Float[Array, " N"]
-    ess: Float[Array, " n"]
-    resampled: Bool[Array, " n"]
-    ancestors: Int[Array, "n N"]
-    distinct: Int[Array, " n"]
-    status: Int[Array, ""]
-    unsolved: Int[Array, " n"]
-    filtered: Float[Array, "n N d"]
-    filtered_log_weights: Float[Array, "n N"]
-    process: EmbeddingProcess
+def _ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
+    """1 / sum_k W_k^2 of normalised log-weights: from 1 to N, and 0 where all weights are."""
+    # Blackjax gives NaN where all are 0, and rounding may take it past N, which would foil a threshold of 1.
+    size = jnp.minimum(effective_sample_size(log_weights), log_weights.shape[0])
+    return jnp.where((log_weights > -jnp.inf).any(), size, 0.0)
 
 
 def _count_distinct(ancestors: Int[Array, "n N"], alive: Bool[Array, " N"]) -> Int[Array, " n"]:
@@ -94,26 +62,29 @@ def _filter(
     def extend(past, embeddings, position, token, standard_normal):
         scale = jnp.where(position == 0, process.first_scale, process.noise_scale)
         embedding, log_weight, status = PROPOSALS[proposal](attention, past, scale, standard_normal)
-        log_weight = log_weight + jax.nn.log_softmax(decoder(embedding[None])[0])[token]
+        log_likelihood = jax.nn.log_softmax(decoder(embedding[None])[0])[token]
+        log_weight = log_weight + log_likelihood
         # Written so that NaN and inf count; -inf is an exact zero and no trouble.
         status = jnp.where(log_weight < jnp.inf, status, SolveStatus.NOT_CONVERGED)
         log_weight = jnp.where(status == SolveStatus.NOT_CONVERGED, -jnp.inf, log_weight)
         extended = past.write(attention, position, embedding), embeddings.at[position].set(embedding)
-        return extended, embedding, log_weight.astype(dtype), status
+        return extended, embedding, log_weight.astype(dtype), log_likelihood.astype(dtype), status
 
     def step(carry, inputs):
         pasts, embeddings, log_weights = carry
         position, token, key = inputs
         resample_key, noise_key = jax.random.split(key)
-        ess = effective_sample_size(log_weights)
+        ess = _ess(log_weights)
         resampled = (position > 0) & (ess > 0) & (ess <= threshold * particles)
-        drawn = systematic_resampling(resample_key, jnp.exp(log_weights))
+        drawn = systematic(resample_key, jnp.exp(log_weights), particles)
         ancestors = jnp.where(resampled, drawn, jnp.arange(particles))
-        log_weights = jnp.where(resampled, -jnp.log(jnp.asarray(particles, dtype)), log_weights)
+        # Rounding may let a particle of weight 0 at either end be drawn: it stays dead.
+        equal = jnp.where(log_weights[ancestors] > -jnp.inf, -jnp.log(jnp.asarray(particles, dtype)), -jnp.inf)
+        log_weights = jnp.where(resampled, equal, log_weights)
         pasts, embeddings = jax.tree.map(lambda leaf: leaf[ancestors], (pasts, embeddings))
 
         noise = jax.random.normal(noise_key, (particles, attention.width), dtype)
-        extended, latest, log_increments, status = jax.vmap(extend, in_axes=(0, 0, None, None, 0))(
+        extended, latest, log_increments, log_likelihood, status = jax.vmap(extend, in_axes=(0, 0, None, None, 0))(
             pasts, embeddings, position, token, noise
         )
         alive = log_weights > -jnp.inf
@@ -122,16 +93,7 @@ def _filter(
         joint = log_weights + log_increments
         log_mean = logsumexp(joint)
         log_weights = jnp.where(joint > -jnp.inf, joint - log_mean, -jnp.inf)
-        kept = (
-            log_mean,
-            effective_sample_size(log_weights),
-            resampled,
-            ancestors,
-            unsolved,
-            worst,
-            latest,
-            log_weights,
-        )
+        kept = (log_mean, _ess(log_weights), resampled, ancestors, unsolved, worst, latest, log_weights, log_likelihood)
         return (*extended, log_weights), kept
 
     empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (particles, *leaf.shape)), process.empty_past())
@@ -139,7 +101,7 @@ def _filter(
     uniform = jnp.full(particles, -jnp.log(jnp.asarray(particles, dtype)))
     positions = jnp.arange(length), tokens, jax.random.split(key, length)
     (_, embeddings, log_weights), kept = jax.lax.scan(step, (empty, blank, uniform), positions)
-    log_means, ess, resampled, ancestors, unsolved, worst, filtered, filtered_log_weights = kept
+    log_means, ess, resampled, ancestors, unsolved, worst, filtered, filtered_log_weights, log_likelihood = kept
     alive = log_weights > -jnp.inf
     # The codes of the two enumerations agree as far as the first goes.
     status = jnp.where(alive.any(), worst.max(), ParticleStatus.ALL_DIED)
@@ -155,7 +117,10 @@ def _filter(
         unsolved,
         filtered,
         filtered_log_weights,
+        log_likelihood,
         process,
+        tokens,
+        key,
     )
 
 

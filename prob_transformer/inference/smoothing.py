@@ -9,37 +9,50 @@ and u_i = u_i^k. Every position of the future sees the candidate past, so its wh
 candidate: O(N n^2) per position and path, O(N n^3) per path. For short sequences.
 """
 
+from __future__ import annotations
+
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import is_concrete, require_count
-from prob_transformer.inference.particles import ParticleResult, ParticleStatus
+
+if TYPE_CHECKING:
+    from prob_transformer.inference.particle_result import ParticleResult
 
 
-def _pasts_of(result: ParticleResult, position: Int[Array, ""]) -> Float[Array, "N n d"]:
-    """The path up to `position` of each particle as it was there; rows after it mean nothing."""
-    length, particles = result.ancestors.shape
+def _genealogy(result: ParticleResult, indices: Int[Array, " m"], position: Int[Array, ""] | int) -> Int[Array, "n m"]:
+    """Which particle of each position the paths of particles `indices` at `position` go through; then `indices`."""
 
     def back(indices, inputs):
-        here, ancestors, embeddings = inputs
-        return jnp.where(here <= position, ancestors[indices], indices), embeddings[indices]
+        here, ancestors = inputs
+        return jnp.where(here <= position, ancestors[indices], indices), indices
 
-    rows = jnp.arange(length), result.ancestors, result.filtered
-    return jnp.swapaxes(jax.lax.scan(back, jnp.arange(particles), rows, reverse=True)[1], 0, 1)
+    rows = jnp.arange(result.ancestors.shape[0]), result.ancestors
+    return jax.lax.scan(back, indices, rows, reverse=True)[1]
 
 
 @partial(jax.jit, static_argnums=2)
-def _smooth(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Float[Array, "draws n d"]:
-    length, _, width = result.filtered.shape
+def ancestral_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Int[Array, "draws n"]:
+    """Particles of each position that `draws` paths, drawn by the last weights, go through."""
+    last = jax.random.categorical(key, result.log_weights, shape=(draws,))
+    return _genealogy(result, last, result.ancestors.shape[0] - 1).T
+
+
+@partial(jax.jit, static_argnums=2)
+def smoothing_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Int[Array, "draws n"]:
+    """Particles of each position that `draws` paths, drawn by backward simulation, go through."""
+    length, particles, width = result.filtered.shape
     positions = jnp.arange(length)
 
-    def step(paths, inputs):
+    def step(carry, inputs):
         position, log_weights, key = inputs
-        pasts = _pasts_of(result, position)
+        pasts = jnp.swapaxes(
+            result.filtered[positions[:, None], _genealogy(result, jnp.arange(particles), position)], 0, 1
+        )
 
         def one_path(path_and_key):
             path, key = path_and_key
@@ -47,13 +60,13 @@ def _smooth(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Float[Arra
             log_density = result.process.position_log_prob(candidates)
             log_future = jnp.where(positions > position, log_density, 0.0).sum(-1)
             chosen = jax.random.categorical(key, log_weights + log_future)
-            return path.at[position].set(pasts[chosen, position])
+            return path.at[position].set(pasts[chosen, position]), chosen
 
-        return jax.lax.map(one_path, (paths, jax.random.split(key, draws))), None
+        return jax.lax.map(one_path, (carry, jax.random.split(key, draws)))
 
     blank = jnp.zeros((draws, length, width), result.filtered.dtype)
     inputs = positions, result.filtered_log_weights, jax.random.split(key, length)
-    return jax.lax.scan(step, blank, inputs, reverse=True)[0]
+    return jax.lax.scan(step, blank, inputs, reverse=True)[1].T
 
 
 def smooth(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Float[Array, "draws n d"]:
@@ -64,8 +77,8 @@ def smooth(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Float[Array
     for a result whose particles all died. Equation: module docstring.
     """
     require_count("draws", draws, 1, "the number of paths")
-    if is_concrete(result.status) and int(np.asarray(result.status)) == ParticleStatus.ALL_DIED:
+    if is_concrete(result.log_evidence) and not (result.log_evidence > -jnp.inf).all():
         raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
     if key is None:
         raise ValueError("key: got None; pass a JAX random key.")
-    return _smooth(result, key, draws)
+    return result.filtered[jnp.arange(result.filtered.shape[0]), smoothing_indices(result, key, draws)]
