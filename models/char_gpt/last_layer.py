@@ -53,7 +53,7 @@ def _pair_sums(inputs: Array, logits: Array, chunk: int) -> tuple[Array, Array]:
         return (sums[0] + (p[:, first] * p[:, second]).T @ features, sums[1] + p.T @ features), None
 
     start = (jnp.zeros((len(first), len(row)), inputs.dtype), jnp.zeros((logits.shape[1], len(row)), inputs.dtype))
-    return jax.lax.scan(add, start, tuple(padded))[0]
+    return jax.lax.scan(add, start, (padded[0], padded[1]))[0]
 
 
 def _pair_index(size: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def kronecker_factors_of_head(inputs: Float[Array, "N d"], logits: Float[Array, 
     return KroneckerFactors(jnp.diag(p.sum(0)) - p.T @ p, inputs.T @ inputs / len(inputs))
 
 
-class DensePrecision:
+class HeadPrecision:
     """H + tau I by its Cholesky factor in float64, with the methods of KroneckerPrecision."""
 
     def __init__(self, curvature: Float[np.ndarray, "k k"], prior_precision: float):
@@ -91,13 +91,14 @@ class DensePrecision:
         # Raises LinAlgError for an indefinite matrix, which H + tau I with tau > 0 is not but by rounding.
         self._factor = linalg.cholesky(precision, lower=True, overwrite_a=True, check_finite=True)
 
+    @property
     def log_det(self) -> float:
         """log det P, in nats."""
         return float(2 * np.log(np.diag(self._factor)).sum())
 
-    def solve(self, vector: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-        """P^{-1} v."""
-        return linalg.cho_solve((self._factor, True), np.asarray(vector, np.float64))
+    def solve(self, v: Float[np.ndarray, "k ..."]) -> Float[np.ndarray, "k ..."]:
+        """P^{-1} v, for a vector or the columns of a matrix."""
+        return linalg.cho_solve((self._factor, True), np.asarray(v, np.float64))
 
     def sample(self, key: PRNGKeyArray, draws: int) -> Float[np.ndarray, "draws k"]:
         """Draws of N(0, P^{-1})."""
@@ -122,7 +123,7 @@ class DensePrecision:
         return half.T @ half
 
 
-def logit_variance(precision: DensePrecision, inputs: Float[Array, "N d"]) -> Float[np.ndarray, "N V"]:
+def logit_variance(precision: HeadPrecision, inputs: Float[Array, "N d"]) -> Float[np.ndarray, "N V"]:
     """The variances of the logits at every position, the diagonal of J P^{-1} J^T."""
     width = inputs.shape[1]
     classes = precision.size // width
@@ -138,7 +139,7 @@ def logit_variance(precision: DensePrecision, inputs: Float[Array, "N d"]) -> Fl
     return found
 
 
-def logit_covariance(precision: DensePrecision, inputs: Float[Array, "N d"]) -> Float[np.ndarray, "N V V"]:
+def logit_covariance(precision: HeadPrecision, inputs: Float[Array, "N d"]) -> Float[np.ndarray, "N V V"]:
     """J P^{-1} J^T at every position: phi^T (P^{-1})_vw phi for classes v and w."""
     width = inputs.shape[1]
     classes = precision.size // width

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from models.char_gpt.config import Config, Rematerialise
 from prob_transformer import Attention
 
-
 # Called with the name of a linear map, its inputs, one row a position, and its outputs, heads first and positions last
 # where there are heads; what it returns goes on in place of the outputs. Through it the maps are looked at.
 Tap = Callable[[str, Float[Array, "n a"], Float[Array, "..."]], Float[Array, "..."]]

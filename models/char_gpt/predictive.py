@@ -1,11 +1,11 @@
 """What a Gaussian over weights predicts, logits taken as linear in the weights, and how good and calibrated that is.
 
-    logits(theta) = f + J (theta - theta*),    theta ~ N(theta*, P^{-1})
-    sampled     mean over draws of softmax(f + J (theta_s - theta*))
-    probit      softmax(f_v / sqrt(1 + pi/8 var_v)),    var = diag(J P^{-1} J^T)        (MacKay 1992)
+logits(theta) = f + J (theta - theta*),    theta ~ N(theta*, P^{-1})
+sampled     mean over draws of softmax(f + J (theta_s - theta*))
+probit      softmax(f_v / sqrt(1 + pi/8 var_v)),    var = diag(J P^{-1} J^T)        (MacKay 1992)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,7 +27,7 @@ class Score(NamedTuple):
     calibration_error: float
 
 
-def probit(logits: Float[Array, "*n V"], variances: Float[Array, "*n V"]) -> Float[np.ndarray, "*n V"]:
+def probit(logits: Float[Any, "*n V"], variances: Float[Any, "*n V"]) -> Float[np.ndarray, "*n V"]:
     """Probabilities of the probit approximation from means and variances of the logits."""
     scaled = np.asarray(logits, np.float64) / np.sqrt(1 + np.pi / 8 * np.asarray(variances, np.float64))
     exponentials = np.exp(scaled - scaled.max(-1, keepdims=True))
@@ -65,11 +65,9 @@ def calibration_error(probabilities: Float[np.ndarray, "N V"], targets: Int[np.n
     return float(np.abs(gaps).sum() / len(targets))
 
 
-def score(probabilities: Float[Array, "W n V"], targets: Int[np.ndarray, "W n"]) -> Score:
+def score(probabilities: Float[Any, "W n V"], targets: Int[np.ndarray, "W n"]) -> Score:
     """How well probabilities predict the targets of several windows."""
     p = np.asarray(probabilities, np.float64)
     losses = -np.log(np.take_along_axis(p, targets[..., None], -1))[..., 0].mean(-1)
     error = losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    return Score(
-        float(losses.mean()), float(error), calibration_error(p.reshape(-1, p.shape[-1]), np.ravel(targets))
-    )
+    return Score(float(losses.mean()), float(error), calibration_error(p.reshape(-1, p.shape[-1]), np.ravel(targets)))

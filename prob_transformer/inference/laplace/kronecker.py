@@ -72,53 +72,48 @@ class KroneckerPrecision(eqx.Module):
         """The eigenvalues b (x) a of the curvature alone, all blocks after one another; those of P are tau more."""
         return jnp.concatenate([block.values().ravel() for block in self.blocks])
 
+    @property
     def log_det(self) -> Float[Array, ""]:
         """log det P, in nats."""
         return jnp.log(self.curvature_eigenvalues() + self.prior_precision).sum()
 
-    def _split(self, vectors: Float[Array, "... k"]) -> list[Float[Array, "... o i"]]:
+    def _split(self, vectors: Float[Array, "m k"]) -> list[tuple[_Decomposed, Float[Array, "m o i"]]]:
+        """Every block with its part of the vectors."""
         if vectors.shape[-1] != self.size:
-            raise ValueError(f"vector: has shape {vectors.shape}; pass (..., k) with k = {self.size} parameters.")
+            raise ValueError(f"vector: has {vectors.shape[-1]} parameters; pass k = {self.size} of them.")
         ends = np.cumsum([outputs * inputs for outputs, inputs in (block.shape for block in self.blocks)])
         parts = jnp.split(vectors, ends[:-1], axis=-1)
-        return [
-            part.reshape(*part.shape[:-1], *block.shape) for part, block in zip(parts, self.blocks, strict=True)
-        ]
+        return [(block, part.reshape(-1, *block.shape)) for part, block in zip(parts, self.blocks, strict=True)]
 
-    def _rooted(self, vectors: Float[Array, "m k"]) -> list[tuple[_Decomposed, Array, Float[Array, "o i"]]]:
-        """Every block, the vectors in its eigenvectors, and the square roots of its eigenvalues."""
-        parts = zip(self.blocks, self._split(vectors), strict=True)
-        return [(b, b.rotated(part), jnp.sqrt(b.values() + self.prior_precision)) for b, part in parts]
+    def _values(self, block: _Decomposed) -> Float[Array, "o i"]:
+        return block.values() + self.prior_precision
 
-    def solve(self, vector: Float[Array, " k"]) -> Float[Array, " k"]:
-        """P^{-1} v. Raises ValueError for another number of parameters."""
-        parts = [b.rotated_back(part / root**2) for b, part, root in self._rooted(vector)]
-        return jnp.concatenate([part.ravel() for part in parts])
+    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
+        """P^{-1} v, for a vector or the columns of a matrix. Raises ValueError for another number of parameters."""
+        columns = v.reshape(v.shape[0], -1).T
+        parts = [b.rotated_back(b.rotated(part) / self._values(b)) for b, part in self._split(columns)]
+        return _joined(parts).T.reshape(v.shape)
 
     def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]:
         """Draws of N(0, P^{-1}). Raises ValueError unless `draws` is at least 1."""
         require_count("draws", draws, 1, "the number of samples")
         noise = jax.random.normal(key, (draws, self.size), self.prior_precision.dtype)
         # Noise has the same law in any rotation, so only the way back is rotated.
-        parts = [
-            block.rotated_back(part / jnp.sqrt(block.values() + self.prior_precision))
-            for block, part in zip(self.blocks, self._split(noise), strict=True)
-        ]
-        return jnp.concatenate([part.reshape(draws, -1) for part in parts], axis=-1)
+        return _joined([b.rotated_back(part / jnp.sqrt(self._values(b))) for b, part in self._split(noise)])
 
     def variance(self) -> Float[Array, " k"]:
         """The diagonal of P^{-1}."""
-        parts = [
-            b.output_vectors**2 @ (1 / (b.values() + self.prior_precision)) @ (b.input_vectors**2).T
-            for b in self.blocks
-        ]
+        parts = [b.output_vectors**2 @ (1 / self._values(b)) @ (b.input_vectors**2).T for b in self.blocks]
         return jnp.concatenate([part.ravel() for part in parts])
 
     def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]:
         """J P^{-1} J^T, the covariance of m linear functions. Raises ValueError for another number of parameters."""
-        rows = [(part / root).reshape(part.shape[0], -1) for _, part, root in self._rooted(jacobian)]
-        # Block by block, so that the covariance is symmetric and no negative eigenvalue but by rounding.
-        return sum((row @ row.T for row in rows), start=jnp.zeros((len(jacobian),) * 2, jacobian.dtype))
+        halves = _joined([b.rotated(part) / jnp.sqrt(self._values(b)) for b, part in self._split(jacobian)])
+        return halves @ halves.T
+
+
+def _joined(parts: Sequence[Float[Array, "m o i"]]) -> Float[Array, "m k"]:
+    return jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=-1)
 
 
 def _decomposed(name: str, factor: Any) -> tuple[Array, Array]:
