@@ -21,13 +21,13 @@ Matrices = dict[str, Float[Array, "*S o i"]]
 
 
 def names(model: CharGPT) -> tuple[str, ...]:
-    """Names of all linear maps, layer by layer, then "head"."""
-    return (*(f"{layer}.{name}" for layer in range(len(model.blocks)) for name in _OF_A_LAYER), "head")
+    """Names of all linear maps, sorted: the order in which JAX hands dictionaries back."""
+    return tuple(sorted((*(f"{i}.{name}" for i in range(len(model.blocks)) for name in _OF_A_LAYER), "head")))
 
 
 def matrices(model: CharGPT, chosen: Sequence[str]) -> Matrices:
-    """The chosen maps as matrices (outputs, inputs)."""
-    return {name: _matrix(name, _leaf(model, name)) for name in chosen}
+    """The chosen maps as matrices (outputs, inputs), sorted by name."""
+    return {name: _matrix(name, _leaf(model, name)) for name in sorted(chosen)}
 
 
 def _leaf(model: CharGPT, name: str) -> Array:
@@ -70,7 +70,7 @@ def network(tap: Callable[[str, Array, Array], Array], model: CharGPT, character
 
 
 def flat(chosen: Matrices) -> Float[Array, "*S k"]:
-    """The matrices one after the other, by rows, in the order of the dictionary."""
+    """The matrices one after the other, by rows, sorted by name as `matrices` has them."""
     return jnp.concatenate([matrix.reshape(*matrix.shape[:-2], -1) for matrix in chosen.values()], axis=-1)
 
 
@@ -91,5 +91,4 @@ def logit_jacobian(
 
     found, sent_back = jax.vjp(logits, at)
     (rows,) = jax.vmap(sent_back)(jnp.eye(found.shape[0], dtype=found.dtype))
-    # Trees of dictionaries come back sorted by name.
-    return flat({name: rows[name] for name in at})
+    return flat(rows)
