@@ -71,13 +71,13 @@ def network(tap: Callable[[str, Array, Array], Array], model: CharGPT, character
 
 def flat(chosen: Matrices) -> Float[Array, "*S k"]:
     """The matrices one after the other, by rows, sorted by name as `matrices` has them."""
-    return jnp.concatenate([matrix.reshape(*matrix.shape[:-2], -1) for matrix in chosen.values()], axis=-1)
+    return jnp.concatenate([matrix.reshape(*matrix.shape[:-2], -1) for _, matrix in sorted(chosen.items())], axis=-1)
 
 
 def unflat(vectors: Float[Array, "*S k"], like: Matrices) -> Matrices:
     """The inverse of `flat`, for any number of vectors."""
-    parts = jnp.split(vectors, np.cumsum([matrix.size for matrix in like.values()])[:-1], axis=-1)
-    named = zip(like.items(), parts, strict=True)
+    parts = jnp.split(vectors, np.cumsum([matrix.size for _, matrix in sorted(like.items())])[:-1], axis=-1)
+    named = zip(sorted(like.items()), parts, strict=True)
     return {name: part.reshape(*part.shape[:-1], *matrix.shape) for (name, matrix), part in named}
 
 
