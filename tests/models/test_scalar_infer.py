@@ -200,11 +200,12 @@ def test_rows_say_whether_the_truth_is_inside():
     assert [("yes" in line, "no" in line) for line in lines] == [(True, False), (False, True), (False, True)]
 
 
-def test_a_method_that_fails_says_how_and_writes_nothing(tmp_path, capsys):
-    status, _ = run("map", tmp_path / "map.nc", "--max-steps", "1")
+@pytest.mark.parametrize("method", ["map", "laplace"])
+def test_a_method_that_fails_says_how_and_writes_nothing(method, tmp_path, capsys):
+    status, _ = run(method, tmp_path / "result.nc", "--max-steps", "1")
     captured = capsys.readouterr()
     assert status == 1
-    assert "map: status: max_steps after 1 steps" in captured.err
+    assert f"{method}: status: max_steps after 1 steps" in captured.err
     assert "raise max_steps" in captured.err
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
