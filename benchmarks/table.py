@@ -92,7 +92,7 @@ def origin(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [list(headings), ["---"] * len(headings), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
@@ -100,12 +100,12 @@ def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> l
 def markdown(result: dict[str, Any], level: int = 2, known: Sequence[Section] | None = None) -> str:
     """All tables of a result, each section under a heading of the given level."""
     lines = [f"- {line}" for line in origin(result)]
-    lines += ["", *_markdown_table(TARGET_HEADINGS, [target_cells(target) for target in targets_of(result, known)])]
+    lines += ["", *markdown_table(TARGET_HEADINGS, [target_cells(target) for target in targets_of(result, known)])]
     for section in sections_of(result, known):
         found = result["sections"][section.name]
         columns = _columns(section, found["rows"])
         lines += ["", f"{'#' * level} {section.title}", "", section.about, "", f"Here: {found['setting']}.", ""]
-        lines += _markdown_table([c.heading for c in columns], [_cells(columns, row) for row in found["rows"]])
+        lines += markdown_table([c.heading for c in columns], [_cells(columns, row) for row in found["rows"]])
         for note in found["notes"]:
             lines += ["", note]
     return "\n".join(lines)

@@ -20,8 +20,8 @@ CAPTION = (
 _COLUMNS = 3
 
 
-def draw(runs: Path | None = None, inference: Path = INFERENCE) -> Figure:
-    """The figure from a saved result; `runs` is not needed."""
+def draw(inference: Path = INFERENCE) -> Figure:
+    """The figure from a saved result of the inference benchmark."""
     rows = load_inference(inference)["laplace-nuts"]["rows"]
     lines = -(-len(rows) // _COLUMNS)
     figure, panels = plt.subplots(lines, _COLUMNS, figsize=(7.2, 1.9 * lines), squeeze=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.inference.registry import SECTIONS
+from benchmarks.laplace_torch import page as laplace_torch
 from benchmarks.result import ROOT
 from benchmarks.table import markdown
 from models import cli
@@ -16,9 +17,9 @@ RESULT = ROOT / "benchmarks" / "results" / "inference.json"
 PAGE = ROOT / "docs" / "inference_benchmark.md"
 INTRODUCTION = """# Inference against the truth
 
-Every number on this page comes from the result committed as [inference.json](../benchmarks/results/inference.json);
-`python -m benchmarks.inference.page` writes the page, and a test compares the two.
-`python -m benchmarks.inference --out FILE` measures again. How the methods are used: [inference.md](inference.md)."""
+Every number on this page comes from the results committed as [inference.json](../benchmarks/results/inference.json) and
+[laplace_torch.json](../benchmarks/results/laplace_torch.json); `python -m benchmarks.inference.page` writes the page, and a
+test compares them. `python -m benchmarks.inference --out FILE` and `python -m benchmarks.laplace_torch` measure again. How the methods are used: [inference.md](inference.md)."""
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -37,17 +38,19 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def page(result: dict[str, Any]) -> str:
-    """The text of the page."""
-    return f"{INTRODUCTION}\n\n{markdown(result, known=SECTIONS)}\n"
+def page(result: dict[str, Any], beside: dict[str, Any]) -> str:
+    """The text of the page from the result of this benchmark and that of the comparison with laplace-torch."""
+    return f"{INTRODUCTION}\n\n{markdown(result, known=SECTIONS)}\n\n{laplace_torch.markdown(beside)}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference.page", description="Write the page.")
     parser.add_argument("--result", type=Path, default=RESULT, metavar="FILE", help="default: the committed one")
+    parser.add_argument("--laplace-torch", type=Path, default=laplace_torch.RESULT, metavar="FILE", help="likewise")
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="page to write (default: %(default)s)")
     options = parser.parse_args(arguments)
-    write_text(options.page, page(load(options.result)))
+    beside = laplace_torch.load(options.laplace_torch)
+    write_text(options.page, page(load(options.result), beside))
     print(f"page: {options.page}")
 
 

@@ -11,6 +11,7 @@ from benchmarks.inference import laplace_nuts, page
 from benchmarks.inference.conjugate import _Truth
 from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, Problem, plane_attention
 from benchmarks.inference.models import plane_model as model_of_the_plane
+from benchmarks.laplace_torch import page as laplace_torch
 from benchmarks.section import is_met
 from prob_transformer import jacobian_block
 
@@ -73,7 +74,9 @@ def test_a_gaussian_is_no_distance_from_itself_and_a_shifted_one_is():
 
 
 def test_the_page_is_that_of_the_committed_result():
-    assert page.PAGE.read_text(encoding="utf-8") == page.page(page.load(page.RESULT))
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(
+        page.load(page.RESULT), laplace_torch.load(laplace_torch.RESULT)
+    )
 
 
 def test_the_committed_result_judges_every_method():
