@@ -65,8 +65,8 @@ def markdown(result: dict[str, Any]) -> str:
         "## The character GPT, next to laplace-torch",
         "",
         f"The same weights (character GPT, {configuration['layers']} layers, width {configuration['width']}, "
-        f"{configuration['steps']} steps of plain cross-entropy), the same {result['training_characters']:,} training and "
-        f"{result['validation_characters']:,} validation characters, the same prior precision, in one process each. "
+        f"{configuration['steps']} steps of plain cross-entropy), the same {result['training_characters']:,} training "
+        f"and {result['validation_characters']:,} validation characters, the same prior precision, a process each. "
         "last-layer: the whole Gauss-Newton matrix of the head; kronecker: factors for every linear map. Evidence in "
         "nats; the predictive is the linearised one with the probit approximation, in nats a character. Time is that "
         "of curvature and factorisation.",
@@ -79,11 +79,11 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *markdown_table(headings, rows),
         "",
-        "Positions of a window share their weights, and laplace-torch adds up what their outputs do before it multiplies: the "
-        f"factors are then those of the sum, not the sum of the factors. In a case computed by hand (two positions) the Gauss-Newton "
-        f"entry is {hand['gauss_newton']:.2f} and laplace-torch gives {hand['laplace_torch']:.2f}. The table uses its "
-        "convention on both sides; with ours the Kronecker log-evidence is "
-        + ", ".join(f"{value:.2f} ({name})" for name, value in positions.items())
-        + ". docs/inference.md says what the names mean.",
+        "Positions of a window share their weights, and laplace-torch adds up what their outputs send back before it "
+        "multiplies: its factors are those of the sum, not the sum of the factors. In a case of two positions computed "
+        f"by hand the Gauss-Newton entry is {hand['gauss_newton']:.2f}; laplace-torch gives "
+        f"{hand['laplace_torch']:.2f}. The table uses its convention on both sides; by how positions are combined "
+        f"([inference.md](inference.md)) the Kronecker log-evidence is "
+        f"{', '.join(f'{value:.2f} ({name})' for name, value in positions.items())}.",
     ]
     return "\n".join(lines)
