@@ -114,7 +114,7 @@ def tune_prior_precision(result: LaplaceResult, bounds: tuple[float, float] = (1
     require_positive("bounds", np.asarray(bounds, float))
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds: got {bounds!r}; pass low < high.")
-    if not isinstance(result.precision, Tunable):
+    if not all(isinstance(block, Tunable) for block in getattr(result.precision, "blocks", [result.precision])):
         raise ValueError(
             f"result: a {type(result.precision).__name__} does not give its eigenvalues without the prior; use one of "
             "the other structures."
@@ -129,7 +129,7 @@ def tune_prior_precision(result: LaplaceResult, bounds: tuple[float, float] = (1
             "or float64 if it is rounding."
         )
     squared = np.asarray(result.potential.centre(), float) ** 2
-    at_fit = 0.5 * (prior * squared - np.log(prior)).sum() + 0.5 * np.log(eigenvalues + prior).sum()
+    at_fit = 0.5 * (prior * squared - np.log(prior)).sum() + 0.5 * float(result.precision.log_det)
 
     def log_evidence(log_tau: float) -> float:
         tau = np.exp(log_tau)
