@@ -186,9 +186,9 @@ def laplace(
     positive definite. "diagonal" and "kronecker" see no more of it than their entries or blocks.
     """
     _require_mode(at)
-    for option, value, choices in (("structure", structure, Structure), ("curvature", curvature, Curvature)):
-        if value not in get_args(choices):
-            raise ValueError(f"{option}: got {value!r}; pass one of {', '.join(get_args(choices))}.")
+    for option, given, choices in (("structure", structure, Structure), ("curvature", curvature, Curvature)):
+        if given not in get_args(choices):
+            raise ValueError(f"{option}: got {given!r}; pass one of {', '.join(get_args(choices))}.")
     if rank is not None and structure != "low-rank":
         raise ValueError(f"rank: got {rank} for structure {structure!r}; leave it out, or use 'low-rank'.")
     for leaf in jax.tree.leaves((args, kwargs)):

@@ -9,7 +9,7 @@ A P with an eigenvalue that is not above rounding is refused, never repaired: a 
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -167,7 +167,7 @@ class DiagonalPrecision(eqx.Module):
 class BlockPrecision(eqx.Module):
     """Independent blocks in the order of the parameters, each with its own precision. Raises ValueError for none."""
 
-    blocks: tuple[Precision, ...]
+    blocks: tuple[Any, ...]
 
     def __init__(self, blocks: Sequence[Precision]):
         if not blocks:
@@ -206,3 +206,8 @@ class BlockPrecision(eqx.Module):
         """J P^-1 J^T, the sum over blocks."""
         parts = zip(self.blocks, self._parts(jacobian), strict=True)
         return jnp.stack([block.covariance_of(part) for block, part in parts]).sum(0)
+
+    def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
+        """Eigenvalues of P - diag(prior), block by block; for blocks that can all give theirs."""
+        parts = zip(self.blocks, self._parts(prior), strict=True)
+        return jnp.concatenate([block.curvature_eigenvalues(part) for block, part in parts])

@@ -9,7 +9,7 @@ linear Gaussian model such a fixed point is a stationary point of the exact evid
 """
 
 import enum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -114,22 +114,22 @@ def tune_prior_precision(result: LaplaceResult, bounds: tuple[float, float] = (1
     require_positive("bounds", np.asarray(bounds, float))
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds: got {bounds!r}; pass low < high.")
-    if not isinstance(result.precision, Tunable):
+    if not all(isinstance(block, Tunable) for block in getattr(result.precision, "blocks", [result.precision])):
         raise ValueError(
             f"result: a {type(result.precision).__name__} does not give its eigenvalues without the prior; use one of "
             "the other structures."
         )
-    prior = _require_normal_priors(result)
-    eigenvalues = np.asarray(result.precision.curvature_eigenvalues(prior), float)
-    prior = np.asarray(prior, float)
+    priors = _require_normal_priors(result)
+    eigenvalues = np.asarray(cast(Tunable, result.precision).curvature_eigenvalues(priors), np.float64)
+    prior = np.asarray(priors, np.float64)
     if not eigenvalues.min() + bounds[0] > 0:
         raise IndefiniteCurvatureError(
             f"precision: not positive definite at a prior precision of {bounds[0]:.6g}, for the smallest eigenvalue "
             f"without the prior is {eigenvalues.min():.6g}; use curvature='ggn', a higher lower bound, "
             "or float64 if it is rounding."
         )
-    squared = np.asarray(result.potential.centre(), float) ** 2
-    at_fit = 0.5 * (prior * squared - np.log(prior)).sum() + 0.5 * np.log(eigenvalues + prior).sum()
+    squared = np.asarray(result.potential.centre(), np.float64) ** 2
+    at_fit = 0.5 * (prior * squared - np.log(prior)).sum() + 0.5 * float(result.precision.log_det)
 
     def log_evidence(log_tau: float) -> float:
         tau = np.exp(log_tau)

@@ -20,11 +20,11 @@ MODE = {"s": np.array(0.3), "w": RNG.normal(size=(2, 3))}
 
 
 def network(x, labels, seen):
-    """Logits that are not linear in the parameters, a case that is masked, a factor, and a positive scale."""
+    """Logits not linear in the parameters, a masked case, a scaled likelihood, a factor, and a positive site."""
     w = numpyro.sample("w", dist.Normal(0, 0.8).expand([2, 3]).to_event(2))
     s = numpyro.sample("s", dist.HalfNormal(1.5))
     numpyro.factor("penalty", -0.2 * (w**4).sum())
-    with numpyro.plate("cases", x.shape[0]):
+    with numpyro.plate("cases", x.shape[0]), numpyro.handlers.scale(scale=1.5):
         numpyro.sample("y", dist.Categorical(logits=s * jnp.tanh(x @ w)).mask(seen), obs=labels)
 
 
@@ -39,7 +39,7 @@ def rest(z):
 
 
 def loss(f):
-    return -jnp.where(SEEN, jax.nn.log_softmax(f)[jnp.arange(5), LABELS], 0.0).sum()
+    return -1.5 * jnp.where(SEEN, jax.nn.log_softmax(f)[jnp.arange(5), LABELS], 0.0).sum()
 
 
 @jax.jit
@@ -59,13 +59,13 @@ def at():
 
 @pytest.fixture(scope="module")
 def truth():
-    """The generalised Gauss-Newton matrix by hand: J^T (diag p - p p^T) J summed over the cases seen, and the rest."""
+    """The generalised Gauss-Newton matrix by hand: 1.5 J^T (diag p - p p^T) J over the cases seen, and the rest."""
     z = flat(MODE)
     jacobian, prior, hessian = map(np.asarray, by_hand(z))
     p = softmax(np.asarray(logits(z)), axis=-1)
     gauss_newton = prior.copy()
     for case in np.flatnonzero(SEEN):
-        gauss_newton += jacobian[case].T @ (np.diag(p[case]) - np.outer(p[case], p[case])) @ jacobian[case]
+        gauss_newton += 1.5 * jacobian[case].T @ (np.diag(p[case]) - np.outer(p[case], p[case])) @ jacobian[case]
     return {"ggn": gauss_newton, "hessian": hessian, "prior": prior}
 
 
