@@ -85,7 +85,8 @@ class HeadPrecision:
     """H + tau I by its Cholesky factor in float64, with the methods of KroneckerPrecision."""
 
     def __init__(self, curvature: Float[np.ndarray, "k k"], prior_precision: float):
-        precision = np.array(curvature, np.float64, order="F")
+        # Transposed, and so in LAPACK's order of columns without another copy; the matrix is symmetric.
+        precision = np.array(curvature, np.float64, order="C").T
         precision[np.diag_indices(len(precision))] += prior_precision
         self.size = len(precision)
         # Raises LinAlgError for an indefinite matrix, which H + tau I with tau > 0 is not but by rounding.
