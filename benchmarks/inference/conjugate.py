@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from numpyro.diagnostics import effective_sample_size
-from prob_transformer.inference.laplace import laplace
-from prob_transformer.inference.nuts import nuts
 from scipy.stats import multivariate_normal
 
 from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, conjugate_model
@@ -17,6 +15,8 @@ from benchmarks.inference.truth import BUMPS, SCALES, TOKENS, conjugate_truth
 from benchmarks.section import Column, Section, at_most
 from prob_transformer import Attention
 from prob_transformer.inference import find_map, particle_filter
+from prob_transformer.inference.laplace import laplace
+from prob_transformer.inference.nuts import nuts
 
 LENGTH, WIDTH = 4, 2
 
@@ -55,7 +55,7 @@ def _particle_row(sizes: Sizes) -> dict[str, Any]:
     @jax.jit
     @jax.vmap
     def run(key):
-        found = particle_filter(attention, BUMPS, TOKENS, key, sizes.particles, **SCALES)
+        found = particle_filter(attention, BUMPS, jnp.asarray(TOKENS), key, sizes.particles, **SCALES)
         weights, u = jnp.exp(found.log_weights)[:, None, None], found.embeddings
         return found.log_evidence, (weights * u).sum(0), (weights * jnp.square(u - mean)).sum(0)
 
@@ -113,7 +113,7 @@ def run_conjugate(sizes: Sizes) -> dict[str, Any]:
         )
         draws = np.asarray(found.draws["embeddings"])
         variances = np.broadcast_to(np.diag(truth.covariance)[:, None], truth.mean.shape)
-        row = {
+        row: dict[str, Any] = {
             "method": f"NUTS, embeddings sampled {'directly' if embeddings == 'direct' else 'through their noise'}",
             "status": found.status.name.lower(),
             "mean_deviation": _standard_errors(draws, truth.mean),

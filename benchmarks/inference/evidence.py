@@ -4,6 +4,7 @@ from typing import Any, get_args
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -17,7 +18,9 @@ from prob_transformer.inference.proposals import ProposalName
 @eqx.filter_jit
 def _runs(case: EvidenceCase, keys: PRNGKeyArray, particles: int, proposal: ProposalName):
     def run(key):
-        found = particle_filter(case.attention, case.decoder, case.tokens, key, particles, proposal=proposal, **SCALES)
+        found = particle_filter(
+            case.attention, case.decoder, jnp.asarray(case.tokens), key, particles, proposal=proposal, **SCALES
+        )
         return found.log_evidence, found.status
 
     return jax.vmap(run)(keys)

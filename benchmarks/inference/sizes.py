@@ -20,8 +20,13 @@ class Sizes:
     # The particle filter: independent runs, and particles in each.
     repeats: int = 400
     particles: int = 500
-    # Simulation-based calibration.
+    # Simulation-based calibration: datasets, and the draws that each truth is ranked among.
     replicates: int = 200
+    calibration_sequences: int = 20
+    calibration_positions: int = 4
+    ranked_draws: int = 99
+    thinning: int = 5
+    calibration_particles: int = 1000
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -29,5 +34,15 @@ class Sizes:
 
 
 QUICK = Sizes(
-    sequences=6, many_sequences=12, positions=3, warmup=200, draws=200, repeats=8, particles=20, replicates=20
+    sequences=6,
+    many_sequences=12,
+    positions=3,
+    warmup=200,
+    draws=200,
+    repeats=8,
+    particles=20,
+    replicates=100,
+    calibration_sequences=4,
+    ranked_draws=19,
+    calibration_particles=50,
 )

@@ -19,7 +19,7 @@ from prob_transformer import Attention, LinearDecoder
 TOKENS = np.array([0, 1, 0])
 WEIGHT, BIAS = np.array([[1.5], [-1.0], [0.3]]), np.array([0.2, 0.0, -0.4])
 NOISE_SCALE, FIRST_SCALE = 0.7, 1.2
-SCALES = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
+SCALES: dict[str, Any] = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
 
 
 def scalar(a: float, value: float = 1.0) -> Attention:
@@ -29,7 +29,7 @@ def scalar(a: float, value: float = 1.0) -> Attention:
 
 def planar(interaction: Float[np.ndarray, "2 2"]) -> Attention:
     """d = 2 with the given A and identity values, as an array."""
-    return Attention(np.sqrt(2) * interaction[None], np.eye(2)[None], np.eye(2)[None])
+    return Attention(jnp.sqrt(2.0) * jnp.asarray(interaction)[None], jnp.eye(2)[None], jnp.eye(2)[None])
 
 
 def token_probability(u: Float[np.ndarray, "..."], token: int) -> Float[np.ndarray, "..."]:
@@ -152,7 +152,7 @@ PLANAR_INTERACTION = np.array([[-3.0, 3.0], [-1.0, -2.0]])
 
 def cases() -> list[EvidenceCase]:
     """Models inside the safe region: a < 0, a below the bound of Popoviciu in practice, and one in the plane."""
-    linear = LinearDecoder(WEIGHT, BIAS)
+    linear = LinearDecoder(jnp.asarray(WEIGHT), jnp.asarray(BIAS))
     found = []
     for a in (-2.0, -0.5, 0.1):
         mass, evidence, *_ = scalar_truth(a)
