@@ -19,9 +19,9 @@ INTRODUCTION = """# Inference against the truth
 
 Every number on this page comes from the results committed as
 [inference.json](../benchmarks/results/inference.json) and
-[laplace_torch.json](../benchmarks/results/laplace_torch.json); `python -m benchmarks.inference.page` writes the page, and a test compares them. `python -m benchmarks.inference
---out FILE` and `python -m benchmarks.laplace_torch` measure again. How the methods are used:
-[inference.md](inference.md)."""
+[laplace_torch.json](../benchmarks/results/laplace_torch.json); `python -m benchmarks.inference.page` writes the page,
+and a test compares them. `python -m benchmarks.inference --out FILE` and `make benchmark-laplace` measure again.
+How the methods are used: [inference.md](inference.md)."""
 
 
 def load(path: Path) -> dict[str, Any]:
