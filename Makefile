@@ -5,7 +5,7 @@
 #   make benchmark-inference                      MAP, Laplace, NUTS and particles against the truth
 #   make benchmark-laplace                        Laplace of a character GPT next to laplace-torch
 # For long nights: make test-deep [SEED=N], every drawn check on far more cases with a new seed each day.
-# Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13
+# Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13; some tests: make test TESTS="tests/test_margin.py"
 
 PROFILE ?= quick
 VENV ?= .venv
