@@ -59,7 +59,6 @@ def compare(problem: Problem, sizes: Sizes) -> list[dict[str, Any]]:
         warmup=sizes.warmup,
         draws=sizes.draws,
         chains=sizes.chains,
-        target_accept=0.9,
     )
     draws = _flat(problem, {name: found.draws[name] for name in approximation.sites})
     centre = np.concatenate([np.ravel(approximation.mean[name]) for name in approximation.sites])

@@ -20,8 +20,8 @@ from models.scalar.dataset import decoder, generate, parameter_model
 from models.scalar.density import scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, token_model
 
-TRUE_A, TRUE_NOISE_SCALE = -1.0, 0.5
-TRUE_STRENGTHS = (1.0, 0.3)
+TRUE_A, TRUE_NOISE_SCALE = -1.0, 1.0
+TRUE_STRENGTHS = (1.0, 2.0)
 OBSERVATION_SCALE = 0.7
 # Few tokens say little about their embeddings: what is left of the prior is not Gaussian.
 LATENT_TOKENS = (0, 2, 1, 2)

@@ -11,11 +11,11 @@ class Sizes:
     seed: int = 0
     # Datasets of the parameter models: few sequences, and enough for a posterior close to a Gaussian.
     sequences: int = 40
-    many_sequences: int = 1600
+    many_sequences: int = 400
     positions: int = 8
     # NUTS.
-    warmup: int = 500
-    draws: int = 2500
+    warmup: int = 400
+    draws: int = 1500
     chains: int = 2
     # The particle filter: independent runs, and particles in each.
     repeats: int = 400
