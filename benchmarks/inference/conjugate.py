@@ -109,6 +109,7 @@ def run_conjugate(sizes: Sizes) -> dict[str, Any]:
             warmup=sizes.warmup,
             draws=sizes.draws,
             chains=sizes.chains,
+            predictive=False,
             embeddings=embeddings,
         )
         draws = np.asarray(found.draws["embeddings"])

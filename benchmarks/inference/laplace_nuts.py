@@ -59,6 +59,7 @@ def compare(problem: Problem, sizes: Sizes) -> list[dict[str, Any]]:
         warmup=sizes.warmup,
         draws=sizes.draws,
         chains=sizes.chains,
+        predictive=False,
     )
     draws = _flat(problem, {name: found.draws[name] for name in approximation.sites})
     centre = np.concatenate([np.ravel(approximation.mean[name]) for name in approximation.sites])
