@@ -82,10 +82,14 @@ class Potential(eqx.Module):
         point: Sites = {**self.mode, **self.site_values(z)}
         return negative_log_joint(model, self.args, self.kwargs, "unconstrained", point)
 
+    def trace(self, z: Float[Array, " k"]) -> dict[str, dict[str, Any]]:
+        """NumPyro's trace of the model at z."""
+        model = handlers.substitute(self.model, data=self.constrained(z))
+        return handlers.trace(model).get_trace(*self.args, **self.kwargs)
+
     def data(self, z: Float[Array, " k"]) -> Data:
         """The observed sites at z."""
-        model = handlers.substitute(self.model, data=self.constrained(z))
-        trace = handlers.trace(model).get_trace(*self.args, **self.kwargs)
+        trace = self.trace(z)
         values = observed_data(trace)
         fns = {name: trace[name]["fn"] for name in values}
         return Data(fns, values, {name: trace[name]["scale"] for name in values if trace[name]["scale"] is not None})

@@ -18,7 +18,6 @@ import numpy as np
 import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
-from numpyro import handlers
 from scipy.optimize import minimize_scalar
 
 from prob_transformer._validation import require_positive
@@ -63,9 +62,7 @@ def _prior_precisions(potential: Potential) -> tuple[Float[Array, " k"], Float[A
     z = potential.centre()
 
     def precisions(z: Float[Array, " k"]) -> Float[Array, " k"]:
-        model = handlers.substitute(potential.model, data=potential.constrained(z))
-        trace = handlers.trace(model).get_trace(*potential.args, **potential.kwargs)
-        own = {}
+        trace, own = potential.trace(z), {}
         for name in potential.sites:
             fn = trace[name]["fn"]
             shape = fn.shape()

@@ -60,8 +60,8 @@ def matrix_regression(x, y, cholesky):
         numpyro.sample("y", dist.MultivariateNormal(x @ w, scale_tril=cholesky), obs=y)
 
 
-def observed_process(attention, y, scale=0.5):
-    u = numpyro.sample("embeddings", EmbeddingProcess(attention, y.shape[0], 0.4, 1.7))
+def observed_process(attention, y, scale=0.5, path="reference"):
+    u = numpyro.sample("embeddings", EmbeddingProcess(attention, y.shape[0], 0.4, 1.7, path=path))
     numpyro.sample("y", dist.Normal(u, scale).to_event(2), obs=y)
 
 
@@ -128,8 +128,7 @@ def test_a_likelihood_of_low_rank_is_exact_with_that_rank():
     np.testing.assert_allclose(result.log_evidence, evidence, atol=1e-9)
 
 
-@pytest.mark.parametrize("structure", ["full", "kronecker"])
-def test_without_interaction_covariance_and_evidence_of_the_process_have_their_closed_form(structure):
+def test_without_interaction_covariance_and_evidence_of_the_process_have_their_closed_form():
     y = np.random.default_rng(1).normal(size=(4, 2))
     lower = np.eye(4)
     for i in range(1, 4):
@@ -138,9 +137,7 @@ def test_without_interaction_covariance_and_evidence_of_the_process_have_their_c
     covariance = np.kron(np.linalg.inv(prior + np.eye(4) / 0.5**2), np.eye(2))
     evidence = multivariate_normal(np.zeros(4), np.linalg.inv(prior) + 0.5**2 * np.eye(4)).logpdf(y.T).sum()
     mean = (covariance @ y.ravel() / 0.5**2).reshape(4, 2)
-    result = laplace(
-        observed_process, ZERO, y, at=mode_at({"embeddings": mean}, observed_process, ZERO, y), structure=structure
-    )
+    result = laplace(observed_process, ZERO, y, at=mode_at({"embeddings": mean}, observed_process, ZERO, y))
     np.testing.assert_allclose(result.covariance(), covariance, atol=1e-12)
     np.testing.assert_allclose(result.log_evidence, evidence, atol=1e-10)
 
@@ -212,7 +209,8 @@ def test_the_token_models_precision_is_the_hessian_of_the_hand_written_objective
     decoder = LinearDecoder(RNG.normal(size=(3, 2)), np.zeros(3))
     tokens, options = np.array([0, 2, 1]), {"noise_scale": 0.6, "barrier_weight": 0.3}
     # Near 0 the objective is convex; that its gradient is not 0 there does not matter to the Hessian.
-    found = mode_at({"embeddings": 0.1 * RNG.normal(size=(3, 2))}, token_model, attention, decoder, tokens, **options)
+    point = {"embeddings": 0.1 * RNG.normal(size=(3, 2))}
+    found = mode_at(point, token_model, attention, decoder, tokens, **options)
     result = laplace(token_model, attention, decoder, tokens, at=found, **options)
 
     def objective(flat):
@@ -222,6 +220,13 @@ def test_the_token_models_precision_is_the_hessian_of_the_hand_written_objective
     np.testing.assert_allclose(result.covariance(), np.linalg.inv(precision), rtol=1e-8, atol=1e-11)
     evidence = -found.objective + 3 * np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(precision)[1]
     np.testing.assert_allclose(result.log_evidence, evidence, rtol=1e-12)
+
+
+def test_the_accelerated_path_is_refused_by_name():
+    y = np.zeros((2, 2))
+    found = mode_at({"embeddings": y}, observed_process, ZERO, y, path="accelerated")
+    with pytest.raises(ValueError, match="model: site 'embeddings' has path='accelerated', .* pass path='reference'"):
+        laplace(observed_process, ZERO, y, at=found, path="accelerated")
 
 
 @pytest.mark.parametrize(("structure", "rank"), [("full", None), ("low-rank", 2)])

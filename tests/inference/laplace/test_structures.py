@@ -82,6 +82,13 @@ def test_the_nearest_kronecker_product_is_a_product_where_there_is_one():
     np.testing.assert_allclose(np.kron(left, right), np.kron(LEFT, -RIGHT), atol=1e-12)
 
 
+def test_only_symmetric_factors_are_looked_for():
+    # A product of antisymmetric matrices is symmetric, but none of symmetric ones comes nearer to it than 0.
+    turn, spin = np.array([[0.0, 1.0], [-1.0, 0.0]]), np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, -3.0, 0.0]])
+    left, right = nearest_kronecker(jnp.asarray(np.kron(LEFT, RIGHT) + 50 * np.kron(turn, spin)), 2)
+    np.testing.assert_allclose(np.kron(left, right), np.kron(LEFT, RIGHT), atol=1e-10)
+
+
 def test_no_other_kronecker_product_is_nearer():
     block = RNG.normal(size=(6, 6))
     block = block @ block.T
