@@ -225,7 +225,7 @@ def test_the_token_models_precision_is_the_hessian_of_the_hand_written_objective
 def test_the_accelerated_path_is_refused_by_name():
     y = np.zeros((2, 2))
     found = mode_at({"embeddings": y}, observed_process, ZERO, y, path="accelerated")
-    with pytest.raises(ValueError, match="model: site 'embeddings' has path='accelerated', .* pass path='reference'"):
+    with pytest.raises(ValueError, match=r"model: site 'embeddings' has path='accelerated', .* pass path='reference'"):
         laplace(observed_process, ZERO, y, at=found, path="accelerated")
 
 
