@@ -96,8 +96,8 @@ def _beyond(rows: list[dict[str, Any]]) -> list[str]:
         for row in beyond
     )
     return [
-        f"Beyond {MEAN_BOUND:g} sd or {SD_BOUND:.0%}: {named}. A Gaussian has neither skewness nor excess kurtosis: "
-        "these posteriors are not Gaussian, and Laplace sits at the mode while their mean lies towards the longer tail."
+        f"Beyond {MEAN_BOUND:g} sd or {SD_BOUND:.0%}: {named}. A Gaussian has neither: these "
+        "posteriors are not Gaussian, and their mean is not their mode, where Laplace sits."
     ]
 
 

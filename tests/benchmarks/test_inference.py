@@ -79,6 +79,11 @@ def test_the_page_is_that_of_the_committed_result():
     )
 
 
+def test_the_committed_result_names_every_coordinate_beyond_the_bounds():
+    found = page.load(page.RESULT)["sections"]["laplace-nuts"]
+    assert found["notes"] == laplace_nuts._beyond(found["rows"])
+
+
 def test_the_committed_result_judges_every_method():
     targets = [target for found in page.load(page.RESULT)["sections"].values() for target in found["targets"]]
     assert all(is_met(target) is not None for target in targets)
