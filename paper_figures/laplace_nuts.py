@@ -24,14 +24,15 @@ def draw(inference: Path = INFERENCE) -> Figure:
     """The figure from a saved result of the inference benchmark."""
     rows = load_inference(inference)["laplace-nuts"]["rows"]
     lines = -(-len(rows) // _COLUMNS)
-    figure, panels = plt.subplots(lines, _COLUMNS, figsize=(7.2, 1.9 * lines), squeeze=False)
+    figure, panels = plt.subplots(lines, _COLUMNS, figsize=(7.2, 2.0 * lines), squeeze=False)
     for panel, row in zip(panels.flat, rows, strict=False):
         counts, edges = np.asarray(row["histogram"]["counts"]), np.asarray(row["histogram"]["edges"])
         panel.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, color="#bbbbbb", label="NUTS")
         mean, sd = row["laplace_mean"], row["laplace_sd"]
         axis = np.linspace(min(edges[0], mean - 3.5 * sd), max(edges[-1], mean + 3.5 * sd), 300)
         panel.plot(axis, norm.pdf(axis, mean, sd), color=ORANGE, linestyle="--", label="Laplace")
-        panel.set_title(f"{row['model']}: {row['coordinate']}")
+        panel.set_ylim(0, 1.45 * panel.get_ylim()[1])
+        panel.set_title(f"{row['model']}\n{row['coordinate']}", fontsize=8)
         panel.set_xlabel("unconstrained coordinate")
         panel.text(
             0.97,
