@@ -231,7 +231,7 @@ def test_the_tree_holds_all_groups_and_comes_back_from_a_file(tmp_path, suffix):
     [
         (coin, (np.ones(3, int),), {"init": {"q": 0.5}}, "init: names q; the model's latent sites are p"),
         (coin, (np.ones(3, int),), {"init": {"p": 1.5}}, r"init\['p'\]: lies outside"),
-        (lone_coins, (np.zeros(0, int),), {}, r"model: observed site 'x' has shape \(0,\)"),
+        (lone_coins, (np.zeros(0, int),), {}, r"model: an argument has shape \(0,\)"),
         (coin, (np.ones(3, int),), {"seed": None}, "key: got None; pass a JAX random key, or a seed"),
         (coin, (np.ones(3, int),), {"seed": -1}, "seed: got -1"),
         (coin, (np.ones(3, int),), {"draws": 3}, "draws: got 3; pass an integer of at least 4"),
