@@ -23,6 +23,8 @@ from models.scalar.dataset import Dataset, decoder, generate, parameter_model
 from models.scalar.table import rows_of, table
 from prob_transformer._validation import require_count
 from prob_transformer.inference import find_map, particle_filter, save
+from prob_transformer.inference.laplace import laplace
+from prob_transformer.inference.nuts import nuts
 
 METHODS = ("map", "laplace", "nuts", "particles")
 
@@ -45,15 +47,13 @@ def _map(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple
     with _refusals_are_failures():
         tree = found.to_datatree()
     note = (
-        f"converged, a maximum in {found.space} coordinates: objective {found.objective:.4f} nats, gradient norm "
+        f"converged in {found.space} coordinates: objective {found.objective:.4f} nats, gradient norm "
         f"{found.gradient_norm:.1e}, {found.steps} steps; a < 0 has no wall to cross"
     )
     return tree, note
 
 
 def _laplace(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple[xr.DataTree, str]:
-    from prob_transformer.inference.laplace import laplace
-
     start_key, draw_key = jax.random.split(key)
     mode = find_map(parameter_model, data.embeddings, space="unconstrained", key=start_key, max_steps=options.max_steps)
     with _refusals_are_failures():
@@ -64,10 +64,9 @@ def _laplace(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> t
 
 
 def _nuts(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple[xr.DataTree, str]:
-    from prob_transformer.inference.nuts import nuts
-
     sizes = {"warmup": options.warmup, "draws": options.draws, "chains": options.chains}
-    found = nuts(parameter_model, data.embeddings, key=key, **sizes)
+    # New data for every draw would need as many solutions of the implicit equation, and nothing here looks at them.
+    found = nuts(parameter_model, data.embeddings, key=key, predictive=False, **sizes)
     with _refusals_are_failures():
         tree = found.to_datatree()
     return tree, f"{options.chains} chains of {options.draws} draws after {options.warmup} of warm-up"
@@ -129,7 +128,7 @@ _SMALLEST = {
     "max_steps": (1, "the steps allowed"),
     "warmup": (1, "the steps of adaptation"),
     "chains": (1, "the number of chains"),
-    "draws": (2, "the spread is taken from them"),
+    "draws": (4, "their spread and, for nuts, halves of chains are compared"),
     "particles": (2, "one particle has no weights to compare"),
     "repeats": (2, "the standard error is taken from them"),
 }

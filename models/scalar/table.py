@@ -46,13 +46,13 @@ def table(title: str, rows: list[Row]) -> Table:
     """The rows as a table for the terminal."""
     shown = Table(title=title)
     shown.add_column("name")
-    for column in ("truth", "estimate", "posterior sd", "95 % interval", "truth inside"):
-        shown.add_column(column, justify="right")
+    for column in ("truth", "estimate", "sd", "95 % interval", "truth inside"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         spread = ["-", "-", "-"]
         if row.deviation is not None and row.interval is not None:
             low, high = row.interval
             inside = "yes" if low <= row.truth <= high else "no"
-            spread = [f"{row.deviation:.4f}", f"{low:.4f} to {high:.4f}", inside]
+            spread = [f"{row.deviation:.4f}", f"{low:.4f}, {high:.4f}", inside]
         shown.add_row(row.name, f"{row.truth:.4f}", f"{row.estimate:.4f}", *spread)
     return shown

@@ -1,26 +1,34 @@
 """Inference for the models of this library, and results in the form that ArviZ reads.
 
 Read in this order: results (what every method returns), joint, minimise (steps that stay on their side of det J = 0),
-map, proposals, particles, smoothing, particle_result.
+map, proposals, particles, smoothing, particle_result, reparam, nuts.
 """
 
 from prob_transformer.inference.map import MapResult, embedding_signs, find_map
 from prob_transformer.inference.minimise import MapStatus
+from prob_transformer.inference.nuts import nuts
+from prob_transformer.inference.nuts_result import NutsResult, NutsStatus
 from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
 from prob_transformer.inference.particles import particle_filter
+from prob_transformer.inference.reparam import NoiseReparam, through_noise
 from prob_transformer.inference.results import datatree, load, save
 from prob_transformer.inference.smoothing import smooth
 
 __all__ = [
     "MapResult",
     "MapStatus",
+    "NoiseReparam",
+    "NutsResult",
+    "NutsStatus",
     "ParticleResult",
     "ParticleStatus",
     "datatree",
     "embedding_signs",
     "find_map",
     "load",
+    "nuts",
     "particle_filter",
     "save",
     "smooth",
+    "through_noise",
 ]

@@ -128,7 +128,7 @@ class ParticleResult(NamedTuple):
             "objective": "log p(embeddings, tokens) in nats, embeddings by the process",
             "status": status.name.lower(),
         }
-        groups = {
+        groups: dict[str, dict[str, Any]] = {
             "posterior": {"embeddings": self.filtered[rows, indices][None]},
             "log_likelihood": {"tokens": self.log_likelihood[rows, indices][None]},
             "sample_stats": {

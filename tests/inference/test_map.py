@@ -192,20 +192,17 @@ def test_embeddings_drawn_to_the_wall_by_data_stay_before_it():
 
 
 def test_one_compilation_for_a_model_and_shape(caplog):
-    def model(attention, y):
-        observed_process(attention, y)
+    def model(x):
+        coin(x)
 
-    def mode(y, strength, **options):
-        attention = Attention(np.full((1, 1, 2), strength), np.ones((1, 1, 2)))
-        options |= {"signs": embedding_signs(attention), "space": "constrained"}
-        found = find_map(model, attention, y, **options)
-        np.testing.assert_allclose(found.parameters["embeddings"], posterior_mean(y), atol=1e-6)
-
-    other = np.random.default_rng(0).normal(size=(3, 2))
     with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
-        mode(np.ones((3, 2)), 1e-12, seed=1)
-        mode(other, 2e-12, seed=2, tolerance=1e-7, max_steps=80)
-        mode(other, 2e-12, init={"embeddings": other.tolist()}, tolerance=np.float64(1e-7))
+        for x, options in (
+            (COINS, {"seed": 1}),
+            (1 - COINS, {"seed": 2, "tolerance": 1e-7, "max_steps": 80}),
+            (COINS, {"init": {"p": 0.3}, "tolerance": np.float64(1e-7)}),
+        ):
+            found = find_map(model, x, space="constrained", **options)
+            np.testing.assert_allclose(found.parameters["p"], (x.sum() + 1) / 11, atol=1e-6)
     compiled = [record for record in caplog.records if record.getMessage().startswith("Compiling jit(_search)")]
     assert len(compiled) == 1
 

@@ -1,0 +1,173 @@
+"""Chains of NUTS side by side: starts, NumPyro's transitions and what each draw means, as one compiled function."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
+from numpyro import handlers
+from numpyro.infer.hmc import hmc
+from numpyro.infer.util import ParamInfo, constrain_fn, potential_energy
+
+from prob_transformer.change_of_variables import residual_and_log_det
+from prob_transformer.inference.joint import observed_data
+from prob_transformer.inference.reparam import embedding_process, status_name, through_noise
+from prob_transformer.transform import SolveStatus
+
+# NumPyro's own radius of random starts and number of tries.
+_RADIUS, _TRIES = 2.0, 100
+_REPORTS = 100
+
+
+class Settings(NamedTuple):
+    """What a compilation is for, besides the model and shapes."""
+
+    warmup: int
+    draws: int
+    chains: int
+    max_tree_depth: int
+    dense_mass: bool
+    predictive: bool
+    given: tuple[str, ...]
+    noise_sites: tuple[str, ...]
+    reports: bool
+
+
+class Kept(NamedTuple):
+    """Draws as unconstrained coordinates and as values by site, (chain, draw, ...), and whether all found a start."""
+
+    unconstrained: dict[str, Float[Array, "chain draw ..."]]
+    stats: dict[str, Num[Array, "chain draw"]]
+    values: dict[str, Num[Array, "chain draw ..."]]
+    log_likelihood: dict[str, Float[Array, "chain draw ..."]]
+    predictive: dict[str, Num[Array, "chain draw ..."]]
+    started: Bool[Array, ""]
+
+
+# Who is told of the progress of a run. The compiled code knows the number of the run only, so it serves all of them.
+_listeners: dict[int, Callable[[int], None]] = {}
+_numbers = itertools.count()
+
+
+def _report(run: Any, done: Any) -> None:
+    listener = _listeners.get(int(run))
+    if listener is not None:
+        listener(int(done))
+
+
+def _describe(model, args, kwargs, settings, unconstrained, key):
+    """Values by site, log-likelihood, predictive draws and troubled positions at one point of the chain."""
+    constrained = constrain_fn(model, args, kwargs, unconstrained)
+    trace = handlers.trace(handlers.substitute(model, data=constrained)).get_trace(*args, **kwargs)
+    statuses = [trace[status_name(name)]["value"] for name in settings.noise_sites]
+    past = sum(((status == SolveStatus.PAST_BOUNDARY).sum() for status in statuses), jnp.int32(0))
+    lost = sum(((status == SolveStatus.NOT_CONVERGED).sum() for status in statuses), jnp.int32(0))
+    for site in trace.values():
+        process = embedding_process(site)
+        if process is not None:
+            past = past + (residual_and_log_det(process.attention, site["value"]).sign <= 0).sum()
+    hidden = {status_name(name) for name in settings.noise_sites}
+    values = constrained | {
+        name: site["value"] for name, site in trace.items() if site["type"] == "deterministic" and name not in hidden
+    }
+    observed = observed_data(trace)
+    log_likelihood = {name: trace[name]["fn"].log_prob(value) for name, value in observed.items()}
+    # Embeddings that were observed are left out: past the boundary there may be none to draw.
+    drawn = [name for name in observed if settings.predictive and embedding_process(trace[name]) is None]
+    keys = jax.random.split(key, len(drawn) + 1)
+    predictive = {name: trace[name]["fn"].sample(k) for name, k in zip(drawn, keys, strict=False)}
+    return values, log_likelihood, predictive, {"past_boundary": past, "root_lost": lost}
+
+
+@eqx.filter_jit
+def _run(model, args, kwargs, start, key, target_accept, settings: Settings, run):
+    # One compilation a model, settings and shapes: all that changes between calls comes in as an argument.
+    model = through_noise(model) if settings.noise_sites else model
+    warmup, draws, chains = settings.warmup, settings.draws, settings.chains
+    start_key, chain_key, predictive_key = jax.random.split(key, 3)
+
+    def potential(z):
+        return potential_energy(model, args, kwargs, z)
+
+    def try_start(key):
+        keys = jax.random.split(key, len(start))
+        z = {
+            name: value
+            if name in settings.given
+            else jax.random.uniform(k, value.shape, value.dtype, -_RADIUS, _RADIUS)
+            for k, (name, value) in zip(keys, start.items(), strict=True)
+        }
+        value, slope = jax.value_and_grad(potential)(z)
+        finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(g).all() for g in slope.values()]).all()
+        return ParamInfo(z, value, slope), finite
+
+    def find_start(key):
+        def again(carry):
+            tried, key, _, _ = carry
+            key, here = jax.random.split(key)
+            return tried + 1, key, *try_start(here)
+
+        # Filled in by the first try, so that the density is compiled once.
+        blank = ParamInfo(start, jnp.asarray(jnp.inf, float), jax.tree.map(jnp.zeros_like, start))
+        untried = (jnp.int32(0), key, blank, jnp.asarray(False))
+        return jax.lax.while_loop(lambda carry: ~carry[3] & (carry[0] < _TRIES), again, untried)[2:]
+
+    starts, found = jax.vmap(find_start)(jax.random.split(start_key, chains))
+    begin, transition = hmc(potential, algo="NUTS")
+
+    def begin_chain(point, key):
+        return begin(
+            point,
+            num_warmup=warmup,
+            step_size=1.0,
+            target_accept_prob=target_accept,
+            dense_mass=settings.dense_mass,
+            max_tree_depth=settings.max_tree_depth,
+            rng_key=key,
+        )
+
+    def step(states, i):
+        states = jax.vmap(transition)(states)
+        if settings.reports:
+            every = max(1, (warmup + draws) // _REPORTS)
+            jax.lax.cond((i + 1) % every == 0, lambda: jax.debug.callback(_report, run, i + 1), lambda: None)
+        stats = {
+            name: getattr(states, name)
+            for name in ("diverging", "num_steps", "accept_prob", "energy", "potential_energy")
+        }
+        return states, (states.z, stats | {"step_size": states.adapt_state.step_size})
+
+    states = jax.vmap(begin_chain)(starts, jax.random.split(chain_key, chains))
+    _, kept = jax.lax.scan(step, states, jnp.arange(warmup + draws))
+    unconstrained, stats = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[warmup:], 0, 1), kept)
+
+    keys = jax.random.split(predictive_key, (chains, draws))
+    described = jax.vmap(jax.vmap(lambda z, k: _describe(model, args, kwargs, settings, z, k)))(unconstrained, keys)
+    values, log_likelihood, predictive, troubled = described
+    return Kept(unconstrained, stats | troubled, values, log_likelihood, predictive, found.all())
+
+
+def run_chains(
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    start: Mapping[str, Float[Array, "..."]],
+    key: PRNGKeyArray,
+    target_accept: Float[Array, ""] | float,
+    settings: Settings,
+    progress: Callable[[int], None] | None,
+) -> Kept:
+    """All draws after warm-up; sites of `start` that are not `given` start at random, where the density is finite."""
+    run = next(_numbers)
+    if progress is not None:
+        _listeners[run] = progress
+    try:
+        kept = _run(model, args, kwargs, start, key, jnp.asarray(target_accept, float), settings, jnp.asarray(run))
+        if progress is not None:
+            jax.effects_barrier()
+    finally:
+        _listeners.pop(run, None)
+    return kept

@@ -1,0 +1,131 @@
+"""NUTS: NumPyro's transition, in one compiled loop over chains side by side.
+
+    potential    U(z) = -log p(theta(z), y) - log|d theta / d z|                       in nats, z unconstrained
+
+Embeddings are sampled "direct", with the density of the EmbeddingProcess, or through their "noise" (see reparam). In
+the safe region both have one posterior. Past the boundary they differ: "direct" has the |det J| density, whose mass
+exceeds 1 and whose walls det J = 0 the chain may jump; "noise" has the law of the root finder. Draws that show it have
+a status that says so.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro import handlers
+from numpyro.infer.util import constrain_fn
+
+from prob_transformer._validation import is_concrete, require_count
+from prob_transformer.change_of_variables import residual_and_log_det
+from prob_transformer.inference.chains import Settings, run_chains
+from prob_transformer.inference.joint import observed_data, starting_point
+from prob_transformer.inference.nuts_result import NutsResult, diagnose
+from prob_transformer.inference.reparam import embedding_process, noise_name, position_scales
+
+Embeddings = Literal["direct", "noise"]
+
+
+def _through_their_noise(trace: Mapping[str, Any], start: dict[str, Array]) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """The start with embeddings replaced by the noise that gives them, and the names of their sites."""
+    start, names = dict(start), []
+    for name, site in trace.items():
+        process = embedding_process(site)
+        if process is not None and not site["is_observed"]:
+            residual = residual_and_log_det(process.attention, site["value"]).residual
+            del start[name]
+            start[noise_name(name)] = residual / position_scales(process)
+            names.append(name)
+    if not names:
+        raise ValueError("embeddings: is 'noise', but no latent site is an EmbeddingProcess; pass 'direct'.")
+    return start, tuple(names)
+
+
+def nuts(
+    model: Callable,
+    *args: Any,
+    key: PRNGKeyArray | None = None,
+    seed: int | None = None,
+    warmup: int = 500,
+    draws: int = 1000,
+    chains: int = 2,
+    embeddings: Embeddings = "direct",
+    target_accept: Float[Array, ""] | float = 0.8,
+    init: Mapping[str, Float[Array, "..."]] | None = None,
+    dense_mass: bool = False,
+    max_tree_depth: int = 10,
+    predictive: bool = True,
+    progress: Callable[[int], None] | None = None,
+    **kwargs: Any,
+) -> NutsResult:
+    """Draws from the posterior of a NumPyro model, called with `args` and `kwargs`; look at the result's `status`.
+
+    Randomness comes from `key`, or from `jax.random.key(seed)`; `seed` also labels results. All chains start at the
+    values in `init`, by site and in their supports, and at random where it has none. `embeddings` says how sites of an
+    EmbeddingProcess are sampled: "direct", or by their "noise"; these have one posterior in the safe region, and past
+    the boundary the |det J| density and the law of the root finder (module docstring). `predictive` draws observed
+    sites anew given each draw. `progress` is called with the number of transitions made, about a hundred times.
+
+    Compiled once for a model, the shapes of its arrays and the counts given: pass the same function again, not a new
+    closure. Chains that go wrong are returned with their `NutsStatus`. Raises ValueError for unknown names, shapes or
+    values in `init`, discrete latent sites, empty data, and other bad arguments.
+    """
+    require_count("warmup", warmup, 0, "the number of transitions that adapt and are dropped")
+    require_count("draws", draws, 4, "halves of chains are compared")
+    require_count("chains", chains, 1, "the number of chains")
+    require_count("max_tree_depth", max_tree_depth, 1, "the number of doublings of a trajectory")
+    if embeddings not in get_args(Embeddings):
+        raise ValueError(f"embeddings: got {embeddings!r}; pass one of {', '.join(get_args(Embeddings))}.")
+    if is_concrete(target_accept) and not 0 < float(target_accept) < 1:
+        raise ValueError(f"target_accept: got {target_accept}; pass a share of steps between 0 and 1.")
+    if seed is not None:
+        require_count("seed", seed, 0, "the seed of the draws")
+        key = jax.random.key(seed) if key is None else key
+    if key is None:
+        raise ValueError("key: got None; pass a JAX random key, or a seed.")
+    init = {} if init is None else init
+    point_key, run_key = jax.random.split(key)
+    start = starting_point(model, args, kwargs, init, point_key)
+    here = constrain_fn(model, args, kwargs, start)
+    trace = handlers.trace(handlers.substitute(model, data=here)).get_trace(*args, **kwargs)
+    given, noise_sites = set(init), tuple[str, ...]()
+    if embeddings == "noise":
+        start, noise_sites = _through_their_noise(trace, start)
+        given = {noise_name(name) if name in noise_sites else name for name in given}
+    # NumPyro draws momenta in JAX's default precision whatever that of the positions.
+    start = {name: jnp.asarray(value, jnp.result_type(float)) for name, value in start.items()}
+    settings = Settings(
+        warmup=warmup,
+        draws=draws,
+        chains=chains,
+        max_tree_depth=max_tree_depth,
+        dense_mass=dense_mass,
+        predictive=predictive,
+        given=tuple(sorted(given)),
+        noise_sites=noise_sites,
+        reports=progress is not None,
+    )
+    kept = jax.tree.map(np.asarray, run_chains(model, args, kwargs, start, run_key, target_accept, settings, progress))
+    arrays = [*kept.unconstrained.values(), *kept.values.values(), kept.stats["potential_energy"]]
+    finite = bool(kept.started) and all(np.isfinite(array).all() for array in arrays)
+    r_hat, ess = diagnose(kept.unconstrained)
+    return NutsResult(
+        draws=kept.values,
+        sample_stats=kept.stats,
+        r_hat=r_hat,
+        ess=ess,
+        log_likelihood=kept.log_likelihood,
+        posterior_predictive=kept.predictive,
+        observed_data=observed_data(trace),
+        finite=finite,
+        configuration={
+            "warmup": warmup,
+            "draws": draws,
+            "chains": chains,
+            "embeddings": embeddings,
+            "target_accept": float(target_accept),
+        },
+        seed=seed,
+    )

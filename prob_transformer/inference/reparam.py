@@ -1,0 +1,78 @@
+"""Embeddings through their noise: the site of an EmbeddingProcess replaced by standard normals and the root finder.
+
+    z ~ N(0, I),    u = root of u_i - mu_i(u_i; u_<i) = scale_i z_i        instead of        u ~ EmbeddingProcess
+
+Where det J > 0 everywhere this is the same law in other coordinates, in which the prior is a standard normal. Past the
+boundary u has the law of the root finder, which is not the |det J| density (docs/theory.md section 3).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.infer.reparam import Reparam
+
+from prob_transformer.accelerated import CausalAttentionTransform
+from prob_transformer.process import EmbeddingProcess
+from prob_transformer.transform import SolveStatus
+
+
+def embedding_process(site: dict[str, Any]) -> EmbeddingProcess | None:
+    """The process that a site of a trace is drawn from, behind expansion or masks; None for any other site."""
+    fn = site.get("fn")
+    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn if isinstance(fn, EmbeddingProcess) else None
+
+
+def noise_name(name: str) -> str:
+    """The site of the noise of an embedding site."""
+    return f"{name}_noise"
+
+
+def status_name(name: str) -> str:
+    """The deterministic site with the `SolveStatus` of every position of an embedding site."""
+    return f"{name}_solve_status"
+
+
+def position_scales(process: EmbeddingProcess) -> Float[Array, "... n 1"]:
+    """Standard deviation of the noise at every position, to be multiplied with noise (..., n, d)."""
+    is_first = jnp.arange(process.length) == 0
+    return jnp.where(is_first, process.first_scale[..., None], process.noise_scale[..., None])[..., None]
+
+
+class NoiseReparam(Reparam):
+    """NumPyro reparameterisation of an unobserved EmbeddingProcess site; the embeddings become a deterministic site.
+
+    Besides the site "<name>_noise" (..., n, d) the model gains the deterministic "<name>_solve_status" (..., n), a
+    `SolveStatus` a position. A position whose root was not found keeps its noise as its embedding, so that nothing is
+    NaN: look at the status. Roots are found by the accelerated path whatever that of the process, several times faster
+    where every leapfrog step needs them; gradients follow the implicit function theorem. Raises ValueError for an
+    observed site or another distribution.
+    """
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Float[Array, "... n d"]]:
+        process = embedding_process({"fn": fn})
+        if process is None:
+            raise ValueError(f"{name}: is drawn from {type(fn).__name__}; NoiseReparam takes an EmbeddingProcess.")
+        if obs is not None:
+            raise ValueError(f"{name}: is observed; only embeddings that are sampled can be sampled by their noise.")
+        noise = numpyro.sample(noise_name(name), dist.Normal(0.0, 1.0).expand(fn.shape()).to_event(2))
+        scaled = noise * position_scales(process)
+        roots, status = CausalAttentionTransform(process.attention).solve(scaled)
+        numpyro.deterministic(status_name(name), status)
+        embeddings = jnp.where((status == SolveStatus.NOT_CONVERGED)[..., None], scaled, roots)
+        return None, embeddings
+
+
+def _noise_of(site: dict[str, Any]) -> Reparam | None:
+    return NoiseReparam() if embedding_process(site) is not None and site["value"] is None else None
+
+
+def through_noise(model: Callable) -> Callable:
+    """The model with every unobserved EmbeddingProcess site sampled through its noise by `NoiseReparam`."""
+    return handlers.reparam(model, config=_noise_of)
