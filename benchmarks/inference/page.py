@@ -19,8 +19,8 @@ INTRODUCTION = """# Inference against the truth
 
 Every number on this page comes from the results committed as
 [inference/result.json](../benchmarks/inference/result.json) and
-[laplace_torch/result.json](../benchmarks/laplace_torch/result.json); `python -m benchmarks.inference.page` writes the page,
-and a test compares them. `python -m benchmarks.inference --out FILE` and `make benchmark-laplace` measure again.
+[laplace_torch/result.json](../benchmarks/laplace_torch/result.json); `python -m benchmarks.inference.page` writes the
+page, and a test compares them. `python -m benchmarks.inference --out FILE` and `make benchmark-laplace` measure again.
 How the methods are used: [inference.md](inference.md)."""
 
 
