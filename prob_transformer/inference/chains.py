@@ -20,6 +20,7 @@ from prob_transformer.transform import SolveStatus
 # NumPyro's own radius of random starts and number of tries.
 _RADIUS, _TRIES = 2.0, 100
 _REPORTS = 100
+_DESCRIBED_AT_ONCE = 32
 
 
 class Settings(NamedTuple):
@@ -145,8 +146,12 @@ def _run(model, args, kwargs, start, key, target_accept, settings: Settings, run
     unconstrained, stats = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[warmup:], 0, 1), kept)
 
     keys = jax.random.split(predictive_key, (chains, draws))
-    described = jax.vmap(jax.vmap(lambda z, k: _describe(model, args, kwargs, settings, z, k)))(unconstrained, keys)
-    values, log_likelihood, predictive, troubled = described
+    # A few draws at a time: what describes one holds arrays of the size of the data and more.
+    values, log_likelihood, predictive, troubled = jax.vmap(
+        lambda chain: jax.lax.map(
+            lambda draw: _describe(model, args, kwargs, settings, *draw), chain, batch_size=_DESCRIBED_AT_ONCE
+        )
+    )((unconstrained, keys))
     return Kept(unconstrained, stats | troubled, values, log_likelihood, predictive, found.all())
 
 
