@@ -18,7 +18,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import constrain_fn, log_density, potential_energy
 
-from prob_transformer._validation import require_finite, require_floating
+from prob_transformer._validation import require_count, require_finite, require_floating
 
 Space = Literal["constrained", "unconstrained"]
 Sites = Mapping[str, Float[Array, "..."]]
@@ -44,14 +44,26 @@ def _is_data(site: dict[str, Any]) -> bool:
     return site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
 
 
+def require_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse empty arrays by ValueError, before a model runs: NumPyro's plates fail an assertion without a name."""
+    for leaf in jax.tree.leaves((args, kwargs)):
+        if isinstance(leaf, (np.ndarray, jax.Array)) and leaf.size == 0:
+            raise ValueError(f"model: an argument has shape {leaf.shape}; pass at least one observation.")
+
+
+def key_or_seed(key: PRNGKeyArray | None, seed: int | None, purpose: str) -> PRNGKeyArray | None:
+    """The key, or else that of the seed, or None without either. Raises ValueError for a seed that is no count."""
+    if seed is None:
+        return key
+    require_count("seed", seed, 0, f"the seed of {purpose}")
+    return jax.random.key(seed) if key is None else key
+
+
 def starting_point(
     model: Callable, args: tuple, kwargs: dict, init: Mapping[str, Any], key: PRNGKeyArray | None
 ) -> dict[str, Float[Array, "..."]]:
     """Unconstrained starting values of all latent sites; running the model on concrete values validates its data."""
-    # Before the model runs: NumPyro's plates fail an assertion without a name when empty.
-    for leaf in jax.tree.leaves((args, kwargs)):
-        if isinstance(leaf, (np.ndarray, jax.Array)) and leaf.size == 0:
-            raise ValueError(f"model: an argument has shape {leaf.shape}; pass at least one observation.")
+    require_data(args, kwargs)
     start: dict[str, Float[Array, "..."]] = {}
 
     def value_of(site: dict[str, Any]) -> Float[Array, "..."] | None:

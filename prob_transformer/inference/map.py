@@ -25,7 +25,14 @@ from numpyro.infer.util import constrain_fn
 from prob_transformer._validation import require_count, require_positive
 from prob_transformer.attention import Attention
 from prob_transformer.change_of_variables import residual_and_log_det
-from prob_transformer.inference.joint import Sites, Space, negative_log_joint, observed_data, starting_point
+from prob_transformer.inference.joint import (
+    Sites,
+    Space,
+    key_or_seed,
+    negative_log_joint,
+    observed_data,
+    starting_point,
+)
 from prob_transformer.inference.minimise import Iterate, MapStatus, Minimum, minimise
 from prob_transformer.inference.results import Dims, datatree
 from prob_transformer.provenance import provenance
@@ -184,9 +191,7 @@ def find_map(
         )
     require_count("max_steps", max_steps, 1, "the number of steps allowed")
     require_positive("tolerance", tolerance)
-    if seed is not None:
-        require_count("seed", seed, 0, "the seed of the random start")
-        key = jax.random.key(seed) if key is None else key
+    key = key_or_seed(key, seed, "the random start")
     start = starting_point(model, args, kwargs, {} if init is None else init, key)
     found, parameters, unconstrained, log_likelihood, observed = _search(
         model, args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)

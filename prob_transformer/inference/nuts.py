@@ -21,7 +21,7 @@ from numpyro.infer.util import constrain_fn
 from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.inference.chains import Settings, run_chains
-from prob_transformer.inference.joint import observed_data, starting_point
+from prob_transformer.inference.joint import key_or_seed, observed_data, starting_point
 from prob_transformer.inference.nuts_result import NutsResult, diagnose
 from prob_transformer.inference.reparam import embedding_process, noise_name, position_scales
 
@@ -80,9 +80,7 @@ def nuts(
         raise ValueError(f"embeddings: got {embeddings!r}; pass one of {', '.join(get_args(Embeddings))}.")
     if is_concrete(target_accept) and not 0 < float(target_accept) < 1:
         raise ValueError(f"target_accept: got {target_accept}; pass a share of steps between 0 and 1.")
-    if seed is not None:
-        require_count("seed", seed, 0, "the seed of the draws")
-        key = jax.random.key(seed) if key is None else key
+    key = key_or_seed(key, seed, "the draws")
     if key is None:
         raise ValueError("key: got None; pass a JAX random key, or a seed.")
     init = {} if init is None else init

@@ -17,12 +17,12 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from prob_transformer._validation import require_count
+from prob_transformer.inference.joint import require_data
 from prob_transformer.inference.laplace.blockwise import ScaledKroneckerPrecision, nearest_kronecker
 from prob_transformer.inference.laplace.curvature import (
     Curvature,
@@ -199,9 +199,7 @@ def laplace(
             raise ValueError(f"{option}: got {given!r}; pass one of {', '.join(get_args(choices))}.")
     if rank is not None and structure != "low-rank":
         raise ValueError(f"rank: got {rank} for structure {structure!r}; leave it out, or use 'low-rank'.")
-    for leaf in jax.tree.leaves((args, kwargs)):
-        if isinstance(leaf, (np.ndarray, jax.Array)) and leaf.size == 0:
-            raise ValueError(f"model: an argument has shape {leaf.shape}; pass at least one observation.")
+    require_data(args, kwargs)
     potential = Potential(model, args, kwargs, dict(at.unconstrained), _require_sites(sites, list(at.unconstrained)))
     size = potential.centre().shape[0]
     if structure == "full" or rank == size:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._validation import require_count
+from prob_transformer.inference.joint import key_or_seed
 from prob_transformer.inference.laplace.potential import Potential
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.laplace.predictive import (
@@ -126,9 +126,7 @@ class LaplaceResult(NamedTuple):
         `key`, or from `jax.random.key(seed)`; `seed` is also what the tree is labelled with. Raises ValueError without
         either, as `sample`, and as `datatree` for `dims`.
         """
-        if seed is not None:
-            require_count("seed", seed, 0, "the seed of the draws")
-            key = jax.random.key(seed) if key is None else key
+        key = key_or_seed(key, seed, "the draws")
         if key is None:
             raise ValueError("key: got None; pass a JAX random key, or a seed.")
         predicted = self.predictive(key, draws)
