@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.registry import SECTIONS
 from benchmarks.result import ROOT
+from benchmarks.section import Section
 from benchmarks.table import markdown
 from models import cli
 from prob_transformer.provenance import write_text
@@ -35,14 +36,14 @@ def page(results: Mapping[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A result fit to be published. Raises ValueError naming the file for one that is not."""
+def load(path: Path, sections: Sequence[Section] = SECTIONS, command: str = "python -m benchmarks") -> dict[str, Any]:
+    """A result of `command` fit to be published. Raises ValueError naming the file for one that is not."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         quick, found = result["provenance"]["configuration"]["quick"], result["sections"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"RESULT: {path} is not a result; write one with python -m benchmarks --out {path}.") from None
-    missing = [section.name for section in SECTIONS if section.name not in found]
+        raise ValueError(f"RESULT: {path} is not a result; write one with {command} --out {path}.") from None
+    missing = [section.name for section in sections if section.name not in found]
     if quick or missing:
         what = "is a quick run" if quick else f"lacks {', '.join(missing)}"
         raise ValueError(f"RESULT: {path} {what}; pass the result of a whole run, without --quick and --only.")

@@ -5,8 +5,10 @@ from it the sections measured by the same sources (a digest of this package, the
 sizes, versions and machine; otherwise it starts over. FILE itself, whole or not at all, is only replaced at the end.
 """
 
+import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +28,22 @@ def digest_of_sources(root: Path = ROOT) -> str:
     for path in sorted(path for folder in _SOURCES for path in (root / folder).rglob("*.py")):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def options(command: str, description: str) -> argparse.ArgumentParser:
+    """The options of a command that measures sections."""
+    parser = argparse.ArgumentParser(prog=command, description=description)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the result, as JSON")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, and no more")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="NAME", help="only these sections; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: %(default)s)")
+    return parser
+
+
+def tell(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def _now() -> str:

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from scipy.stats import binom
 
 from paper_figures.inference_result import INFERENCE, load_inference
-from paper_figures.style import BLACK, BLUE
+from paper_figures.style import BLACK, BLUE, panel_grid
 
 NAME = "calibration_ranks"
 CAPTION = (
@@ -22,9 +21,8 @@ _COLUMNS = 4
 def draw(inference: Path = INFERENCE) -> Figure:
     """The figure from a saved result of the inference benchmark."""
     rows = load_inference(inference)["calibration"]["rows"]
-    lines = -(-len(rows) // _COLUMNS)
-    figure, panels = plt.subplots(lines, _COLUMNS, figsize=(7.2, 2.0 * lines), sharey=True, squeeze=False)
-    for panel, row in zip(panels.flat, rows, strict=False):
+    figure, panels = panel_grid(len(rows), _COLUMNS, 2.0, sharey=True)
+    for panel, row in zip(panels, rows, strict=True):
         counts = np.asarray(row["counts"])
         low, high = binom.ppf([0.005, 0.995], counts.sum(), 1 / len(counts))
         edges = np.linspace(0, 1, len(counts) + 1)
@@ -36,8 +34,6 @@ def draw(inference: Path = INFERENCE) -> Figure:
         panel.set_title(f"{row['method']}: {row['quantity']}")
         panel.text(0.97, 0.95, f"p = {row['p_value']:.2g}", transform=panel.transAxes, ha="right", va="top", fontsize=7)
         panel.set_xlabel("rank / number of draws")
-    for panel in panels[:, 0]:
+    for panel in panels[::_COLUMNS]:
         panel.set_ylabel("datasets per bin")
-    for panel in list(panels.flat)[len(rows) :]:
-        panel.set_axis_off()
     return figure

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
 from paper_figures.inference_result import INFERENCE, load_inference
-from paper_figures.style import BLACK, ORANGE
+from paper_figures.style import BLACK, ORANGE, panel_grid
 
 NAME = "laplace_nuts"
 CAPTION = (
@@ -23,9 +22,8 @@ _COLUMNS = 3
 def draw(inference: Path = INFERENCE) -> Figure:
     """The figure from a saved result of the inference benchmark."""
     rows = load_inference(inference)["laplace-nuts"]["rows"]
-    lines = -(-len(rows) // _COLUMNS)
-    figure, panels = plt.subplots(lines, _COLUMNS, figsize=(7.2, 2.0 * lines), squeeze=False)
-    for panel, row in zip(panels.flat, rows, strict=False):
+    figure, panels = panel_grid(len(rows), _COLUMNS, 2.0)
+    for panel, row in zip(panels, rows, strict=True):
         counts, edges = np.asarray(row["histogram"]["counts"]), np.asarray(row["histogram"]["edges"])
         panel.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, color="#bbbbbb", label="NUTS")
         mean, sd = row["laplace_mean"], row["laplace_sd"]
@@ -44,10 +42,8 @@ def draw(inference: Path = INFERENCE) -> Figure:
             fontsize=7,
             color=BLACK,
         )
-    for panel in panels[:, 0]:
+    for panel in panels[::_COLUMNS]:
         panel.set_ylabel("density")
-    for panel in list(panels.flat)[len(rows) :]:
-        panel.set_axis_off()
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure

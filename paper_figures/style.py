@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prob_transformer.provenance import atomic_path
@@ -39,6 +41,15 @@ RC: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "prob-transformer",
 }
+
+
+def panel_grid(count: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in rows of `columns`, each row `height` inches high; what is left of the last is empty."""
+    rows = -(-count // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(7.2, height * rows), squeeze=False, **options)
+    for panel in panels.flat[count:]:
+        panel.set_axis_off()
+    return figure, list(panels.flat[:count])
 
 
 def save(figure: Figure, name: str, out: Path) -> list[Path]:

@@ -5,42 +5,29 @@ all was measured, whatever the figures; 2 for bad input. `python -m benchmarks.i
 docs/inference_benchmark.md.
 """
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from benchmarks.inference.registry import SECTIONS
 from benchmarks.inference.sizes import QUICK, Sizes
 from benchmarks.registry import select
-from benchmarks.result import measure
+from benchmarks.result import measure, tell
+from benchmarks.result import options as command_options
 from benchmarks.table import show
 from models import cli
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description="Inference against the truth.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the result, as JSON")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, and no more")
-    parser.add_argument(
-        "--only", nargs="+", action="extend", default=[], metavar="NAME", help="only these sections; may be repeated"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (default: %(default)s)")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status of a run with these command-line arguments; ValueError for bad ones."""
-    options = _parser().parse_args(arguments)
+    options = command_options("python -m benchmarks.inference", "Inference against the truth.").parse_args(arguments)
     if options.seed < 0:
         raise ValueError(f"--seed: got {options.seed}; pass an integer of at least 0.")
     sections = select(options.only, SECTIONS)
     sizes = dataclasses.replace(QUICK if options.quick else Sizes(), seed=options.seed)
     jax.config.update("jax_enable_x64", True)
-    result = measure(options.out, sections, sizes, options.quick, lambda message: print(message, file=sys.stderr))
+    result = measure(options.out, sections, sizes, options.quick, tell)
     show(result, options.out, SECTIONS)
     return 0
 

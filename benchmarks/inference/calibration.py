@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
-from benchmarks.inference.models import CALIBRATION_PRIORS, TRUE_A, TRUE_NOISE_SCALE, calibration_model
+from benchmarks.inference.models import CALIBRATION_PRIORS, TRUE_A, TRUE_NOISE_SCALE
 from benchmarks.inference.sizes import Sizes
 from benchmarks.section import Column, Section, at_least
-from models.scalar.dataset import decoder
+from models.scalar.dataset import decoder, parameter_model
 from models.scalar.density import scalar_attention
 from prob_transformer import EmbeddingProcess
 from prob_transformer.inference import ParticleStatus, find_map, particle_filter, smooth
@@ -20,7 +20,7 @@ from prob_transformer.inference.calibration import ranks, uniformity
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.nuts import nuts
 
-SITES = ("b", "noise_scale")
+SITES = CALIBRATION_PRIORS._fields
 # Five in a hundred that a correct method misses it, over all the quantities that are ranked for it.
 LEVEL = 0.05
 
@@ -33,8 +33,8 @@ def simulate(key: PRNGKeyArray, sizes: Sizes) -> tuple[Float[np.ndarray, "R 2"],
     def one(key):
         keys = jax.random.split(key, 3)
         b, noise_scale = (
-            jnp.exp(CALIBRATION_PRIORS[site][0] + CALIBRATION_PRIORS[site][1] * jax.random.normal(k))
-            for site, k in zip(SITES, keys, strict=False)
+            jnp.exp(mean + deviation * jax.random.normal(k))
+            for (mean, deviation), k in zip(CALIBRATION_PRIORS, keys, strict=False)
         )
         process = EmbeddingProcess(scalar_attention(-b), sizes.calibration_positions, noise_scale)
         return jnp.stack([b, noise_scale]), process.sample(keys[2], (sizes.calibration_sequences,))
@@ -46,8 +46,9 @@ def simulate(key: PRNGKeyArray, sizes: Sizes) -> tuple[Float[np.ndarray, "R 2"],
 def _nuts_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> tuple[Float[np.ndarray, "L 2"], str]:
     count = (sizes.ranked_draws + 1) * sizes.thinning
     found = nuts(
-        calibration_model,
+        parameter_model,
         embeddings,
+        CALIBRATION_PRIORS,
         key=jax.random.key(seed),
         warmup=sizes.warmup,
         draws=count,
@@ -60,8 +61,8 @@ def _nuts_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> t
 
 def _laplace_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> tuple[Float[np.ndarray, "L 2"], str]:
     start_key, draw_key = jax.random.split(jax.random.key(seed))
-    mode = find_map(calibration_model, embeddings, space="unconstrained", key=start_key)
-    drawn = laplace(calibration_model, embeddings, at=mode).sample(draw_key, sizes.ranked_draws)
+    mode = find_map(parameter_model, embeddings, CALIBRATION_PRIORS, space="unconstrained", key=start_key)
+    drawn = laplace(parameter_model, embeddings, CALIBRATION_PRIORS, at=mode).sample(draw_key, sizes.ranked_draws)
     return np.stack([np.asarray(drawn[site]) for site in SITES], -1), mode.status.name.lower()
 
 

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from numpyro.diagnostics import effective_sample_size
-from scipy.stats import multivariate_normal
 
 from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, conjugate_model
 from benchmarks.inference.sizes import Sizes
-from benchmarks.inference.truth import BUMPS, SCALES, TOKENS, conjugate_truth
+from benchmarks.inference.truth import BUMPS, SCALES, TOKENS, conjugate_truth, gaussian_posterior
 from benchmarks.section import Column, Section, at_most
 from prob_transformer import Attention
 from prob_transformer.inference import find_map, particle_filter
@@ -19,27 +18,6 @@ from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.nuts import nuts
 
 LENGTH, WIDTH = 4, 2
-
-
-def prior_covariance(length: int) -> Float[np.ndarray, "n n"]:
-    """Covariance over positions, the same in every dimension: u = L^-1 noise with L_is = -1 / (i - 1), s < i."""
-    lower = np.eye(length)
-    for i in range(1, length):
-        lower[i, :i] = -1.0 / i
-    scales = np.array([1.0] + [TRUE_NOISE_SCALE] * (length - 1))
-    inverse = np.linalg.inv(lower)
-    return inverse @ np.diag(scales**2) @ inverse.T
-
-
-class _Truth:
-    """Posterior mean (n, d), covariance over positions (n, n) and log-evidence of the conjugate model."""
-
-    def __init__(self, seen: Float[np.ndarray, "n d"]):
-        prior = prior_covariance(len(seen))
-        marginal = prior + OBSERVATION_SCALE**2 * np.eye(len(seen))
-        gain = prior @ np.linalg.inv(marginal)
-        self.mean, self.covariance = gain @ seen, prior - gain @ prior
-        self.log_evidence = sum(multivariate_normal(np.zeros(len(seen)), marginal).logpdf(y) for y in seen.T)
 
 
 def _standard_errors(draws: Float[np.ndarray, "chain draw ..."], truth: Float[np.ndarray, "..."]) -> float:
@@ -80,7 +58,8 @@ def _particle_row(sizes: Sizes) -> dict[str, Any]:
 def run_conjugate(sizes: Sizes) -> dict[str, Any]:
     """MAP and Laplace against the closed form, to rounding; NUTS and particles to Monte Carlo error."""
     seen = np.random.default_rng(sizes.seed).normal(size=(LENGTH, WIDTH)) * 2
-    truth = _Truth(seen)
+    scales = np.array([1.0] + [TRUE_NOISE_SCALE] * (LENGTH - 1))
+    truth = gaussian_posterior(seen, scales, OBSERVATION_SCALE)
     mode = find_map(conjugate_model, jnp.asarray(seen), space="unconstrained", seed=sizes.seed, tolerance=1e-9)
     approximation = laplace(conjugate_model, jnp.asarray(seen), at=mode)
     full = np.kron(truth.covariance, np.eye(WIDTH))

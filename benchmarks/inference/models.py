@@ -16,7 +16,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
 from benchmarks.inference.sizes import Sizes
-from models.scalar.dataset import decoder, generate, parameter_model
+from models.scalar.dataset import Priors, decoder, generate, parameter_model
 from models.scalar.density import scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, token_model
 
@@ -25,8 +25,8 @@ TRUE_STRENGTHS = (1.0, 2.0)
 OBSERVATION_SCALE = 0.7
 # Few tokens say little about their embeddings: what is left of the prior is not Gaussian.
 LATENT_TOKENS = (0, 2, 1, 2)
-# Mean and standard deviation of the logarithms.
-CALIBRATION_PRIORS = {"b": (0.0, 0.5), "noise_scale": (-0.7, 0.5)}
+# Narrower than those of the model: no draw of them is so steep that float64 loses its roots.
+CALIBRATION_PRIORS = Priors((0.0, 0.5), (-0.7, 0.5))
 
 
 class Problem(NamedTuple):
@@ -65,15 +65,6 @@ def conjugate_model(seen: Float[Array, "n d"]) -> None:
     process = EmbeddingProcess(attention, length, TRUE_NOISE_SCALE)
     embeddings = numpyro.sample("embeddings", process)
     numpyro.sample("seen", dist.Normal(embeddings, OBSERVATION_SCALE).to_event(2), obs=seen)
-
-
-def calibration_model(embeddings: Float[Array, "S n 1"]) -> None:
-    """`parameter_model` with narrower priors: no draw of them is so steep that float64 loses its roots."""
-    b = numpyro.sample("b", dist.LogNormal(*CALIBRATION_PRIORS["b"]))
-    noise_scale = numpyro.sample("noise_scale", dist.LogNormal(*CALIBRATION_PRIORS["noise_scale"]))
-    process = EmbeddingProcess(scalar_attention(-b), embeddings.shape[-2], noise_scale)
-    with numpyro.plate("sequences", embeddings.shape[0]):
-        numpyro.sample("embeddings", process, obs=embeddings)
 
 
 def scalar_problem(sizes: Sizes, sequences: int) -> Problem:

@@ -1,13 +1,13 @@
 """`python -m benchmarks.inference.page`: docs/inference_benchmark.md, written from the committed results alone."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.inference.registry import SECTIONS
 from benchmarks.laplace_torch import page as laplace_torch
+from benchmarks.page import load as load_result
 from benchmarks.result import ROOT
 from benchmarks.table import markdown
 from models import cli
@@ -26,18 +26,7 @@ How the methods are used: [inference.md](inference.md)."""
 
 def load(path: Path) -> dict[str, Any]:
     """A result fit to be published. Raises ValueError naming the file for one that is not."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        quick, found = result["provenance"]["configuration"]["quick"], result["sections"].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"RESULT: {path} is not a result; write one with python -m benchmarks.inference --out {path}."
-        ) from None
-    missing = [section.name for section in SECTIONS if section.name not in found]
-    if quick or missing:
-        what = "is a quick run" if quick else f"lacks {', '.join(missing)}"
-        raise ValueError(f"RESULT: {path} {what}; pass the result of a whole run, without --quick and --only.")
-    return result
+    return load_result(path, SECTIONS, "python -m benchmarks.inference")
 
 
 def page(result: dict[str, Any], beside: dict[str, Any]) -> str:

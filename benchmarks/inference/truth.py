@@ -120,19 +120,36 @@ def planar_truth(interaction: Float[np.ndarray, "2 2"], nodes: int = 6) -> tuple
     return total[0] / before, total[1]
 
 
-def conjugate_truth() -> tuple[float, Float[np.ndarray, "3 2"], Float[np.ndarray, " 3"]]:
-    """Evidence, posterior mean and variances (3, 2) of u without interaction: u = L^-1 noise, tokens of Bumps."""
-    lower = np.eye(3)
-    for i in range(1, 3):
+class GaussianPosterior(NamedTuple):
+    """Mean (n, d) and covariance over positions (n, n), the same in every dimension, and log-evidence in nats."""
+
+    mean: Float[np.ndarray, "n d"]
+    covariance: Float[np.ndarray, "n n"]
+    log_evidence: float
+
+
+def gaussian_posterior(
+    seen: Float[np.ndarray, "n d"], scales: Float[np.ndarray, " n"], observation_scale: float
+) -> GaussianPosterior:
+    """The posterior of embeddings without interaction, seen with normal noise: u = L^-1 noise, L_is = -1 / (i - 1)."""
+    length = len(seen)
+    lower = np.eye(length)
+    for i in range(1, length):
         lower[i, :i] = -1.0 / i
     inverse = np.linalg.inv(lower)
-    prior = inverse @ np.diag(np.array([FIRST_SCALE, NOISE_SCALE, NOISE_SCALE]) ** 2) @ inverse.T
-    seen = prior + BUMPS.width**2 * np.eye(3)
-    y = BUMPS.centres[TOKENS]
+    prior = inverse @ np.diag(scales**2) @ inverse.T
+    marginal = prior + observation_scale**2 * np.eye(length)
+    gain = prior @ np.linalg.inv(marginal)
+    log_evidence = sum(multivariate_normal(np.zeros(length), marginal).logpdf(y) for y in seen.T)
+    return GaussianPosterior(gain @ seen, prior - gain @ prior, float(log_evidence))
+
+
+def conjugate_truth() -> tuple[float, Float[np.ndarray, "3 2"], Float[np.ndarray, " 3"]]:
+    """Evidence, posterior mean and variances (3, 2) of u without interaction: u = L^-1 noise, tokens of Bumps."""
+    scales = np.array([FIRST_SCALE, NOISE_SCALE, NOISE_SCALE])
+    mean, covariance, log_evidence = gaussian_posterior(BUMPS.centres[TOKENS], scales, BUMPS.width)
     height = 0.45**3 * (2 * np.pi * BUMPS.width**2) ** 3
-    evidence = height * np.prod([multivariate_normal.pdf(y[:, k], np.zeros(3), seen) for k in range(2)])
-    gain = prior @ np.linalg.inv(seen)
-    return evidence, gain @ y, np.diag(prior - gain @ prior)
+    return height * np.exp(log_evidence), mean, np.diag(covariance)
 
 
 class EvidenceCase(NamedTuple):

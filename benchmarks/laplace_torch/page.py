@@ -6,7 +6,8 @@ from typing import Any
 
 from benchmarks.laplace_torch.compare import TOLERANCE
 from benchmarks.result import ROOT
-from benchmarks.table import markdown_table
+from benchmarks.section import at_most
+from benchmarks.table import TARGET_HEADINGS, markdown_table, target_cells
 
 RESULT = ROOT / "benchmarks" / "laplace_torch" / "result.json"
 # Seconds allowed on two cores, compilation included.
@@ -54,8 +55,7 @@ def markdown(result: dict[str, Any]) -> str:
             ("predictive loss, relative difference", apart["predictive_loss_relative"], TOLERANCE),
             ("seconds, compilation included", time["ours_first"], _SECONDS[name]),
         ):
-            met = "met" if figure <= bound else "not met"
-            verdicts.append([f"{name}: {what}", f"at most {bound:g}", f"{figure:.3g}", met])
+            verdicts.append(target_cells(at_most(f"{name}: {what}", figure, bound)))
     record, theirs = result["provenance"], result["versions"]["theirs"]
     configuration = record["configuration"]["run_configuration"]
     hand, positions = result["positions"]["hand_case"], result["positions"]["kronecker_log_evidence"]
@@ -75,7 +75,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{', '.join(f'{name} {version}' for name, version in result['versions']['ours'].items() if version)}",
         f"- `{record['command']}`, commit {record['commit'] or 'unknown'}, {record['machine']}",
         "",
-        *markdown_table(["figure", "must be", "measured", "verdict"], verdicts),
+        *markdown_table(TARGET_HEADINGS, verdicts),
         "",
         *markdown_table(headings, rows),
         "",

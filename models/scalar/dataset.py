@@ -23,6 +23,16 @@ from prob_transformer._validation import require_count
 WEIGHT = ((-2.0,), (0.0,), (2.0,))
 
 
+class Priors(NamedTuple):
+    """Mean and standard deviation of the logarithms of b and noise_scale."""
+
+    b: tuple[float, float]
+    noise_scale: tuple[float, float]
+
+
+PRIORS = Priors((0.0, 1.0), (0.0, 1.0))
+
+
 class Dataset(NamedTuple):
     """S sequences of embeddings (S, n, 1) and tokens (S, n), and the truth behind them."""
 
@@ -55,14 +65,16 @@ def generate(key: PRNGKeyArray, sequences: int, positions: int, a: float, noise_
     return Dataset(a, noise_scale, embeddings, tokens)
 
 
-def parameter_model(embeddings: Float[Array, "S n 1"]) -> None:
+def parameter_model(embeddings: Float[Array, "S n 1"], priors: Priors = PRIORS) -> None:
     """NumPyro model over "b" = -a and "noise_scale", the embeddings observed, one term a sequence.
+
+    Both have log-normal priors, with the means and standard deviations of the logarithms in `priors`.
 
     Embeddings stay observed: given tokens alone the mode of embeddings and noise scale together lies where residuals
     and scale shrink to almost nothing, far from where the posterior has its mass.
     """
-    b = numpyro.sample("b", dist.LogNormal(0.0, 1.0))
-    noise_scale = numpyro.sample("noise_scale", dist.LogNormal(0.0, 1.0))
+    b = numpyro.sample("b", dist.LogNormal(*priors.b))
+    noise_scale = numpyro.sample("noise_scale", dist.LogNormal(*priors.noise_scale))
     process = EmbeddingProcess(scalar_attention(-b), embeddings.shape[-2], noise_scale)
     with numpyro.plate("sequences", embeddings.shape[0]):
         numpyro.sample("embeddings", process, obs=embeddings)

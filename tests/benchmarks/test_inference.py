@@ -8,9 +8,9 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from benchmarks.inference import laplace_nuts, page
-from benchmarks.inference.conjugate import _Truth
 from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, Problem, plane_attention
 from benchmarks.inference.models import plane_model as model_of_the_plane
+from benchmarks.inference.truth import gaussian_posterior
 from benchmarks.laplace_torch import page as laplace_torch
 from benchmarks.section import is_met
 from prob_transformer import jacobian_block
@@ -28,7 +28,7 @@ def test_the_conjugate_truth_is_that_of_the_joint_gaussian_of_embeddings_and_dat
         columns.append(u)
     prior = np.array(columns).T @ np.array(columns)
     precision = np.linalg.inv(prior) + np.eye(3) / OBSERVATION_SCALE**2
-    truth = _Truth(seen)
+    truth = gaussian_posterior(seen, np.array([1.0, TRUE_NOISE_SCALE, TRUE_NOISE_SCALE]), OBSERVATION_SCALE)
     np.testing.assert_allclose(truth.covariance, np.linalg.inv(precision), atol=1e-14)
     np.testing.assert_allclose(truth.mean, np.linalg.solve(precision, seen / OBSERVATION_SCALE**2), atol=1e-14)
     # Bayes at any point: p(y) = p(y | u) p(u) / p(u | y).
