@@ -2,8 +2,10 @@
 #   make reproduce [PROFILE=smoke|quick|full]     checks, training, figures, results/report.html
 #   make test                                     the test suite
 #   make benchmark [BENCHMARK=FILE]               time and memory of the accelerated path; killed, it goes on where it was
+#   make benchmark-inference                      MAP, Laplace, NUTS and particles against the truth
+#   make benchmark-laplace                        Laplace of a character GPT next to laplace-torch
 # For long nights: make test-deep [SEED=N], every drawn check on far more cases with a new seed each day.
-# Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13
+# Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13; some tests: make test TESTS="tests/test_margin.py"
 
 PROFILE ?= quick
 VENV ?= .venv
@@ -15,9 +17,11 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_BENCHMARK := $(VENV)/.installed-for-benchmark
 
+LAPLACE_TORCH ?= .venv-laplace-torch
+
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: reproduce test test-deep benchmark lint types lock clean
+.PHONY: reproduce test test-deep benchmark benchmark-inference benchmark-laplace lint types lock clean
 
 reproduce: $(INSTALLED)
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
@@ -27,7 +31,7 @@ reproduce: $(INSTALLED)
 	$(RUN) -m paper_figures.report --results $(RESULTS) --profile $(PROFILE)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 $(TESTS)
 
 test-deep: $(INSTALLED)
 	$(RUN) -m theory_checks --seed $(SEED) --only finite --cases 100000 --json $(RESULTS)/deep/finite.json
@@ -37,6 +41,13 @@ test-deep: $(INSTALLED)
 
 benchmark: $(INSTALLED_FOR_BENCHMARK)
 	$(RUN) -m benchmarks --out $(BENCHMARK)
+
+benchmark-inference: $(INSTALLED)
+	$(RUN) -m benchmarks.inference --out $(RESULTS)/inference.json
+
+benchmark-laplace: $(LAPLACE_TORCH)/.installed $(RESULTS)/laplace-run/metrics.json
+	$(RUN) -m benchmarks.laplace_torch --run $(RESULTS)/laplace-run --torch-python $(LAPLACE_TORCH)/bin/python \
+		--out $(RESULTS)/laplace_torch.json
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
@@ -50,6 +61,15 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(RESULTS)/laplace-run/metrics.json: | $(INSTALLED)
+	$(RUN) -m models.char_gpt train --objective ce --steps 500 --out $(RESULTS)/laplace-run
+
+# laplace-torch pins and imports much of its own, so it gets an environment of its own.
+$(LAPLACE_TORCH)/.installed: benchmarks/laplace_torch/requirements.txt
+	$(PYTHON) -m venv $(LAPLACE_TORCH)
+	$(LAPLACE_TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 # PyTorch, which only the benchmark is held against, comes on top and changes nothing of the above.

@@ -9,15 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.registry import select
 from benchmarks.result import measure
 from benchmarks.sizes import SMALLEST_ROUNDS, sizes_for
-from benchmarks.table import origin, rich_tables
+from benchmarks.table import show
 from models import cli
-
-LOG_WIDTH = 170
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,13 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections = select(options.only)
     sizes = sizes_for(options.quick, options.seed, options.rounds)
     result = measure(options.out, sections, sizes, options.quick, _tell)
-    # A log file has no width of its own: give the tables room there.
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
-    for line in origin(result):
-        console.print(line, markup=False)
-    for table in rich_tables(result):
-        console.print(table)
-    console.print(f"result: {options.out}", markup=False)
+    show(result, options.out)
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "equinox", "optax", "torch")
+_PACKAGES = ("jax", "jaxlib", "numpy", "equinox", "optax", "numpyro", "blackjax", "torch")
 
 
 def cores() -> int:

@@ -16,10 +16,11 @@ SECTIONS: tuple[Section, ...] = (
 )
 
 
-def select(names: Sequence[str]) -> list[Section]:
+def select(names: Sequence[str], known: Sequence[Section] | None = None) -> list[Section]:
     """The named sections in the order of the table, all for no names. Raises ValueError for an unknown one."""
-    known = [section.name for section in SECTIONS]
+    sections = SECTIONS if known is None else known
     for name in names:
-        if name not in known:
-            raise ValueError(f"--only: unknown section {name!r}; known sections: {', '.join(known)}.")
-    return [section for section in SECTIONS if not names or section.name in names]
+        if name not in [section.name for section in sections]:
+            possible = ", ".join(section.name for section in sections)
+            raise ValueError(f"--only: unknown section {name!r}; known sections: {possible}.")
+    return [section for section in sections if not names or section.name in names]

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
-from benchmarks.section import Section
-from benchmarks.sizes import Sizes
+from benchmarks.section import Plan, Section
 from prob_transformer.provenance import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +32,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def new_result(sizes: Sizes, quick: bool) -> dict[str, Any]:
+def new_result(sizes: Plan, quick: bool) -> dict[str, Any]:
     """A result without sections yet: what was run, where, and by what."""
     return {
         "provenance": provenance(sizes.seed, {"quick": quick, **sizes.as_dict()}),
@@ -69,7 +68,7 @@ def taken_over(path: Path, result: dict[str, Any]) -> tuple[dict[str, Any], str 
 
 
 def measure(
-    path: Path, sections: Sequence[Section], sizes: Sizes, quick: bool, tell: Callable[[str], None]
+    path: Path, sections: Sequence[Section], sizes: Plan, quick: bool, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run what is not yet in FILE.partial, save after every section, and write FILE at the end.
 

@@ -2,11 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from benchmarks.sizes import Sizes
+from typing import Any, NamedTuple, Protocol
 
 MEGABYTE = 1e6
+
+
+class Plan(Protocol):
+    """What a whole run depends on besides code and machine."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
 
 
 class Column(NamedTuple):
@@ -19,13 +26,13 @@ class Column(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """`run` returns {"setting", "rows", "targets", "notes"}, ready for JSON; a row may say why it is "missing"."""
+    """`run` maps a Plan to {"setting", "rows", "targets", "notes"}, ready for JSON; a row may say what is "missing"."""
 
     name: str
     title: str
     about: str
     columns: tuple[Column, ...]
-    run: Callable[[Sizes], dict[str, Any]]
+    run: Callable[[Any], dict[str, Any]]
 
 
 def at_most(what: str, figure: float | None, bound: float) -> dict[str, Any]:

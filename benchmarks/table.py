@@ -1,14 +1,19 @@
 """A result as tables: for the terminal (rich) and as Markdown, from the same cells of text."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.registry import SECTIONS
 from benchmarks.section import MEGABYTE, Column, Section, is_met
 
 NOTHING = "-"
+# A log file has no width of its own: give the tables room there.
+LOG_WIDTH = 170
 
 
 def _seconds(value: float) -> str:
@@ -63,42 +68,44 @@ def target_cells(target: dict[str, Any]) -> list[str]:
 TARGET_HEADINGS = ["figure", "must be", "measured", "verdict"]
 
 
-def sections_of(result: dict[str, Any]) -> list[Section]:
-    """The sections that a result holds, in the order of the table."""
-    return [section for section in SECTIONS if section.name in result["sections"]]
+def sections_of(result: dict[str, Any], known: Sequence[Section] | None = None) -> list[Section]:
+    """The sections that a result holds, in the order of the table; `known` are those of the command that wrote it."""
+    return [section for section in (SECTIONS if known is None else known) if section.name in result["sections"]]
 
 
-def targets_of(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [target for section in sections_of(result) for target in result["sections"][section.name]["targets"]]
+def targets_of(result: dict[str, Any], known: Sequence[Section] | None = None) -> list[dict[str, Any]]:
+    return [target for section in sections_of(result, known) for target in result["sections"][section.name]["targets"]]
 
 
 def origin(result: dict[str, Any]) -> list[str]:
     """Machine, versions, and what was run when, a line each."""
     machine, record = result["machine"], result["provenance"]
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in result["versions"].items())
+    rounds = record["configuration"].get("rounds")
+    paired = f"; medians of {rounds} paired rounds, with the smallest and largest in parentheses" if rounds else ""
     return [
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, {machine['system']}; "
         f"JAX on {machine['backend']} ({machine['device']})",
         versions,
-        f"`{record['command']}` on {result['date']}, commit {record['commit'] or 'unknown'}, seed {record['seed']}; "
-        f"medians of {record['configuration']['rounds']} paired rounds, with the smallest and largest in parentheses",
+        f"`{record['command']}` on {result['date']}, commit {record['commit'] or 'unknown'}, "
+        f"seed {record['seed']}{paired}",
     ]
 
 
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [list(headings), ["---"] * len(headings), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def markdown(result: dict[str, Any], level: int = 2) -> str:
+def markdown(result: dict[str, Any], level: int = 2, known: Sequence[Section] | None = None) -> str:
     """All tables of a result, each section under a heading of the given level."""
     lines = [f"- {line}" for line in origin(result)]
-    lines += ["", *_markdown_table(TARGET_HEADINGS, [target_cells(target) for target in targets_of(result)])]
-    for section in sections_of(result):
+    lines += ["", *markdown_table(TARGET_HEADINGS, [target_cells(target) for target in targets_of(result, known)])]
+    for section in sections_of(result, known):
         found = result["sections"][section.name]
         columns = _columns(section, found["rows"])
         lines += ["", f"{'#' * level} {section.title}", "", section.about, "", f"Here: {found['setting']}.", ""]
-        lines += _markdown_table([c.heading for c in columns], [_cells(columns, row) for row in found["rows"]])
+        lines += markdown_table([c.heading for c in columns], [_cells(columns, row) for row in found["rows"]])
         for note in found["notes"]:
             lines += ["", note]
     return "\n".join(lines)
@@ -113,16 +120,26 @@ def _rich(title: str | None, headings: Sequence[str], rows: Sequence[Sequence[st
     return table
 
 
-def rich_tables(result: dict[str, Any]) -> list[Table]:
+def rich_tables(result: dict[str, Any], known: Sequence[Section] | None = None) -> list[Table]:
     """A table a section, and last the targets, which say nothing of tiny sizes."""
     tables = []
-    for section in sections_of(result):
+    for section in sections_of(result, known):
         found = result["sections"][section.name]
         columns = _columns(section, found["rows"])
         rows = [_cells(columns, row) for row in found["rows"]]
         title = f"{section.title}: {found['setting']}"
         tables.append(_rich(title, [column.heading for column in columns], rows))
-    targets = [target_cells(target) for target in targets_of(result)]
+    targets = [target_cells(target) for target in targets_of(result, known)]
     if targets and not result["provenance"]["configuration"]["quick"]:
         tables.append(_rich("Targets", TARGET_HEADINGS, targets))
     return tables
+
+
+def show(result: dict[str, Any], path: Path, known: Sequence[Section] | None = None) -> None:
+    """Print a result and where it was written."""
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+    for line in origin(result):
+        console.print(line, markup=False)
+    for table in rich_tables(result, known):
+        console.print(table)
+    console.print(f"result: {path}", markup=False)

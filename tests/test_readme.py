@@ -1,10 +1,16 @@
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
-def test_the_code_in_the_readme_runs_from_top_to_bottom():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 2
-    exec(compile("\n".join(blocks), str(README), "exec"), {})
+@pytest.mark.parametrize(("page", "blocks"), [("README.md", 3), ("docs/inference.md", 1)])
+def test_the_code_on_a_page_runs_from_top_to_bottom(page, blocks, tmp_path, monkeypatch):
+    # What the code writes goes under the current folder.
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(found) == blocks
+    exec(compile("\n".join(found), page, "exec"), {})

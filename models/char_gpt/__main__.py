@@ -1,4 +1,4 @@
-"""`python -m models.char_gpt {train,resume,sweep}`."""
+"""`python -m models.char_gpt {train,resume,sweep,laplace}`."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from models import cli, corpus
-from models.char_gpt import checkpoint, sharding
+from models.char_gpt import checkpoint, laplace_command, sharding
 from models.char_gpt.config import CHOICES, Config
 from models.char_gpt.run import METRICS, configuration_of, run
 from models.char_gpt.sweep import PROFILES, sweep
@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, resume, every):
         command.add_argument("--corpus", type=Path, help="any UTF-8 text (default: the Wikipedia sample)")
         command.add_argument("--out", type=Path, required=True, help="folder for checkpoint, metrics and margins")
+    laplace_command.add_arguments(
+        commands.add_parser("laplace", help="uncertainty of a trained run's weights, and evidence")
+    )
     return parser
 
 
@@ -67,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
             longest = max(profile.base.context for profile in PROFILES.values())
             context = PROFILES[arguments.profile].base.context if arguments.profile in PROFILES else longest
             sweep(arguments.profile, corpus.load(arguments.corpus, context + 1), arguments.out, console)
+            return 0
+        if arguments.command == "laplace":
+            laplace_command.main(arguments, console)
             return 0
         config = _train_configuration(arguments) if arguments.command == "train" else configuration_of(arguments.out)
         mesh = _mesh(arguments, config)

@@ -1,6 +1,7 @@
 """A small pre-LayerNorm GPT whose heads keep W_Q and W_K apart, so that their margins can be looked at."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -10,6 +11,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from models.char_gpt.config import Config, Rematerialise
 from prob_transformer import Attention
+
+# Called with the name of a linear map, its inputs, one row a position, and its outputs, heads first and positions last
+# where there are heads; what it returns goes on in place of the outputs. Through it the maps are looked at.
+Tap = Callable[[str, Float[Array, "n a"], Float[Array, "..."]], Float[Array, "..."]]
+
+
+def _untapped(name: str, inputs: Float[Array, "n a"], outputs: Float[Array, "..."]) -> Float[Array, "..."]:
+    return outputs
 
 
 def _normal(key: PRNGKeyArray, shape: tuple[int, ...], scale: float) -> Float[Array, "..."]:
@@ -64,18 +73,28 @@ class Block(eqx.Module):
         self.contract = _normal(keys[5], (width, hidden), small / math.sqrt(hidden))
         self.attention_norm, self.perceptron_norm = LayerNorm(width), LayerNorm(width)
 
-    def __call__(self, stream: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Attended]:
+    def __call__(self, stream: Float[Array, "n d"], tap: Tap = _untapped) -> tuple[Float[Array, "n d"], Attended]:
         """The stream after the block, and what its heads attended over."""
         inputs = self.attention_norm(stream)
         length = stream.shape[0]
-        queries, keys, values = (jnp.einsum("hpd,nd->hpn", w, inputs) for w in (self.query, self.key, self.value))
+        queries, keys, values = (
+            tap(name, inputs, jnp.einsum("hpd,nd->hpn", weight, inputs))
+            for name, weight in (("query", self.query), ("key", self.key), ("value", self.value))
+        )
         logits = jnp.einsum("hpi,hps->his", queries, keys) / math.sqrt(self.query.shape[1])
         # As real decoders do, and unlike the process: a position attends to itself too.
         visible = jnp.tril(jnp.ones((length, length), bool))
         weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-        stream = stream + jnp.einsum("hdp,his,hps->id", self.output, weights, values)
-        hidden = jax.nn.gelu(self.perceptron_norm(stream) @ self.expand.T)
-        return stream + hidden @ self.contract.T, Attended(inputs, queries, keys)
+        # Used by a tap alone; without one the compiler leaves them out.
+        averages = jnp.einsum("his,hps->ihp", weights, values).reshape(length, -1)
+        stream = stream + tap("output", averages, jnp.einsum("hdp,his,hps->id", self.output, weights, values))
+        normalised = self.perceptron_norm(stream)
+        hidden = jax.nn.gelu(tap("expand", normalised, normalised @ self.expand.T))
+        return stream + tap("contract", hidden, hidden @ self.contract.T), Attended(inputs, queries, keys)
+
+
+def _of_layer(tap: Tap, index: int) -> Tap:
+    return lambda name, inputs, outputs: tap(f"{index}.{name}", inputs, outputs)
 
 
 class CharGPT(eqx.Module):
@@ -107,14 +126,21 @@ class CharGPT(eqx.Module):
         return self.token_embedding[characters] + self.position_embedding[: characters.shape[0]]
 
     def decode(
-        self, embeddings: Float[Array, "n d"], rematerialise: Rematerialise = "none"
+        self, embeddings: Float[Array, "n d"], rematerialise: Rematerialise = "none", tap: Tap = _untapped
     ) -> tuple[Float[Array, "n V"], Attended]:
-        """Logits from input embeddings, and what every layer attended over, layers first."""
+        """Logits from input embeddings, and what every layer attended over, layers first.
+
+        `tap` sees every linear map under its name, "head" or "0.query" in layer 0.
+        """
         stream, layers = embeddings, []
-        for block in self.blocks:
-            stream, attended = (eqx.filter_checkpoint(block) if rematerialise == "blocks" else block)(stream)
+        for index, block in enumerate(self.blocks):
+            tap_of_layer = _untapped if tap is _untapped else _of_layer(tap, index)
+            run = eqx.filter_checkpoint(block) if rematerialise == "blocks" else block
+            stream, attended = run(stream, tap_of_layer)
             layers.append(attended)
-        return self.final_norm(stream) @ self.head.T, jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        normalised = self.final_norm(stream)
+        logits = tap("head", normalised, normalised @ self.head.T)
+        return logits, jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
     def __call__(self, characters: Int[Array, " n"]) -> Float[Array, "n V"]:
         return self.decode(self.embed(characters))[0]

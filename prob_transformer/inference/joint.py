@@ -48,6 +48,10 @@ def starting_point(
     model: Callable, args: tuple, kwargs: dict, init: Mapping[str, Any], key: PRNGKeyArray | None
 ) -> dict[str, Float[Array, "..."]]:
     """Unconstrained starting values of all latent sites; running the model on concrete values validates its data."""
+    # Before the model runs: NumPyro's plates fail an assertion without a name when empty.
+    for leaf in jax.tree.leaves((args, kwargs)):
+        if isinstance(leaf, (np.ndarray, jax.Array)) and leaf.size == 0:
+            raise ValueError(f"model: an argument has shape {leaf.shape}; pass at least one observation.")
     start: dict[str, Float[Array, "..."]] = {}
 
     def value_of(site: dict[str, Any]) -> Float[Array, "..."] | None:
@@ -72,7 +76,8 @@ def starting_point(
         else:
             site_key = jax.random.fold_in(key, len(start))
             point = jax.random.uniform(site_key, transform.inverse_shape(shape), minval=-_RADIUS, maxval=_RADIUS)
-        start[name] = point
+        # Not weakly typed, which a Python number is and which would compile once more.
+        start[name] = jnp.asarray(point, point.dtype)
         return transform(point)
 
     trace = handlers.trace(handlers.substitute(model, substitute_fn=value_of)).get_trace(*args, **kwargs)

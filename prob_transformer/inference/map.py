@@ -44,6 +44,11 @@ _REMEDY = {
     ),
     MapStatus.NOT_FINITE: "the objective or its gradient is NaN or inf at the start or after every step; change init",
     MapStatus.INFEASIBLE_START: "a determinant is 0 or NaN at the start; pass an init away from the wall",
+    MapStatus.FLAT: (
+        "the gradient vanishes, and around the point as well, so this is no maximum: the mode may lie on the edge of a "
+        "support, or a site hardly matters to the density; use space='unconstrained', another prior, another start, or "
+        "a smaller tolerance"
+    ),
 }
 
 
@@ -89,7 +94,10 @@ class MapResult(NamedTuple):
 
     @property
     def converged(self) -> bool:
-        """Whether the point is a maximum to within the tolerance; `status` names the reason if not."""
+        """Whether the gradient vanishes to within the tolerance at a point reached uphill, in a density curved there.
+
+        `status` names the reason if not. A saddle is not told from a maximum: the Hessian is, which `laplace` looks at.
+        """
         return self.status == MapStatus.CONVERGED
 
     def to_datatree(self, dims: Dims | None = None, *, allow_unconverged: bool = False) -> xr.DataTree:
@@ -181,7 +189,7 @@ def find_map(
         key = jax.random.key(seed) if key is None else key
     start = starting_point(model, args, kwargs, {} if init is None else init, key)
     found, parameters, unconstrained, log_likelihood, observed = _search(
-        model, args, kwargs, space, signs, start, jnp.asarray(tolerance), jnp.asarray(max_steps)
+        model, args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
     )
     last = found.iterate
     return MapResult(

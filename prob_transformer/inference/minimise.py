@@ -7,6 +7,9 @@ conditions hold (Lewis and Overton 2013), which keep H positive definite: too lo
 a one doubles or bisects upwards. A step to a point where any of the watched signs differs from those of the current
 iterate counts as too long, and so does one to a point where the value or its gradient is not finite. Only the ends of
 a step are looked at: one that crosses two walls of the same determinant is not noticed.
+
+A vanishing gradient does not make a minimum: that of exp(x) vanishes as x -> -inf. So the end must also be curved: with
+the change of the gradient D_i = |g(x + s) - g(x)|_i / |s_i| over a short random s, every |g_i| <= 0.1 D_i.
 """
 
 import enum
@@ -23,8 +26,10 @@ _TRIALS = 50
 _MEMORY = 10
 # The value is only known to a few units of its last digit; without this slack the last steps would be refused.
 _ROUNDING = 10
-# A vanishing gradient alone does not make a minimum: exp(x) has one as x -> -inf, but its steps do not shorten.
 _LARGEST_FINAL_STEP = 1e-2
+# The look around the end: two random steps of about this length, so that no cancellation between coordinates misleads.
+_PROBES, _PROBE = 2, 1e-2
+_LARGEST_NEWTON_STEP = 0.1
 _RUNNING = -1
 
 
@@ -36,6 +41,7 @@ class MapStatus(enum.IntEnum):
     LINE_SEARCH_FAILED = 2
     NOT_FINITE = 3
     INFEASIBLE_START = 4
+    FLAT = 5
 
 
 class Iterate(NamedTuple):
@@ -112,6 +118,20 @@ def _line_search(
     return jax.lax.while_loop(lambda search: ~search.done & (search.trials < _TRIALS), trial, start)
 
 
+def _is_flat(
+    evaluate: Callable[[Float[Array, " k"]], Iterate], here: Iterate, tolerance: Float[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether some coordinate has no curvature to speak of for its gradient, and so no minimum nearby."""
+    sign_key, size_key = jax.random.split(jax.random.key(0))
+    shape, dtype = (_PROBES, *here.point.shape), here.point.dtype
+    signs = jax.random.rademacher(sign_key, shape, dtype)
+    steps = _PROBE * signs * jax.random.uniform(size_key, shape, dtype, minval=0.5)
+    around = jax.lax.map(lambda step: evaluate(here.point + step).gradient, steps)
+    curvature = (jnp.abs(around - here.gradient) / jnp.abs(steps)).max(0)
+    # The square of the tolerance stands for zero: the gradient may have underflowed.
+    return (curvature <= jnp.maximum(jnp.abs(here.gradient) / _LARGEST_NEWTON_STEP, tolerance**2)).any()
+
+
 def minimise(
     evaluate: Callable[[Float[Array, " k"]], Iterate],
     start: Float[Array, " k"],
@@ -121,16 +141,17 @@ def minimise(
     """Minimise from `start` until the largest entry of the gradient is at most `tolerance` and steps have shortened.
 
     `evaluate` gives the `Iterate` at a point. Traceable, without exceptions: a start on a wall, a start or steps
-    without a finite value and gradient, and steps that cannot be shortened enough end with their `MapStatus`.
+    without a finite value and gradient, steps that cannot be shortened enough, and an end where nothing is curved give
+    their `MapStatus`. That the end is a minimum and not a saddle is not looked into.
     """
     lbfgs = optax.scale_by_lbfgs(_MEMORY)
 
     def direction_at(here: Iterate, memory: Any) -> tuple[Float[Array, " k"], Any]:
         downhill, kept = lbfgs.update(here.gradient, memory, here.point)
-        # A step cut short at a wall may have met negative curvature; what H then proposes can point uphill.
-        again, fresh = lbfgs.update(here.gradient, lbfgs.init(here.point), here.point)
+        # A step cut short at a wall may have met negative curvature; what H then proposes can point uphill. Forget it.
+        again = here.gradient / jnp.maximum(1.0, jnp.linalg.norm(here.gradient))
         good = here.gradient @ downhill > 0
-        return jax.tree.map(lambda a, b: jnp.where(good, a, b), (-downhill, kept), (-again, fresh))
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), (-downhill, kept), (-again, lbfgs.init(here.point)))
 
     def advance(state: _State) -> _State:
         here = state.iterate
@@ -161,4 +182,5 @@ def minimise(
     none = jnp.zeros((), jnp.int32)
     first = _State(here, lbfgs.init(start), refused.astype(jnp.int32), none, none)
     last = jax.lax.while_loop(lambda state: state.status == _RUNNING, advance, first)
-    return Minimum(last.iterate, last.status, last.steps, last.crossings)
+    flat = (last.status == MapStatus.CONVERGED) & _is_flat(evaluate, last.iterate, tolerance)
+    return Minimum(last.iterate, jnp.where(flat, MapStatus.FLAT, last.status), last.steps, last.crossings)

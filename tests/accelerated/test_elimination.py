@@ -49,6 +49,15 @@ def test_inverse_sign_and_log_det_match_numpy(size, dtype):
     check(found, matrices, 100 * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("size", [2, 5, 16])
+def test_dominant_matrices_need_no_repair(size):
+    # Otherwise a wrong elimination would go unnoticed, at the price of always being made again.
+    matrices = np.random.default_rng(size).normal(size=(20, size, size)) + 4 * size * np.eye(size)
+    found = eliminate(batch_last(matrices))
+    check(found, matrices, 1e-13)
+    assert passes_probe(batch_last(matrices), found.inverse).all()
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.floats(-8, 0))
 def test_small_leading_pivots_are_found_out_and_eliminated_with_row_exchanges(seed, exponent):

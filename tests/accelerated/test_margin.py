@@ -68,11 +68,17 @@ def test_on_the_boundary_both_ends_are_zero():
     found = accelerated.conditioning_margin(attention, jnp.array([[-1.0], [1.0], [0.0]]), KEY)
     assert found.upper[2] == found.lower[2] == 0
     np.testing.assert_allclose(found.upper[:2], 1)
+    # In the plane too, where the eigenvalues of what is not finite are NaN.
+    attention = Attention(2 * jnp.eye(4)[None, :, :2], jnp.eye(4)[None, :, :2])
+    found = accelerated.conditioning_margin(attention, jnp.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), KEY)
+    np.testing.assert_array_equal([found.upper[2], found.lower[2]], 0)
 
 
 @pytest.mark.parametrize("kind", ["determinant", "conditioning"])
 def test_margins_and_support_tokens_equal_the_reference(kind):
-    attention, embeddings = draw(1, (2, 3, 4, 20, True), batch=(2,))
+    attention, embeddings = draw(1, (2, 3, 4, 20, True), scale=2.0, batch=(2,))
+    determinants = np.linalg.det(np.asarray(reference.jacobian_block(attention, embeddings)))
+    assert 0 < (determinants < 0).mean() < 1
     margin = accelerated.stability_margin(attention, embeddings, kind, key=KEY, tiling=TILING)
     np.testing.assert_allclose(margin, reference.stability_margin(attention, embeddings, kind), rtol=1e-7)
     found = accelerated.support_tokens(attention, embeddings, 4, kind, key=KEY, tiling=TILING)

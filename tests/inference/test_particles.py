@@ -15,6 +15,7 @@ from small_models import (
     assert_within_three_standard_errors,
     conjugate_truth,
     filters,
+    planar,
     planar_filters,
     planar_truth,
     scalar,
@@ -35,11 +36,6 @@ def assert_unnormalised_moments(result, evidence, first, last, both):
     assert_within_three_standard_errors(evidences, evidence)
     for f, truth in ((u[..., 0], first), (u[..., 2], last), (u[..., 0] * u[..., 2], both)):
         assert_within_three_standard_errors(evidences * (weights * f).sum(-1), truth)
-
-
-def planar(interaction):
-    """d = 2 with the given A and identity values, as an array."""
-    return Attention(np.sqrt(2) * interaction[None], np.eye(2)[None], np.eye(2)[None])
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)

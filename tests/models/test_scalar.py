@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 from scipy.stats import kstest, norm
 
 from models import scalar
+from models.scalar import __main__ as command
 from prob_transformer import residual_and_log_det
 
 
@@ -87,7 +88,7 @@ def test_prior_draws_of_the_model_inside_the_safe_region():
 
 
 def test_the_command_prints_the_table(capsys):
-    scalar.main(["1.5", "--draws", "4"])
+    command.main(["1.5", "--draws", "4"])
     printed = capsys.readouterr().out
     assert "1.0313" in printed
     assert "1.0000" in printed

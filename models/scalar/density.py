@@ -1,11 +1,8 @@
-"""The smallest model: d = 1, one head, identity values, one interaction a. Everything here has a closed form.
+"""The density of the scalar model, in closed form and through the library, and its masses on both sides of the wall.
 
-    alpha_s proportional to exp(a u_s u_i),   mu_i = sum alpha_s u_s,   J_i = 1 - a Var_alpha(u)
-
-Only a > 0 can reach the boundary a Var = 1. `python -m models.scalar` shows what the density does on both sides.
+alpha_s proportional to exp(a u_s u_i),   mu_i = sum alpha_s u_s,   J_i = 1 - a Var_alpha(u)
 """
 
-import argparse
 import math
 from itertools import pairwise
 
@@ -15,11 +12,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from rich.console import Console
-from rich.table import Table
 from scipy.integrate import quad
 
-from models import cli
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
 from prob_transformer._validation import require_finite
 from prob_transformer.attention import Past
@@ -99,28 +93,3 @@ def draw(a: float, key: PRNGKeyArray, draws: int, length: int = 8) -> tuple[Floa
     process = EmbeddingProcess(scalar_attention(a), length, NOISE_SCALE)
     embeddings, status = process.solve_sample(key, (draws,))
     return embeddings[..., 0], float((status == SolveStatus.CONVERGED).all(-1).mean())
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.scalar", description=__doc__.splitlines()[0])
-    parser.add_argument("a", nargs="*", type=float, default=[-2.0, 0.5, 1.0, 1.5, 4.0], help="interactions to show")
-    parser.add_argument("--draws", type=int, default=200, help="sequences to sample (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    if arguments.draws < 1:
-        raise ValueError(f"--draws: got {arguments.draws}; pass an integer of at least 1.")
-    jax.config.update("jax_enable_x64", True)
-    past = ", ".join(f"{value:g}" for value in PAST)
-    table = Table(title=f"p(u_4 given past ({past})), noise scale {NOISE_SCALE:g}")
-    for column in ("a", "smallest det J", "mass of |det J| density", "signed mass", "drawn, det J > 0 throughout"):
-        table.add_column(column, justify="right")
-    for a in arguments.a:
-        found = conditional_masses(a)
-        figures = (found["smallest_determinant"], found["absolute"], found["signed"])
-        _, solved = draw(a, jax.random.key(arguments.seed), arguments.draws)
-        table.add_row(f"{a:g}", *(f"{figure:.4f}" for figure in figures), f"{solved:.1%}")
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    cli.run(main)

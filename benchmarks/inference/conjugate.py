@@ -1,0 +1,169 @@
+"""Section "conjugate": without interaction the posterior is Gaussian, and every method has to find it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from numpyro.diagnostics import effective_sample_size
+from scipy.stats import multivariate_normal
+
+from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, conjugate_model
+from benchmarks.inference.sizes import Sizes
+from benchmarks.inference.truth import BUMPS, SCALES, TOKENS, conjugate_truth
+from benchmarks.section import Column, Section, at_most
+from prob_transformer import Attention
+from prob_transformer.inference import find_map, particle_filter
+from prob_transformer.inference.laplace import laplace
+from prob_transformer.inference.nuts import nuts
+
+LENGTH, WIDTH = 4, 2
+
+
+def prior_covariance(length: int) -> Float[np.ndarray, "n n"]:
+    """Covariance over positions, the same in every dimension: u = L^-1 noise with L_is = -1 / (i - 1), s < i."""
+    lower = np.eye(length)
+    for i in range(1, length):
+        lower[i, :i] = -1.0 / i
+    scales = np.array([1.0] + [TRUE_NOISE_SCALE] * (length - 1))
+    inverse = np.linalg.inv(lower)
+    return inverse @ np.diag(scales**2) @ inverse.T
+
+
+class _Truth:
+    """Posterior mean (n, d), covariance over positions (n, n) and log-evidence of the conjugate model."""
+
+    def __init__(self, seen: Float[np.ndarray, "n d"]):
+        prior = prior_covariance(len(seen))
+        marginal = prior + OBSERVATION_SCALE**2 * np.eye(len(seen))
+        gain = prior @ np.linalg.inv(marginal)
+        self.mean, self.covariance = gain @ seen, prior - gain @ prior
+        self.log_evidence = sum(multivariate_normal(np.zeros(len(seen)), marginal).logpdf(y) for y in seen.T)
+
+
+def _standard_errors(draws: Float[np.ndarray, "chain draw ..."], truth: Float[np.ndarray, "..."]) -> float:
+    """The largest distance of a mean of correlated draws from the truth, in Monte Carlo standard errors."""
+    error = draws.std((0, 1), ddof=1) / np.sqrt(effective_sample_size(draws))
+    return float(np.abs((draws.mean((0, 1)) - truth) / error).max())
+
+
+def _particle_row(sizes: Sizes) -> dict[str, Any]:
+    evidence, mean, variance = conjugate_truth()
+    attention = Attention(jnp.zeros((1, WIDTH, WIDTH)), jnp.eye(WIDTH)[None])
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        found = particle_filter(attention, BUMPS, jnp.asarray(TOKENS), key, sizes.particles, **SCALES)
+        weights, u = jnp.exp(found.log_weights)[:, None, None], found.embeddings
+        return found.log_evidence, (weights * u).sum(0), (weights * jnp.square(u - mean)).sum(0)
+
+    log_evidences, means, squares = map(np.asarray, run(jax.random.split(jax.random.key(sizes.seed), sizes.repeats)))
+    # Z and Z times a weighted mean are unbiased for any number of particles, so nothing is left but chance.
+    relative = np.exp(log_evidences - np.log(evidence))
+
+    def deviation(estimates, truth) -> float:
+        error = estimates.std(0, ddof=1) / np.sqrt(sizes.repeats)
+        return float(np.abs((estimates.mean(0) - truth) / error).max())
+
+    of_means = deviation(relative[:, None, None] * means, mean)
+    spread = np.broadcast_to(variance[:, None], mean.shape)
+    return {
+        "method": f"particles, {sizes.repeats} runs of {sizes.particles}",
+        "evidence_deviation": deviation(relative[:, None], 1.0),
+        "mean_deviation": of_means,
+        "spread_deviation": deviation(relative[:, None, None] * squares, spread),
+    }
+
+
+def run_conjugate(sizes: Sizes) -> dict[str, Any]:
+    """MAP and Laplace against the closed form, to rounding; NUTS and particles to Monte Carlo error."""
+    seen = np.random.default_rng(sizes.seed).normal(size=(LENGTH, WIDTH)) * 2
+    truth = _Truth(seen)
+    mode = find_map(conjugate_model, jnp.asarray(seen), space="unconstrained", seed=sizes.seed, tolerance=1e-9)
+    approximation = laplace(conjugate_model, jnp.asarray(seen), at=mode)
+    full = np.kron(truth.covariance, np.eye(WIDTH))
+    map_error = float(np.abs(np.asarray(mode.parameters["embeddings"]) - truth.mean).max())
+    covariance_error = float(np.abs(np.asarray(approximation.covariance()) - full).max())
+    evidence_error = abs(float(approximation.log_evidence) - truth.log_evidence)
+    rows: list[dict[str, Any]] = [
+        {"method": "MAP", "mean_error": map_error},
+        {
+            "method": "Laplace, full",
+            "mean_error": map_error,
+            "spread_error": covariance_error,
+            "evidence_error": evidence_error,
+        },
+    ]
+    targets = [
+        at_most("conjugate: MAP, largest error of a coordinate", map_error, 1e-6),
+        at_most("conjugate: Laplace, largest error of a covariance", covariance_error, 1e-6),
+        at_most("conjugate: Laplace, error of the log-evidence, nats", evidence_error, 1e-6),
+    ]
+    for embeddings in ("direct", "noise"):
+        found = nuts(
+            conjugate_model,
+            jnp.asarray(seen),
+            key=jax.random.key(sizes.seed),
+            warmup=sizes.warmup,
+            draws=sizes.draws,
+            chains=sizes.chains,
+            predictive=False,
+            embeddings=embeddings,
+        )
+        draws = np.asarray(found.draws["embeddings"])
+        variances = np.broadcast_to(np.diag(truth.covariance)[:, None], truth.mean.shape)
+        row: dict[str, Any] = {
+            "method": f"NUTS, embeddings sampled {'directly' if embeddings == 'direct' else 'through their noise'}",
+            "status": found.status.name.lower(),
+            "mean_deviation": _standard_errors(draws, truth.mean),
+            "spread_deviation": _standard_errors(np.square(draws - truth.mean), variances),
+        }
+        rows.append(row)
+        for what in ("mean", "spread"):
+            targets.append(
+                at_most(
+                    f"conjugate: {row['method']}, {'means' if what == 'mean' else 'variances'}, standard errors",
+                    row[f"{what}_deviation"],
+                    3.0,
+                )
+            )
+    particles = _particle_row(sizes)
+    rows.append(particles)
+    targets += [
+        at_most(f"conjugate: particles, {what}, standard errors", particles[key], 3.0)
+        for what, key in (
+            ("evidence", "evidence_deviation"),
+            ("means", "mean_deviation"),
+            ("variances", "spread_deviation"),
+        )
+    ]
+    return {
+        "setting": f"{LENGTH} embeddings of width {WIDTH} (particles: 3), A = 0, float64",
+        "rows": rows,
+        "targets": targets,
+        "notes": [],
+    }
+
+
+SECTION = Section(
+    "conjugate",
+    "The conjugate Gaussian",
+    "Without interaction (A = 0) every embedding is the plain mean of its past plus noise, and with Gaussian "
+    "observations the posterior is Gaussian: mean, covariance and evidence by linear algebra in NumPy. Particles see "
+    "tokens, whose probabilities are Gaussian bumps of the embedding, which is conjugate as well. Errors are the "
+    "largest over all coordinates; deviations are in Monte Carlo standard errors, the largest of eight coordinates "
+    "(particles: six).",
+    (
+        Column("method", "method", "text"),
+        Column("mean_error", "error of the mean", "error"),
+        Column("spread_error", "error of the covariance", "error"),
+        Column("evidence_error", "error of the log-evidence", "error"),
+        Column("mean_deviation", "means, standard errors", "number"),
+        Column("spread_deviation", "variances, standard errors", "number"),
+        Column("evidence_deviation", "evidence, standard errors", "number"),
+        Column("status", "status", "text"),
+    ),
+    run_conjugate,
+)

@@ -1,0 +1,78 @@
+"""Section "evidence": the evidence of tokens by particles, against quadrature."""
+
+from typing import Any, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from benchmarks.inference.sizes import Sizes
+from benchmarks.inference.truth import SCALES, EvidenceCase, cases
+from benchmarks.section import Column, Section, at_most
+from prob_transformer.inference import ParticleStatus, particle_filter
+from prob_transformer.inference.proposals import ProposalName
+
+
+@eqx.filter_jit
+def _runs(case: EvidenceCase, keys: PRNGKeyArray, particles: int, proposal: ProposalName):
+    def run(key):
+        found = particle_filter(
+            case.attention, case.decoder, jnp.asarray(case.tokens), key, particles, proposal=proposal, **SCALES
+        )
+        return found.log_evidence, found.status
+
+    return jax.vmap(run)(keys)
+
+
+def _row(case: EvidenceCase, proposal: ProposalName, sizes: Sizes) -> dict[str, Any]:
+    keys = jax.random.split(jax.random.key(sizes.seed), sizes.repeats)
+    log_evidences, status = map(np.asarray, _runs(case._replace(name=""), keys, sizes.particles, proposal))
+    relative = np.exp(log_evidences - np.log(case.evidence))
+    error = relative.std(ddof=1) / np.sqrt(sizes.repeats)
+    return {
+        "model": case.name,
+        "proposal": proposal,
+        "quadrature": float(np.log(case.evidence)),
+        "particles": float(np.log(case.evidence) + np.log(relative.mean())),
+        "standard_error": float(error / relative.mean()),
+        "deviation": float(abs(relative.mean() - 1) / error),
+        "mass": float(case.mass),
+        "status": ParticleStatus(int(status.max())).name.lower(),
+    }
+
+
+def run_evidence(sizes: Sizes) -> dict[str, Any]:
+    """Both proposals on every case with a known evidence."""
+    rows = [_row(case, proposal, sizes) for case in cases() for proposal in get_args(ProposalName)]
+    targets = [
+        at_most(f"evidence, {row['model']}, proposal {row['proposal']}: standard errors", row["deviation"], 3.0)
+        for row in rows
+    ]
+    return {
+        "setting": f"{sizes.repeats} independent runs of {sizes.particles} particles, three tokens, float64",
+        "rows": rows,
+        "targets": targets,
+        "notes": [],
+    }
+
+
+SECTION = Section(
+    "evidence",
+    "The evidence by particles, against quadrature",
+    "Models inside the safe region. The estimate Z is unbiased, so the mean of Z over runs is compared; its standard "
+    "error is that of log Z by the delta method. The mass is that of the density by the same quadrature, and must be "
+    "1.",
+    (
+        Column("model", "model", "text"),
+        Column("proposal", "proposal", "text"),
+        Column("quadrature", "log-evidence by quadrature, nats", "number"),
+        Column("particles", "by particles, nats", "number"),
+        Column("standard_error", "standard error", "number"),
+        Column("deviation", "standard errors apart", "number"),
+        Column("mass", "mass of the density", "number"),
+        Column("status", "status", "text"),
+    ),
+    run_evidence,
+)

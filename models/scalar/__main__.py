@@ -1,0 +1,49 @@
+"""`python -m models.scalar [A ...]`, and `python -m models.scalar infer --method METHOD`."""
+
+import argparse
+import sys
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from models import cli
+from models.scalar import infer
+from models.scalar.density import NOISE_SCALE, PAST, conditional_masses, draw
+
+
+def _show_density(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.scalar",
+        description="The density of the smallest model before and past the boundary.",
+        epilog="To find parameters or embeddings from data instead: python -m models.scalar infer --help",
+    )
+    parser.add_argument("a", nargs="*", type=float, default=[-2.0, 0.5, 1.0, 1.5, 4.0], help="interactions to show")
+    parser.add_argument("--draws", type=int, default=200, help="sequences to sample (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.draws < 1:
+        raise ValueError(f"--draws: got {arguments.draws}; pass an integer of at least 1.")
+    past = ", ".join(f"{value:g}" for value in PAST)
+    table = Table(title=f"p(u_4 given past ({past})), noise scale {NOISE_SCALE:g}")
+    for column in ("a", "smallest det J", "mass of |det J| density", "signed mass", "drawn, det J > 0 throughout"):
+        table.add_column(column, justify="right")
+    for a in arguments.a:
+        found = conditional_masses(a)
+        figures = (found["smallest_determinant"], found["absolute"], found["signed"])
+        _, solved = draw(a, jax.random.key(arguments.seed), arguments.draws)
+        table.add_row(f"{a:g}", *(f"{figure:.4f}" for figure in figures), f"{solved:.1%}")
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    jax.config.update("jax_enable_x64", True)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["infer"]:
+        return infer.main(argv[1:])
+    _show_density(argv)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

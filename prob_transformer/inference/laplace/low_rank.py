@@ -1,0 +1,108 @@
+"""A precision that differs from a diagonal in few directions, found by Lanczos without forming a matrix.
+
+    P = D^1/2 (I + R) D^1/2,     R ~ V diag(l) V^T
+
+D is the diagonal of the curvature of the prior (for independent normal priors all of it), R what the rest adds in its
+units, l its `rank` largest eigenvalues and the columns of V their eigenvectors. With all k of them P is exact. With
+fewer, a direction that is left out keeps the precision of the prior: variances are never smaller than those of the
+exact P, and log det P is too small by the sum of log(1 + l) over what is left out, so the evidence is too large.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+from prob_transformer.inference.laplace.precision import IndefiniteCurvatureError, require_definite
+
+# Multiples of Lanczos' own tolerance below which an eigenvalue counts as negative.
+_NEGATIVE = 10.0
+
+
+class LowRankPrecision(eqx.Module):
+    """P from D (k,), orthonormal V (k, r) and l (r,). Raises IndefiniteCurvatureError unless D > 0 and 1 + l > 0."""
+
+    diagonal: Float[Array, " k"]
+    vectors: Float[Array, "k r"]
+    ratios: Float[Array, " r"]
+
+    def __init__(self, diagonal: Float[Array, " k"], vectors: Float[Array, "k r"], gains: Float[Array, " r"]):
+        self.diagonal = require_definite(diagonal, "smallest diagonal entry of the prior")
+        self.ratios = require_definite(1 + gains, "smallest Ritz value", size=len(diagonal))
+        self.vectors = vectors
+
+    @property
+    def size(self) -> int:
+        return self.diagonal.shape[0]
+
+    @property
+    def log_det(self) -> Float[Array, ""]:
+        return jnp.log(self.diagonal).sum() + jnp.log(self.ratios).sum()
+
+    def _root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        """Rows times the symmetric (I + V diag(l) V^T)^-1/2."""
+        return rows + (rows @ self.vectors * (1 / jnp.sqrt(self.ratios) - 1)) @ self.vectors.T
+
+    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
+        """P^-1 v."""
+        rows = v.reshape(self.size, -1).T / jnp.sqrt(self.diagonal)
+        return (self._root(self._root(rows)) / jnp.sqrt(self.diagonal)).T.reshape(v.shape)
+
+    def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]:
+        """Draws from N(0, P^-1)."""
+        noise = jax.random.normal(key, (draws, self.size), self.diagonal.dtype)
+        return self._root(noise) / jnp.sqrt(self.diagonal)
+
+    def variance(self) -> Float[Array, " k"]:
+        """The diagonal of P^-1."""
+        return (1 - jnp.square(self.vectors) @ (1 - 1 / self.ratios)) / self.diagonal
+
+    def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]:
+        """J P^-1 J^T."""
+        rotated = self._root(jacobian / jnp.sqrt(self.diagonal))
+        return rotated @ rotated.T
+
+    def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
+        """Eigenvalues of P - diag(prior), for a prior that is the same everywhere and equal to D."""
+        rest = jnp.zeros(self.size - len(self.ratios), self.ratios.dtype)
+        return jnp.concatenate([self.ratios - 1, rest]) * prior[0]
+
+
+def largest_eigenpairs(
+    product: Callable[[np.ndarray], np.ndarray], size: int, rank: int, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `rank` < `size` largest eigenvalues l of the symmetric R behind a product v -> R v, and their eigenvectors.
+
+    By ARPACK's restarted Lanczos from a fixed start, in `dtype`. Raises IndefiniteCurvatureError when the smallest
+    eigenvalue found is negative beyond rounding, for leaving it out would hide it, and ValueError when the iteration
+    does not converge. Like every Lanczos iteration it can miss an eigenvalue whose direction its start lacks.
+    """
+    start = np.random.default_rng(0).normal(size=size).astype(dtype)
+    tolerance = np.finfo(dtype).eps ** (2 / 3)
+
+    def shifted(shift: float) -> LinearOperator:
+        # Convergence is judged relative to each eigenvalue; a shift of the size of R keeps those at 0 within reach.
+        scale = np.asarray(shift, dtype)
+        return LinearOperator((size, size), matvec=lambda v: scale * v + product(v), dtype=dtype)
+
+    options = {"v0": start, "tol": tolerance}
+    try:
+        scale = max(1.0, eigsh(shifted(1.0), 1, which="LA", return_eigenvectors=False, **options)[0])
+        values, vectors = eigsh(shifted(scale), rank, which="LA", **options)
+        smallest = eigsh(shifted(scale), 1, which="SA", return_eigenvectors=False, **options)[0] - scale
+    except ArpackError as error:
+        raise ValueError(
+            f"rank: Lanczos did not find the {rank} largest eigenvalues ({error}); pass another rank or structure."
+        ) from None
+    if smallest < -_NEGATIVE * tolerance * scale:
+        raise IndefiniteCurvatureError(
+            f"precision: in units of the prior the curvature less the diagonal of the prior's has an eigenvalue of "
+            f"{smallest:.6g}, which a low rank would leave out"
+            f"{', and the precision is not positive definite' if smallest <= -1 else ''}; use curvature='ggn', "
+            "structure='full' or a rank of all parameters."
+        )
+    return values[::-1] - scale, vectors[:, ::-1]

@@ -1,0 +1,105 @@
+"""The inference benchmark: its truths against other ways to compute them, its page against its result."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import multivariate_normal
+
+from benchmarks.inference import laplace_nuts, page
+from benchmarks.inference.conjugate import _Truth
+from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, Problem, plane_attention
+from benchmarks.inference.models import plane_model as model_of_the_plane
+from benchmarks.laplace_torch import page as laplace_torch
+from benchmarks.section import is_met
+from prob_transformer import jacobian_block
+
+
+def test_the_conjugate_truth_is_that_of_the_joint_gaussian_of_embeddings_and_data():
+    # Embeddings by running the process forwards on unit noises, instead of inverting its triangular matrix.
+    seen = np.array([[0.3, -1.0], [1.5, 0.2], [-0.7, 0.4]])
+    columns = []
+    for i in range(3):
+        u = []
+        for s in range(3):
+            scale = 1.0 if s == 0 else TRUE_NOISE_SCALE
+            u.append((np.mean(u) if u else 0.0) + scale * (s == i))
+        columns.append(u)
+    prior = np.array(columns).T @ np.array(columns)
+    precision = np.linalg.inv(prior) + np.eye(3) / OBSERVATION_SCALE**2
+    truth = _Truth(seen)
+    np.testing.assert_allclose(truth.covariance, np.linalg.inv(precision), atol=1e-14)
+    np.testing.assert_allclose(truth.mean, np.linalg.solve(precision, seen / OBSERVATION_SCALE**2), atol=1e-14)
+    # Bayes at any point: p(y) = p(y | u) p(u) / p(u | y).
+    u = np.array([0.1, 0.5, -0.2])
+    parts = [
+        multivariate_normal(u, OBSERVATION_SCALE**2 * np.eye(3)).logpdf(y)
+        + multivariate_normal(np.zeros(3), prior).logpdf(u)
+        - multivariate_normal(mean, truth.covariance).logpdf(u)
+        for y, mean in zip(seen.T, truth.mean.T, strict=True)
+    ]
+    np.testing.assert_allclose(truth.log_evidence, sum(parts), rtol=1e-12)
+
+
+def test_the_plane_lies_inside_the_safe_region():
+    u = jnp.asarray(np.random.default_rng(0).normal(size=(50, 6, 2)) * 3)
+    determinants = np.linalg.det(np.asarray(jacobian_block(plane_attention(jnp.array([2.0, 0.5])), u)))
+    assert determinants.min() >= 1
+    assert determinants.max() > 1.5
+
+
+def test_draws_are_compared_in_the_order_of_the_parameters_of_laplace():
+    draws = {"strengths": np.array([[[2.0, 3.0], [5.0, 7.0]]]), "noise_scale": np.array([[11.0, 13.0]])}
+    problem = Problem("plane", model_of_the_plane, (jnp.zeros((1, 3, 2)),))
+    found = laplace_nuts._flat(problem, {name: jnp.asarray(values) for name, values in draws.items()})
+    np.testing.assert_allclose(np.exp(found), [[[11.0, 2.0, 3.0], [13.0, 5.0, 7.0]]], rtol=1e-12)
+
+
+def test_a_gaussian_is_no_distance_from_itself_and_a_shifted_one_is():
+    draws = np.random.default_rng(0).normal(2.0, 3.0, size=(2, 20000))
+    same = laplace_nuts._row("model", "x", (2.0, 3.0), draws)
+    assert same["mean_difference"] < 0.03
+    assert same["sd_difference"] < 0.03
+    assert same["distance"] < 0.02
+    assert laplace_nuts._beyond([same]) == []
+    shifted = laplace_nuts._row("model", "x", (2.6, 3.0), draws)
+    np.testing.assert_allclose(shifted["mean_difference"], 0.2, atol=0.03)
+    # sup |Phi(x) - Phi(x - 0.2)| = 2 Phi(0.1) - 1
+    np.testing.assert_allclose(shifted["distance"], 0.0797, atol=0.02)
+    assert "model, x (skewness" in laplace_nuts._beyond([shifted])[0]
+    narrow = laplace_nuts._row("model", "x", (2.0, 2.4), draws)
+    np.testing.assert_allclose(narrow["sd_difference"], 0.2, atol=0.03)
+    assert len(laplace_nuts._beyond([narrow])) == 1
+
+
+def test_the_page_is_that_of_the_committed_result():
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(
+        page.load(page.RESULT), laplace_torch.load(laplace_torch.RESULT)
+    )
+
+
+def test_the_committed_result_names_every_coordinate_beyond_the_bounds():
+    found = page.load(page.RESULT)["sections"]["laplace-nuts"]
+    assert found["notes"] == laplace_nuts._beyond(found["rows"])
+
+
+def test_the_committed_result_judges_every_method():
+    targets = [target for found in page.load(page.RESULT)["sections"].values() for target in found["targets"]]
+    assert all(is_met(target) is not None for target in targets)
+    for method in ("MAP", "Laplace", "NUTS", "particles"):
+        assert any(method in target["what"] for target in targets)
+
+
+@pytest.mark.parametrize("change", ["quick", "missing", "text"])
+def test_a_result_not_fit_to_be_published_is_refused(tmp_path, change):
+    result = json.loads(page.RESULT.read_text(encoding="utf-8"))
+    path = tmp_path / "result.json"
+    if change == "quick":
+        result["provenance"]["configuration"]["quick"] = True
+    elif change == "missing":
+        del result["sections"]["evidence"]
+    path.write_text("no JSON" if change == "text" else json.dumps(result), encoding="utf-8")
+    message = {"quick": "is a quick run", "missing": "lacks evidence", "text": "is not a result"}[change]
+    with pytest.raises(ValueError, match=message):
+        page.load(path)

@@ -1,0 +1,169 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from modes import mode_at
+from scipy.special import expit, log_softmax, logsumexp, softmax
+from scipy.stats import norm
+
+from prob_transformer.inference.laplace import laplace
+
+RNG = np.random.default_rng(6)
+X, Y, NEW = RNG.normal(size=(5, 3)), RNG.normal(size=5), RNG.normal(size=(4, 3))
+LABELS, CLASSES = np.array([0, 1, 1, 0, 1]), np.array([0, 2, 1, 1, 0])
+WEIGHTS = RNG.normal(size=(3, 3))
+
+
+def linear(x, y=None):
+    w = numpyro.sample("w", dist.Normal(0, 2.0).expand([3]).to_event(1))
+    numpyro.deterministic("norm", jnp.square(w).sum())
+    numpyro.factor("nothing", 0.0)
+    with numpyro.plate("cases", x.shape[0]):
+        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def softmax_regression(x, y=None):
+    w = numpyro.sample("w", dist.Normal(0, 2.0).expand([3, 3]).to_event(2))
+    with numpyro.plate("cases", x.shape[0]):
+        numpyro.sample("y", dist.Categorical(logits=x @ w), obs=y)
+
+
+def logistic(x, y=None):
+    w = numpyro.sample("w", dist.Normal(0, 2.0).expand([3]).to_event(1))
+    numpyro.sample("y", dist.Bernoulli(logits=x @ w).to_event(1), obs=y)
+
+
+def held(x, y=None):
+    w = numpyro.sample("w", dist.Normal(0, 2.0).expand([3]).to_event(1))
+    b = numpyro.sample("b", dist.Normal(0, 1.0))
+    with numpyro.plate("cases", x.shape[0]):
+        numpyro.sample("y", dist.Normal(x @ w + b, 0.5), obs=y)
+
+
+@pytest.fixture(scope="module")
+def result():
+    mode = np.linalg.solve(X.T @ X / 0.25 + np.eye(3) / 4, X.T @ Y / 0.25)
+    return laplace(linear, X, Y, at=mode_at({"w": mode}, linear, X, Y))
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return laplace(softmax_regression, X, CLASSES, at=mode_at({"w": WEIGHTS}, softmax_regression, X, CLASSES))
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """Mean and covariance of new values of the linear Gaussian model, by conditioning the joint normal law."""
+    joint = 4.0 * np.vstack([X, NEW]) @ np.vstack([X, NEW]).T + 0.25 * np.eye(9)
+    gain = joint[5:, :5] @ np.linalg.inv(joint[:5, :5])
+    return gain @ Y, joint[5:, 5:] - gain @ joint[:5, 5:]
+
+
+def test_linearised_predictions_of_a_linear_gaussian_model_are_exact(result, truth):
+    found = result.linearised("y", NEW)
+    assert (found.parameter, found.distribution) == ("loc", "Normal")
+    np.testing.assert_allclose(found.mean, truth[0], atol=1e-12)
+    np.testing.assert_allclose(found.predictive_covariance(), truth[1], atol=1e-12)
+    np.testing.assert_allclose(found.variance, np.diag(truth[1]) - 0.25, atol=1e-12)
+    with pytest.raises(ValueError, match="'y' is Normal and has no logits"):
+        found.probit_probabilities()
+
+
+def test_sampled_predictions_have_the_exact_mean_and_covariance(result, truth):
+    draws = 20_000
+    found = result.predictive(jax.random.key(2), draws, NEW)
+    assert found.log_likelihood == {}
+    assert set(found.posterior_predictive) == {"y"}
+    y, variances = np.asarray(found.posterior_predictive["y"]), np.diag(truth[1])
+    np.testing.assert_array_less(np.abs(y.mean(0) - truth[0]), 4 * np.sqrt(variances / draws))
+    spread = np.sqrt((np.outer(variances, variances) + truth[1] ** 2) / draws)
+    np.testing.assert_array_less(np.abs(np.cov(y.T) - truth[1]), 4 * spread)
+
+
+def test_the_log_density_of_new_data_is_that_of_the_mixture_of_draws(result, truth):
+    draws, y = 20_000, truth[0] + 0.3
+    found = result.predictive(jax.random.key(2), draws, NEW, y)
+    fit = norm.logpdf(y, np.asarray(found.posterior["w"]) @ NEW.T, 0.5)
+    np.testing.assert_allclose(found.log_likelihood["y"], fit, rtol=1e-9)
+    np.testing.assert_allclose(found.log_density["y"], logsumexp(fit, axis=0) - np.log(draws), rtol=1e-9)
+    exact = norm.logpdf(y, truth[0], np.sqrt(np.diag(truth[1])))
+    standard_error = np.exp(fit).std(0) / np.exp(exact) / np.sqrt(draws)
+    np.testing.assert_array_less(np.abs(found.log_density["y"] - exact), 4 * standard_error)
+    # The same key has the same parameters, and data given to the call are drawn anew all the same.
+    np.testing.assert_array_equal(found.posterior["w"], result.sample(jax.random.key(2), draws)["w"])
+    assert np.asarray(found.posterior_predictive["y"]).std(0).min() > 0.4
+
+
+def test_linearised_logits_of_classes(classes):
+    found = classes.linearised("y", NEW)
+    # Case n, class c is x_n . w[:, c]; the parameters go row by row through w.
+    jacobian = np.einsum("ni,cd->ncid", NEW, np.eye(3)).reshape(12, 9)
+    covariance = jacobian @ np.asarray(classes.covariance()) @ jacobian.T
+    assert found.parameter == "logits"
+    np.testing.assert_allclose(found.mean, NEW @ WEIGHTS, atol=1e-12)
+    np.testing.assert_allclose(found.covariance, covariance, atol=1e-10)
+    scaled = NEW @ WEIGHTS / np.sqrt(1 + np.pi / 8 * np.diag(covariance).reshape(4, 3))
+    np.testing.assert_allclose(found.probit_probabilities(), softmax(scaled, axis=-1), atol=1e-10)
+    with pytest.raises(ValueError, match="'y' is CategoricalLogits, not Normal"):
+        found.predictive_covariance()
+
+
+def test_sampled_classes_have_the_frequencies_and_densities_of_the_draws(classes):
+    draws = 20_000
+    found = classes.predictive(jax.random.key(1), draws)
+    logits = np.einsum("ni,sic->snc", X, found.posterior["w"])
+    fit = log_softmax(logits, axis=-1)[:, np.arange(5), CLASSES]
+    np.testing.assert_allclose(found.log_likelihood["y"], fit, atol=1e-9)
+    probability = softmax(logits, axis=-1).mean(0)
+    frequency = (np.asarray(found.posterior_predictive["y"])[..., None] == np.arange(3)).mean(0)
+    np.testing.assert_array_less(np.abs(frequency - probability), 4 * np.sqrt(0.25 / draws))
+
+
+def test_linearised_logits_of_two_classes():
+    mode = np.array([0.3, -0.2, 0.5])
+    found = laplace(logistic, X, LABELS, at=mode_at({"w": mode}, logistic, X, LABELS)).linearised("y")
+    p = expit(X @ mode)
+    variance = np.diag(X @ np.linalg.inv((X.T * p * (1 - p)) @ X + np.eye(3) / 4) @ X.T)
+    np.testing.assert_allclose(found.variance, variance, atol=1e-12)
+    np.testing.assert_allclose(
+        found.probit_probabilities(), expit(X @ mode / np.sqrt(1 + np.pi / 8 * variance)), atol=1e-12
+    )
+
+
+def test_sites_that_are_held_stay_at_the_mode():
+    mode = {"w": np.zeros(3), "b": np.array(0.7)}
+    result = laplace(held, X, Y, at=mode_at(mode, held, X, Y), sites=("w",))
+    found = result.predictive(jax.random.key(0), 3, X, Y)
+    assert set(found.posterior) == {"w"}
+    expected = norm.logpdf(Y, np.asarray(found.posterior["w"]) @ X.T + 0.7, 0.5)
+    np.testing.assert_allclose(found.log_likelihood["y"], expected, rtol=1e-9)
+
+
+def counts(y):
+    t = numpyro.sample("t", dist.Normal(0, 1.0))
+    numpyro.sample("y", dist.Poisson(jnp.exp(t)), obs=y)
+
+
+def test_bad_input_is_refused_by_name(result):
+    y = np.array(2)
+    other = laplace(counts, y, at=mode_at({"t": np.array(0.4)}, counts, y))
+    with pytest.raises(ValueError, match=r"site: 'y' is Poisson, not one of Normal, .*; use predictive\(\)"):
+        other.linearised("y")
+    with pytest.raises(ValueError, match="site: got 'w'; pass one of the model's sites of data, y"):
+        result.linearised("w")
+    with pytest.raises(ValueError, match="draws: got -1"):
+        result.predictive(jax.random.key(0), -1)
+
+
+def huge(y):
+    s = numpyro.sample("s", dist.LogNormal(0.0, 1e4))
+    numpyro.sample("y", dist.Normal(0.0 * jnp.log(s), 1.0), obs=y)
+
+
+def test_draws_that_overflow_their_support_are_refused():
+    y = np.zeros(())
+    result = laplace(huge, y, at=mode_at({"s": np.array(0.0)}, huge, y))
+    with pytest.raises(ValueError, match="draws: some of site 's' are inf or NaN"):
+        result.sample(jax.random.key(0), 100)

@@ -1,0 +1,183 @@
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from modes import mode_at
+from scipy.optimize import minimize_scalar
+from scipy.stats import multivariate_normal
+
+from prob_transformer.inference.laplace import (
+    DensePrecision,
+    IndefiniteCurvatureError,
+    TuningStatus,
+    laplace,
+    tune_prior_precision,
+)
+
+RNG = np.random.default_rng(7)
+X = RNG.normal(size=(8, 3))
+Y = X @ np.array([0.6, -0.4, 0.2]) + 0.5 * RNG.normal(size=8)
+CURVATURE = X.T @ X / 0.5**2
+
+
+def linear(x, y, scale):
+    w = numpyro.sample("w", dist.Normal(0, scale).expand([3]).to_event(1))
+    with numpyro.plate("cases", x.shape[0]):
+        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def scaled(x, y, scales):
+    """A scale for each coefficient."""
+    w = numpyro.sample("w", dist.Normal(jnp.zeros(3), scales).to_event(1))
+    with numpyro.plate("cases", x.shape[0]):
+        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def fitted(tau, model=linear, **options):
+    prior = np.broadcast_to(tau, 3)
+    mode = np.linalg.solve(CURVATURE + np.diag(prior), X.T @ Y / 0.5**2)
+    scale = np.asarray(tau, float) ** -0.5
+    return laplace(model, X, Y, scale, at=mode_at({"w": mode}, model, X, Y, scale), **options), mode
+
+
+def exact_evidence(tau):
+    return multivariate_normal.logpdf(Y, np.zeros(8), X @ X.T / tau + 0.5**2 * np.eye(8))
+
+
+def by_hand(tau, mode, curvature=CURVATURE):
+    """Laplace's evidence at a mode and curvature held fixed, with the prior N(0, 1 / tau)."""
+    joint = multivariate_normal.logpdf(Y, X @ mode, 0.25 * np.eye(8))
+    joint += multivariate_normal.logpdf(mode, np.zeros(3), np.eye(3) / tau)
+    return joint + 1.5 * np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(curvature + tau * np.eye(3))[1]
+
+
+@pytest.mark.parametrize(
+    ("structure", "rank"), [("full", None), ("kronecker", None), ("low-rank", 3), ("low-rank", 2), ("diagonal", None)]
+)
+def test_the_maximum_is_that_of_a_grid_written_by_hand(structure, rank):
+    result, mode = fitted(0.25, structure=structure, rank=rank)
+    values, vectors = np.linalg.eigh(CURVATURE)
+    curvature = {
+        "diagonal": np.diag(np.diag(CURVATURE)),
+        "low-rank": (vectors[:, 3 - (rank or 0) :] * values[3 - (rank or 0) :]) @ vectors[:, 3 - (rank or 0) :].T,
+    }.get(structure, CURVATURE)
+    found = tune_prior_precision(result, (1e-4, 1e4))
+    grid = np.exp(np.linspace(np.log(1e-2), np.log(1e2), 201))
+    evidence = np.array([by_hand(tau, mode, curvature) for tau in grid])
+    best = grid[evidence.argmax()]
+    assert found.status == TuningStatus.INSIDE
+    np.testing.assert_allclose(np.log(found.prior_precision), np.log(best), atol=np.log(grid[1] / grid[0]))
+    np.testing.assert_allclose(found.log_evidence, by_hand(found.prior_precision, mode, curvature), atol=1e-7)
+    assert found.log_evidence >= evidence.max() - 1e-7
+    # MacKay's equation for the maximum.
+    np.testing.assert_allclose(found.prior_precision * (mode @ mode), found.effective_parameters, rtol=1e-5)
+
+
+def test_the_maximum_of_the_exact_evidence_stays_where_it_is():
+    best = minimize_scalar(
+        lambda t: -exact_evidence(np.exp(t)), bounds=(-4, 6), method="bounded", options={"xatol": 1e-10}
+    )
+    tau = np.exp(best.x)
+    found = tune_prior_precision(fitted(tau)[0])
+    np.testing.assert_allclose(found.prior_precision, tau, rtol=1e-5)
+    np.testing.assert_allclose(found.log_evidence, exact_evidence(tau), atol=1e-9)
+
+
+def test_refitting_leads_to_the_maximum_of_the_exact_evidence():
+    tau = 0.05
+    for _ in range(25):
+        tau = tune_prior_precision(fitted(tau)[0]).prior_precision
+    best = minimize_scalar(lambda t: -exact_evidence(np.exp(t)), bounds=(-4, 6), method="bounded")
+    np.testing.assert_allclose(np.log(tau), best.x, atol=1e-4)
+
+
+def test_different_scales_are_replaced_by_one():
+    prior = np.array([0.2, 1.0, 3.0])
+    result, mode = fitted(prior, scaled)
+    found = tune_prior_precision(result)
+    np.testing.assert_allclose(found.log_evidence, by_hand(found.prior_precision, mode), atol=1e-9)
+    np.testing.assert_allclose(found.prior_precision * (mode @ mode), found.effective_parameters, rtol=1e-6)
+    with pytest.raises(ValueError, match="its priors have different scales, which structure 'kronecker'"):
+        tune_prior_precision(fitted(prior, scaled, structure="kronecker")[0])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "status", "edge"),
+    [((1e2, 1e4), TuningStatus.AT_LOWER_BOUND, 1e2), ((1e-4, 1e-2), TuningStatus.AT_UPPER_BOUND, 1e-2)],
+)
+def test_a_maximum_at_an_edge_of_the_range_is_named(bounds, status, edge):
+    result, mode = fitted(1.0)
+    found = tune_prior_precision(result, bounds)
+    assert found.status == status
+    np.testing.assert_allclose(found.prior_precision, edge, rtol=1e-12)
+    np.testing.assert_allclose(found.log_evidence, by_hand(edge, mode), atol=1e-9)
+
+
+def concave(y):
+    w = numpyro.sample("w", dist.Normal(0, 1.0).expand([2]).to_event(1))
+    numpyro.factor("well", 0.25 * (w**2).sum())
+    numpyro.sample("y", dist.Normal(w[0], 1.0), obs=y)
+
+
+def test_a_curvature_that_only_the_prior_makes_positive_is_refused_where_it_would_not():
+    y = np.ones(())
+    result = laplace(concave, y, at=mode_at({"w": np.array([2 / 3, 0.0])}, concave, y))
+    with pytest.raises(IndefiniteCurvatureError, match=r"the smallest eigenvalue without the prior is -0\.5;"):
+        tune_prior_precision(result)
+
+
+def hierarchical(y):
+    t = numpyro.sample("t", dist.Normal(0, 1.0))
+    w = numpyro.sample("w", dist.Normal(0, jnp.exp(t)).expand([2]).to_event(1))
+    v = numpyro.sample("v", dist.Normal(1.0, 1.0))
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+    numpyro.sample("y", dist.Normal(w.sum() + v + jnp.log(s), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        (("t", "w"), "the scale of a prior depends on another of its sites"),
+        (("v", "w"), "a normal prior with a mean other than 0"),
+        (("s",), "the prior of site 's' is HalfNormal, not Normal; leave the site out"),
+    ],
+)
+def test_other_priors_are_refused(sites, message):
+    y = np.ones(())
+    mode = {"t": 0.0, "w": np.array([0.9, 0.9]), "v": 0.5, "s": 0.0}
+    result = laplace(hierarchical, y, at=mode_at(mode, hierarchical, y), sites=sites)
+    with pytest.raises(ValueError, match=message):
+        tune_prior_precision(result)
+
+
+def test_a_scale_that_is_held_can_be_tuned():
+    y = np.ones(())
+    mode = {"t": 0.0, "w": np.array([0.9, 0.9]), "v": 0.5, "s": 0.0}
+    result = laplace(hierarchical, y, at=mode_at(mode, hierarchical, y), sites=("w",))
+    found = tune_prior_precision(result)
+    np.testing.assert_allclose(found.prior_precision * 2 * 0.9**2, found.effective_parameters, rtol=1e-6)
+
+
+class _Opaque:
+    size = 3
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ((1.0, 1.0), r"bounds: got \(1.0, 1.0\); pass low < high"),
+        ((0.0, 1.0), "bounds: got"),
+        ((1.0, 2.0, 3.0), r"bounds: got \(1.0, 2.0, 3.0\); pass \(low, high\)"),
+    ],
+)
+def test_bad_bounds_are_refused_by_name(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        tune_prior_precision(fitted(1.0)[0], bounds)
+
+
+def test_a_precision_that_cannot_take_its_prior_out_is_refused():
+    result = fitted(1.0)[0]
+    assert isinstance(result.precision, DensePrecision)
+    with pytest.raises(ValueError, match="a _Opaque does not give its eigenvalues"):
+        tune_prior_precision(result._replace(precision=_Opaque()))
