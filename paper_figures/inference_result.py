@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-INFERENCE = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "inference.json"
+INFERENCE = Path(__file__).resolve().parent.parent / "benchmarks" / "inference" / "result.json"
 
 
 def load_inference(path: Path) -> dict[str, Any]:

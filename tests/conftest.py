@@ -13,8 +13,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import pytest
 
 import models  # noqa: F401  (sets up JAX's CPU thread pool before JAX starts it)
 
 # The reference is checked in float64; tests of the fast path pass float32 arrays explicitly.
 jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_functions():
+    """Every compiled function holds some memory maps, of which Linux gives a process 65,530; a worker needs more."""
+    yield
+    jax.clear_caches()

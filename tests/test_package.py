@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import tomllib
 import zipfile
 from importlib import import_module
@@ -34,3 +36,10 @@ def test_modules_are_documented_and_short(path):
     module = import_module(f"prob_transformer.{path.stem}") if path.stem != "__init__" else prob_transformer
     assert module.__doc__
     assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("module", ["prob_transformer.inference", "models.char_gpt.__main__"])
+def test_importing_does_not_start_the_backend(module):
+    # Once it runs, jax.distributed.initialize refuses.
+    look = f"import {module}; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    subprocess.run([sys.executable, "-c", look], check=True, cwd=ROOT)

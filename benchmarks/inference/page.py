@@ -13,14 +13,14 @@ from benchmarks.table import markdown
 from models import cli
 from prob_transformer.provenance import write_text
 
-RESULT = ROOT / "benchmarks" / "results" / "inference.json"
+RESULT = ROOT / "benchmarks" / "inference" / "result.json"
 PAGE = ROOT / "docs" / "inference_benchmark.md"
 INTRODUCTION = """# Inference against the truth
 
 Every number on this page comes from the results committed as
-[inference.json](../benchmarks/results/inference.json) and
-[laplace_torch.json](../benchmarks/results/laplace_torch.json); `python -m benchmarks.inference.page` writes the page,
-and a test compares them. `python -m benchmarks.inference --out FILE` and `make benchmark-laplace` measure again.
+[inference/result.json](../benchmarks/inference/result.json) and
+[laplace_torch/result.json](../benchmarks/laplace_torch/result.json); `python -m benchmarks.inference.page` writes the
+page, and a test compares them. `python -m benchmarks.inference --out FILE` and `make benchmark-laplace` measure again.
 How the methods are used: [inference.md](inference.md)."""
 
 

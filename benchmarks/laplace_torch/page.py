@@ -8,7 +8,7 @@ from benchmarks.laplace_torch.compare import TOLERANCE
 from benchmarks.result import ROOT
 from benchmarks.table import markdown_table
 
-RESULT = ROOT / "benchmarks" / "results" / "laplace_torch.json"
+RESULT = ROOT / "benchmarks" / "laplace_torch" / "result.json"
 # Seconds allowed on two cores, compilation included.
 _SECONDS = {"last-layer": 30.0, "kronecker": 120.0}
 

@@ -18,8 +18,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.smc.ess import ess as effective_sample_size
-from blackjax.smc.resampling import systematic
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -32,10 +30,19 @@ from prob_transformer.token_model import Decoder, require_tokens, require_vocabu
 from prob_transformer.transform import SolveStatus
 
 
+def _smc() -> Any:
+    """Blackjax's SMC package, imported when it is used: the import starts JAX's backend, after which jax.distributed
+    can no longer be set up. What it computes on the way must not become part of a trace."""
+    with jax.ensure_compile_time_eval():
+        import blackjax.smc.ess
+        import blackjax.smc.resampling
+    return blackjax.smc
+
+
 def _ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
     """1 / sum_k W_k^2 of normalised log-weights: from 1 to N, and 0 where all weights are."""
     # Blackjax gives NaN where all are 0, and rounding may take it past N, which would foil a threshold of 1.
-    size = jnp.minimum(effective_sample_size(log_weights), log_weights.shape[0])
+    size = jnp.minimum(_smc().ess.ess(log_weights), log_weights.shape[0])
     return jnp.where((log_weights > -jnp.inf).any(), size, 0.0)
 
 
@@ -76,7 +83,7 @@ def _filter(
         resample_key, noise_key = jax.random.split(key)
         ess = _ess(log_weights)
         resampled = (position > 0) & (ess > 0) & (ess <= threshold * particles)
-        drawn = systematic(resample_key, jnp.exp(log_weights), particles)
+        drawn = _smc().resampling.systematic(resample_key, jnp.exp(log_weights), particles)
         ancestors = jnp.where(resampled, drawn, jnp.arange(particles))
         # Rounding may let a particle of weight 0 at either end be drawn: it stays dead.
         equal = jnp.where(log_weights[ancestors] > -jnp.inf, -jnp.log(jnp.asarray(particles, dtype)), -jnp.inf)

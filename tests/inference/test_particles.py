@@ -228,7 +228,7 @@ def test_a_particle_of_weight_zero_drawn_by_rounding_stays_dead(monkeypatch):
     def short(key, weights, count):
         return jnp.full(count, jnp.argmax(weights)).at[-1].set(jnp.argmin(weights))
 
-    monkeypatch.setattr("prob_transformer.inference.particles.systematic", short)
+    monkeypatch.setattr("blackjax.smc.resampling.systematic", short)
     # A number of particles of its own, or compiled code from before would be used.
     result = signed([0.0, -np.inf], [-np.inf, 0.0], tokens=(0, 0, 0), threshold=1.0, count=17)
     weights = np.asarray(result.filtered_log_weights)

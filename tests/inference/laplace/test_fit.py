@@ -279,17 +279,19 @@ def test_one_compilation_for_each_structure_and_shape():
     assert runs_of_the_model(3, 7, "full", None) > 0
 
 
-def test_the_datatree_holds_draws_fit_and_data(linear_mode, tmp_path):
-    result = laplace(linear, X, Y, at=linear_mode)
-    save(result.to_datatree({"w": ("feature",)}, seed=5, draws=40), tmp_path / "laplace.nc")
+def test_the_datatree_holds_draws_fit_and_data_with_other_sites_held_at_the_mode(tmp_path):
+    held = 0.7
+    result = laplace(two_sites, X, Y, at=mode_at({"a": np.zeros(2), "b": np.array(held)}, two_sites, X, Y), sites=["a"])
+    save(result.to_datatree({"a": ("feature",)}, seed=5, draws=40), tmp_path / "laplace.nc")
     tree = load(tmp_path / "laplace.nc")
-    drawn = np.asarray(result.sample(jax.random.key(5), 40)["w"])
-    assert tree["posterior/w"].dims == ("chain", "draw", "feature")
-    np.testing.assert_array_equal(tree["posterior/w"][0], drawn)
+    drawn = np.asarray(result.sample(jax.random.key(5), 40)["a"])
+    assert tree["posterior/a"].dims == ("chain", "draw", "feature")
+    assert list(tree["posterior"].data_vars) == ["a"]
+    np.testing.assert_array_equal(tree["posterior/a"][0], drawn)
     assert tree["posterior_predictive/y"].shape == (1, 40, 6)
-    fit = norm.logpdf(Y, drawn @ X.T, 0.5)
+    fit = norm.logpdf(Y, drawn @ X[:, :2].T + X[:, 2] * held, 0.5)
     np.testing.assert_allclose(tree["log_likelihood/y"][0], fit, rtol=1e-10)
-    joint = fit.sum(-1) + norm.logpdf(drawn, 0, 2.0).sum(-1)
+    joint = fit.sum(-1) + norm.logpdf(drawn, 0, 1.5).sum(-1) + norm.logpdf(held, 0, 0.7)
     np.testing.assert_allclose(tree["sample_stats/log_joint"][0], joint, rtol=1e-10)
     np.testing.assert_array_equal(tree["observed_data/y"], Y)
     assert tree.attrs["seed"] == "5"
