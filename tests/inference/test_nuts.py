@@ -6,44 +6,32 @@ import numpyro.distributions as dist
 import pytest
 from scipy import stats
 from scipy.integrate import quad
-from small_models import BUMPS, FIRST_SCALE, NOISE_SCALE, TOKENS, bump, conjugate_truth
+from small_models import BUMPS, FIRST_SCALE, NOISE_SCALE, TOKENS, bump, conjugate_truth, scalar_density
 
 from prob_transformer import Attention, EmbeddingProcess, token_model
-from prob_transformer.inference import NutsStatus, load, nuts, save
+from prob_transformer.inference import NutsResult, NutsStatus, load, nuts, save
+from prob_transformer.inference.nuts_result import diagnose
 
 Y = np.array([[0.5], [-0.4], [1.1]])
-WALK = np.array([[0.3], [1.0], [0.1], [-0.6]])
+SPREAD = 0.5
+# One compilation of each parametrisation serves every test of observed_process.
+OPTIONS = {"warmup": 400, "draws": 1000, "max_tree_depth": 6}
+WAYS = ["direct", "noise"]
 
 
-def within_three_standard_errors(result, values, truth):
-    """Monte Carlo standard error of the mean of `values` (chain, draw) from its own effective sample size."""
+def assert_mean(values, truth):
+    """Within 3 Monte Carlo standard errors, from the effective sample size of `values` (chain, draw) themselves."""
     size = numpyro.diagnostics.effective_sample_size(values)
     assert abs(values.mean() - truth) < 3 * values.std(ddof=1) / np.sqrt(size)
 
 
-def interacting(a, dtype=float):
-    return Attention(jnp.asarray(a, dtype).reshape(1, 1, 1), jnp.ones((1, 1, 1), dtype))
+def interacting(a):
+    return Attention(jnp.asarray(a, float).reshape(1, 1, 1), jnp.ones((1, 1, 1)))
 
 
-def observed_process(attention, y, scale=0.5):
+def observed_process(attention, y):
     u = numpyro.sample("embeddings", EmbeddingProcess(attention, y.shape[0], NOISE_SCALE, FIRST_SCALE))
-    numpyro.sample("y", dist.Normal(u, scale).to_event(2), obs=y)
-
-
-def strength(walk):
-    """One parameter a = -b < 0, so that det J >= 1, given the embeddings."""
-    b = numpyro.sample("b", dist.HalfNormal(2.0))
-    numpyro.sample("embeddings", EmbeddingProcess(interacting_of(-b), walk.shape[0], NOISE_SCALE), obs=walk)
-
-
-def interacting_of(a):
-    return Attention(a[None, None, None], jnp.ones((1, 1, 1)))
-
-
-def coin(x):
-    p = numpyro.sample("p", dist.Beta(2.0, 3.0))
-    with numpyro.plate("cases", x.shape[0]):
-        numpyro.sample("x", dist.Bernoulli(p), obs=x)
+    numpyro.sample("y", dist.Normal(u, SPREAD).to_event(2), obs=y)
 
 
 def lone_coins(x):
@@ -56,19 +44,47 @@ def funnel():
         numpyro.sample("x", dist.Normal(0.0, jnp.exp(log_scale / 2)))
 
 
-@pytest.mark.parametrize("embeddings", ["direct", "noise"])
-def test_without_interaction_the_posterior_is_that_of_the_conjugate_gaussian(embeddings):
+@pytest.mark.parametrize("embeddings", WAYS)
+def test_without_interaction_the_posterior_is_that_of_the_linear_gaussian_model(embeddings):
+    inverse = np.linalg.inv(np.array([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [-0.5, -0.5, 1.0]]))
+    prior = inverse @ np.diag(np.array([FIRST_SCALE, NOISE_SCALE, NOISE_SCALE]) ** 2) @ inverse.T
+    gain = prior @ np.linalg.inv(prior + SPREAD**2 * np.eye(3))
+    mean, covariance = gain @ Y[:, 0], prior - gain @ prior
+    result = nuts(observed_process, interacting(0.0), Y, seed=1, embeddings=embeddings, **OPTIONS)
+    assert result.status is NutsStatus.OK
+    centred = result.draws["embeddings"][..., 0] - mean
+    for i in range(3):
+        assert_mean(centred[..., i], 0.0)
+        for k in range(i + 1):
+            assert_mean(centred[..., i] * centred[..., k], covariance[i, k])
+
+
+@pytest.mark.parametrize("embeddings", WAYS)
+def test_in_the_safe_region_both_ways_to_sample_embeddings_have_the_posterior_of_quadrature(embeddings):
+    # Negative a: det J >= 1 everywhere.
+    grid = np.linspace(-6.0, 6.0, 161)
+    u1, u2, u3 = np.meshgrid(grid, grid, grid, indexing="ij", sparse=True)
+    joint = np.prod(np.broadcast_arrays(*scalar_density(-2.0, u1, u2, u3)), axis=0)
+    for u, y in zip((u1, u2, u3), Y[:, 0], strict=True):
+        joint = joint * stats.norm.pdf(y, u, SPREAD)
+    joint /= joint.sum()
+    result = nuts(observed_process, interacting(-2.0), Y, seed=2, embeddings=embeddings, **OPTIONS)
+    assert result.status is NutsStatus.OK
+    u = np.moveaxis(result.draws["embeddings"][..., 0], -1, 0)
+    for f in (lambda u1, u2, u3: u1, lambda u1, u2, u3: u3, lambda u1, u2, u3: u1 * u3, lambda u1, u2, u3: u2**2):
+        assert_mean(f(*u), (joint * f(u1, u2, u3)).sum())
+
+
+def test_tokens_as_gaussian_observations_in_two_dimensions():
     _, mean, variance = conjugate_truth()
-    attention = Attention(np.zeros((1, 1, 2)), np.zeros((1, 1, 2)))
-    scales = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
-    result = nuts(token_model, attention, BUMPS, TOKENS, seed=1, warmup=400, embeddings=embeddings, **scales)
+    result = token_run()
     assert result.status is NutsStatus.OK
     u = result.draws["embeddings"]
     assert u.shape == (2, 1000, 3, 2)
     for i in range(3):
         for k in range(2):
-            within_three_standard_errors(result, u[..., i, k], mean[i, k])
-            within_three_standard_errors(result, (u[..., i, k] - mean[i, k]) ** 2, variance[i])
+            assert_mean(u[..., i, k], mean[i, k])
+            assert_mean((u[..., i, k] - mean[i, k]) ** 2, variance[i])
     by_hand = sum(np.log(bump(u[..., i, :], TOKENS[i])) for i in range(3))
     np.testing.assert_allclose(result.log_likelihood["tokens"], by_hand, atol=1e-9)
     seen = result.posterior_predictive["tokens"] == TOKENS
@@ -76,69 +92,57 @@ def test_without_interaction_the_posterior_is_that_of_the_conjugate_gaussian(emb
     assert (np.abs(seen.mean((0, 1)) - expected) < 4.5 * np.sqrt(0.25 / 2000)).all()
 
 
-def test_in_the_safe_region_both_ways_to_sample_embeddings_have_the_posterior_of_quadrature():
-    # Negative a: det J >= 1 everywhere.
-    a, scale = -2.0, 0.5
-    grid = np.linspace(-6.0, 6.0, 161)
-    u1, u2, u3 = np.meshgrid(grid, grid, grid, indexing="ij", sparse=True)
-    share = 1 / (1 + np.exp(-a * u3 * (u1 - u2)))
-    determinant = 1 - a * share * (1 - share) * (u1 - u2) ** 2
-    joint = stats.norm.pdf(u1, 0, FIRST_SCALE) * stats.norm.pdf(u2 - u1, 0, NOISE_SCALE) * determinant
-    joint = joint * stats.norm.pdf(u3 - share * u1 - (1 - share) * u2, 0, NOISE_SCALE)
-    for u, y in zip((u1, u2, u3), Y[:, 0], strict=True):
-        joint = joint * stats.norm.pdf(y, u, scale)
-    joint /= joint.sum()
-    for embeddings in ("direct", "noise"):
-        result = nuts(observed_process, interacting(a), Y, scale, seed=2, warmup=400, embeddings=embeddings)
+def token_run():
+    attention = Attention(np.zeros((1, 1, 2)), np.zeros((1, 1, 2)))
+    scales = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
+    return nuts(token_model, attention, BUMPS, TOKENS, seed=1, **OPTIONS, **scales)
+
+
+def test_a_parameter_by_quadrature_with_one_compilation_for_data_of_one_shape_and_progress_for_each_run():
+    traced, told = [], ([], [])
+
+    def strength(walk):
+        """One parameter a = -b < 0, so that det J >= 1, given the embeddings."""
+        b = numpyro.sample("b", dist.LogNormal(0.0, 0.7))
+        traced.append(isinstance(b, jax.core.Tracer))
+        attention = Attention(-b[None, None, None], jnp.ones((1, 1, 1)))
+        numpyro.sample("embeddings", EmbeddingProcess(attention, walk.shape[0], NOISE_SCALE), obs=walk)
+
+    def moments(walk):
+        def density(b):
+            total = 0.0
+            for i in range(1, 4):
+                past = walk[:i, 0]
+                weights = np.exp(-b * past * walk[i, 0])
+                weights /= weights.sum()
+                mean = weights @ past
+                total += np.log1p(b * weights @ (past - mean) ** 2) - 0.5 * ((walk[i, 0] - mean) / NOISE_SCALE) ** 2
+            return np.exp(total) * stats.lognorm.pdf(b, 0.7)
+
+        mass, first, second = (quad(lambda b, k=k: b**k * density(b), 0, 30)[0] for k in range(3))
+        return first / mass, second / mass
+
+    def run(walk, seed, **options):
+        result = nuts(strength, walk, warmup=400, draws=2000, seed=seed, **options)
         assert result.status is NutsStatus.OK
-        u = result.draws["embeddings"][..., 0]
-        for f in (lambda u1, u2, u3: u1, lambda u1, u2, u3: u3, lambda u1, u2, u3: u1 * u3, lambda u1, u2, u3: u2**2):
-            within_three_standard_errors(result, f(*np.moveaxis(u, -1, 0)), (joint * f(u1, u2, u3)).sum())
+        b = result.draws["b"]
+        for power, truth in enumerate(moments(walk), start=1):
+            assert_mean(b**power, truth)
+        return b
 
-
-def test_the_posterior_of_a_parameter_is_that_of_quadrature():
-    def density(b):
-        squared, log_det = [], 0.0
-        for i in range(1, 4):
-            past = WALK[:i, 0]
-            weights = np.exp(-b * past * WALK[i, 0])
-            weights /= weights.sum()
-            mean = weights @ past
-            log_det += np.log1p(b * weights @ (past - mean) ** 2)
-            squared.append((WALK[i, 0] - mean) ** 2)
-        return np.exp(-0.5 * np.sum(squared) / NOISE_SCALE**2 + log_det) * stats.halfnorm.pdf(b, scale=2.0)
-
-    mass, first, second = (quad(lambda b, k=k: b**k * density(b), 0, 30)[0] for k in range(3))
-    result = nuts(strength, WALK, seed=3, warmup=400)
-    assert result.status is NutsStatus.OK
-    within_three_standard_errors(result, result.draws["b"], first / mass)
-    within_three_standard_errors(result, result.draws["b"] ** 2, second / mass)
-
-
-def test_other_data_of_the_same_shape_compile_nothing_and_every_run_reports_to_its_own_listener():
-    runs, told = [], ([], [])
-
-    def model(x, a):
-        runs.append(isinstance(x, jax.core.Tracer))
-        location = numpyro.sample("location", dist.Normal(a, 1.0))
-        numpyro.sample("x", dist.Normal(location, 1.0), obs=x)
-
-    def run(x, a, seed, **options):
-        result = nuts(model, x, a, warmup=200, draws=300, seed=seed, **options)
-        within_three_standard_errors(result, result.draws["location"], (x + a) / 2)
-        return result
-
-    first = run(np.array(0.3), np.array(1.0), 0, progress=told[0].append)
-    assert any(runs)
-    runs.clear()
-    run(np.array(2.0), np.array(-1.0), 1, target_accept=0.9, progress=told[1].append)
-    assert not any(runs)
-    assert sorted(told[0]) == sorted(told[1]) == list(range(5, 501, 5))
-    again = run(np.array(0.3), np.array(1.0), 0, progress=told[1].append)
-    np.testing.assert_array_equal(again.draws["location"], first.draws["location"])
-    other = run(np.array(0.3), np.array(1.0), 7, progress=told[1].append)
-    assert (other.draws["location"] != first.draws["location"]).any()
-    assert (first.draws["location"][0] != first.draws["location"][1]).any()
+    walk = np.array([[0.3], [1.0], [0.1], [-0.6]])
+    first = run(walk, 3, progress=told[0].append)
+    assert any(traced)
+    traced.clear()
+    run(walk[::-1] + 0.5, 4, target_accept=0.9, progress=told[1].append)
+    again, other = (run(walk, seed, progress=told[1].append) for seed in (3, 5))
+    assert traced
+    assert not any(traced)
+    assert sorted(told[0]) == list(range(24, 2401, 24))
+    assert sorted(told[1]) == sorted(3 * told[0])
+    np.testing.assert_array_equal(again, first)
+    assert (other != first).any()
+    assert (first[0] != first[1]).any()
 
 
 def test_a_funnel_diverges_and_is_not_written_silently():
@@ -153,94 +157,106 @@ def test_a_funnel_diverges_and_is_not_written_silently():
     assert "observed_data" not in tree
 
 
-def two_hills():
-    numpyro.sample("x", dist.Mixture(dist.Categorical(jnp.array([0.5, 0.5])), [dist.Normal(-30.0), dist.Normal(30.0)]))
-
-
-def test_chains_on_two_hills_have_not_mixed():
-    # Random starts lie on either side of 0, and no chain finds its way across.
-    result = nuts(two_hills, seed=0, warmup=100, draws=200, chains=4)
-    assert set(np.sign(result.draws["x"].mean(1))) == {-1.0, 1.0}
-    assert result.status is NutsStatus.NOT_MIXED
-    assert result.r_hat["x"] > 2
-    with pytest.raises(ValueError, match=r"status: not_mixed \(largest R-hat .*allow=\[NutsStatus.NOT_MIXED\]"):
-        result.to_datatree()
-    with pytest.raises(ValueError, match="not_mixed"):
-        result.to_datatree(allow=[NutsStatus.DIVERGED])
-
-
 def test_data_that_are_not_a_number_are_named_and_never_written():
-    result = nuts(coin_with_nan, np.array([1.0, np.nan]), seed=0, warmup=10, draws=20)
+    result = nuts(observed_process, interacting(0.0), np.array([[0.5], [np.nan], [1.1]]), seed=0, **OPTIONS)
     assert result.status is NutsStatus.NOT_FINITE
     with pytest.raises(ValueError, match=r"status: not_finite.*pass an init"):
         result.to_datatree(allow=list(NutsStatus))
 
 
-def coin_with_nan(x):
-    location = numpyro.sample("location", dist.Normal(0.0, 1.0))
-    numpyro.sample("x", dist.Normal(location, 1.0).expand([2]).to_event(1), obs=x)
-
-
-@pytest.mark.parametrize(("embeddings", "status"), [("direct", "past_boundary"), ("noise", "root_lost")])
-def test_past_the_boundary_the_status_says_so(embeddings, status):
+@pytest.mark.parametrize("embeddings", WAYS)
+def test_past_the_boundary_the_status_says_so(embeddings):
     # a = 6 and observations far apart: u_3 has several roots.
     y = np.array([[-1.5], [1.5], [0.2]])
-    result = nuts(
-        observed_process,
-        interacting(6.0),
-        y,
-        0.5,
-        seed=5,
-        warmup=200,
-        draws=300,
-        embeddings=embeddings,
-        max_tree_depth=5,
-    )
-    u = result.draws["embeddings"]
-    assert np.isfinite(u).all()
-    assert NutsStatus.PAST_BOUNDARY in result.problems
+    result = nuts(observed_process, interacting(6.0), y, seed=5, embeddings=embeddings, **OPTIONS)
+    u1, u2, u3 = np.moveaxis(result.draws["embeddings"][..., 0], -1, 0)
+    assert np.isfinite(u3).all()
+    share = 1 / (1 + np.exp(-6 * u3 * (u1 - u2)))
+    crossed = 6 * share * (1 - share) * (u1 - u2) ** 2 >= 1
+    past, lost = result.sample_stats["past_boundary"], result.sample_stats["root_lost"]
+    assert past.any()
+    if embeddings == "direct":
+        np.testing.assert_array_equal(past, crossed)
+        assert not lost.any()
+    else:
+        # A root may also have been reached by a path that met the wall, or be missing.
+        assert (past + lost)[crossed].all()
+        missing = np.abs(u3 - share * u1 - (1 - share) * u2 - NOISE_SCALE * result.draws["embeddings_noise"][..., 2, 0])
+        assert (missing[lost == 0] < 1e-6).all()
+        assert (NutsStatus.ROOT_LOST in result.problems) == lost.any()
     with pytest.raises(ValueError, match="past_boundary"):
         result.to_datatree(allow=[p for p in result.problems if p != NutsStatus.PAST_BOUNDARY])
-    if embeddings == "direct":
-        share = 1 / (1 + np.exp(-6 * u[..., 2, 0] * (u[..., 0, 0] - u[..., 1, 0])))
-        determinant = 1 - 6 * share * (1 - share) * (u[..., 0, 0] - u[..., 1, 0]) ** 2
-        np.testing.assert_array_equal(result.sample_stats["past_boundary"], determinant <= 0)
 
 
-@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
-def test_the_tree_holds_all_groups_and_comes_back_from_a_file(tmp_path, suffix):
-    attention = Attention(np.zeros((1, 1, 2)), np.zeros((1, 1, 2)))
-    scales = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
-    result = nuts(token_model, attention, BUMPS, TOKENS, seed=1, warmup=400, embeddings="noise", **scales)
-    save(result.to_datatree(), tmp_path / f"nuts{suffix}")
+@pytest.mark.parametrize(("run", "suffix"), [(token_run, ".nc"), (None, ".zarr")])
+def test_the_tree_holds_all_groups_and_comes_back_from_a_file(tmp_path, run, suffix):
+    result = run() if run else nuts(observed_process, interacting(-2.0), Y, seed=2, embeddings="noise", **OPTIONS)
+    dims = None if run else {"y": ("position", "embedding_dim")}
+    save(result.to_datatree(dims), tmp_path / f"nuts{suffix}")
     tree = load(tmp_path / f"nuts{suffix}")
-    for name in ("embeddings", "embeddings_noise"):
+    for name in ["embeddings"] if run else ["embeddings", "embeddings_noise"]:
         assert tree[f"posterior/{name}"].dims == ("chain", "draw", "position", "embedding_dim")
         np.testing.assert_array_equal(tree[f"posterior/{name}"], result.draws[name])
-    assert tree["posterior_predictive/tokens"].dims == ("chain", "draw", "position")
-    assert tree["log_likelihood/tokens"].dims == ("chain", "draw")
+    data = "tokens" if run else "y"
+    assert tree[f"posterior_predictive/{data}"].dims[:3] == ("chain", "draw", "position")
+    assert tree[f"log_likelihood/{data}"].dims == ("chain", "draw")
     assert {"diverging", "n_steps", "acceptance_rate", "energy", "lp", "step_size"} <= set(tree["sample_stats"])
     np.testing.assert_array_equal(tree["sample_stats/lp"], -result.sample_stats["potential_energy"])
-    np.testing.assert_array_equal(tree["observed_data/tokens"], TOKENS)
-    assert (tree.attrs["seed"], tree.attrs["status"]) == ("1", "ok")
-    assert '"embeddings": "noise"' in tree.attrs["configuration"]
+    np.testing.assert_array_equal(tree[f"observed_data/{data}"], TOKENS if run else Y)
+    assert tree.attrs["status"] == "ok"
+    assert tree.attrs["seed"] == ("1" if run else "2")
+    assert f'"embeddings": "{"direct" if run else "noise"}"' in tree.attrs["configuration"]
+
+
+def made_of(draws, **changes):
+    """A result with the given draws of one site x and nothing else wrong."""
+    nothing = np.zeros(draws.shape[:2], int)
+    stats = {"diverging": nothing, "past_boundary": nothing, "root_lost": nothing, "potential_energy": 0.0 * nothing}
+    r_hat, ess = diagnose({"x": draws})
+    fields = {"draws": {"x": draws}, "sample_stats": stats, "r_hat": r_hat, "ess": ess, "log_likelihood": {}}
+    fields |= {"posterior_predictive": {}, "observed_data": {}, "finite": True, "configuration": {}, "seed": None}
+    return NutsResult(**fields | changes)
+
+
+def test_chains_that_disagree_or_crawl_or_stand_still_have_not_mixed():
+    rng = np.random.default_rng(0)
+    good = rng.normal(size=(2, 1000))
+    assert made_of(good).status is NutsStatus.OK
+    apart = good + np.array([[0.0], [0.3]])
+    # An autocorrelation of 0.98: about 2 x 1000 x 0.02 / 1.98 = 20 effective draws.
+    crawling = np.zeros((2, 1000))
+    for i in range(1, 1000):
+        crawling[:, i] = 0.98 * crawling[:, i - 1] + rng.normal(size=2)
+    for bad in (apart, crawling, np.ones((2, 1000)), good[:, :40]):
+        result = made_of(bad)
+        assert result.problems == (NutsStatus.NOT_MIXED,)
+        with pytest.raises(ValueError, match=r"status: not_mixed \(largest R-hat .*allow=\[NutsStatus.NOT_MIXED\]"):
+            result.to_datatree()
+        with pytest.raises(ValueError, match="not_mixed"):
+            result.to_datatree(allow=[NutsStatus.DIVERGED])
+        assert result.to_datatree(allow=[NutsStatus.NOT_MIXED]).attrs["status"] == "not_mixed"
+    assert made_of(apart).r_hat["x"] > 1.01
+    assert made_of(crawling).ess["x"] < 100
+
+
+COINS = np.ones(3, int)
 
 
 @pytest.mark.parametrize(
     ("model", "data", "options", "message"),
     [
-        (coin, (np.ones(3, int),), {"init": {"q": 0.5}}, "init: names q; the model's latent sites are p"),
-        (coin, (np.ones(3, int),), {"init": {"p": 1.5}}, r"init\['p'\]: lies outside"),
-        (lone_coins, (np.zeros(0, int),), {}, r"model: an argument has shape \(0,\)"),
-        (coin, (np.ones(3, int),), {"seed": None}, "key: got None; pass a JAX random key, or a seed"),
-        (coin, (np.ones(3, int),), {"seed": -1}, "seed: got -1"),
-        (coin, (np.ones(3, int),), {"draws": 3}, "draws: got 3; pass an integer of at least 4"),
-        (coin, (np.ones(3, int),), {"warmup": -1}, "warmup: got -1"),
-        (coin, (np.ones(3, int),), {"chains": 0}, "chains: got 0"),
-        (coin, (np.ones(3, int),), {"max_tree_depth": 0}, "max_tree_depth: got 0"),
-        (coin, (np.ones(3, int),), {"target_accept": 1.0}, "target_accept: got 1.0"),
-        (coin, (np.ones(3, int),), {"embeddings": "both"}, "embeddings: got 'both'; pass one of direct, noise"),
-        (coin, (np.ones(3, int),), {"embeddings": "noise"}, "embeddings: is 'noise', but no latent site"),
+        (lone_coins, (COINS,), {"init": {"q": 0.5}}, "init: names q; the model's latent sites are p"),
+        (lone_coins, (COINS,), {"init": {"p": 1.5}}, r"init\['p'\]: lies outside"),
+        (lone_coins, (COINS[:0],), {}, r"model: an argument has shape \(0,\)"),
+        (lone_coins, (COINS,), {"seed": None}, "key: got None; pass a JAX random key, or a seed"),
+        (lone_coins, (COINS,), {"seed": -1}, "seed: got -1"),
+        (lone_coins, (COINS,), {"draws": 3}, "draws: got 3; pass an integer of at least 4"),
+        (lone_coins, (COINS,), {"warmup": -1}, "warmup: got -1"),
+        (lone_coins, (COINS,), {"chains": 0}, "chains: got 0"),
+        (lone_coins, (COINS,), {"max_tree_depth": 0}, "max_tree_depth: got 0"),
+        (lone_coins, (COINS,), {"target_accept": 1.0}, "target_accept: got 1.0"),
+        (lone_coins, (COINS,), {"embeddings": "both"}, "embeddings: got 'both'; pass one of direct, noise"),
+        (lone_coins, (COINS,), {"embeddings": "noise"}, "embeddings: is 'noise', but no latent site"),
         (lambda: numpyro.sample("k", dist.Poisson(1.0)), (), {}, "site 'k' is discrete and not observed"),
     ],
 )

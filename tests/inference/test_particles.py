@@ -177,10 +177,10 @@ class Signs(eqx.Module):
         return jnp.where(embeddings < 0, self.below, self.above)
 
 
-def signed(below, above, tokens=(0, 1, 0), threshold=0.0):
+def signed(below, above, tokens=(0, 1, 0), threshold=0.0, count=16):
     decoder = Signs(np.array(below, float), np.array(above, float))
     options = {"proposal": "direct", "threshold": threshold}
-    return particle_filter(scalar(-2.0), decoder, np.array(tokens), jax.random.key(0), 16, **options)
+    return particle_filter(scalar(-2.0), decoder, np.array(tokens), jax.random.key(0), count, **options)
 
 
 def test_an_impossible_token_kills_all_and_an_improbable_one_does_not():
@@ -221,6 +221,20 @@ def test_particles_of_weight_zero_leave_no_descendants():
     # Of a path that lives every embedding has the sign its token asks for.
     alive = np.isfinite(weights[-1])
     np.testing.assert_array_equal(np.sign(np.asarray(result.embeddings)[alive, :, 0]), [[-1, 1, -1]] * alive.sum())
+
+
+def test_a_particle_of_weight_zero_drawn_by_rounding_stays_dead(monkeypatch):
+    # In float32 the sum of the weights may fall short of 1, and then the last particle is drawn whatever its weight.
+    def short(key, weights, count):
+        return jnp.full(count, jnp.argmax(weights)).at[-1].set(jnp.argmin(weights))
+
+    monkeypatch.setattr("blackjax.smc.resampling.systematic", short)
+    # A number of particles of its own, or compiled code from before would be used.
+    result = signed([0.0, -np.inf], [-np.inf, 0.0], tokens=(0, 0, 0), threshold=1.0, count=17)
+    weights = np.asarray(result.filtered_log_weights)
+    assert np.isneginf(weights[0]).any()
+    assert np.isneginf(weights[1:, -1]).all()
+    assert result.status == ParticleStatus.OK
 
 
 def test_float32_stays_float32_and_agrees():
