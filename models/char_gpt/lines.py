@@ -38,6 +38,15 @@ def drop_torn_end(path: Path) -> None:
             write_text(path, whole.decode("utf-8"))
 
 
+def shortened(value: Any) -> Any:
+    """Floats to seven significant digits, which is what float32 carries, all through a tree of lists and dictionaries."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: shortened(entry) for key, entry in value.items()}
+    return [shortened(entry) for entry in value] if isinstance(value, list) else value
+
+
 def append(path: Path, run: dict[str, Any]) -> None:
     """Add a line and have it on disk before going on. NaN and infinities are refused, for they are not JSON."""
     line = json.dumps(run, allow_nan=False) + "\n"

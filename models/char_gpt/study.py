@@ -38,7 +38,7 @@ BARRIERS = {
     "one-sided@embedding": _barrier("margin", "embedding", "one-sided"),
     "one-sided@layers": _barrier("margin", "layers", "one-sided"),
 }
-# The ranges were laid by single runs with seed 100, which no profile uses, so that clean loss suffers between 0 and some 10 %.
+# Ranges laid by single runs with seed 100, which no profile uses, so that clean loss suffers by 0 to some 10 %.
 COMPETITORS = {
     "dropout": _regulariser("dropout", 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
     "weight-decay": _regulariser("weight-decay", 0.1, 0.3, 1.0, 2.0, 3.0, 5.0),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from models import corpus as corpus_module
-from models.char_gpt import training
+from models.char_gpt import lines, training
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import measure
 from models.char_gpt.run import parameter_count
@@ -95,8 +95,7 @@ def _line(config: Config, text: Path | None, folder: Path, with_passage: bool, c
         state, record = training.train(config, corpus, folder / run_name(config), quiet=True)
     except training.TrainingDivergedError as error:
         return {**line, "status": "diverged", "message": str(error)}
-    return {
-        **line,
+    measured = {
         "status": "finished",
         "parameters": parameter_count(state.model),
         "wall_seconds": record["wall_seconds"],
@@ -107,6 +106,7 @@ def _line(config: Config, text: Path | None, folder: Path, with_passage: bool, c
         "halved_steps": int(state.halvings),
         "training": record["history"],
     }
+    return {**line, **lines.shortened(measured)}
 
 
 def forget(folder: Path, name: str) -> None:
