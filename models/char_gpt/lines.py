@@ -39,7 +39,7 @@ def drop_torn_end(path: Path) -> None:
 
 
 def shortened(value: Any) -> Any:
-    """Floats to seven significant digits, which is what float32 carries, all through a tree of lists and dictionaries."""
+    """Floats to the seven significant digits that float32 carries, all through a tree of lists and dictionaries."""
     if isinstance(value, float):
         return float(f"{value:.7g}")
     if isinstance(value, dict):

@@ -52,9 +52,7 @@ def value_and_gradient(problem, config, key=KEY):
 )
 def test_both_paths_give_the_same_loss_and_gradient(problem, objective, site, form):
     # At this threshold the one-sided barrier is neither off nor on everywhere.
-    slow = dataclasses.replace(
-        SMALL, objective=objective, barrier_site=site, barrier_form=form, barrier_threshold=2.0
-    )
+    slow = dataclasses.replace(SMALL, objective=objective, barrier_site=site, barrier_form=form, barrier_threshold=2.0)
     terms, gradient = value_and_gradient(problem, dataclasses.replace(slow, path="accelerated"))
     expected_terms, expected_gradient = value_and_gradient(problem, slow)
     assert abs(expected_terms.penalty) > 1e-3

@@ -32,9 +32,9 @@ def many(problem, name, strength, draws=4000):
     """Logits and penalty over many keys."""
     model, windows = problem
     keys = jax.random.split(jax.random.key(1), draws)
-    found = jax.jit(
-        jax.vmap(lambda k: regularisers.regularised(model, windows[:, :-1], named(name), k, strength))
-    )(keys)
+    found = jax.jit(jax.vmap(lambda k: regularisers.regularised(model, windows[:, :-1], named(name), k, strength)))(
+        keys
+    )
     return [np.asarray(x) for x in found]
 
 
