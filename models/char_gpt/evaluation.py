@@ -100,7 +100,7 @@ def _finite(values: Float[np.ndarray, " n"]) -> list[float | None]:
     return [float(v) if np.isfinite(v) else None for v in values]
 
 
-def _determinants(sign: Array | np.ndarray, log_det: Array | np.ndarray) -> Float[np.ndarray, "..."]:
+def _determinants(sign: Float[Any, "..."], log_det: Float[Any, "..."]) -> Float[np.ndarray, "..."]:
     with np.errstate(over="ignore"):
         return (np.asarray(sign) * np.exp(np.asarray(log_det, np.float64))).astype(np.float32)
 

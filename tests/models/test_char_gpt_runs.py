@@ -7,8 +7,9 @@ import pytest
 
 from models import cli
 from models.char_gpt import __main__ as command
-from models.char_gpt import checkpoint, evaluation, training
+from models.char_gpt import checkpoint, training
 from models.char_gpt.config import Config
+from models.char_gpt.perturbations import LEVELS
 from models.char_gpt.run import finished, run
 from models.char_gpt.training import TrainingDivergedError, train
 from models.corpus import load
@@ -89,8 +90,8 @@ def test_metrics_are_complete_finite_and_consistent(corpus, tmp_path):
     assert written["provenance"]["configuration"] == TINY.as_dict()
     assert written["provenance"]["seed"] == TINY.seed
     assert [(row["kind"], row["sigma"]) for row in written["noise"]] == [
-        *(("absolute", sigma) for sigma in evaluation.ABSOLUTE_SIGMAS),
-        *(("relative", sigma) for sigma in evaluation.RELATIVE_SIGMAS),
+        *(("absolute", sigma) for sigma in LEVELS["embedding-noise"]),
+        *(("relative", sigma) for sigma in LEVELS["relative-embedding-noise"]),
     ]
     for row in written["noise"]:
         clean = written["clean_loss"]["nats_per_character"]
@@ -105,25 +106,6 @@ def test_metrics_are_complete_finite_and_consistent(corpus, tmp_path):
             np.testing.assert_allclose(summary["determinant_quantiles"]["0.50"], np.median(margins[site]), rtol=1e-6)
     for site in ("embedding", "layers"):
         assert written["crossings"][site]["steps_watched"] == 1
-
-
-def test_noise_of_zero_is_the_clean_loss_and_noise_is_the_same_for_every_model(corpus):
-    state = training.initial_state(TINY, len(corpus.vocabulary))
-    windows = evaluation.evaluation_windows(corpus.validation, TINY)
-    clean = evaluation.noisy_losses(state.model, windows, 0.0)
-    logits = jax.vmap(state.model)(windows[:, :-1])
-    log_p = jax.nn.log_softmax(logits)
-    by_hand = -np.take_along_axis(np.asarray(log_p), windows[:, 1:, None], -1)[..., 0].mean(-1)
-    np.testing.assert_allclose(clean, by_hand, rtol=1e-5)
-    again = [evaluation.noisy_losses(state.model, windows, 0.3) for _ in range(2)]
-    np.testing.assert_array_equal(*again)
-    assert np.abs(again[0] - clean).max() > 1e-4
-
-
-def test_evaluation_windows_do_not_overlap(corpus):
-    windows = evaluation.evaluation_windows(np.arange(1000), dataclasses.replace(TINY, evaluation_windows=50))
-    assert windows.shape == (50, TINY.context + 1)
-    assert len(np.unique(windows)) == windows.size
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(corpus, tmp_path, monkeypatch):
@@ -167,13 +149,6 @@ def test_metrics_that_are_not_of_a_run_are_refused(tmp_path, damage):
     (tmp_path / "metrics.json").write_text(damage)
     with pytest.raises(ValueError, match=r"--out: .* is not the metrics of a run; delete it"):
         finished(tmp_path, TINY, "any text")
-
-
-def test_quantiles_of_overflowed_determinants_are_none_and_those_below_stay():
-    found = evaluation._quantiles(np.array([1.0, 2.0, 3.0, np.inf, np.inf], np.float32))
-    assert (found["0.00"], found["0.25"]) == (1.0, 2.0)
-    assert found["0.95"] is None
-    assert found["1.00"] is None
 
 
 @pytest.mark.parametrize("damage", [b"not json\n", b"{}\n", b""])
