@@ -32,7 +32,7 @@ class Paired(NamedTuple):
         mean, sd = float(np.mean(values)), spread(values)
         half = None
         if len(values) > 1:
-            half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * sd / np.sqrt(len(values))
+            half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * sd / np.sqrt(len(values)))
         return cls(
             tuple(float(value) for value in values),
             mean,

@@ -40,13 +40,12 @@ def power(sd: float, n: int, effect: float, level: float, sides: Literal[1, 2] =
     if sd == 0:
         return 1.0
     critical = float(stats.t.isf(level / sides, n - 1))
-    shift = effect * np.sqrt(n) / sd
-    # Far out the noncentral distribution is not computed to the last digit, and the power is 1 there in any case.
-    if shift > 30 + 5 * critical:
-        return 1.0
+    # The power rises with the shift; SciPy's series end somewhere above 1,000, where there is nothing left to tell apart.
+    shift = min(effect * np.sqrt(n) / sd, 1000.0)
     found = stats.nct.sf(critical, n - 1, shift)
     if sides == 2:
-        found += stats.nct.cdf(-critical, n - 1, shift)
+        # The same as cdf(-critical) at the shift itself, which SciPy gives as NaN where it is tiny.
+        found += stats.nct.sf(critical, n - 1, -shift)
     return float(found)
 
 

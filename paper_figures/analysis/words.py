@@ -30,7 +30,7 @@ def _one(finding: str, comparison: dict[str, Any]) -> str:
         return f"Not measurable: {comparison['reason']}."
     what = _effect(finding, comparison)
     low, high = _interval(finding, comparison)
-    holm = f"p {_p(comparison['p'])}, {_p(comparison['p_holm'])} after Holm over {comparison['family_size']}"
+    holm = f"p {_p(comparison['p'])}; after Holm over {comparison['family_size']} {_p(comparison['p_holm'])}"
     return f"{what} (95 % of resampled seeds: {low} to {high}; {holm}).{_because(finding, comparison)}"
 
 
@@ -107,7 +107,8 @@ def _ours(deciding: list[dict[str, Any]]) -> str:
     unsure = [c["power_in_family"] for c in deciding if c["verdict"] == "undecided" and c["mean_gain"] is not None]
     power = ""
     if unsure:
-        power = f" Power to see a difference of 5 % where undecided: {min(unsure):.2f} to {max(unsure):.2f} in the family."
+        smallest = f"{100 * deciding[0]['smallest_effect']:g} %"
+        power = f" The power to establish a gain of {smallest} was at most {max(unsure):.2f} in the family where undecided."
     return f"Under {deciding[0]['measure']}: {'; '.join(parts)}.{power}"
 
 
