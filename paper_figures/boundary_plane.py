@@ -1,6 +1,5 @@
 """det J over the plane for d = 2: the degeneracy boundary and the support token of a short sequence."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

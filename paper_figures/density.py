@@ -1,6 +1,5 @@
 """The 1-D density of one position before and past the degeneracy boundary, with its mass."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -80,7 +80,9 @@ def load_runs(folder: Path) -> Runs:
     if not seeds or BASELINE not in runs.methods:
         raise ValueError(f"--runs: {path} has no seed with all its runs and {BASELINE}; finish it with {again}.")
     if not runs.baseline:
-        raise ValueError(f"--runs: {path} has a diverged run of {BASELINE}, so nothing to compare with; see its message.")
+        raise ValueError(
+            f"--runs: {path} has a diverged run of {BASELINE}, so nothing to compare with; see its message."
+        )
     return runs
 
 

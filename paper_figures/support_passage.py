@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -103,7 +103,7 @@ def _character(panel: Axes, place: int, line: int, character: str, margin: float
         fill, ink = ORANGE, "black"
     else:
         shade = float(_SHADES(min(margin, 1.0)))
-        fill, ink = colormaps["Greys_r"](shade), "white" if shade < 0.5 else "black"
+        fill, ink = to_hex(colormaps["Greys_r"](shade)), "white" if shade < 0.5 else "black"
     panel.add_patch(Rectangle((place, line), 1, 1, facecolor=fill, edgecolor="none"))
     shown = _BLANKS.get(character, character)
     panel.text(

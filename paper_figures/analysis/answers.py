@@ -16,9 +16,7 @@ def answers(entries: list[Row], overview: list[Row]) -> list[str]:
 
 def _on_split(entries: list[Row], overview: list[Row], split: str) -> list[str]:
     def having(finding: str, verdict: str) -> list[str]:
-        return [
-            e["method"] for e in entries if (e["finding"], e["split"], e["verdict"]) == (finding, split, verdict)
-        ]
+        return [e["method"] for e in entries if (e["finding"], e["split"], e["verdict"]) == (finding, split, verdict)]
 
     rows = {row["method"]: row for row in overview if row["split"] == split}
     robust, kept = having("robustness", "supported"), having("clean", "supported")
@@ -34,7 +32,9 @@ def _on_split(entries: list[Row], overview: list[Row], split: str) -> list[str]:
     beats, fails = having("ours", "supported"), having("ours", "not supported")
     open_ = having("ours", "undecided")
     if beats:
-        found.append(f"On {split} text the barrier is more than one more regulariser: {', '.join(beats)} beats them all.")
+        found.append(
+            f"On {split} text the barrier is more than one more regulariser: {', '.join(beats)} beats them all."
+        )
     else:
         parts = [f"not supported for {', '.join(fails)}"] if fails else []
         parts += [f"undecided for {', '.join(open_)}"] if open_ else []

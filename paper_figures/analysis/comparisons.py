@@ -83,9 +83,7 @@ def _robustness(
     reference, own = (_increases(members, split, kind, level) for members in (baseline, barrier.runs))
     gains, reason = _over_mean(reference - own, reference, f"{kind} does not raise the loss of {BASELINE}")
     measure = f"{kind} {level:g}"
-    return Comparison(
-        "robustness", split, barrier.method, BASELINE, measure, decides, SMALLEST_INCREASE, gains, reason
-    )
+    return Comparison("robustness", split, barrier.method, BASELINE, measure, decides, SMALLEST_INCREASE, gains, reason)
 
 
 def _clean(barrier: Selection, baseline: list[Run], split: str) -> Comparison:
@@ -111,9 +109,7 @@ def _share(barrier: Selection, baseline: list[Run]) -> Comparison:
     )
     gains, reason = _over_mean(reference - own, reference, f"{BASELINE} has no position past the boundary")
     measure = "share of det J <= 0 in layers"
-    return Comparison(
-        "geometry", MARGINS_SPLIT, barrier.method, BASELINE, measure, True, SMALLEST_SHARE, gains, reason
-    )
+    return Comparison("geometry", MARGINS_SPLIT, barrier.method, BASELINE, measure, True, SMALLEST_SHARE, gains, reason)
 
 
 def _quantile(barrier: Selection, baseline: list[Run]) -> Comparison:
@@ -135,5 +131,3 @@ def _over_mean(
 ) -> tuple[Float[np.ndarray, " n"] | None, str]:
     mean = float(np.mean(reference))
     return (differences / mean, "") if mean > 0 else (None, otherwise)
-
-

@@ -25,7 +25,9 @@ class Selection(NamedTuple):
 
 def select(runs: Runs, method: str) -> Selection | None:
     """The strength chosen for a method; None if every strength diverged on some seed."""
-    costs = {strength: cost for strength in runs.strengths(method) if (cost := cost_of(runs, method, strength)) is not None}
+    costs = {
+        strength: cost for strength in runs.strengths(method) if (cost := cost_of(runs, method, strength)) is not None
+    }
     if not costs:
         return None
     affordable = [strength for strength, cost in costs.items() if cost <= BUDGET]

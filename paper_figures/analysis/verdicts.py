@@ -47,7 +47,7 @@ def judge(comparisons: list[Comparison]) -> list[Judged]:
     for comparison in comparisons:
         families.setdefault((comparison.finding, comparison.split), []).append(comparison)
     judged = {}
-    for key, family in families.items():
+    for family in families.values():
         pairs = [_p_values(comparison) for comparison in family]
         for_holm, against_holm = (holm(np.array([pair[side] for pair in pairs])) for side in (0, 1))
         for place, comparison in enumerate(family):
@@ -73,7 +73,8 @@ def _judged(
     gains, smallest = comparison.gains, comparison.smallest_effect
     if gains is None:
         return Judged(comparison, size, None, p, p_holm, p_against, p_against_holm, 1.0, 0.0, 0.0, "undecided")
-    gain, sd, sides = Paired.of(gains), spread(gains), 1 if comparison.finding == "clean" else 2
+    gain, sd = Paired.of(gains), spread(gains)
+    sides: Literal[1, 2] = 1 if comparison.finding == "clean" else 2
     alone, in_family = (power(sd, len(gains), smallest, level, sides) for level in (ALPHA, ALPHA / size))
     found: Verdict = "undecided"
     if p_against_holm < ALPHA or (sides == 2 and gain.mean < 0 and p_holm < ALPHA):
@@ -81,9 +82,7 @@ def _judged(
     elif p_holm < ALPHA:
         found = "supported"
     equivalent = equivalence_p(gains, smallest)
-    return Judged(
-        comparison, size, gain, p, p_holm, p_against, p_against_holm, equivalent, alone, in_family, found
-    )
+    return Judged(comparison, size, gain, p, p_holm, p_against, p_against_holm, equivalent, alone, in_family, found)
 
 
 def over_all(verdicts: Iterable[Verdict]) -> Verdict:

@@ -38,7 +38,9 @@ def _effect(finding: str, comparison: dict[str, Any]) -> str:
     gain = comparison["mean_gain"]
     size = f"{abs(gain):.3f}" if _in_own_unit(comparison) else f"{abs(100 * gain):.1f} %"
     if finding == "clean":
-        return f"Clean loss is {abs(100 * gain):.2f} % {'lower' if gain > 0 else 'higher'} than {comparison['against']}'s"
+        return (
+            f"Clean loss is {abs(100 * gain):.2f} % {'lower' if gain > 0 else 'higher'} than {comparison['against']}'s"
+        )
     if finding == "geometry":
         direction = {
             (True, True): "larger",
@@ -98,7 +100,9 @@ def _ours(deciding: list[dict[str, Any]]) -> str:
     parts = []
     for verdict, word in words.items():
         names = [
-            f"{c['against']} (not measurable)" if c["mean_gain"] is None else f"{c['against']} ({-100 * c['mean_gain']:+.1f} %)"
+            f"{c['against']} (not measurable)"
+            if c["mean_gain"] is None
+            else f"{c['against']} ({-100 * c['mean_gain']:+.1f} %)"
             for c in deciding
             if c["verdict"] == verdict
         ]
@@ -108,16 +112,16 @@ def _ours(deciding: list[dict[str, Any]]) -> str:
     power = ""
     if unsure:
         smallest = f"{100 * deciding[0]['smallest_effect']:g} %"
-        power = f" The power to establish a gain of {smallest} was at most {max(unsure):.2f} in the family where undecided."
+        power = (
+            f" The power to establish a gain of {smallest} was at most {max(unsure):.2f} in the family where undecided."
+        )
     return f"Under {deciding[0]['measure']}: {'; '.join(parts)}.{power}"
 
 
 def wins_by_rescaling(entry: Entry) -> bool:
     """Whether noise of fixed size is met better, and noise relative to the embeddings is not."""
     verdicts = {c["measure"].rsplit(" ", 1)[0]: c["verdict"] for c in entry["comparisons"]}
-    return (
-        verdicts.get("embedding-noise") == "supported" and verdicts.get("relative-embedding-noise") != "supported"
-    )
+    return verdicts.get("embedding-noise") == "supported" and verdicts.get("relative-embedding-noise") != "supported"
 
 
 def _rescaling(entry: Entry) -> str:

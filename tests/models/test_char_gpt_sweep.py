@@ -118,6 +118,7 @@ def wait_until(condition, process):
 
 def all_gone(process):
     """No process of the sweep is left, its workers included."""
+    process.wait()
     limit = time.monotonic() + 30
     while time.monotonic() < limit:
         try:

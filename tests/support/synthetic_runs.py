@@ -44,7 +44,11 @@ class Truth(NamedTuple):
 
 
 def write_runs(
-    folder: Path, truths: Mapping[str, Truth], spread: float = 0.01, seeds: int = 5, strengths: tuple[float, ...] = STRENGTHS
+    folder: Path,
+    truths: Mapping[str, Truth],
+    spread: float = 0.01,
+    seeds: int = 5,
+    strengths: tuple[float, ...] = STRENGTHS,
 ) -> Path:
     """DIR/runs.jsonl of every method over seeds; `spread` is the relative noise of a run's own on every increase."""
     random = np.random.default_rng(0)
@@ -136,7 +140,7 @@ def _levels(method: str, crossings: float, random: np.random.Generator) -> np.nd
     """det J of one site: mostly below 1 for plain training, pushed up by a two-sided barrier."""
     pushed = {"margin": 20.0, "map": 2.0, "one-sided": 1.1}.get(method.split("@", maxsplit=1)[0], 1.0)
     draws = pushed * np.exp(random.normal(-0.3, 0.5, 4000))
-    draws[: int(round(crossings * len(draws)))] *= -0.5
+    draws[: round(crossings * len(draws))] *= -0.5
     return np.quantile(draws, _PROBABILITIES)
 
 
@@ -179,7 +183,8 @@ def _watch(method: str, crossings: float, step: int, random: np.random.Generator
 
 
 def _passage(method: str, random: np.random.Generator) -> dict[str, Any]:
-    text = ("Anarchism is a political philosophy & movement <sceptical> of all\njustifications for authority. " * 4)[: 3 * CONTEXT]
+    text = "Anarchism is a political philosophy & movement <sceptical> of all\njustifications for authority. " * 4
+    text = text[: 3 * CONTEXT]
 
     def margins() -> list[float | None]:
         values: list[float | None] = [float(v) for v in random.choice(_levels(method, 0.02, random), len(text))]
