@@ -44,7 +44,7 @@ def draw(benchmark: Path = BENCHMARK) -> Figure:
         panel.set_yscale("log")
         panel.set_xticks(lengths, [str(length) for length in lengths])
         panel.set_xlabel("length n (positions)")
-        panel.legend(frameon=False, loc="upper left")
+        panel.legend(frameon=False, loc="center left")
     return figure
 
 

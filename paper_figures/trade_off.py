@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from paper_figures.analysis.comparisons import PERTURBATIONS
 from paper_figures.analysis.selection import BUDGET, cost_of, select
@@ -19,6 +20,9 @@ CAPTION = (
     "a method, from plain cross-entropy (the origin) on; rings: the strengths chosen on clean validation loss. Down and to the left is better. "
     "Dotted: the budget of 1 % and no change. Both axes are linear near 0 (1 % and 10 %) and logarithmic beyond."
 )
+
+_CLEAN_TICKS = (-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50)
+_INCREASE_TICKS = (-80, -40, -20, -10, -5, 0, 5, 10, 20, 40, 80, 160)
 
 
 def draw(runs: Path) -> Figure:
@@ -35,6 +39,11 @@ def draw(runs: Path) -> Figure:
     panel.axhline(0.0, color=BLACK, linestyle=":", linewidth=1.0)
     panel.set_xscale("symlog", linthresh=1.0)
     panel.set_yscale("symlog", linthresh=10.0)
+    panel.margins(0.06)
+    for axis, ticks in ((panel.xaxis, _CLEAN_TICKS), (panel.yaxis, _INCREASE_TICKS)):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_locator(NullLocator())
     panel.set_xlabel("change of clean test loss against ce (%)")
     kind, level = PERTURBATIONS[0]
     panel.set_ylabel(f"change of loss increase under {kind} {level:g} (%)")

@@ -1,9 +1,9 @@
 """Differences paired by seed: mean, 95 % intervals and effect size.
 
 The bootstrap resamples the n seeds with replacement and takes percentiles of the means. Up to six seeds all n^n
-resamples are enumerated, so that the interval is exact and has no randomness of its own. It is narrow at few seeds (five
-normal differences: it holds the mean in 81 % of studies, docs/findings.md); the interval of the t distribution beside
-it is the one that the tests of `tests_of_means` agree with.
+resamples are enumerated, so that the interval is exact and has no randomness of its own. It is narrow at few seeds: of
+normal differences it held the mean in 84 % of simulated studies of five seeds (docs/findings.md). The interval of the t
+distribution beside it is the one that the tests of `tests_of_means` agree with.
 """
 
 from typing import NamedTuple
