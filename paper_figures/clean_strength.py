@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from paper_figures.analysis.selection import BUDGET, select
 from paper_figures.runs import BASELINE, Runs, clean_loss, load_runs
-from paper_figures.style import BLACK, METHOD_STYLES, panel_grid
+from paper_figures.style import BLACK, METHOD_STYLES, panel_grid, signed_ticks
 
 NAME = "clean_strength"
 SOURCE = "runs"
@@ -49,6 +49,7 @@ def _panel(panel: Axes, sweep: Runs, method: str) -> None:
     panel.axhline(100 * BUDGET, color=BLACK, linestyle=":", linewidth=1.0)
     panel.set_xscale("log")
     panel.set_yscale("symlog", linthresh=1.0)
+    signed_ticks(panel.yaxis, (-10, -1, 0, 1, 10, 100))
     strengths = sweep.strengths(method)
     panel.set_xlim(strengths[0] / 2, strengths[-1] * 2)
     panel.set_title(method)

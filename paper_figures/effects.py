@@ -8,7 +8,7 @@ from paper_figures.analysis.comparisons import PERTURBATIONS, SMALLEST_INCREASE
 from paper_figures.analysis.overview import described
 from paper_figures.analysis.selection import select_all
 from paper_figures.runs import BASELINE, load_runs
-from paper_figures.style import BLACK, METHOD_STYLES, panel_grid
+from paper_figures.style import BLACK, METHOD_STYLES, panel_grid, signed_ticks
 
 NAME = "effects"
 SOURCE = "runs"
@@ -19,6 +19,7 @@ CAPTION = (
     "and logarithmic beyond."
 )
 _COLUMNS = 4
+_TICKS = (-100, -10, -5, 0, 5, 10, 100, 1000)
 
 
 def draw(runs: Path) -> Figure:
@@ -34,7 +35,8 @@ def draw(runs: Path) -> Figure:
                 panel.plot(found["change_interval"], [line, line], color=METHOD_STYLES[row["method"]]["color"])
                 panel.plot(found["change_percent"], line, **METHOD_STYLES[row["method"]])
         panel.set_xscale("symlog", linthresh=10.0)
-        panel.set_title(f"{kind}\n{level:g}", fontsize=8)
+        signed_ticks(panel.xaxis, _TICKS)
+        panel.set_title(f"{kind}\n{level:g}", fontsize=7)
         panel.set_xlabel("change (%)")
         panel.tick_params(axis="x", labelsize=7)
         panel.set_yticks(range(len(rows)), [row["method"] for row in rows])

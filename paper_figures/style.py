@@ -1,12 +1,15 @@
 """The one style of all figures: readable in grey, by shape and line as well as by colour."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from prob_transformer.provenance import atomic_path
 
@@ -64,6 +67,14 @@ RC: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "prob-transformer",
 }
+
+
+def signed_ticks(axis: Axis, ticks: Sequence[float]) -> None:
+    """Those of the ticks in view, as plain numbers, on an axis that is linear near 0 and logarithmic beyond."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def panel_grid(count: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from paper_figures.analysis.comparisons import PERTURBATIONS
 from paper_figures.analysis.selection import BUDGET, cost_of, select
 from paper_figures.runs import BASELINE, Runs, increase, load_runs
-from paper_figures.style import BLACK, METHOD_STYLES
+from paper_figures.style import BLACK, METHOD_STYLES, signed_ticks
 
 NAME = "trade_off"
 SOURCE = "runs"
@@ -40,10 +39,8 @@ def draw(runs: Path) -> Figure:
     panel.set_xscale("symlog", linthresh=1.0)
     panel.set_yscale("symlog", linthresh=10.0)
     panel.margins(0.06)
-    for axis, ticks in ((panel.xaxis, _CLEAN_TICKS), (panel.yaxis, _INCREASE_TICKS)):
-        axis.set_major_locator(FixedLocator(ticks))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_locator(NullLocator())
+    signed_ticks(panel.xaxis, _CLEAN_TICKS)
+    signed_ticks(panel.yaxis, _INCREASE_TICKS)
     panel.set_xlabel("change of clean test loss against ce (%)")
     kind, level = PERTURBATIONS[0]
     panel.set_ylabel(f"change of loss increase under {kind} {level:g} (%)")

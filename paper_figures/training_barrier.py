@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from paper_figures.analysis.selection import Selection, select_all
 from paper_figures.runs import load_runs
-from paper_figures.style import BLACK, line_style
+from paper_figures.style import BLACK, line_style, signed_ticks
 
 NAME = "training_barrier"
 SOURCE = "runs"
@@ -39,6 +39,7 @@ def draw(runs: Path) -> Figure:
             # The mean barrier spans nats only; a smallest margin may lie a hundred past the boundary.
             if quantity == "smallest":
                 panel.set_yscale("symlog", linthresh=1.0)
+                signed_ticks(panel.yaxis, (-10, -1, -0.5, 0, 0.5, 1, 10))
         row[0].set_ylabel(label)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
