@@ -112,13 +112,13 @@ def wait_until(condition, process):
     limit = time.monotonic() + LONGEST
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
+        assert time.monotonic() < limit, process.kill()
         time.sleep(0.02)
 
 
 def all_gone(process):
     """No process of the sweep is left, its workers included."""
-    process.wait()
+    process.communicate()
     limit = time.monotonic() + 30
     while time.monotonic() < limit:
         try:
@@ -154,8 +154,9 @@ def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(text, tmp_path)
     wait_until(checkpoints, process)
     for pid in workers_of(process):
         os.kill(pid, signal.SIGKILL)
-    assert process.wait(60) == 2
-    assert process.communicate()[1].strip().splitlines()[-1].startswith("error: a worker was killed")
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert errors.strip().splitlines()[-1].startswith("error: a worker was killed")
 
     # The sweep itself dies, in the middle of a run and after one has been written.
     for at_least in (written(), written() + 1):
