@@ -26,7 +26,8 @@ SEED ?= $(shell date +%Y%m%d)
 reproduce: $(INSTALLED)
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
 	$(RUN) -m models.char_gpt sweep --profile $(PROFILE) --out $(RESULTS)/runs/$(PROFILE)
-	$(RUN) -m paper_figures --runs $(RESULTS)/runs/$(PROFILE) --out $(RESULTS)/figures
+	$(RUN) -m paper_figures.verdicts --runs $(RESULTS)/runs/$(PROFILE) --out $(RESULTS)/verdicts.json
+	$(RUN) -m paper_figures --runs $(RESULTS)/runs/$(PROFILE) --checks $(RESULTS)/theory_checks.json --out $(RESULTS)/figures
 	$(RUN) -m paper_figures.claims --json $(RESULTS)/theory_checks.json --out $(RESULTS)/figures/claims
 	$(RUN) -m paper_figures.report --results $(RESULTS) --profile $(PROFILE)
 

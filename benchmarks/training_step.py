@@ -12,7 +12,7 @@ from benchmarks.sizes import Sizes
 from benchmarks.timing import paired_rounds, ratio, spread
 from models.char_gpt.config import Config
 from models.char_gpt.penalty import LossTerms
-from models.char_gpt.training import State, initial_state, train_step
+from models.char_gpt.training import State, StepData, initial_state, train_step
 
 PLAIN, EXACT, SUBSAMPLED = "plain cross-entropy", "exact barrier, fast", "subsampled barrier, fast"
 BFLOAT16, REFERENCE = "exact barrier, fast, bfloat16 products", "exact barrier, the library's reference"
@@ -48,9 +48,9 @@ def prepare(sizes: Sizes, config: Config) -> Step:
     rng = np.random.default_rng(sizes.seed)
     # Time does not depend on what the characters are.
     characters = jnp.asarray(rng.integers(0, sizes.vocabulary, CHARACTERS, dtype=np.int32))
-    state, seed = initial_state(config, sizes.vocabulary), jnp.asarray(sizes.seed)
+    state = initial_state(config, sizes.vocabulary)
     jax.block_until_ready((characters, state))
-    return lambda step: jax.block_until_ready(train_step((characters, seed, jnp.asarray(step)), state, config))
+    return lambda step: jax.block_until_ready(train_step(StepData.of(characters, config, step), state, config))
 
 
 def _run_of(step: Step) -> Callable[[], Any]:

@@ -4,6 +4,10 @@ A corpus is any UTF-8 text. Form feeds separate documents; of every ten document
 number 4 goes to validation, number 9 to test and the others to training. Text without form feeds is cut by
 characters instead, 90 % training, then 5 % validation, then 5 % test. The vocabulary holds the most frequent
 characters of the training part that together cover 99.9 % of it; every other character is folded to one unknown.
+
+WikiText-2 as published, a folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, keeps its own split;
+its words are read as characters, "<unk>" and " @-@ " among them. Beside any corpus stands a second, different one that
+nothing is trained on: the news of the gensim wheel, if that is installed, in the vocabulary of the training part.
 """
 
 import hashlib
@@ -19,26 +23,50 @@ from models import wikipedia
 COVERAGE = 0.999
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 SPLITS = ("train", "validation", "test")
+WIKITEXT_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
 
 
 class Corpus(NamedTuple):
-    """Encoded characters of each split, the vocabulary they index (the unknown first), and where they came from."""
+    """Encoded characters of each split, the vocabulary they index (the unknown first), and where they came from.
+
+    `sha256` is that of the file, or of the files one after the other; the news, None without gensim, have their own.
+    """
 
     path: str
+    name: str
     sha256: str
     vocabulary: tuple[str, ...]
     train: Int[np.ndarray, " train"]
     validation: Int[np.ndarray, " validation"]
     test: Int[np.ndarray, " test"]
+    news: Int[np.ndarray, " news"] | None
+
+    def name_of(self, part: str) -> str:
+        """What "train", "validation", "test" or "news" is, in words."""
+        return f"news ({wikipedia.NEWS_NAME} of gensim)" if part == "news" else f"{part} part of {self.name}"
 
     def describe(self) -> dict[str, object]:
-        """File name, digest, characters of each split and vocabulary size, ready for JSON."""
+        """Name, digest, characters and share of unknown ones of each split, vocabulary size, the news; for JSON."""
+        news = None
+        if self.news is not None:
+            news = {
+                "name": self.name_of("news"),
+                "sha256": wikipedia.NEWS_SHA256,
+                "characters": len(self.news),
+                "unknown_share": _unknown_share(self.news),
+            }
         return {
-            "name": Path(self.path).name,
+            "name": self.name,
             "sha256": self.sha256,
             "characters": {split: len(getattr(self, split)) for split in SPLITS},
+            "unknown_share": {split: _unknown_share(getattr(self, split)) for split in SPLITS},
             "vocabulary_size": len(self.vocabulary),
+            "news": news,
         }
+
+
+def _unknown_share(characters: Int[np.ndarray, " n"]) -> float:
+    return float((characters == 0).mean())
 
 
 def split_text(text: str) -> dict[str, str]:
@@ -71,12 +99,8 @@ def encode(text: str, vocabulary: tuple[str, ...]) -> Int[np.ndarray, " n"]:
     return np.fromiter((index.get(character, 0) for character in text), np.int32, len(text))
 
 
-def load(path: Path | str | None, shortest: int) -> Corpus:
-    """The corpus at `path`, or the Wikipedia sample if None, every split holding at least `shortest` characters.
-
-    Raises ValueError naming --corpus for a file that is missing, empty, not UTF-8 or too short.
-    """
-    source = wikipedia.prepare() if path is None else Path(path)
+def _read(source: Path) -> tuple[bytes, str]:
+    """Bytes and text of a file. Raises ValueError naming --corpus if it is missing, empty or not UTF-8."""
     try:
         data = source.read_bytes()
     except OSError as error:
@@ -88,10 +112,42 @@ def load(path: Path | str | None, shortest: int) -> Corpus:
         raise ValueError(
             f"--corpus: {source} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8."
         ) from None
-    text = text.replace("\r\n", "\n")
     if not text.strip():
         raise ValueError(f"--corpus: {source} is empty; pass a UTF-8 text file.")
-    parts = split_text(text)
+    return data, text.replace("\r\n", "\n")
+
+
+def _is_wikitext(source: Path) -> bool:
+    """Whether a folder holds WikiText-2. Raises ValueError naming --corpus if it holds only some of its files."""
+    missing = [name for name in WIKITEXT_FILES.values() if not (source / name).is_file()]
+    if 0 < len(missing) < len(WIKITEXT_FILES):
+        raise ValueError(
+            f"--corpus: {source} has no {' and no '.join(missing)}; pass a folder with {_listed()}, or one text file."
+        )
+    return not missing
+
+
+def _listed() -> str:
+    return ", ".join(WIKITEXT_FILES.values())
+
+
+def load(path: Path | str | None, shortest: int) -> Corpus:
+    """The corpus at `path`, or the Wikipedia sample if None, every split holding at least `shortest` characters.
+
+    A folder is read as WikiText-2. Raises ValueError naming --corpus for a file that is missing, empty, not UTF-8 or
+    too short.
+    """
+    source = wikipedia.prepare() if path is None else Path(path)
+    digest = hashlib.sha256()
+    if _is_wikitext(source):
+        name, parts = f"WikiText-2 as published ({_listed()})", {}
+        for split in SPLITS:
+            data, parts[split] = _read(source / WIKITEXT_FILES[split])
+            digest.update(data)
+    else:
+        data, text = _read(source)
+        name, parts = source.name, split_text(text)
+        digest.update(data)
     for split in SPLITS:
         if len(parts[split]) < shortest:
             raise ValueError(
@@ -100,4 +156,6 @@ def load(path: Path | str | None, shortest: int) -> Corpus:
             )
     vocabulary = build_vocabulary(parts["train"])
     train, validation, test = (encode(parts[split], vocabulary) for split in SPLITS)
-    return Corpus(str(source), hashlib.sha256(data).hexdigest(), vocabulary, train, validation, test)
+    news_text = wikipedia.read_news()
+    news = None if news_text is None else encode(news_text, vocabulary)
+    return Corpus(str(source), name, digest.hexdigest(), vocabulary, train, validation, test, news)

@@ -26,6 +26,9 @@ from prob_transformer.provenance import write_json, write_text
 
 DUMP_NAME = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 DUMP_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+# News of Australia, one document a line, in the same wheel: text of another kind to evaluate on.
+NEWS_NAME = "lee_background.cor"
+NEWS_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
 DEFAULT_PATH = Path("data/wikipedia.txt")
 DOCUMENT_SEPARATOR = "\f"
 # Raised whenever cleaning changes, so that a text cleaned by older rules is made again.
@@ -46,19 +49,40 @@ class Article(NamedTuple):
     text: str
 
 
-def dump_path() -> Path:
-    """Where the installed gensim wheel keeps the dump. Raises ValueError if it is missing or not the known file."""
-    remedy = "install the corpus extra (gensim==4.4.0), or pass --corpus with a UTF-8 text of your own"
+def wheel_file(name: str, sha256: str, otherwise: str) -> Path:
+    """Where the installed gensim wheel keeps a data file. Raises ValueError if it is missing or not the known one.
+
+    `otherwise` says in the message what to do but install the wheel.
+    """
+    remedy = f"install the corpus extra (gensim==4.4.0), or {otherwise}"
     try:
         files = metadata.files("gensim") or []
     except metadata.PackageNotFoundError:
-        raise ValueError(f"corpus: the gensim wheel with the Wikipedia sample is not installed; {remedy}.") from None
-    found = [Path(str(file.locate())) for file in files if file.name == DUMP_NAME]
+        raise ValueError(f"corpus: the gensim wheel with {name} is not installed; {remedy}.") from None
+    found = [Path(str(file.locate())) for file in files if file.name == name]
     if not found or not found[0].is_file():
-        raise ValueError(f"corpus: the installed gensim wheel has no {DUMP_NAME}; {remedy}.")
-    if hashlib.sha256(found[0].read_bytes()).hexdigest() != DUMP_SHA256:
-        raise ValueError(f"corpus: {DUMP_NAME} is not the file this was written for; {remedy}.")
+        raise ValueError(f"corpus: the installed gensim wheel has no {name}; {remedy}.")
+    if hashlib.sha256(found[0].read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"corpus: {name} is not the file this was written for; {remedy}.")
     return found[0]
+
+
+def dump_path() -> Path:
+    """Where the installed gensim wheel keeps the dump. Raises as `wheel_file`."""
+    return wheel_file(DUMP_NAME, DUMP_SHA256, "pass --corpus with a UTF-8 text of your own")
+
+
+def read_news() -> str | None:
+    """The news in the wheel, an empty line between documents; None where gensim is not installed.
+
+    Raises ValueError if gensim is there and its file is missing or not the known one.
+    """
+    try:
+        metadata.files("gensim")
+    except metadata.PackageNotFoundError:
+        return None
+    path = wheel_file(NEWS_NAME, NEWS_SHA256, "uninstall gensim to go without news")
+    return "\n\n".join(path.read_text(encoding="utf-8").strip("\n").split("\n"))
 
 
 def read_dump(path: Path) -> Iterator[Article]:

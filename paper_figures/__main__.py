@@ -7,22 +7,52 @@ from types import ModuleType
 import jax
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from models import cli
-from paper_figures import boundary_plane, calibration_ranks, density, laplace_nuts, margin_histograms, noise_loss, style
+from paper_figures import (
+    boundary_plane,
+    calibration_ranks,
+    central_path,
+    clean_strength,
+    density,
+    effects,
+    laplace_nuts,
+    margin_levels,
+    noise_loss,
+    scaling,
+    style,
+    support_passage,
+    trade_off,
+    training_barrier,
+    training_margins,
+)
 from paper_figures.inference_result import INFERENCE
 
+# In the order of the report. Each has NAME, CAPTION and SOURCE: which saved result its `draw` takes, None for none.
 FIGURES: tuple[ModuleType, ...] = (
-    boundary_plane,
-    density,
-    margin_histograms,
+    trade_off,
+    effects,
     noise_loss,
+    clean_strength,
+    margin_levels,
+    training_margins,
+    training_barrier,
+    support_passage,
+    density,
+    boundary_plane,
+    central_path,
     laplace_nuts,
     calibration_ranks,
+    scaling,
 )
-# Those drawn from the inference benchmark instead of a sweep.
-FROM_INFERENCE = (laplace_nuts, calibration_ranks)
+
+
+def draw(figure: ModuleType, sources: dict[str, Path]) -> Figure:
+    """One figure in the one style, from the saved result that it names."""
+    with mpl.rc_context(style.RC):
+        return figure.draw() if figure.SOURCE is None else figure.draw(sources[figure.SOURCE])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description="Draw the figures.")
     parser.add_argument("--only", action="append", metavar="NAME", help=f"draw one of {', '.join(names)}; repeatable")
     parser.add_argument("--runs", type=Path, default=Path("results/runs/quick"), help="sweep (default: %(default)s)")
+    parser.add_argument("--checks", type=Path, default=Path("results/theory_checks.json"), help="of theory_checks")
     parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of benchmarks.inference")
+    parser.add_argument("--benchmark", type=Path, default=scaling.BENCHMARK, help="result of benchmarks")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.only or ()) - set(names)
@@ -38,11 +70,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--only: got {', '.join(sorted(unknown))}; pass one of {', '.join(names)}.")
     jax.config.update("jax_enable_x64", True)
     chosen = [figure for figure in FIGURES if not arguments.only or figure.NAME in arguments.only]
-    with mpl.rc_context(style.RC):
-        for figure in tqdm(chosen, desc="figures", unit="figure"):
-            drawn = figure.draw(arguments.inference if figure in FROM_INFERENCE else arguments.runs)
+    sources = {name: getattr(arguments, name) for name in ("runs", "checks", "inference", "benchmark")}
+    for figure in tqdm(chosen, desc="figures", unit="figure"):
+        drawn = draw(figure, sources)
+        with mpl.rc_context(style.RC):
             style.save(drawn, figure.NAME, arguments.out)
-            plt.close(drawn)
+        plt.close(drawn)
     print(f"{len(chosen)} figures in {arguments.out}")
 
 

@@ -1,7 +1,5 @@
 """det J over the plane for d = 2: the degeneracy boundary and the support token of a short sequence."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from prob_transformer.attention import attention_weights
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
 NAME = "boundary_plane"
+SOURCE = None
 CAPTION = (
     "Determinant of J_i as a function of the embedding u_i, for d = 2 and a past of fixed tokens. Solid line: the "
     "degeneracy boundary det J_i = 0; hatched: det J_i < 0. Numbered circles: the past, area growing with the "
@@ -24,8 +23,8 @@ SEED, LENGTH, WINDOW, GRID = 7, 8, 3.0, 241
 INTERACTION = np.array([[2.2, 1.2], [-0.8, 1.8]])
 
 
-def draw(runs: Path | None = None) -> Figure:
-    """The figure; `runs` is not needed."""
+def draw() -> Figure:
+    """The figure; it needs no saved result."""
     embeddings = jnp.asarray(np.random.default_rng(SEED).normal(size=(LENGTH, 2)))
     # One head of size 2 with W_K = I, so that W_Q / sqrt(2) is the interaction.
     attention = Attention(jnp.asarray(np.sqrt(2) * INTERACTION)[None], jnp.eye(2)[None])

@@ -10,6 +10,7 @@ from paper_figures.inference_result import INFERENCE, load_inference
 from paper_figures.style import BLACK, BLUE, panel_grid
 
 NAME = "calibration_ranks"
+SOURCE = "inference"
 CAPTION = (
     "Simulation-based calibration: ranks of the truth among posterior draws, over datasets drawn from the prior. The band "
     "holds each bin of a uniform law with 99 % probability (one in a hundred bins leaves it by chance). Piled up at both "

@@ -1,7 +1,5 @@
 """The 1-D density of one position before and past the degeneracy boundary, with its mass."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ from prob_transformer import Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
 NAME = "density"
+SOURCE = None
 INTERACTIONS = ((1.0, "before the boundary"), (1.5, "just past it"), (4.0, "far past it"))
 CAPTION = (
     f"Conditional density of u_4 for d = 1, past {PAST} and noise scale {NOISE_SCALE:g}, for three interactions a. "
@@ -24,8 +23,8 @@ CAPTION = (
 )
 
 
-def draw(runs: Path | None = None) -> Figure:
-    """The figure; `runs` is not needed."""
+def draw() -> Figure:
+    """The figure; it needs no saved result."""
     axis = np.linspace(-2.6, 2.6, 801)
     figure, panels = plt.subplots(
         1,

@@ -10,6 +10,7 @@ from paper_figures.inference_result import INFERENCE, load_inference
 from paper_figures.style import BLACK, ORANGE, panel_grid
 
 NAME = "laplace_nuts"
+SOURCE = "inference"
 CAPTION = (
     "Marginal posteriors in unconstrained coordinates (positive parameters: their logarithm): draws of NUTS (grey) and "
     "Laplace's Gaussian at the mode (dashed). Parameters of the process from its own embeddings, on the line and in the "

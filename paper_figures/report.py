@@ -10,31 +10,12 @@ from typing import Any
 from benchmarks.table import TARGET_HEADINGS, target_cells
 from models import cli
 from paper_figures.__main__ import FIGURES
-from paper_figures.comparison import ABSOLUTE_SIGMA, BASELINE, RELATIVE_SIGMA, Comparison, Spread, compare, sentence
+from paper_figures.html import STYLE, table
 from paper_figures.inference_result import INFERENCE, load_inference
 from paper_figures.runs import Runs, load_runs
+from paper_figures.study_section import study_section
+from paper_figures.verdicts import load_verdicts
 from prob_transformer.provenance import write_text
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
-p, ul, figcaption { max-width: 62rem; } h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; }
-th, td { border-bottom: 1px solid #ccc; padding: 0.35rem 0.5rem; text-align: left; vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; } figcaption { font-size: 0.9rem; color: #333; }
-code, pre { font-size: 0.85rem; } .bad { font-weight: bold; text-decoration: underline; }
-"""
-
-
-def _table(header: list[tuple[str, bool]], rows: list[list[str]]) -> str:
-    """An HTML table; header entries say whether their column is of numbers. Cells are HTML already."""
-    kinds = [' class="number"' if number else "" for _, number in header]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, (name, _) in zip(kinds, header, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _checks_section(checks: dict[str, Any]) -> str:
@@ -62,69 +43,8 @@ def _checks_section(checks: dict[str, Any]) -> str:
     return (
         f"<p>{stated} of {len(checks['checks'])} checks came out as stated: the claim holds to its tolerance where it "
         "should, and its counterexample fails. Marks: paper, said by the paper; derived, proved and checked here "
-        "(docs/claims, one page a claim); ours, our own addition.</p>" + _table(header, rows)
+        "(docs/claims, one page a claim); ours, our own addition.</p>" + table(header, rows)
     )
-
-
-def _spread(spread: Spread, form: str) -> str:
-    return f"{spread.mean:{form}}<br><small>{spread.smallest:{form}} to {spread.largest:{form}}</small>"
-
-
-def _comparison_table(compared: list[Comparison]) -> str:
-    header = [
-        ("method", False),
-        ("weight", True),
-        ("seeds", True),
-        ("clean loss, nats/char", True),
-        (f"against {BASELINE}, %", True),
-        (f"increase at {RELATIVE_SIGMA:g} RMS noise", True),
-        (f"against {BASELINE}, %", True),
-        (f"increase at noise {ABSOLUTE_SIGMA:g}", True),
-        (f"against {BASELINE}, %", True),
-        ("RMS of embeddings", True),
-        ("det J <= 0 in layers, %", True),
-    ]
-    rows = [
-        [
-            escape(c.method),
-            f"{c.weight:g}",
-            str(len(c.seeds)),
-            _spread(c.clean_loss, ".4f"),
-            _spread(c.clean_change, "+.2f"),
-            _spread(c.relative_increase, ".4f"),
-            _spread(c.relative_change, "+.1f"),
-            _spread(c.absolute_increase, ".4f"),
-            _spread(c.absolute_change, "+.1f"),
-            _spread(c.embedding_rms, ".3f"),
-            _spread(c.negative_share._replace(**{k: 100 * v for k, v in c.negative_share._asdict().items()}), ".2f"),
-        ]
-        for c in compared
-    ]
-    return _table(header, rows)
-
-
-def _training_section(runs: Runs) -> str:
-    compared = compare(runs)
-    first = runs.summary["runs"][0]
-    configuration = first["provenance"]["configuration"]
-    characters = first["corpus"]["characters"]
-    sentences = "".join(f"<li>{sentence(c)}</li>" for c in compared if c.method != BASELINE)
-    return f"""
-<p>A character-level GPT of {first["parameters"]:,} parameters ({configuration["layers"]} layers, width
-{configuration["width"]}, {configuration["heads"]} heads, context {configuration["context"]}), {configuration["steps"]} steps
-of {configuration["batch"]} windows, seeds {", ".join(str(s) for s in compared[0].seeds)}. Text:
-{escape(first["corpus"]["name"])}, {characters["train"]:,} characters to train on; every loss below is on
-{first["clean_loss"]["characters"]:,} characters of the validation articles. All methods share data, steps, seeds and the
-weight prior; no weight was tuned. ce: plain cross-entropy. margin: plus the barrier. map: plus the whole embedding
-prior. @embedding: one prior head over the input embeddings. @layers: every head of every layer.</p>
-{_comparison_table(compared)}
-<p>Means over seeds, below them the smallest and largest seed. Changes are paired by seed.</p>
-<h3>What the seeds say</h3>
-<ul>{sentences}</ul>
-<p>Read this as what this profile measured, not as a test of the paper's findings: few seeds, one text, one size, weights
-not tuned, no competing regulariser. Reported second-hand for the paper, on other data: about 1.7 % worse clean loss for
-about 12 % better robustness to embedding noise. A gain under noise of fixed size that vanishes at noise relative to the
-embeddings comes from larger embeddings, not from robustness.</p>"""
 
 
 def _inference_section(path: Path) -> str:
@@ -138,7 +58,7 @@ def _inference_section(path: Path) -> str:
 <p>MAP, Laplace, NUTS and particles on models small enough for the truth: closed forms, quadrature, and simulation-based
 calibration, in which the rank of what a dataset was drawn with among posterior draws must be uniform. {met} of {len(rows)}
 figures keep their bounds. Measured once and committed, not by this command; docs/inference_benchmark.md has all tables.</p>
-{_table(header, rows)}{notes}"""
+{table(header, rows)}{notes}"""
 
 
 def _figures_section(folder: Path) -> str:
@@ -160,15 +80,17 @@ def _figures_section(folder: Path) -> str:
 
 
 def _provenance_section(checks: dict[str, Any], runs: Runs) -> str:
-    record = runs.summary["runs"][0]["provenance"]
+    finished = [line for line in runs.lines if line["status"] == "finished"]
+    record = finished[0]["provenance"]
     packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
-    minutes = sum(run["wall_seconds"] for run in runs.summary["runs"]) / 60
-    commands = "\n".join([checks["provenance"]["command"], runs.summary["provenance"]["command"]])
+    commits = ", ".join(sorted({str(line["provenance"]["commit"]) for line in finished}))
+    minutes = sum(line["wall_seconds"] for line in finished) / 60
+    commands = "\n".join([checks["provenance"]["command"], record["command"]])
     return f"""
-<p>Version {escape(record["version"])}, commit {escape(str(record["commit"]))}; Python {escape(record["python"])}; {escape(packages)};
-{escape(record["machine"])}. Profile {escape(runs.summary["profile"])}: {len(runs.summary["runs"])} runs, {minutes:.1f} minutes of
-training. Text sha256 {escape(runs.summary["runs"][0]["corpus"]["sha256"])}. The checks draw the same cases every time; the
-seed of a run is in its name, and its configuration in its metrics.json.</p>
+<p>Version {escape(record["version"])}, commit {escape(commits)}; Python {escape(record["python"])}; {escape(packages)};
+{escape(record["machine"])}. Profile {escape(runs.profile)}: {len(runs.lines)} runs, {minutes:.1f} minutes of training on one
+thread each. Text sha256 {escape(finished[0]["corpus"]["sha256"])}. The checks draw the same cases every time; every line of
+runs.jsonl has the configuration and seed of its run.</p>
 <pre>{escape(commands)}</pre>"""
 
 
@@ -180,22 +102,20 @@ def build(results: Path, profile: str, inference: Path = INFERENCE) -> str:
     except (OSError, ValueError):
         raise ValueError(f"--results: no checks at {path}; run python -m theory_checks --json {path}.") from None
     runs = load_runs(results / "runs" / profile)
+    verdicts = load_verdicts(results / "verdicts.json")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Attention as a stochastic process: what was checked and measured</title><style>{_STYLE}</style></head><body>
+<title>Attention as a stochastic process: what was checked and measured</title><style>{STYLE}</style></head><body>
 <h1>Attention as a stochastic process: what was checked and measured</h1>
 <p>Causal self-attention read as a generator, u_i = &mu;_i(u_i; u_&lt;i) + &epsilon;_i, has an exact likelihood
 log N(e_i) + log|det J_i|. Where det J_i = 0 the map from noise to embedding is ill-conditioned: the degeneracy boundary.
 A log-barrier keeps training away from it. This page shows whether the mathematics holds, claim by claim, and what the
 barrier did to small models trained on real text. Background: arXiv 2602.22271 and docs/theory.md.</p>
 <h2>1. Is the theory right?</h2>{_checks_section(checks)}
-<h2>2. What did training with the barrier do?</h2>{_training_section(runs)}
+<h2>2. What did training with the barrier do?</h2>{study_section(verdicts, runs)}
 <h2>3. Does inference find the truth?</h2>{_inference_section(inference)}
 <h2>4. Figures</h2>{_figures_section(results / "figures")}
 <h2>5. What was run</h2>{_provenance_section(checks, runs)}
-<h2>6. What remains open</h2>
-<p>Whether the barrier is more than one more regulariser (no competitor was run here); whether the findings hold at larger
-size and with tuned weights.</p>
 </body></html>
 """
 

@@ -1,59 +1,127 @@
-"""Saved results of a sweep, as the figures and the report read them."""
+"""Saved runs of a sweep, as the analysis, the figures and the report read them: DIR/runs.jsonl, one run a line.
+
+Only seeds for which every method and strength of the sweep is there are used, so that every comparison can be paired.
+"""
 
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from models.char_gpt.config import method_of
-from models.char_gpt.run import MARGINS
-from models.char_gpt.sweep import METHODS
+BASELINE = "ce"
+BARRIERS = (
+    "margin@embedding",
+    "margin@layers",
+    "map@embedding",
+    "map@layers",
+    "one-sided@embedding",
+    "one-sided@layers",
+)
+COMPETITORS = ("dropout", "weight-decay", "embedding-noise", "jacobian", "spectral")
+METHODS = (BASELINE, *BARRIERS, *COMPETITORS)
+Run = dict[str, Any]
 
 
 class Runs(NamedTuple):
-    """A sweep: its summary file, the runs of each method by seed, and the folder they lie in."""
+    """The lines of a sweep, and the seeds that every method and strength in it has been run for."""
 
-    folder: Path
-    summary: dict[str, Any]
-    by_method: dict[str, list[dict[str, Any]]]
+    lines: list[Run]
+    seeds: tuple[int, ...]
 
-    def margins(self, method: str, site: str) -> np.ndarray:
-        """Signed determinant margins at a site, all seeds of a method together, flat."""
-        parts = []
-        for run in self.by_method[method]:
-            with np.load(self.folder / run["run"] / MARGINS) as saved:
-                parts.append(saved[site].ravel())
-        return np.concatenate(parts)
+    @property
+    def profile(self) -> str:
+        return str(self.lines[0]["profile"])
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those in the sweep, in the order of figures and tables."""
+        present = {line["method"] for line in self.lines}
+        return tuple(method for method in METHODS if method in present)
 
-METHOD_NAMES = tuple(method_of(method.objective, method.site) for method in METHODS)
+    def strengths(self, method: str) -> tuple[float, ...]:
+        """Strengths tried of a method, from weak to strong."""
+        return tuple(sorted({float(line["strength"]) for line in self.lines if line["method"] == method}))
+
+    def of(self, method: str, strength: float) -> list[Run]:
+        """The runs of a method and strength, in the order of `seeds`; a diverged one is among them."""
+        by_seed = {
+            line["seed"]: line for line in self.lines if (line["method"], line["strength"]) == (method, strength)
+        }
+        return [by_seed[seed] for seed in self.seeds]
+
+    def finished(self, method: str, strength: float) -> list[Run]:
+        """The same, or [] if a run of them diverged: a strength that fails on one seed is not one to compare."""
+        members = self.of(method, strength)
+        return members if all(run["status"] == "finished" for run in members) else []
+
+    @property
+    def baseline(self) -> list[Run]:
+        """Plain cross-entropy, one run a seed."""
+        return self.finished(BASELINE, self.strengths(BASELINE)[0])
 
 
 def load_runs(folder: Path) -> Runs:
-    """The sweep under `folder`. Raises ValueError with the command that makes it if there is none."""
-    path = folder / "summary.json"
+    """The sweep under `folder`. Raises ValueError with the command that makes it if there is none to compare."""
+    path = folder / "runs.jsonl"
+    again = f"python -m models.char_gpt sweep --out {folder}"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise ValueError(f"--runs: no readable sweep at {path} ({reason}); make one with {again}.") from None
+    # What follows the last line end was being written when the sweep was stopped.
+    lines = [_line(path, number, line) for number, line in enumerate(text.split("\n")[:-1], start=1)]
+    unknown = {line["method"] for line in lines} - set(METHODS)
+    if unknown:
+        raise ValueError(f"--runs: {path} has the method {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}.")
+    if len({line["profile"] for line in lines}) > 1:
+        raise ValueError(f"--runs: {path} mixes profiles; give every sweep its own folder.")
+    seeds = _complete_seeds(lines)
+    runs = Runs(lines, seeds)
+    if not seeds or BASELINE not in runs.methods:
+        raise ValueError(f"--runs: {path} has no seed with all its runs and {BASELINE}; finish it with {again}.")
+    if not runs.baseline:
         raise ValueError(
-            f"--runs: no readable sweep at {path}; make one with python -m models.char_gpt sweep --out {folder}."
-        ) from None
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for name in METHOD_NAMES:
-        members = [run for run in summary["runs"] if run["method"] == name]
-        if members:
-            by_method[name] = members
-    return Runs(folder, summary, by_method)
+            f"--runs: {path} has a diverged run of {BASELINE}, so nothing to compare with; see its message."
+        )
+    return runs
 
 
-def seed_of(run: dict[str, Any]) -> int:
-    return int(run["provenance"]["seed"])
+def _line(path: Path, number: int, text: str) -> Run:
+    needed = {"profile", "method", "strength", "seed", "status"}
+    try:
+        line = json.loads(text)
+        missing = needed - line.keys()
+    except (ValueError, AttributeError):
+        raise ValueError(f"--runs: line {number} of {path} is not a run; delete it and run the sweep again.") from None
+    if line.get("status") == "finished":
+        missing |= {"splits", "margins", "watch", "embedding_rms"} - line.keys()
+    if missing:
+        raise ValueError(f"--runs: line {number} of {path} lacks {', '.join(sorted(missing))}; run the sweep again.")
+    return line
 
 
-def weight_of(run: dict[str, Any]) -> float:
-    return float(run["provenance"]["configuration"]["barrier_weight"])
+def _complete_seeds(lines: list[Run]) -> tuple[int, ...]:
+    wanted = {(line["method"], line["strength"]) for line in lines}
+    by_seed: dict[int, set[tuple[str, float]]] = {}
+    for line in lines:
+        by_seed.setdefault(line["seed"], set()).add((line["method"], line["strength"]))
+    return tuple(sorted(seed for seed, have in by_seed.items() if have == wanted))
 
 
-def noise_rows(run: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    return [row for row in run["noise"] if row["kind"] == kind]
+def clean_loss(run: Run, split: str) -> float:
+    """Nats per character without a perturbation."""
+    return float(run["splits"][split]["clean"]["nats_per_character"])
+
+
+def perturbed(run: Run, split: str, kind: str) -> list[dict[str, Any]]:
+    """The rows of a kind of perturbation, by level."""
+    rows = [row for row in run["splits"][split]["perturbed"] if row["kind"] == kind]
+    return sorted(rows, key=lambda row: row["level"])
+
+
+def increase(run: Run, split: str, kind: str, level: float) -> float:
+    """By how many nats per character a perturbation raises the loss. Raises ValueError if it was not measured."""
+    for row in perturbed(run, split, kind):
+        if row["level"] == level:
+            return float(row["increase"])
+    raise ValueError(f"--runs: {run['run']} has no {kind} of {level:g} on {split}; run the sweep again.")

@@ -1,26 +1,52 @@
 """The one style of all figures: readable in grey, by shape and line as well as by colour."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from prob_transformer.provenance import atomic_path
 
 mpl.use("Agg")
 
-# Okabe-Ito colours, safe for colour-blind readers; line styles and markers repeat the distinction in grey.
+# Okabe-Ito colours, and four of Tol's for the competitors, safe for colour-blind readers; line styles and markers repeat
+# the distinction in grey. Barriers have filled markers, competitors hollow ones.
 BLACK, BLUE, ORANGE, GREEN, PURPLE = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, AMBER, INDIGO, WINE, OLIVE, GREY, TEAL = (
+    "#56B4E9", "#E69F00", "#332288", "#882255", "#999933", "#777777", "#44AA99",
+)  # fmt: skip
+
+
+def _hollow(color: str, linestyle: Any, marker: str) -> dict[str, Any]:
+    return {"color": color, "linestyle": linestyle, "marker": marker, "markerfacecolor": "white"}
+
+
 METHOD_STYLES: dict[str, dict[str, Any]] = {
     "ce": {"color": BLACK, "linestyle": "-", "marker": "o"},
     "margin@embedding": {"color": BLUE, "linestyle": "--", "marker": "s"},
     "margin@layers": {"color": ORANGE, "linestyle": "-.", "marker": "^"},
     "map@embedding": {"color": GREEN, "linestyle": ":", "marker": "D"},
     "map@layers": {"color": PURPLE, "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+    "one-sided@embedding": {"color": SKY, "linestyle": (0, (7, 2)), "marker": "P"},
+    "one-sided@layers": {"color": AMBER, "linestyle": (0, (7, 1.5, 2, 1.5)), "marker": "X"},
+    "dropout": _hollow(INDIGO, (0, (3, 1)), "<"),
+    "weight-decay": _hollow(WINE, (0, (1, 2.5)), ">"),
+    "embedding-noise": _hollow(OLIVE, (0, (4, 1, 1, 1)), "h"),
+    "jacobian": _hollow(GREY, (0, (9, 2, 1, 2)), "p"),
+    "spectral": _hollow(TEAL, (0, (2, 1, 2, 3)), "d"),
 }
+
+
+def line_style(method: str) -> dict[str, Any]:
+    """The style of a method where points are not marked."""
+    return {trait: value for trait, value in METHOD_STYLES[method].items() if trait in ("color", "linestyle")}
+
 
 RC: dict[Any, Any] = {
     "figure.dpi": 150,
@@ -41,6 +67,14 @@ RC: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "prob-transformer",
 }
+
+
+def signed_ticks(axis: Axis, ticks: Sequence[float]) -> None:
+    """Those of the ticks in view, as plain numbers, on an axis that is linear near 0 and logarithmic beyond."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def panel_grid(count: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:

@@ -5,7 +5,7 @@ objective.
 """
 
 from prob_transformer.attention import Attention, Past
-from prob_transformer.barrier import barrier
+from prob_transformer.barrier import barrier, one_sided_barrier, one_sided_penalty
 from prob_transformer.certified_radius import certified_radius
 from prob_transformer.change_of_variables import (
     ResidualAndLogDet,
@@ -37,6 +37,8 @@ __all__ = [
     "certified_radius",
     "jacobian_block",
     "map_objective",
+    "one_sided_barrier",
+    "one_sided_penalty",
     "residual_and_log_det",
     "stability_margin",
     "support_tokens",

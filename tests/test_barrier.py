@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from dense import dense_truth, draw
 
-from prob_transformer import Attention, barrier
+from prob_transformer import Attention, barrier, one_sided_barrier, one_sided_penalty
 
 
 def scalar_attention(a):
@@ -50,3 +51,70 @@ def test_its_gradient_pushes_away_from_the_wall_on_both_sides():
     # Descent moves against the slope: down from below the wall, up from above it.
     assert slope(0.99 * wall) > 0
     assert slope(1.01 * wall) < 0
+
+
+def one_sided(a, threshold=0.5):
+    return one_sided_barrier(scalar_attention(a), EMBEDDINGS, threshold)[-1]
+
+
+def at(determinant):
+    """The interaction at which the last position has this determinant: 1 - a Var."""
+    return (1 - determinant) / PAST.var()
+
+
+def test_one_sided_barrier_in_closed_form_on_both_sides_of_threshold_and_wall():
+    for determinant in (1e-9, 1e-3, 0.1, 0.3, 0.49):
+        x = np.log(determinant / 0.5)
+        np.testing.assert_allclose(one_sided(at(determinant)), -x * np.exp(1 / x), rtol=1e-6)
+    for determinant in (0.5 + 1e-12, 0.8, 1.0, 3.0, 1e6):
+        assert one_sided(at(determinant)) == 0
+    for determinant in (-1e-9, -0.5, -40.0):
+        assert one_sided(at(determinant)) == np.inf
+
+
+def test_one_sided_barrier_is_the_two_sided_one_at_the_wall_up_to_a_constant():
+    # -x exp(1/x) = -x - 1 + O(1/x) for x = log(det / threshold) to -infinity.
+    for determinant in (1e-40, 1e-80):
+        sign, log_det = jnp.float64(1.0), jnp.log(jnp.float64(determinant))
+        expected = -log_det + np.log(0.5) - 1
+        np.testing.assert_allclose(one_sided_penalty(sign, log_det), expected, atol=1 / abs(float(log_det)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_sided_penalty_is_smooth_and_finite_with_finite_slopes_everywhere(dtype):
+    x = np.concatenate([-np.logspace(-30, 2, 200), np.logspace(-30, 2, 200), [0.0]])
+    log_det = jnp.asarray(np.log(0.5) + x, dtype)
+    for sign in (1.0, -1.0):
+        signs = jnp.full(log_det.shape, sign, dtype)
+        value = one_sided_penalty(signs, log_det)
+        slope = jax.vmap(jax.grad(one_sided_penalty, 1))(signs, log_det)
+        curvature = jax.vmap(jax.grad(jax.grad(one_sided_penalty, 1), 1))(signs, log_det)
+        for found in (value, slope, curvature):
+            assert found.dtype == dtype
+            assert np.isfinite(found).all()
+        assert (value >= 0).all()
+
+
+def test_every_derivative_of_the_one_sided_penalty_dies_out_at_the_threshold():
+    derivative = lambda log_det: one_sided_penalty(jnp.float64(1.0), log_det)  # noqa: E731
+    for _ in range(4):
+        # exp(1/x) beats any power of 1/x.
+        assert abs(float(derivative(jnp.float64(np.log(0.5) - 0.01)))) < 1e-25
+        derivative = jax.grad(derivative)
+
+
+def test_past_the_wall_the_one_sided_penalty_leads_back_with_a_finite_slope():
+    def penalty(determinant):
+        return one_sided_penalty(jnp.sign(determinant), jnp.log(jnp.abs(determinant)))
+
+    slope = jax.vmap(jax.grad(penalty))
+    past = -np.array([1e-12, 1e-3, 1.0, 1e3])
+    np.testing.assert_allclose(slope(past), -1 / (0.5 + np.abs(past)), rtol=1e-9)
+    # On the allowed side it pushes away from the wall, and not at all once the margin is wide enough.
+    assert (np.asarray(slope(np.array([1e-6, 0.1, 0.3]))) < 0).all()
+    assert (np.asarray(slope(np.array([0.5, 0.7, 2.0]))) == 0).all()
+
+
+def test_a_threshold_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match=r"threshold: got 0.0; pass a value greater than 0"):
+        one_sided(0.4, threshold=0.0)

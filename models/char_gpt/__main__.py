@@ -13,12 +13,17 @@ from models import cli, corpus
 from models.char_gpt import checkpoint, laplace_command, sharding
 from models.char_gpt.config import CHOICES, Config
 from models.char_gpt.run import METRICS, configuration_of, run
-from models.char_gpt.sweep import PROFILES, sweep
+from models.char_gpt.study import PROFILES
+from models.char_gpt.sweep import sweep
 from models.char_gpt.training import TrainingDivergedError
 
 _HELP = {
     "objective": "ce: plain cross-entropy; margin: plus the barrier; map: plus the full embedding prior",
     "barrier_site": "embedding: one prior head over the input embeddings; layers: the heads of every layer",
+    "barrier_form": "two-sided: -log|det J|; one-sided: zero from the threshold on (margin)",
+    "barrier_threshold": "the det J from which the one-sided barrier is zero",
+    "regulariser": "what stands in for the barrier, with ce",
+    "regulariser_strength": "the strength of that regulariser (see models/char_gpt/regularisers.py)",
     "barrier_weight": "lambda, the weight of the barrier (margin) or of the embedding prior (map)",
     "weight_prior_scale": "standard deviation of the normal prior on all weights, shared by all objectives",
     "watch_every": "steps between looks at sign(det J) at both sites",
@@ -46,8 +51,9 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{_HELP.get(field.name, field.name.replace('_', ' '))} (default: %(default)s)",
         )
     resume = commands.add_parser("resume", help="go on with a run from its checkpoint")
-    every = commands.add_parser("sweep", help="train every method over several seeds; goes on where it was killed")
+    every = commands.add_parser("sweep", help="every method, strength and seed; goes on where it was killed")
     every.add_argument("--profile", default="quick", help=f"{', '.join(PROFILES)} (default: %(default)s)")
+    every.add_argument("--workers", type=int, metavar="N", help="runs at a time, one thread each (default: one a core)")
     for command in (train, resume):
         command.add_argument("--mesh", metavar="data=D,heads=H", help="spread training over all D * H devices")
         command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens")
@@ -69,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "sweep":
             longest = max(profile.base.context for profile in PROFILES.values())
             context = PROFILES[arguments.profile].base.context if arguments.profile in PROFILES else longest
-            sweep(arguments.profile, corpus.load(arguments.corpus, context + 1), arguments.out, console)
+            text = corpus.load(arguments.corpus, context + 1)
+            sweep(arguments.profile, arguments.corpus, text, arguments.out, console, arguments.workers)
             return 0
         if arguments.command == "laplace":
             laplace_command.main(arguments, console)

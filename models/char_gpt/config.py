@@ -7,12 +7,16 @@ from typing import Any, Literal, get_args
 Objective = Literal["ce", "margin", "map"]
 Site = Literal["embedding", "layers"]
 SITES: tuple[Site, ...] = get_args(Site)
+BarrierForm = Literal["two-sided", "one-sided"]
+Regulariser = Literal["none", "dropout", "weight-decay", "embedding-noise", "jacobian", "spectral"]
 Path = Literal["reference", "accelerated"]
 ProductDtype = Literal["float32", "bfloat16"]
 Rematerialise = Literal["none", "blocks"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": get_args(Objective),
     "barrier_site": SITES,
+    "barrier_form": get_args(BarrierForm),
+    "regulariser": get_args(Regulariser),
     "path": get_args(Path),
     "product_dtype": get_args(ProductDtype),
     "rematerialise": get_args(Rematerialise),
@@ -26,6 +30,10 @@ class Config:
     objective: Objective = "ce"
     barrier_site: Site = "embedding"
     barrier_weight: float = 0.05
+    barrier_form: BarrierForm = "two-sided"
+    barrier_threshold: float = 0.5
+    regulariser: Regulariser = "none"
+    regulariser_strength: float = 0.0
     seed: int = 0
     steps: int = 500
     layers: int = 2
@@ -57,13 +65,23 @@ class Config:
                 raise ValueError(f"{_option(name)}: got {value}; pass an integer of at least {smallest.get(name, 1)}.")
             if field.type is float and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{_option(name)}: got {value}; pass a finite number of at least 0.")
-        for name in ("learning_rate", "weight_prior_scale", "noise_scale", "first_scale"):
+        for name in ("learning_rate", "weight_prior_scale", "noise_scale", "first_scale", "barrier_threshold"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{_option(name)}: got 0; pass a number greater than 0.")
         if not 0 < self.barrier_share <= 1:
             raise ValueError(f"--barrier-share: got {self.barrier_share}; pass a share greater than 0 and at most 1.")
         if self.barrier_share < 1 and (self.path, self.objective) != ("accelerated", "margin"):
             raise ValueError("--barrier-share: below 1 needs --path accelerated and --objective margin.")
+        if self.barrier_form == "one-sided" and self.objective != "margin":
+            raise ValueError(f"--barrier-form: one-sided needs --objective margin, got {self.objective}.")
+        if self.barrier_share < 1 and self.barrier_form == "one-sided":
+            raise ValueError("--barrier-share: below 1 needs --barrier-form two-sided.")
+        if self.regulariser != "none" and self.objective != "ce":
+            raise ValueError(f"--regulariser: {self.regulariser} needs --objective ce, got {self.objective}.")
+        if self.regulariser == "dropout" and self.regulariser_strength >= 1:
+            raise ValueError(
+                f"--regulariser-strength: got {self.regulariser_strength} for dropout; pass a share below 1."
+            )
         if self.product_dtype != "float32" and self.path != "accelerated":
             raise ValueError(f"--product-dtype: got {self.product_dtype}; narrower products need --path accelerated.")
         if self.width % self.heads:
@@ -71,16 +89,21 @@ class Config:
 
     @property
     def method(self) -> str:
-        """Objective and where its barrier acts, as tables and figures name it."""
-        return method_of(self.objective, self.barrier_site)
+        """What the run is called in tables and figures: regulariser, or objective or barrier form and its site."""
+        if self.objective == "ce":
+            return "ce" if self.regulariser == "none" else self.regulariser
+        form = self.objective if self.barrier_form == "two-sided" else self.barrier_form
+        return f"{form}@{self.barrier_site}"
+
+    @property
+    def strength(self) -> float:
+        """The one number of the method: lambda of a barrier, the strength of a regulariser, 0 for plain training."""
+        if self.objective != "ce":
+            return self.barrier_weight
+        return 0.0 if self.regulariser == "none" else self.regulariser_strength
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def method_of(objective: str, site: str) -> str:
-    """The name of a method: its objective, and the site of its barrier if it has one."""
-    return objective if objective == "ce" else f"{objective}@{site}"
 
 
 def _option(name: str) -> str:

@@ -1,28 +1,32 @@
-"""What a trained model is measured by: clean loss, loss under embedding noise, margins. Validation text only."""
+"""What a trained model is measured by: clean loss, loss when perturbed, and margins.
+
+The loss is taken on validation, test and news windows; margins and the root mean square of the streams, which some
+noise is measured in, on validation windows alone. Strengths are chosen on clean validation loss, so nothing is
+perturbed there.
+"""
 
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.char_gpt.config import SITES, Config
 from models.char_gpt.model import CharGPT
-from models.char_gpt.penalty import cross_entropy, forward, site_density
+from models.char_gpt.penalty import forward, site_density
+from models.char_gpt.perturbations import LEVELS, clean_losses, perturbed_losses, spare_characters, stream_rms
 from models.corpus import Corpus
 from prob_transformer import Attention, stability_margin
 
-ABSOLUTE_SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)
-RELATIVE_SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0)
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-# The same noise for every model, so that runs are compared pairwise.
-NOISE_SEED = 20_260_222
-_CHUNK = 32
+_LEVEL_QUANTILES = np.linspace(0, 1, 41)
 _MARGIN_WINDOWS = 32
 # sigma_min needs a full d x d singular value decomposition a position, head and layer.
 _CONDITIONING_WINDOWS = 4
+_PASSAGE_WINDOWS = 3
+# A second corpus needs no more precision than its standard error over windows gives, and half of the time is saved.
+_NEWS_SHARE = 0.5
 
 # Compiled once here; a fresh wrapper a call would compile again every time.
 _forward = eqx.filter_jit(forward)
@@ -30,33 +34,23 @@ _site_density = eqx.filter_jit(site_density)
 _sigma_min = eqx.filter_jit(lambda attention, embeddings: stability_margin(attention, embeddings, "conditioning"))
 
 
-def evaluation_windows(characters: Int[np.ndarray, " N"], config: Config) -> Int[np.ndarray, "W n+1"]:
-    """Windows spread evenly over a text, not overlapping, at most `evaluation_windows` of them."""
-    length = config.context + 1
+def evaluation_windows(
+    characters: Int[np.ndarray, " N"], config: Config, spare: int = 0, share: float = 1.0
+) -> Int[np.ndarray, "W m"]:
+    """Windows of context + 1 + spare characters spread evenly over a text, not overlapping.
+
+    There are at most `evaluation_windows` times `share` of them. Raises ValueError for a text shorter than one.
+    """
+    length = config.context + 1 + spare
     available = len(characters) // length
-    chosen = np.linspace(0, available - 1, min(config.evaluation_windows, available)).round().astype(int)
+    if available == 0:
+        raise ValueError(
+            f"--corpus: a part to be evaluated on has {len(characters)} characters and a window needs {length}; pass a "
+            "longer text or a smaller --context."
+        )
+    wanted = max(1, round(share * config.evaluation_windows))
+    chosen = np.linspace(0, available - 1, min(wanted, available)).round().astype(int)
     return np.stack([characters[i * length : (i + 1) * length] for i in chosen])
-
-
-@eqx.filter_jit
-def _window_losses(
-    model: CharGPT, windows: Int[Array, "B n+1"], noise: Float[Array, "B n d"], sigma: Float[Array, ""]
-) -> Float[Array, " B"]:
-    embeddings = jax.vmap(model.embed)(windows[:, :-1])
-    logits, _ = jax.vmap(model.decode)(embeddings + sigma * noise)
-    return cross_entropy(logits, windows[:, 1:]).mean(-1)
-
-
-def noisy_losses(model: CharGPT, windows: Int[np.ndarray, "W n+1"], sigma: float) -> Float[np.ndarray, " W"]:
-    """Nats per character of every window with noise of standard deviation `sigma` on the input embeddings."""
-    losses = []
-    for start in range(0, len(windows), _CHUNK):
-        chunk = jnp.asarray(windows[start : start + _CHUNK])
-        key = jax.random.fold_in(jax.random.key(NOISE_SEED), start)
-        shape = (chunk.shape[0], chunk.shape[1] - 1, model.token_embedding.shape[1])
-        noise = jax.random.normal(key, shape, jnp.float32)
-        losses.append(np.asarray(_window_losses(model, chunk, noise, jnp.float32(sigma)), np.float64))
-    return np.concatenate(losses)
 
 
 def _loss_summary(losses: Float[np.ndarray, " W"]) -> dict[str, float]:
@@ -66,20 +60,25 @@ def _loss_summary(losses: Float[np.ndarray, " W"]) -> dict[str, float]:
     }
 
 
-def _increase(differences: Float[np.ndarray, " W"]) -> dict[str, float]:
-    summary = _loss_summary(differences)
-    return {"increase": summary["nats_per_character"], "increase_standard_error": summary["standard_error"]}
+def _clean_summary(losses: Float[np.ndarray, " W"], config: Config) -> dict[str, float]:
+    return {**_loss_summary(losses), "characters": len(losses) * config.context}
 
 
-def noise_table(
-    model: CharGPT, windows: Int[np.ndarray, "W n+1"], clean: Float[np.ndarray, " W"], embedding_rms: float
+def perturbed_rows(
+    model: CharGPT,
+    windows: Int[np.ndarray, "W m"],
+    clean: Float[np.ndarray, " W"],
+    rms: Float[np.ndarray, " L"],
+    kinds: tuple[str, ...] = tuple(LEVELS),
 ) -> list[dict[str, Any]]:
-    """Loss at every noise level, absolute and relative to the RMS of the embeddings; `increase` is paired by window."""
+    """Loss at every level of the kinds, in nats per character; `increase` over the clean losses is paired by window."""
     rows = []
-    for kind, sigmas, unit in (("absolute", ABSOLUTE_SIGMAS, 1.0), ("relative", RELATIVE_SIGMAS, embedding_rms)):
-        for sigma in sigmas:
-            losses = noisy_losses(model, windows, sigma * unit)
-            rows.append({"kind": kind, "sigma": sigma, **_loss_summary(losses), **_increase(losses - clean)})
+    for kind in kinds:
+        found = perturbed_losses(model, windows, kind, LEVELS[kind], rms)
+        for level, losses in zip(LEVELS[kind], found, strict=True):
+            change = _loss_summary(losses - clean)
+            increase = {"increase": change["nats_per_character"], "increase_standard_error": change["standard_error"]}
+            rows.append({"kind": kind, "level": level, **_loss_summary(losses), **increase})
     return rows
 
 
@@ -88,7 +87,22 @@ def _quantiles(values: Float[np.ndarray, "..."]) -> dict[str, float | None]:
     # NumPy interpolates from a value to its neighbour even when it needs none of it: NaN beside an infinity.
     with np.errstate(invalid="ignore"):
         levels = np.quantile(values, QUANTILES)
-    return {f"{q:.2f}": float(v) if np.isfinite(v) else None for q, v in zip(QUANTILES, levels, strict=True)}
+    return {f"{q:.2f}": value for q, value in zip(QUANTILES, _finite(levels), strict=True)}
+
+
+def _levels(determinants: Float[np.ndarray, "..."]) -> list[float | None]:
+    """Quantiles at 0, 0.025, ..., 1, from which a distribution is drawn; None where one is not finite."""
+    with np.errstate(invalid="ignore"):
+        return _finite(np.quantile(determinants, _LEVEL_QUANTILES))
+
+
+def _finite(values: Float[np.ndarray, " n"]) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def _determinants(sign: Float[Any, "..."], log_det: Float[Any, "..."]) -> Float[np.ndarray, "..."]:
+    with np.errstate(over="ignore"):
+        return (np.asarray(sign) * np.exp(np.asarray(log_det, np.float64))).astype(np.float32)
 
 
 def margins(
@@ -105,8 +119,7 @@ def margins(
     for site in SITES:
         _, sign, log_det = (np.asarray(x) for x in _site_density(model, site, embeddings, inputs))
         sign, log_det = sign[..., 2:], log_det[..., 2:].astype(np.float64)
-        with np.errstate(over="ignore"):
-            determinants[site] = (sign * np.exp(log_det)).astype(np.float32)
+        determinants[site] = _determinants(sign, log_det)
         summary[site] = {
             "positions": int(sign.size),
             "negative_share": float((sign <= 0).mean()),
@@ -114,6 +127,8 @@ def margins(
             "log_det_quantiles": _quantiles(log_det),
             "conditioning_quantiles": _quantiles(_conditioning(model, site, embeddings, inputs)),
         }
+    summary["embedding"]["determinant_levels"] = _levels(determinants["embedding"])
+    summary["layers"]["determinant_levels"] = [_levels(layer) for layer in determinants["layers"]]
     summary["layers"]["negative_share_per_layer_head"] = (determinants["layers"] <= 0).mean(axis=(2, 3)).tolist()
     return summary, determinants
 
@@ -131,18 +146,79 @@ def _conditioning(model: CharGPT, site: str, embeddings: Array, inputs: Array) -
     return np.stack(found)
 
 
-def evaluate(model: CharGPT, corpus: Corpus, config: Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metrics of a model on the validation split, ready for JSON, and its determinant margins by site."""
+def passage(model: CharGPT, corpus: Corpus, config: Config) -> dict[str, Any]:
+    """How the validation text begins, with its margins, window by window; ready for JSON.
+
+    det J of every character at the embedding site, and of every layer the smallest over its heads; None for the first
+    two characters of a window, where it is 1 by definition, and where it is not finite.
+    """
+    count = min(_PASSAGE_WINDOWS, len(corpus.validation) // config.context)
+    windows = corpus.validation[: count * config.context].reshape(count, config.context)
+    _, embeddings, (inputs, _, _) = _forward(model, jnp.asarray(windows))
+    found = {}
+    for site in SITES:
+        _, sign, log_det = _site_density(model, site, embeddings, inputs)
+        found[site] = _determinants(sign, log_det)
+        found[site][..., :2] = np.nan
+    return {
+        "text": "".join(corpus.vocabulary[i] for i in windows.ravel()),
+        "margins": [_finite(layer.min(0).ravel()) for layer in found["layers"]],
+        "embedding": _finite(found["embedding"].ravel()),
+    }
+
+
+def measure(model: CharGPT, corpus: Corpus, config: Config, *, with_passage: bool) -> dict[str, Any]:
+    """The "embedding_rms", "splits", "margins" and "passage" of a run, ready for JSON.
+
+    Clean loss on validation, test and, where the corpus has them, news windows; loss under every perturbation on the
+    latter two. "passage" is None unless asked for.
+    """
     windows = evaluation_windows(corpus.validation, config)
-    _, embeddings, _ = _forward(model, jnp.asarray(windows[:_MARGIN_WINDOWS, :-1]))
-    embedding_rms = float(jnp.sqrt(jnp.square(embeddings).mean()))
-    clean = noisy_losses(model, windows, 0.0)
+    rms = stream_rms(model, windows)
+    splits: dict[str, dict[str, Any]] = {
+        "validation": {
+            "name": corpus.name_of("validation"),
+            "clean": _clean_summary(clean_losses(model, windows), config),
+            "perturbed": [],
+        }
+    }
+    unseen = [("test", corpus.test, 1.0)]
+    if corpus.news is not None:
+        unseen.append(("news", corpus.news, _NEWS_SHARE))
+    for split, characters, share in unseen:
+        longer = evaluation_windows(characters, config, spare_characters(config.context), share)
+        clean = clean_losses(model, longer)
+        splits[split] = {
+            "name": corpus.name_of(split),
+            "clean": _clean_summary(clean, config),
+            "perturbed": perturbed_rows(model, longer, clean, rms),
+        }
+    return {
+        "embedding_rms": float(rms[0]),
+        "splits": splits,
+        "margins": margins(model, windows)[0],
+        "passage": passage(model, corpus, config) if with_passage else None,
+    }
+
+
+def evaluate(model: CharGPT, corpus: Corpus, config: Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metrics of a model on the validation split, ready for JSON, and its determinant margins by site.
+
+    The noise on embeddings is named "absolute" or "relative" here, and its level "sigma".
+    """
+    windows = evaluation_windows(corpus.validation, config)
+    rms = stream_rms(model, windows)
+    clean = clean_losses(model, windows)
     summary, determinants = margins(model, windows)
-    characters = int(windows.shape[0] * (windows.shape[1] - 1))
+    names = {"embedding-noise": "absolute", "relative-embedding-noise": "relative"}
+    noise = [
+        {"kind": names[row.pop("kind")], "sigma": row.pop("level"), **row}
+        for row in perturbed_rows(model, windows, clean, rms, tuple(names))
+    ]
     metrics = {
-        "clean_loss": {"split": "validation", **_loss_summary(clean), "characters": characters},
-        "embedding_rms": embedding_rms,
-        "noise": noise_table(model, windows, clean, embedding_rms),
+        "clean_loss": {"split": "validation", **_clean_summary(clean, config)},
+        "embedding_rms": float(rms[0]),
+        "noise": noise,
         "margins": summary,
     }
     return metrics, determinants

@@ -62,6 +62,8 @@ def network(tap: Callable[[str, Array, Array], Array], model: CharGPT, character
     """Logits (n, V) of one window; `tap` sees every map with inputs (n, i) and outputs (n, o)."""
 
     def positions_first(name: str, inputs: Array, outputs: Array) -> Array:
+        if name.endswith(".stream"):
+            return outputs
         if outputs.ndim == 2:
             return tap(name, inputs, outputs)
         return tap(name, inputs, outputs.reshape(-1, outputs.shape[-1]).T).T.reshape(outputs.shape)

@@ -13,7 +13,8 @@ from models.char_gpt.config import Config, Rematerialise
 from prob_transformer import Attention
 
 # Called with the name of a linear map, its inputs, one row a position, and its outputs, heads first and positions last
-# where there are heads; what it returns goes on in place of the outputs. Through it the maps are looked at.
+# where there are heads; what it returns goes on in place of the outputs. Through it the maps are looked at. A block
+# also calls it under "stream" with its input stream (n, d) twice: as inputs, and as the outputs that it goes on with.
 Tap = Callable[[str, Float[Array, "n a"], Float[Array, "..."]], Float[Array, "..."]]
 
 
@@ -75,6 +76,7 @@ class Block(eqx.Module):
 
     def __call__(self, stream: Float[Array, "n d"], tap: Tap = _untapped) -> tuple[Float[Array, "n d"], Attended]:
         """The stream after the block, and what its heads attended over."""
+        stream = tap("stream", stream, stream)
         inputs = self.attention_norm(stream)
         length = stream.shape[0]
         queries, keys, values = (
@@ -121,6 +123,11 @@ class CharGPT(eqx.Module):
         self.blocks = tuple(Block(k, config) for k in keys[5:])
         self.final_norm = LayerNorm(width)
 
+    @property
+    def context(self) -> int:
+        """How many characters the model reads at most."""
+        return self.position_embedding.shape[0]
+
     def embed(self, characters: Int[Array, " n"]) -> Float[Array, "n d"]:
         """Input embeddings u: what the embedding prior is over and what noise is added to."""
         return self.token_embedding[characters] + self.position_embedding[: characters.shape[0]]
@@ -130,7 +137,8 @@ class CharGPT(eqx.Module):
     ) -> tuple[Float[Array, "n V"], Attended]:
         """Logits from input embeddings, and what every layer attended over, layers first.
 
-        `tap` sees every linear map under its name, "head" or "0.query" in layer 0.
+        `tap` sees every linear map under its name, "head" or "0.query" in layer 0, and every block's input stream
+        under "0.stream".
         """
         stream, layers = embeddings, []
         for index, block in enumerate(self.blocks):

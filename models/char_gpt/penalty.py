@@ -13,6 +13,9 @@ map with barrier_weight = 1. Other weights temper the embedding prior. Site "lay
 each head analysed alone on its layer's normalised inputs with identity values; there "map" is a product of one
 process density a head, a penalty and not the likelihood of any one model.
 
+With `barrier_form` "one-sided" the penalty of margin is `prob_transformer.one_sided_penalty`, zero from
+`barrier_threshold` on. A regulariser in place of the barrier changes ce alone (`models.char_gpt.regularisers`).
+
 `path` picks the implementation: the reference, or the accelerated one, which can also estimate the barrier from a
 share of sequences, heads and layers drawn anew every step.
 """
@@ -27,8 +30,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Site
 from models.char_gpt.model import Attended, Block, CharGPT
+from models.char_gpt.regularisers import regularised
 from models.char_gpt.sharding import SITE_SPECS, at_site
-from prob_transformer import Attention, accelerated, residual_and_log_det, weight_prior
+from prob_transformer import Attention, accelerated, one_sided_penalty, residual_and_log_det, weight_prior
 from prob_transformer.accelerated import DEFAULT_TILING, Cells, MeanBarrier, Tiling
 from prob_transformer.change_of_variables import ResidualAndLogDet
 
@@ -125,48 +129,74 @@ def loss_terms(
     training_characters: int,
     key: PRNGKeyArray,
     mesh: Mesh | None = None,
+    strength: Float[Array, ""] | float | None = None,
 ) -> LossTerms:
     """The training loss of a batch of windows and its parts, by the formulas of the module docstring.
 
-    The key draws what a subsampled barrier looks at, and is not used otherwise. With a mesh, model and windows are
-    placed on it as `models.char_gpt.sharding` says.
+    The key draws what a subsampled barrier looks at, dropout, noise and projections, and is not used otherwise.
+    `strength` stands for that of the configuration, so that a compiled loss serves all of them. With a mesh, model and
+    windows are placed on it as `models.char_gpt.sharding` says.
     """
+    strength = config.strength if strength is None else strength
+    prior = weight_prior(model, config.weight_prior_scale) / training_characters
+    if config.objective == "ce":
+        return _cross_entropy_terms(model, windows, config, key, strength, prior)
     logits, embeddings, attended = forward(model, windows[:, :-1], config.rematerialise)
-    if (config.path, config.objective) == ("accelerated", "margin"):
+    if (config.path, config.objective) == ("accelerated", "margin") and config.barrier_form == "two-sided":
         # The barrier's sweep before the decoder's backward pass and not beside it, where each slows the other.
         logits, attended = jax.lax.optimization_barrier((logits, attended))
         cells = site_cells(model, config.barrier_site, embeddings, attended)
         estimate = accelerated_barrier(cells, config, key, mesh)
         logits, estimate = jax.lax.optimization_barrier((logits, estimate))
+    else:
+        estimate = _site_penalty(model, config, embeddings, attended, mesh)
     data_term = cross_entropy(logits, windows[:, 1:]).mean()
-    prior = weight_prior(model, config.weight_prior_scale) / training_characters
+    mean, negative_share, variance = estimate
+    return LossTerms(data_term + strength * mean + prior, data_term, mean, negative_share, variance)
+
+
+def _cross_entropy_terms(model, windows, config: Config, key, strength, prior) -> LossTerms:
+    """Cross-entropy under the regulariser, and its penalty if it is one that adds to the loss."""
+    logits, penalty = regularised(model, windows[:, :-1], config, key, strength)
+    data_term = cross_entropy(logits, windows[:, 1:]).mean()
     zero = jnp.zeros((), data_term.dtype)
-    if config.objective == "ce":
-        return LossTerms(data_term + prior, data_term, zero, zero, zero)
-    if (config.path, config.objective) == ("accelerated", "margin"):
-        mean, negative_share, variance = estimate
-        return LossTerms(data_term + config.barrier_weight * mean + prior, data_term, mean, negative_share, variance)
-    density = _density_at(config.barrier_site, config.path, mesh)
-    residual, sign, log_det = density(model, embeddings, attended.inputs)
-    penalty = -log_det
+    return LossTerms(data_term + strength * penalty + prior, data_term, penalty, zero, zero)
+
+
+def _site_penalty(model: CharGPT, config: Config, embeddings, attended: Attended, mesh: Mesh | None) -> MeanBarrier:
+    """The mean penalty of margin or map at the site, from the densities of all positions."""
+    residual, sign, log_det = _density_at(config.barrier_site, config.path, mesh)(model, embeddings, attended.inputs)
+    if config.barrier_form == "one-sided":
+        penalty = one_sided_penalty(sign, log_det, config.barrier_threshold)
+    else:
+        penalty = -log_det
     if config.objective == "map":
         is_first = jnp.arange(penalty.shape[-1]) == 0
         scale = jnp.where(is_first, config.first_scale, config.noise_scale).astype(residual.dtype)
         penalty = penalty - jstats.norm.logpdf(residual, 0.0, scale[:, None]).sum(-1)
-    total = data_term + config.barrier_weight * penalty.mean() + prior
-    return LossTerms(total, data_term, penalty.mean(), (sign <= 0).mean(dtype=data_term.dtype), zero)
+    mean = penalty.mean()
+    return MeanBarrier(mean, (sign <= 0).mean(dtype=mean.dtype), jnp.zeros_like(mean))
 
 
-def negative_counts(
-    model: CharGPT, windows: Int[Array, "B n+1"], path: Path = "reference", mesh: Mesh | None = None
-) -> dict[Site, tuple[Int[Array, ""], Int[Array, ""]]]:
-    """At both sites: how many determinants of the batch are not positive, and how many there are.
+def site_signs(
+    model: CharGPT,
+    site: Site,
+    embeddings: Float[Array, "B n d"],
+    attended: Attended,
+    path: Path = "reference",
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "... n-2"], Float[Array, "... n-2"]]:
+    """Sign and log|det J_i| at a site, axes as in `site_density`.
 
     The first two positions, whose determinant is 1 by definition, are left out.
     """
+    density = _density_at(site, path, mesh)(model, embeddings, attended.inputs)
+    return density.sign[..., 2:], density.log_det[..., 2:]
+
+
+def negatives_at(
+    model: CharGPT, windows: Int[Array, "B n+1"], site: Site, path: Path = "reference", mesh: Mesh | None = None
+) -> Int[Array, ""]:
+    """How many determinants of the batch are not positive at the site."""
     _, embeddings, attended = forward(model, windows[:, :-1])
-    counts: dict[Site, tuple[Int[Array, ""], Int[Array, ""]]] = {}
-    for site in ("embedding", "layers"):
-        sign = _density_at(site, path, mesh)(model, embeddings, attended.inputs).sign[..., 2:]
-        counts[site] = ((sign <= 0).sum(), jnp.asarray(sign.size))
-    return counts
+    return (site_signs(model, site, embeddings, attended, path, mesh)[0] <= 0).sum()

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from models.char_gpt import checkpoint
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import evaluate
+from models.char_gpt.model import CharGPT
 from models.char_gpt.sharding import is_first_process
 from models.char_gpt.training import train
 from models.corpus import Corpus
@@ -45,15 +46,15 @@ def run(config: Config, corpus: Corpus, out: Path, mesh: Mesh | None = None) -> 
     record_of_origin = provenance(config.seed, config.as_dict())
     state, record = train(config, corpus, out, mesh=mesh)
     measured, determinants = evaluate(state.model, corpus, config)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.model, eqx.is_inexact_array)))
     metrics = {
         "provenance": record_of_origin,
         "method": config.method,
-        "parameters": int(parameters),
+        "parameters": parameter_count(state.model),
         "wall_seconds": record["wall_seconds"],
         "seconds_per_step": record["wall_seconds"] / config.steps,
         "corpus": corpus.describe(),
         **measured,
+        "watch": record["watch"],
         "crossings": record["crossings"],
         "halved_steps": int(state.halvings),
         "training": record["history"],
@@ -63,6 +64,11 @@ def run(config: Config, corpus: Corpus, out: Path, mesh: Mesh | None = None) -> 
             np.savez_compressed(stream, embedding=determinants["embedding"], layers=determinants["layers"])
         write_json(out / METRICS, metrics)
     return metrics
+
+
+def parameter_count(model: CharGPT) -> int:
+    """How many numbers training changes."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
 
 
 def configuration_of(out: Path) -> Config:

@@ -1,7 +1,7 @@
 """The training loop: a jitted step, the watch on sign(det J), and checkpoints from which a run goes on unchanged."""
 
+import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,12 @@ from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
 
 from models.char_gpt import checkpoint
-from models.char_gpt.config import SITES, Config
+from models.char_gpt.config import Config, Site
 from models.char_gpt.model import CharGPT
-from models.char_gpt.penalty import LossTerms, loss_terms, negative_counts
+from models.char_gpt.penalty import LossTerms, loss_terms, negatives_at
+from models.char_gpt.regularisers import decayed
 from models.char_gpt.sharding import constrained, gathered, is_first_process, over_data, placed, require_agreement
+from models.char_gpt.watch import Look, look, new_crossings, note
 from models.corpus import Corpus
 
 HISTORY_EVERY = 20
@@ -36,13 +38,30 @@ class State(NamedTuple):
     halvings: Int[Array, ""]
 
 
-def optimiser(config: Config) -> optax.GradientTransformation:
-    """Adam with clipped gradients, a linear warm-up over a tenth of the steps and a cosine decay to a tenth."""
+def learning_rate(config: Config) -> optax.Schedule:
+    """A linear warm-up over a tenth of the steps and a cosine decay to a tenth."""
     warmup = max(1, config.steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(
+    return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(config.steps, warmup + 1), 0.1 * config.learning_rate
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+def optimiser(config: Config) -> optax.GradientTransformation:
+    """Adam with clipped gradients, at the learning rate of the step."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate(config)))
+
+
+class StepData(NamedTuple):
+    """What a step is given beside the state: training characters, seed, step, and the strength of the method."""
+
+    characters: Int[Array, " N"]
+    seed: Int[Array, ""]
+    step: Int[Array, ""]
+    strength: Float[Array, ""]
+
+    @classmethod
+    def of(cls, characters: Int[Array, " N"], config: Config, step: int) -> "StepData":
+        return cls(characters, jnp.asarray(config.seed), jnp.asarray(step), jnp.asarray(config.strength, jnp.float32))
 
 
 def draw_windows(
@@ -55,9 +74,9 @@ def draw_windows(
     return jax.vmap(lambda start: jax.lax.dynamic_slice(characters, (start,), (length,)))(starts)
 
 
-def _anonymous(config: Config) -> Config:
-    """The configuration without its seed: what the compiled step depends on."""
-    return Config(**{**config.as_dict(), "seed": 0})
+def anonymous(config: Config) -> Config:
+    """The configuration without seed and strengths: what the compiled step depends on."""
+    return dataclasses.replace(config, seed=0, barrier_weight=1.0, regulariser_strength=0.0)
 
 
 def backtracked(
@@ -70,7 +89,7 @@ def backtracked(
     """
 
     def negatives(candidate: CharGPT) -> Int[Array, ""]:
-        return negative_counts(candidate, windows, config.path, mesh)[config.barrier_site][0]
+        return negatives_at(candidate, windows, config.barrier_site, config.path, mesh)
 
     def apply(scale: Float[Array, ""]) -> CharGPT:
         return eqx.apply_updates(model, jax.tree.map(lambda u: scale * u, update))
@@ -87,24 +106,21 @@ def backtracked(
 
 
 @eqx.filter_jit
-def train_step(
-    data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]],
-    state: State,
-    config: Config,
-    mesh: Mesh | None = None,
-) -> tuple[State, LossTerms]:
-    """One optimiser step on the batch of (characters, seed, step); `config` and the mesh of the state are static."""
-    characters, seed, step = data
+def train_step(data: StepData, state: State, config: Config, mesh: Mesh | None = None) -> tuple[State, LossTerms]:
+    """One optimiser step on the batch of seed and step; `config` and the mesh of the state are static."""
+    characters, seed, step, strength = data
     windows = over_data(draw_windows(characters, seed, step, config), mesh)
     # Apart from the key that drew the windows.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
     def objective(model: CharGPT) -> tuple[Float[Array, ""], LossTerms]:
-        terms = loss_terms(model, windows, config, characters.shape[0], key, mesh)
+        terms = loss_terms(model, windows, config, characters.shape[0], key, mesh, strength)
         return terms.loss, terms
 
     (_, terms), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(state.model)
     update, optimiser_state = optimiser(config).update(gradient, state.optimiser, state.model)
+    if config.regulariser == "weight-decay":
+        update = decayed(update, state.model, learning_rate(config)(step), strength)
     if config.backtrack and config.objective != "ce":
         model, halvings = backtracked(state.model, update, windows, config, mesh)
     else:
@@ -113,11 +129,9 @@ def train_step(
 
 
 @eqx.filter_jit
-def _watch(
-    data: tuple[Int[Array, " N"], Int[Array, ""], Int[Array, ""]], model: CharGPT, config: Config, mesh: Mesh | None
-):
-    counts = negative_counts(model, over_data(draw_windows(*data, config), mesh), config.path, mesh)
-    return constrained(counts, mesh)
+def _look(data: StepData, model: CharGPT, config: Config, mesh: Mesh | None) -> dict[Site, Look]:
+    windows = over_data(draw_windows(data.characters, data.seed, data.step, config), mesh)
+    return constrained(look(model, windows, config.path, mesh), mesh)
 
 
 def initial_state(config: Config, vocabulary_size: int) -> State:
@@ -130,22 +144,18 @@ def initial_state(config: Config, vocabulary_size: int) -> State:
 
 
 def new_record() -> dict[str, Any]:
-    """What is noted of a run beside its state: crossings seen at each site, history of the loss, seconds."""
-    fields = ("steps_watched", "steps_with_crossing", "positions_watched", "positions_negative")
-    return {"crossings": {site: dict.fromkeys(fields, 0) for site in SITES}, "history": [], "wall_seconds": 0.0}
-
-
-def _note_crossings(record: dict[str, Any], counts: Mapping[Any, tuple[Any, Any]]) -> None:
-    for site, (negative, watched) in counts.items():
-        seen = record["crossings"][site]
-        seen["steps_watched"] += 1
-        seen["steps_with_crossing"] += int(negative > 0)
-        seen["positions_watched"] += int(watched)
-        seen["positions_negative"] += int(negative)
+    """What is noted of a run beside its state: crossings at each site, margins and loss over training, seconds."""
+    return {"crossings": new_crossings(), "watch": [], "history": [], "wall_seconds": 0.0}
 
 
 def train(
-    config: Config, corpus: Corpus, out: Path, *, stop_at: int | None = None, mesh: Mesh | None = None
+    config: Config,
+    corpus: Corpus,
+    out: Path,
+    *,
+    stop_at: int | None = None,
+    mesh: Mesh | None = None,
+    quiet: bool = False,
 ) -> tuple[State, dict[str, Any]]:
     """Train from the checkpoint in `out` if there is one, else from the start, up to the last step or `stop_at`.
 
@@ -163,22 +173,22 @@ def train(
     if is_new and is_first_process():
         checkpoint.save(path, config, corpus.sha256, state, step, record)
     state = placed(state, mesh)
-    characters, seed = placed((jnp.asarray(corpus.train), jnp.asarray(config.seed)), mesh)
-    compiled_for = _anonymous(config)
+    fixed = placed(StepData.of(jnp.asarray(corpus.train), config, step), mesh)
+    compiled_for = anonymous(config)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
     started = time.perf_counter() - record["wall_seconds"]
     name = f"{config.method} seed {config.seed}"
-    quiet = not is_first_process()
-    with tqdm(total=config.steps, initial=step, desc=name, unit="step", mininterval=1, disable=quiet) as bar:
+    hidden = quiet or not is_first_process()
+    with tqdm(total=config.steps, initial=step, desc=name, unit="step", mininterval=1, disable=hidden) as bar:
         while step < last:
-            data = (characters, seed, placed(jnp.asarray(step), mesh))
+            data = fixed._replace(step=placed(jnp.asarray(step), mesh))
             if step % config.watch_every == 0:
-                _note_crossings(record, _watch(data, state.model, compiled_for, mesh))
+                note(record, step, _look(data, state.model, compiled_for, mesh))
             state, terms = train_step(data, state, compiled_for, mesh)
             if not np.isfinite(terms.loss):
                 raise TrainingDivergedError(
                     f"the loss is {float(terms.loss)} at step {step} of {config.method}, seed {config.seed}; lower "
-                    f"--learning-rate or --barrier-weight. The last checkpoint is kept in {out}."
+                    f"--learning-rate or the strength. The last checkpoint is kept in {out}."
                 )
             if step % HISTORY_EVERY == 0 or step == config.steps - 1:
                 values = {name: float(value) for name, value in terms._asdict().items()}

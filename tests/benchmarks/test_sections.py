@@ -207,7 +207,7 @@ def test_estimates_are_compared_with_the_exact_mean_of_their_own_batch(monkeypat
 
 def test_every_step_begins_from_the_first_state_with_the_batch_of_its_number(monkeypatch):
     def train_step(data, state, config):
-        characters, seed, step = data
+        characters, seed, step, _ = data
         assert 0 <= int(characters.min()) <= int(characters.max()) < QUICK.vocabulary
         return state, (int(seed), int(step), config)
 

@@ -4,12 +4,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from models import cli
 from models.char_gpt import __main__ as command
-from models.char_gpt import checkpoint, evaluation, sweep, training
+from models.char_gpt import checkpoint, training
 from models.char_gpt.config import Config
+from models.char_gpt.perturbations import LEVELS
 from models.char_gpt.run import finished, run
 from models.char_gpt.training import TrainingDivergedError, train
 from models.corpus import load
@@ -53,6 +53,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(corpus, tmp_path):
         resumed, resumed_record = train(TINY, corpus, out)
         assert same(whole, resumed)
         assert resumed_record["crossings"] == record["crossings"]
+        assert resumed_record["watch"] == record["watch"]
         assert resumed_record["history"] == record["history"]
 
 
@@ -89,8 +90,8 @@ def test_metrics_are_complete_finite_and_consistent(corpus, tmp_path):
     assert written["provenance"]["configuration"] == TINY.as_dict()
     assert written["provenance"]["seed"] == TINY.seed
     assert [(row["kind"], row["sigma"]) for row in written["noise"]] == [
-        *(("absolute", sigma) for sigma in evaluation.ABSOLUTE_SIGMAS),
-        *(("relative", sigma) for sigma in evaluation.RELATIVE_SIGMAS),
+        *(("absolute", sigma) for sigma in LEVELS["embedding-noise"]),
+        *(("relative", sigma) for sigma in LEVELS["relative-embedding-noise"]),
     ]
     for row in written["noise"]:
         clean = written["clean_loss"]["nats_per_character"]
@@ -107,25 +108,6 @@ def test_metrics_are_complete_finite_and_consistent(corpus, tmp_path):
         assert written["crossings"][site]["steps_watched"] == 1
 
 
-def test_noise_of_zero_is_the_clean_loss_and_noise_is_the_same_for_every_model(corpus):
-    state = training.initial_state(TINY, len(corpus.vocabulary))
-    windows = evaluation.evaluation_windows(corpus.validation, TINY)
-    clean = evaluation.noisy_losses(state.model, windows, 0.0)
-    logits = jax.vmap(state.model)(windows[:, :-1])
-    log_p = jax.nn.log_softmax(logits)
-    by_hand = -np.take_along_axis(np.asarray(log_p), windows[:, 1:, None], -1)[..., 0].mean(-1)
-    np.testing.assert_allclose(clean, by_hand, rtol=1e-5)
-    again = [evaluation.noisy_losses(state.model, windows, 0.3) for _ in range(2)]
-    np.testing.assert_array_equal(*again)
-    assert np.abs(again[0] - clean).max() > 1e-4
-
-
-def test_evaluation_windows_do_not_overlap(corpus):
-    windows = evaluation.evaluation_windows(np.arange(1000), dataclasses.replace(TINY, evaluation_windows=50))
-    assert windows.shape == (50, TINY.context + 1)
-    assert len(np.unique(windows)) == windows.size
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(corpus, tmp_path, monkeypatch):
     original = training.train_step
 
@@ -138,44 +120,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(corpus, tmp_path, monke
         train(TINY, corpus, tmp_path / "run")
 
 
-def test_one_compilation_serves_all_seeds_of_a_method(corpus, tmp_path):
-    compiled = []
+def test_one_compilation_serves_all_seeds_and_strengths_of_a_method(corpus, tmp_path):
+    compiled, trained = [], {}
     with pytest.MonkeyPatch.context() as patch:
         original = training.loss_terms
         patch.setattr(training, "loss_terms", lambda *args: compiled.append(args) or original(*args))
         # A configuration that no other test uses, so that nothing is compiled yet.
         config = dataclasses.replace(TINY, batch=3, steps=2)
-        for seed in (0, 1):
-            train(dataclasses.replace(config, seed=seed), corpus, tmp_path / str(seed))
+        for seed, weight in ((0, 0.1), (1, 0.1), (0, 3.0)):
+            changed = dataclasses.replace(config, seed=seed, barrier_weight=weight)
+            trained[seed, weight] = train(changed, corpus, tmp_path / changed.method / f"{seed}-{weight}")[0]
+    assert not same(trained[0, 0.1], trained[0, 3.0])
     assert len(compiled) == 1
-
-
-def test_a_sweep_keeps_finished_runs_and_finishes_killed_ones(corpus, tmp_path, monkeypatch):
-    monkeypatch.setitem(sweep.PROFILES, "tiny", sweep.Profile((0, 1), dataclasses.replace(TINY, steps=2)))
-    monkeypatch.setattr(sweep, "METHODS", sweep.METHODS[:2])
-    quiet = Console(quiet=True)
-    started = []
-    original = sweep.run
-
-    def dies_in_the_third(config, text, out):
-        started.append(config)
-        if len(started) == 3:
-            train(config, text, out, stop_at=1)
-            raise KeyboardInterrupt
-        return original(config, text, out)
-
-    monkeypatch.setattr(sweep, "run", dies_in_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        sweep.sweep("tiny", corpus, tmp_path / "killed", quiet)
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    monkeypatch.setattr(sweep, "run", original)
-    kept = (tmp_path / "killed" / "ce-weight0-seed0" / "metrics.json").stat().st_mtime_ns
-    after_kill = sweep.sweep("tiny", corpus, tmp_path / "killed", quiet)
-    assert (tmp_path / "killed" / "ce-weight0-seed0" / "metrics.json").stat().st_mtime_ns == kept
-    uninterrupted = sweep.sweep("tiny", corpus, tmp_path / "whole", quiet)
-    for one, other in zip(after_kill, uninterrupted, strict=True):
-        for field in ("run", "clean_loss", "noise", "margins", "crossings"):
-            assert one[field] == other[field]
 
 
 def test_finished_runs_of_another_configuration_are_not_mistaken_for_this_one(corpus, tmp_path):
@@ -193,13 +149,6 @@ def test_metrics_that_are_not_of_a_run_are_refused(tmp_path, damage):
     (tmp_path / "metrics.json").write_text(damage)
     with pytest.raises(ValueError, match=r"--out: .* is not the metrics of a run; delete it"):
         finished(tmp_path, TINY, "any text")
-
-
-def test_quantiles_of_overflowed_determinants_are_none_and_those_below_stay():
-    found = evaluation._quantiles(np.array([1.0, 2.0, 3.0, np.inf, np.inf], np.float32))
-    assert (found["0.00"], found["0.25"]) == (1.0, 2.0)
-    assert found["0.95"] is None
-    assert found["1.00"] is None
 
 
 @pytest.mark.parametrize("damage", [b"not json\n", b"{}\n", b""])
@@ -251,6 +200,10 @@ def test_train_then_resume_from_the_command_line(text, tmp_path, capsys):
         (("train", "--noise-scale", "0"), "--noise-scale: got 0; pass a number greater than 0"),
         (("train", "--heads", "3"), "--heads: got 3; pass a divisor of --width, 64"),
         (("resume",), "--out: no checkpoint at"),
+        (("train", "--regulariser", "dropout", "--objective", "map"), "--regulariser: dropout needs --objective ce"),
+        (("train", "--regulariser", "dropout", "--regulariser-strength", "1"), "--regulariser-strength: got 1.0"),
+        (("train", "--barrier-form", "one-sided"), "--barrier-form: one-sided needs --objective margin, got ce"),
+        (("sweep", "--profile", "smoke", "--workers", "0"), "--workers: got 0; pass an integer of at least 1"),
         (("sweep", "--profile", "huge"), "--profile: got 'huge'; pass one of smoke, quick, full"),
     ],
 )

@@ -18,9 +18,9 @@ import pytest
 from models import cli
 from models.char_gpt import __main__ as command
 from models.char_gpt import checkpoint, run, sharding
-from models.char_gpt.config import Config
-from models.char_gpt.penalty import negative_counts
-from models.char_gpt.training import draw_windows, initial_state, train_step
+from models.char_gpt.config import SITES, Config
+from models.char_gpt.penalty import negatives_at
+from models.char_gpt.training import StepData, draw_windows, initial_state, train_step
 from models.corpus import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def steps(config, corpus, mesh=None):
 
 
 def data_of(config, corpus, mesh, step):
-    return sharding.placed((jnp.asarray(corpus.train), jnp.asarray(config.seed), jnp.asarray(step)), mesh)
+    return sharding.placed(StepData.of(jnp.asarray(corpus.train), config, step), mesh)
 
 
 def named_leaves(tree):
@@ -76,9 +76,9 @@ def every_case(text, out, devices):
             "flops": compiled.cost_analysis()["flops"],
         }
     if devices == "1":
-        windows = draw_windows(*data_of(config, corpus, None, 0), config)
-        counts = eqx.filter_jit(negative_counts)(start.model, windows)
-        notes["crossings"] = {site: [int(x) for x in counts[site]] for site in counts}
+        windows = draw_windows(*data_of(config, corpus, None, 0)[:3], config)
+        count = eqx.filter_jit(negatives_at)
+        notes["crossings"] = {site: int(count(start.model, windows, site)) for site in SITES}
     np.savez(out / f"{devices}.npz", **arrays)
     (out / f"{devices}.json").write_text(json.dumps(notes))
 
@@ -227,7 +227,7 @@ def test_two_processes_train_as_one_does(found, text, tmp_path):
     assert_same_state(named_leaves(state), state_in(on_one, "margin"))
     terms = [list(entry.values())[1:] for entry in noted["history"]]
     np.testing.assert_allclose(terms, on_one["margin/terms"], rtol=1e-5, atol=1e-6)
-    seen = {site: [x["positions_negative"], x["positions_watched"]] for site, x in noted["crossings"].items()}
+    seen = {site: x["positions_negative"] for site, x in noted["crossings"].items()}
     assert seen == notes["crossings"]
 
 

@@ -1,7 +1,9 @@
+import hashlib
+
 import numpy as np
 import pytest
 
-from models import corpus
+from models import corpus, wikipedia
 
 
 def test_documents_are_split_by_their_number():
@@ -65,3 +67,72 @@ def test_bad_text_is_refused_with_a_remedy(tmp_path, content, message):
 def test_a_folder_is_not_a_corpus(tmp_path):
     with pytest.raises(ValueError, match=r"--corpus: .* cannot be read"):
         corpus.load(tmp_path, 65)
+
+
+WIKITEXT = {"train": "wiki.train.tokens", "valid": "wiki.valid.tokens", "test": "wiki.test.tokens"}
+
+
+def write_wikitext(folder, *names):
+    for name in names:
+        (folder / WIKITEXT[name]).write_text(f" = {name} = \n <unk> @-@ " * 30, encoding="utf-8")
+
+
+def test_wikitext_as_published_keeps_its_own_split(tmp_path):
+    write_wikitext(tmp_path, *WIKITEXT)
+    loaded = corpus.load(tmp_path, 65)
+    described = loaded.describe()
+    assert described["name"] == "WikiText-2 as published (wiki.train.tokens, wiki.valid.tokens, wiki.test.tokens)"
+    contents = [(tmp_path / name).read_bytes() for name in WIKITEXT.values()]
+    assert described["sha256"] == hashlib.sha256(b"".join(contents)).hexdigest()
+    train, validation, test = (content.decode() for content in contents)
+    assert loaded.vocabulary == corpus.build_vocabulary(train)
+    for part, text in (("train", train), ("validation", validation), ("test", test)):
+        np.testing.assert_array_equal(getattr(loaded, part), corpus.encode(text, loaded.vocabulary))
+    # "d", "l" and "v" stand in no training text.
+    assert described["unknown_share"]["validation"] == sum(c in "vld" for c in "valid") / len(
+        " = valid =  <unk> @-@ \n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [(("train", "test"), "wiki.valid.tokens"), (("valid",), "wiki.train.tokens and no wiki.test.tokens")],
+)
+def test_a_folder_with_a_part_of_wikitext_is_refused(tmp_path, there, missing):
+    write_wikitext(tmp_path, *there)
+    with pytest.raises(ValueError, match=rf"--corpus: .* has no {missing}; pass a folder with wiki.train.tokens, "):
+        corpus.load(tmp_path, 65)
+
+
+def test_news_are_read_in_the_vocabulary_of_the_training_text_alone(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the news " * 100, encoding="utf-8")
+    loaded = corpus.load(path, 10)
+    assert set(loaded.vocabulary) == {corpus.UNKNOWN, *"the news "}
+    text = wikipedia.read_news()
+    assert text.startswith("Hundreds of people have been forced to vacate their homes")
+    assert text.count("\n\n") == 299
+    np.testing.assert_array_equal(loaded.news, corpus.encode(text, loaded.vocabulary))
+    news = loaded.describe()["news"]
+    assert news["characters"] == len(text)
+    assert news["unknown_share"] == sum(c not in "the news " for c in text) / len(text)
+    assert "lee_background.cor" in news["name"]
+
+
+def test_without_gensim_there_are_no_news_and_a_foreign_file_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("the news " * 100, encoding="utf-8")
+
+    def missing(name):
+        raise wikipedia.metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wikipedia.metadata, "files", missing)
+        loaded = corpus.load(path, 10)
+        assert loaded.news is None
+        assert loaded.describe()["news"] is None
+    monkeypatch.setattr(wikipedia, "NEWS_SHA256", "0" * 64)
+    with pytest.raises(
+        ValueError, match=r"lee_background.cor is not the file this was written for; .* uninstall gensim"
+    ):
+        corpus.load(path, 10)

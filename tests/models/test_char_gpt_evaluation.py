@@ -1,0 +1,110 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import dense_truth
+
+from models.char_gpt import evaluation
+from models.char_gpt.config import Config
+from models.char_gpt.perturbations import LEVELS
+from models.char_gpt.training import initial_state
+from models.corpus import load
+
+TINY = Config(layers=2, width=8, heads=2, context=8, evaluation_windows=8)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    words = np.random.default_rng(0).choice(["attention", "is", "a", "change", "of", "variables"], 600)
+    path.write_text(" ".join(words), encoding="utf-8")
+    return load(path, TINY.context + 1)
+
+
+@pytest.fixture(scope="module")
+def model(corpus):
+    return initial_state(TINY, len(corpus.vocabulary)).model
+
+
+@pytest.fixture(scope="module")
+def measured(model, corpus):
+    return evaluation.measure(model, corpus, TINY, with_passage=True)
+
+
+def test_every_split_has_its_figures_and_only_unseen_text_is_perturbed(measured, corpus):
+    json.dumps(measured, allow_nan=False)
+    assert set(measured) == {"embedding_rms", "splits", "margins", "passage"}
+    assert list(measured["splits"]) == ["validation", "test", "news"]
+    assert measured["splits"]["validation"]["perturbed"] == []
+    for split, windows in (("validation", 8), ("test", 8), ("news", 4)):
+        found = measured["splits"][split]
+        assert found["clean"]["characters"] == windows * TINY.context
+        if split != "validation":
+            rows = [(row["kind"], row["level"]) for row in found["perturbed"]]
+            assert rows == [(kind, level) for kind, levels in LEVELS.items() for level in levels]
+            for row in found["perturbed"]:
+                change = row["nats_per_character"] - found["clean"]["nats_per_character"]
+                np.testing.assert_allclose(row["increase"], change, atol=1e-12)
+
+
+def test_the_clean_loss_is_that_of_the_windows_by_hand(measured, model, corpus):
+    windows = evaluation.evaluation_windows(corpus.validation, TINY)
+    log_p = np.asarray(jax.nn.log_softmax(jax.vmap(model)(jnp.asarray(windows[:, :-1]))))
+    losses = -np.take_along_axis(log_p, windows[:, 1:, None], -1)[..., 0].mean(-1)
+    clean = measured["splits"]["validation"]["clean"]
+    np.testing.assert_allclose(clean["nats_per_character"], losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(clean["standard_error"], losses.std(ddof=1) / np.sqrt(8), rtol=1e-4)
+
+
+def test_determinant_levels_are_quantiles_of_every_layer(measured, model, corpus):
+    _, determinants = evaluation.margins(model, evaluation.evaluation_windows(corpus.validation, TINY))
+    margins = measured["margins"]
+    levels = [margins["embedding"]["determinant_levels"], *margins["layers"]["determinant_levels"]]
+    for found, values in zip(levels, [determinants["embedding"], *determinants["layers"]], strict=True):
+        assert len(found) == 41
+        for index, level in ((0, values.min()), (20, np.median(values)), (40, values.max())):
+            np.testing.assert_allclose(found[index], level, rtol=1e-6)
+
+
+def test_the_passage_is_where_validation_begins_with_the_smallest_margin_of_the_heads(measured, model, corpus):
+    passage = measured["passage"]
+    n = TINY.context
+    windows = corpus.validation[: 3 * n].reshape(3, n)
+    assert passage["text"] == "".join(corpus.vocabulary[i] for i in windows.ravel())
+    for number, window in enumerate(windows):
+        place = slice(number * n, (number + 1) * n)
+        embeddings = model.embed(jnp.asarray(window))
+        inputs = model.decode(embeddings)[1].inputs
+        stage = model.prior_stage
+        expected = np.linalg.det(dense_truth(stage.query, stage.key, None, embeddings)[1])
+        assert passage["embedding"][place][:2] == [None, None]
+        np.testing.assert_allclose(passage["embedding"][place][2:], expected[2:], rtol=1e-3)
+        for block, attended, row in zip(model.blocks, inputs, passage["margins"], strict=True):
+            heads = [
+                np.linalg.det(dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, attended)[1])
+                for h in range(2)
+            ]
+            assert row[place][:2] == [None, None]
+            np.testing.assert_allclose(row[place][2:], np.min(heads, axis=0)[2:], rtol=1e-3)
+
+
+def test_windows_do_not_overlap_and_a_text_too_short_is_named():
+    config = dataclasses.replace(TINY, evaluation_windows=50)
+    for spare, share, count in ((0, 1.0, 50), (6, 1.0, 50), (6, 0.5, 25)):
+        windows = evaluation.evaluation_windows(np.arange(1000), config, spare, share)
+        assert windows.shape == (count, TINY.context + 1 + spare)
+        assert len(np.unique(windows)) == windows.size
+    with pytest.raises(
+        ValueError, match=r"--corpus: a part to be evaluated on has 10 characters and a window needs 15"
+    ):
+        evaluation.evaluation_windows(np.arange(10), config, 6)
+
+
+def test_quantiles_of_overflowed_determinants_are_none_and_those_below_stay():
+    found = evaluation._quantiles(np.array([1.0, 2.0, 3.0, np.inf, np.inf], np.float32))
+    assert (found["0.00"], found["0.25"]) == (1.0, 2.0)
+    assert found["0.95"] is None
+    assert found["1.00"] is None

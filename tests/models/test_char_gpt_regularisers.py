@@ -1,0 +1,162 @@
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from models.char_gpt import regularisers
+from models.char_gpt.config import Config
+from models.char_gpt.model import CharGPT
+from models.char_gpt.penalty import loss_terms
+from models.char_gpt.training import StepData, initial_state, learning_rate, train_step
+
+SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, steps=20, regulariser="dropout")
+VOCABULARY = 5
+
+
+def named(name, strength=0.0):
+    return dataclasses.replace(SMALL, regulariser=name, regulariser_strength=strength)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    model = CharGPT(jax.random.key(0), SMALL, VOCABULARY)
+    model = jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, model)
+    return model, jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 7)))
+
+
+def many(problem, name, strength, draws=4000):
+    """Logits and penalty over many keys."""
+    model, windows = problem
+    keys = jax.random.split(jax.random.key(1), draws)
+    found = jax.jit(jax.vmap(lambda k: regularisers.regularised(model, windows[:, :-1], named(name), k, strength)))(
+        keys
+    )
+    return [np.asarray(x) for x in found]
+
+
+@pytest.mark.parametrize("name", ["none", "dropout", "embedding-noise", "weight-decay"])
+def test_at_strength_zero_the_loss_is_plain_cross_entropy(problem, name):
+    model, windows = problem
+    plain = loss_terms(model, windows, dataclasses.replace(SMALL, regulariser="none"), 1000, jax.random.key(0))
+    found = loss_terms(model, windows, named(name), 1000, jax.random.key(0))
+    np.testing.assert_allclose(found.loss, plain.loss, rtol=1e-13)
+    assert found.penalty == 0
+
+
+def test_dropout_keeps_each_entry_with_its_probability_and_its_mean():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=20))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    dropped = np.asarray(jax.vmap(lambda k: regularisers._dropped(k, 0.3, x))(keys))
+    kept = dropped != 0
+    # Five binomial standard errors, over all entries together.
+    assert abs(kept.mean() - 0.7) < 5 * np.sqrt(0.21 / kept.size)
+    np.testing.assert_allclose(dropped[kept], np.broadcast_to(x / 0.7, kept.shape)[kept], rtol=1e-12)
+
+
+def test_dropout_reaches_the_embeddings_and_both_branches_of_every_layer(problem, monkeypatch):
+    model, windows = problem
+    shapes = []
+    original = regularisers._dropped
+    monkeypatch.setattr(regularisers, "_dropped", lambda k, s, x: shapes.append(x.shape) or original(k, s, x))
+    logits, _ = regularisers.regularised(model, windows[:, :-1], named("dropout"), jax.random.key(0), 0.5)
+    assert shapes == [(6, 8)] * 5
+    # No two sequences share their draws: equal windows come out different.
+    equal = jnp.stack([windows[0]] * 2)
+    logits, _ = regularisers.regularised(model, equal[:, :-1], named("dropout"), jax.random.key(0), 0.5)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3
+
+
+def test_embedding_noise_is_relative_to_the_size_of_the_embeddings(problem, monkeypatch):
+    model, windows = problem
+    seen = []
+    # The decoder replaced by the identity shows what it is given.
+    monkeypatch.setattr(CharGPT, "decode", lambda self, u, *_: (seen.append(u.shape) or u, None))
+    for scale in (1.0, 10.0):
+        where = lambda m: (m.token_embedding, m.position_embedding)  # noqa: E731
+        scaled = eqx.tree_at(where, model, replace_fn=lambda x, scale=scale: scale * x)
+        clean = np.asarray(jax.vmap(scaled.embed)(windows[:, :-1]))
+        noisy = many((scaled, windows), "embedding-noise", 0.4)[0]
+        spread = (noisy - clean) / (0.4 * np.sqrt(np.square(clean).mean()))
+        np.testing.assert_allclose(spread.var(), 1.0, rtol=5 * np.sqrt(2 / spread.size))
+        assert abs(spread.mean()) < 5 / np.sqrt(spread.size)
+
+
+def test_embedding_noise_gives_no_reward_for_larger_embeddings_by_its_own_scale(problem):
+    model, windows = problem
+
+    def noisy(u_scale, frozen_scale):
+        """Logits with embeddings scaled by one factor and the noise by another."""
+        u = jax.vmap(model.embed)(windows[:, :-1])
+        noise = jax.random.normal(jax.random.key(3), u.shape, u.dtype)
+        return jax.vmap(lambda v: model.decode(v)[0])(
+            u_scale * u + 0.4 * frozen_scale * jnp.sqrt(jnp.square(u).mean()) * noise
+        ).sum()
+
+    where = lambda m: (m.token_embedding, m.position_embedding)  # noqa: E731
+
+    def trained(scale):
+        scaled = eqx.tree_at(where, model, replace_fn=lambda x: scale * x)
+        key = jax.random.key(3)
+        return regularisers.regularised(scaled, windows[:, :-1], named("embedding-noise"), key, 0.4)[0].sum()
+
+    # The gradient sees the noise as it is: that of the first argument alone.
+    np.testing.assert_allclose(jax.grad(trained)(1.0), jax.grad(noisy)(1.0, 1.0), rtol=1e-9)
+
+
+def test_the_jacobian_penalty_is_the_frobenius_norm_times_the_mean_square_of_the_embeddings(problem):
+    model, windows = problem
+    embeddings = jax.vmap(model.embed)(windows[:, :-1])
+    jacobians = jax.vmap(jax.jacobian(lambda u: model.decode(u)[0]))(embeddings)
+    exact = float(jnp.square(jacobians).sum() / windows[:, 1:].size * jnp.square(embeddings).mean())
+    draws = many(problem, "jacobian", 0.0)[1]
+    assert abs(draws.mean() - exact) < 4 * draws.std() / np.sqrt(len(draws))
+    assert draws.std() / np.sqrt(len(draws)) < 0.02 * exact
+
+
+def test_the_spectral_penalty_is_the_squared_largest_singular_value_of_each_interaction(problem):
+    model, windows = problem
+    expected = [
+        np.linalg.svd(k.T @ q / np.sqrt(q.shape[0]), compute_uv=False)[0] ** 2
+        for block in model.blocks
+        for q, k in zip(np.asarray(block.query), np.asarray(block.key), strict=True)
+    ]
+    terms = loss_terms(model, windows, named("spectral", 2.0), 1000, jax.random.key(0))
+    np.testing.assert_allclose(terms.penalty, np.mean(expected), rtol=1e-10)
+    leaves = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model)])
+    expected_loss = terms.cross_entropy + 2 * np.mean(expected) - norm.logpdf(leaves).sum() / 1000
+    np.testing.assert_allclose(terms.loss, expected_loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "spectral", "dropout", "embedding-noise"])
+def test_gradients_match_finite_differences(problem, name):
+    model, windows = problem
+    key = jax.random.key(2)
+    loss = eqx.filter_jit(lambda m: loss_terms(m, windows, named(name, 0.3), 1000, key).loss)
+    slope = eqx.filter_grad(loss)(model)
+    # Embedding noise holds its scale still, so a weight behind the embeddings is moved.
+    where = lambda m: m.blocks[0].query  # noqa: E731
+    direction = np.random.default_rng(0).normal(size=where(model).shape)
+    ahead, behind = (eqx.tree_at(where, model, where(model) + step * direction) for step in (1e-5, -1e-5))
+    difference = (loss(ahead) - loss(behind)) / 2e-5
+    np.testing.assert_allclose((where(slope) * direction).sum(), difference, rtol=1e-5, atol=1e-9)
+
+
+def test_weight_decay_takes_its_share_off_every_matrix_and_off_nothing_else():
+    config = named("weight-decay", 0.5)
+    state = initial_state(config, VOCABULARY)
+    text = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, 200))
+    # The first step has learning rate 0; the second shows the decay.
+    state, _ = train_step(StepData.of(text, config, 0), state, config)
+    plain = dataclasses.replace(config, regulariser="none")
+    decayed, _ = train_step(StepData.of(text, config, 1), state, config)
+    updated, _ = train_step(StepData.of(text, plain, 1), state, plain)
+    rate = float(learning_rate(config)(1))
+    assert rate > 0
+    leaves = zip(*(jax.tree.leaves(s.model) for s in (decayed, updated, state)), strict=True)
+    for with_decay, without, before in leaves:
+        share = 0.5 * rate if before.ndim > 1 else 0.0
+        np.testing.assert_allclose(with_decay, without - share * before, atol=1e-7)

@@ -1,0 +1,229 @@
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_sweep
+from rich.console import Console
+
+from models.char_gpt import lines, study, sweep
+from models.char_gpt.checkpoint import NAME as CHECKPOINT
+from models.corpus import load
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST = 240.0
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    words = np.random.default_rng(0).choice(["attention", "is", "a", "change", "of", "variables"], 3000)
+    path.write_text(" ".join(words), encoding="utf-8")
+    return path
+
+
+def line(name="ce-strength0-seed0", **more):
+    return {"run": name, "provenance": {}, **more}
+
+
+def test_lines_come_back_as_written_and_a_torn_one_is_dropped(tmp_path):
+    path = tmp_path / lines.NAME
+    assert lines.read(path) == []
+    for seed in (0, 1):
+        lines.append(path, line(seed=seed))
+    with path.open("a") as stream:
+        stream.write('{"run": "half')
+    assert [found["seed"] for found in lines.read(path)] == [0, 1]
+    lines.drop_torn_end(path)
+    lines.append(path, line(seed=2))
+    assert [found["seed"] for found in lines.read(path)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="JSON"):
+        lines.append(path, line(seed=float("nan")))
+    assert len(lines.read(path)) == 3
+
+
+@pytest.mark.parametrize("damage", ["not json", "[]", '{"run": "x"}', "3"])
+def test_a_line_that_is_not_of_a_run_is_refused_by_number(tmp_path, damage):
+    path = tmp_path / lines.NAME
+    lines.append(path, line())
+    path.write_text(path.read_text() + damage + "\n")
+    with pytest.raises(ValueError, match=r"--out: line 2 of .* is not of a run; delete that line"):
+        lines.read(path)
+
+
+def test_numbers_keep_the_digits_of_float32_and_everything_else_is_left():
+    tree = {"a": [1 / 3, None, {"b": -1e-30 / 3}], "n": 123456789, "s": "x"}
+    assert lines.shortened(tree) == {"a": [0.3333333, None, {"b": -3.333333e-31}], "n": 123456789, "s": "x"}
+    value = np.float32(np.pi)
+    assert np.float32(lines.shortened(float(value))) == pytest.approx(value, rel=2e-7)
+
+
+def test_the_full_profile_is_the_study_that_was_asked_for():
+    runs = study.configurations(study.PROFILES["full"])
+    assert len({study.run_name(config) for config in runs}) == len(runs)
+    assert {config.seed for config in runs} == {0, 1, 2, 3, 4}
+    for name, method in study.METHODS.items():
+        found = [config for config in runs if config.method == name]
+        strengths = {config.strength for config in found}
+        assert strengths == set(method.strengths)
+        assert len(found) == 5 * len(strengths)
+    assert set(study.BARRIERS) == {
+        f"{form}@{site}" for form in ("margin", "map", "one-sided") for site in ("embedding", "layers")
+    }
+    for method in study.BARRIERS.values():
+        assert method.strengths == (0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
+    # The same number of values to choose from for everyone.
+    assert {len(method.strengths) for name, method in study.METHODS.items() if name != study.BASELINE} == {6}
+    shared = {
+        tuple(
+            value
+            for field, value in config.as_dict().items()
+            if not field.startswith(("barrier", "regulariser")) and field not in ("objective", "seed")
+        )
+        for config in runs
+    }
+    assert len(shared) == 1
+    # Whole seeds first, so that a sweep cut short can be read.
+    assert [config.seed for config in runs] == sorted(config.seed for config in runs)
+
+
+def start(text, out, workers):
+    command = [sys.executable, str(ROOT / "tests/support/tiny_sweep.py"), "--corpus", str(text), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--workers", str(workers)],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition, process):
+    limit = time.monotonic() + LONGEST
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, process.kill()
+        time.sleep(0.02)
+
+
+def all_gone(process):
+    """No process of the sweep is left, its workers included."""
+    process.communicate()
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def workers_of(process):
+    """The sweep's worker processes, without the one in which Python keeps track of their semaphores."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def comparable(out):
+    """All that is said of the runs but for when, how long and by which command."""
+    found = {run["run"]: run for run in lines.read(out / lines.NAME)}
+    for run in found.values():
+        for key in ("provenance", "wall_seconds", "seconds_per_step"):
+            del run[key]
+    return found
+
+
+def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(text, tmp_path):
+    out = tmp_path / "killed"
+    checkpoints = lambda: list((out / sweep.UNFINISHED).glob(f"*/{CHECKPOINT}"))  # noqa: E731
+    written = lambda: len(lines.read(out / lines.NAME))  # noqa: E731
+
+    # A worker dies: one line, and status 2.
+    process = start(text, out, 2)
+    wait_until(checkpoints, process)
+    for pid in workers_of(process):
+        os.kill(pid, signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert errors.strip().splitlines()[-1].startswith("error: a worker was killed")
+
+    # The sweep itself dies, in the middle of a run and after one has been written.
+    for at_least in (written(), written() + 1):
+        process = start(text, out, 2)
+        wait_until(lambda n=at_least: written() >= n and checkpoints(), process)
+        process.kill()
+        assert all_gone(process)
+    kept = (out / lines.NAME).read_text()
+    assert written() >= 1
+    with (out / lines.NAME).open("a") as stream:
+        stream.write('{"run": "ce-str')
+
+    process = start(text, out, 2)
+    output, errors = process.communicate(timeout=LONGEST)
+    assert process.returncode == 0, errors
+    assert f"{len(kept.splitlines())} of 4 runs of tiny are done" in output
+    assert (out / lines.NAME).read_text().startswith(kept)
+    assert not (out / sweep.UNFINISHED).exists()
+
+    whole = tmp_path / "whole"
+    process = start(text, whole, 1)
+    table, errors = process.communicate(timeout=LONGEST)
+    assert process.returncode == 0, errors
+    assert comparable(out) == comparable(whole)
+    # The same final table, to the last digit, but for the column of seconds.
+    without_time = lambda text: [row.rsplit("│", 2)[0] for row in text.splitlines() if row.startswith("│")]  # noqa: E731
+    assert without_time(output) == without_time(table)
+    assert len(without_time(table)) == 2
+
+    again = start(text, whole, 1)
+    output, _ = again.communicate(timeout=LONGEST)
+    assert "4 of 4 runs of tiny are done" in output
+    finished_runs_are_not_mistaken_for_others(text, whole)
+
+
+def finished_runs_are_not_mistaken_for_others(text, out):
+    """A folder of finished runs is refused to another text and to another configuration."""
+    corpus = load(text, tiny_sweep.BASE.context + 1)
+    runs = lines.read(out / lines.NAME)
+    chosen = {run["run"]: dataclasses.replace(tiny_sweep.BASE, **run["provenance"]["configuration"]) for run in runs}
+    assert sweep._finished(out / lines.NAME, chosen, corpus).keys() == chosen.keys()
+    for changed, given in (
+        (chosen, corpus._replace(sha256="another")),
+        ({name: dataclasses.replace(config, steps=31) for name, config in chosen.items()}, corpus),
+        ({}, corpus),
+    ):
+        with pytest.raises(ValueError, match=r"--out: .* holds .* of another sweep, text or version; pass another"):
+            sweep._finished(out / lines.NAME, changed, given)
+
+
+def test_two_sweeps_in_one_folder_are_refused(text, tmp_path):
+    corpus = load(text, 17)
+    with (tmp_path / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"--out: another sweep works in .*; wait for it, or pass another folder"):
+            sweep.sweep("smoke", text, corpus, tmp_path, Console(quiet=True), 1)
+
+
+def test_a_diverged_run_is_a_line_of_its_own_in_the_table():
+    good = {
+        "method": "ce", "strength": 0.0, "status": "finished", "seconds_per_step": 0.1,
+        "splits": {"test": {"clean": {"nats_per_character": 2.5}, "perturbed": [
+            {"kind": "relative-embedding-noise", "level": 1.0, "increase": 0.125}]}},
+        "margins": {"layers": {"negative_share": 0.25}},
+    }  # fmt: skip
+    bad = {"method": "margin@layers", "strength": 1.0, "status": "diverged", "message": "the loss is nan"}
+    console = Console(record=True, width=200)
+    console.print(sweep.table([json.loads(json.dumps(good)), good, bad]))
+    shown = console.export_text()
+    assert all(cell in shown for cell in ("2.5000", "+0.1250", "25.00%", "diverged"))

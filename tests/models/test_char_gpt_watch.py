@@ -1,0 +1,70 @@
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from dense import dense_truth
+
+from models.char_gpt import watch
+from models.char_gpt.config import Config
+from models.char_gpt.model import CharGPT
+
+SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3)
+
+
+def model_past_the_boundary():
+    """In float64, with queries twice the keys and large embeddings, so that some determinants are negative."""
+    model = CharGPT(jax.random.key(0), SMALL, 5)
+    model = jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, model)
+    model = eqx.tree_at(lambda m: (m.token_embedding, m.position_embedding), model, replace_fn=lambda x: 10 * x)
+    queries = lambda m: [block.query for block in m.blocks] + [m.prior_stage.query]  # noqa: E731
+    keys = [block.key for block in model.blocks] + [model.prior_stage.key]
+    return eqx.tree_at(queries, model, [2.0 * key for key in keys])
+
+
+def determinants_by_hand(model, windows):
+    """Dense determinants of the embedding site, and of each layer, without the first two positions."""
+    embedding, layers = [], [[] for _ in model.blocks]
+    for window in windows:
+        u = model.embed(window[:-1])
+        embedding.append(np.linalg.det(dense_truth(model.prior_stage.query, model.prior_stage.key, None, u)[1])[2:])
+        for found, block, inputs in zip(layers, model.blocks, model.decode(u)[1].inputs, strict=True):
+            for h in range(block.query.shape[0]):
+                blocks = dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, inputs)[1]
+                found.append(np.linalg.det(blocks)[2:])
+    return np.ravel(embedding)[None], np.array([np.ravel(found) for found in layers])
+
+
+def test_a_look_is_what_dense_determinants_say_by_layer_without_the_first_two_positions():
+    model = model_past_the_boundary()
+    windows = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 7)))
+    found = watch.look(model, windows)
+    truth = dict(zip(("embedding", "layers"), determinants_by_hand(model, windows), strict=True))
+    for site, determinants in truth.items():
+        seen = found[site]
+        assert (determinants <= 0).sum(-1).min() > 0
+        np.testing.assert_array_equal(seen.negatives, (determinants <= 0).sum(-1))
+        assert int(seen.positions) == determinants.size
+        np.testing.assert_allclose(seen.smallest, determinants.min(-1), rtol=1e-8)
+        np.testing.assert_allclose(seen.barrier, -np.log(np.abs(determinants)).mean(-1), rtol=1e-8)
+        np.testing.assert_allclose(seen.quantiles, np.quantile(determinants, watch.QUANTILES, axis=-1).T, rtol=1e-8)
+
+
+def test_a_record_adds_looks_up_and_has_none_where_json_has_no_number():
+    look = watch.Look(np.array([1, 3]), np.array(8), np.array([-np.inf, 0.5]), np.ones(2), np.array([[np.nan], [2.0]]))
+    nothing = watch.Look(np.array([0]), np.array(4), np.array([0.5]), np.array([0.1]), np.array([[1.0]]))
+    record = {"crossings": watch.new_crossings(), "watch": []}
+    for step in (0, 5):
+        watch.note(record, step, {"embedding": nothing, "layers": look})
+    assert record["crossings"]["layers"] == {
+        "steps_watched": 2, "steps_with_crossing": 2, "positions_watched": 16, "positions_negative": 8,
+    }  # fmt: skip
+    assert record["crossings"]["embedding"]["steps_with_crossing"] == 0
+    entry = json.loads(json.dumps(record["watch"][1], allow_nan=False))
+    assert entry["step"] == 5
+    assert entry["embedding"] == {"negative_share": 0.0, "smallest": 0.5, "barrier": 0.1, "quantiles": [1.0]}
+    # Of four positions in each of the two layers one and three are negative.
+    assert [layer["negative_share"] for layer in entry["layers"]] == [0.25, 0.75]
+    assert [layer["smallest"] for layer in entry["layers"]] == [None, 0.5]
+    assert [layer["quantiles"] for layer in entry["layers"]] == [[None], [2.0]]

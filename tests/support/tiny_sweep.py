@@ -1,0 +1,17 @@
+"""The sweep command on two methods, two seeds and a model of no size, so that it can be killed and watched."""
+
+import sys
+from dataclasses import replace
+
+from models import cli
+from models.char_gpt import __main__ as command
+from models.char_gpt import study
+
+BASE = replace(
+    study.PROFILES["smoke"].base, steps=30, layers=1, width=8, context=8, checkpoint_every=1, evaluation_windows=4
+)
+
+if __name__ == "__main__":
+    study.METHODS = {name: study.METHODS[name] for name in ("ce", "margin@layers")}
+    study.PROFILES["tiny"] = study.Profile((0, 1), (0,), BASE)
+    cli.run(lambda: command.main(["sweep", "--profile", "tiny", *sys.argv[1:]]))
