@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.selection import Selection, select_all
+from paper_figures.analysis.selection import Selection, selected
 from paper_figures.runs import BARRIERS, BASELINE, load_runs
 from paper_figures.style import line_style
 
@@ -24,8 +24,7 @@ CAPTION = (
 
 def draw(runs: Path) -> Figure:
     """The figure from the sweep under `runs`; ValueError if there is none."""
-    selections = select_all(load_runs(runs))
-    shown = [selections[method] for method in (BASELINE, *BARRIERS) if method in selections]
+    shown = selected(load_runs(runs), (BASELINE, *BARRIERS))
     layers = len(shown[0].runs[0]["margins"]["layers"]["determinant_levels"])
     figure, panels = plt.subplots(1, 1 + layers, figsize=(7.2, 3.4), sharey=True)
     _panel(panels[0], shown, "embedding", None)

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.selection import Selection, select_all
+from paper_figures.analysis.selection import Selection, selected
 from paper_figures.runs import BARRIERS, BASELINE, COMPETITORS, clean_loss, load_runs, perturbed
 from paper_figures.style import METHOD_STYLES
 
@@ -28,12 +28,13 @@ _ROWS = (("barriers", (BASELINE, *BARRIERS)), ("competitors", (BASELINE, *COMPET
 
 def draw(runs: Path) -> Figure:
     """The figure from the sweep under `runs`; ValueError if there is none."""
-    selections = select_all(load_runs(runs))
+    sweep = load_runs(runs)
     figure, panels = plt.subplots(2, 2, figsize=(7.2, 6.6), sharex="col", sharey=True)
     for row, (title, methods) in zip(panels, _ROWS, strict=True):
+        shown = selected(sweep, methods)
         for panel, (kind, label) in zip(row, _COLUMNS, strict=True):
-            for method in (m for m in methods if m in selections):
-                _curve(panel, selections[method], kind)
+            for selection in shown:
+                _curve(panel, selection, kind)
             panel.set_xlabel(label)
             panel.set_title(title)
         row[0].set_ylabel("test loss (nats per character)")

@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from paper_figures.__main__ import FIGURES
 from paper_figures.html import STYLE, table
 from paper_figures.inference_result import INFERENCE, load_inference
 from paper_figures.runs import Runs, load_runs
+from paper_figures.saved import load_checks
 from paper_figures.study_section import study_section
 from paper_figures.verdicts import load_verdicts
 from prob_transformer.provenance import write_text
@@ -96,11 +96,7 @@ runs.jsonl has the configuration and seed of its run.</p>
 
 def build(results: Path, profile: str, inference: Path = INFERENCE) -> str:
     """The report as HTML. Raises ValueError naming the command to run for what is missing."""
-    path = results / "theory_checks.json"
-    try:
-        checks = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"--results: no checks at {path}; run python -m theory_checks --json {path}.") from None
+    checks = load_checks(results / "theory_checks.json", "--results")
     runs = load_runs(results / "runs" / profile)
     verdicts = load_verdicts(results / "verdicts.json")
     return f"""<!doctype html>

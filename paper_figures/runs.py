@@ -3,21 +3,15 @@
 Only seeds for which every method and strength of the sweep is there are used, so that every comparison can be paired.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-BASELINE = "ce"
-BARRIERS = (
-    "margin@embedding",
-    "margin@layers",
-    "map@embedding",
-    "map@layers",
-    "one-sided@embedding",
-    "one-sided@layers",
-)
-COMPETITORS = ("dropout", "weight-decay", "embedding-noise", "jacobian", "spectral")
-METHODS = (BASELINE, *BARRIERS, *COMPETITORS)
+from models.char_gpt import lines as saved_lines
+from models.char_gpt import study
+from models.char_gpt.study import BASELINE
+
+BARRIERS, COMPETITORS = tuple(study.BARRIERS), tuple(study.COMPETITORS)
+METHODS = tuple(study.METHODS)
 Run = dict[str, Any]
 
 
@@ -61,15 +55,13 @@ class Runs(NamedTuple):
 
 def load_runs(folder: Path) -> Runs:
     """The sweep under `folder`. Raises ValueError with the command that makes it if there is none to compare."""
-    path = folder / "runs.jsonl"
+    path = folder / saved_lines.NAME
     again = f"python -m models.char_gpt sweep --out {folder}"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise ValueError(f"--runs: no readable sweep at {path} ({reason}); make one with {again}.") from None
-    # What follows the last line end was being written when the sweep was stopped.
-    lines = [_line(path, number, line) for number, line in enumerate(text.split("\n")[:-1], start=1)]
+    if not path.exists():
+        raise ValueError(f"--runs: no readable sweep at {path}; make one with {again}.")
+    lines = saved_lines.read(path, "--runs")
+    for number, line in enumerate(lines, start=1):
+        _require_complete(path, number, line)
     unknown = {line["method"] for line in lines} - set(METHODS)
     if unknown:
         raise ValueError(f"--runs: {path} has the method {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}.")
@@ -86,18 +78,12 @@ def load_runs(folder: Path) -> Runs:
     return runs
 
 
-def _line(path: Path, number: int, text: str) -> Run:
-    needed = {"profile", "method", "strength", "seed", "status"}
-    try:
-        line = json.loads(text)
-        missing = needed - line.keys()
-    except (ValueError, AttributeError):
-        raise ValueError(f"--runs: line {number} of {path} is not a run; delete it and run the sweep again.") from None
+def _require_complete(path: Path, number: int, line: Run) -> None:
+    missing = {"profile", "method", "strength", "seed", "status"} - line.keys()
     if line.get("status") == "finished":
         missing |= {"splits", "margins", "watch", "embedding_rms"} - line.keys()
     if missing:
         raise ValueError(f"--runs: line {number} of {path} lacks {', '.join(sorted(missing))}; run the sweep again.")
-    return line
 
 
 def _complete_seeds(lines: list[Run]) -> tuple[int, ...]:

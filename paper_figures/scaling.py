@@ -1,13 +1,12 @@
 """Time and memory of the fast path against the length of a sequence."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from paper_figures.saved import load_record
 from paper_figures.style import BLACK, BLUE, ORANGE
 
 NAME = "scaling"
@@ -22,7 +21,8 @@ CAPTION = (
 
 def draw(benchmark: Path = BENCHMARK) -> Figure:
     """The figure from a saved result of the benchmark; ValueError if there is none."""
-    sections = _load(benchmark)
+    command = "python -m benchmarks --out"
+    sections = load_record(benchmark, ("sections",), "--benchmark: no result", command)["sections"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
     rows = sections["scaling"]["rows"]
     lengths = np.array([row["length"] for row in rows])
@@ -46,12 +46,3 @@ def draw(benchmark: Path = BENCHMARK) -> Figure:
         panel.set_xlabel("length n (positions)")
         panel.legend(frameon=False, loc="center left")
     return figure
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        sections = json.loads(path.read_text(encoding="utf-8"))["sections"]
-        sections["scaling"], sections["kernel-memory"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--benchmark: no result at {path}; run python -m benchmarks --out {path}.") from None
-    return sections

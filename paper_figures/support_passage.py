@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from paper_figures.analysis.selection import Selection, select_all
+from paper_figures.analysis.selection import Selection, selected
 from paper_figures.runs import load_runs
 from paper_figures.style import BLACK, ORANGE
 
@@ -35,8 +35,7 @@ _BLANKS = {"\n": "\u00b6", "\t": "\u2192"}
 
 def draw(runs: Path) -> Figure:
     """The figure from the sweep under `runs`; ValueError if there is none or no run kept a passage."""
-    selections = select_all(load_runs(runs))
-    kept = ((selections[method], _passage(selections[method])) for method in METHODS if method in selections)
+    kept = ((selection, _passage(selection)) for selection in selected(load_runs(runs), METHODS))
     shown = [(selection, passage) for selection, passage in kept if passage is not None]
     if not shown:
         raise ValueError(f"--runs: no run of {', '.join(METHODS)} in {runs} kept a passage; run the sweep again.")
@@ -46,9 +45,10 @@ def draw(runs: Path) -> Figure:
     )
     place = 0
     for selection, passage in shown:
+        length = selection.runs[0]["provenance"]["configuration"]["context"]
         for layer, margins in enumerate(passage["margins"]):
             panel = panels[place, 0]
-            write(panel, passage["text"], margins, window_length(margins))
+            write(panel, passage["text"], margins, length)
             strength = "" if selection.method == "ce" else f" at {selection.strength:g}"
             panel.set_title(f"{selection.method}{strength}, layer {layer + 1}", loc="left", pad=2)
             place += 1
@@ -64,12 +64,6 @@ def draw(runs: Path) -> Figure:
 
 def _passage(selection: Selection) -> dict[str, Any] | None:
     return next((run["passage"] for run in selection.runs if run.get("passage")), None)
-
-
-def window_length(margins: Sequence[float | None]) -> int:
-    """Characters a window: its first two positions have no margin, so the next window starts at the next two of those."""
-    blank = [place for place, value in enumerate(margins[:-1]) if value is None and margins[place + 1] is None]
-    return blank[1] if len(blank) > 1 else len(margins)
 
 
 def support_places(margins: Sequence[float | None], count: int = SUPPORT) -> list[int]:

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.selection import Selection, select_all
+from paper_figures.analysis.selection import Selection, selected
 from paper_figures.runs import load_runs
 from paper_figures.style import BLACK, line_style, signed_ticks
 
@@ -25,8 +25,7 @@ CAPTION = (
 
 def draw(runs: Path) -> Figure:
     """The figure from the sweep under `runs`; ValueError if there is none."""
-    selections = select_all(load_runs(runs))
-    shown = [selections[method] for method in METHODS if method in selections]
+    shown = selected(load_runs(runs), METHODS)
     layers = len(shown[0].runs[0]["watch"][0]["layers"])
     figure, panels = plt.subplots(2, layers, figsize=(7.2, 4.8), sharex=True, sharey="row", squeeze=False)
     for row, (quantity, label) in zip(panels, _ROWS, strict=True):

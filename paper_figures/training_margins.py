@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.selection import Selection, select_all
+from paper_figures.analysis.selection import Selection, selected
 from paper_figures.runs import load_runs
 from paper_figures.style import BLACK, METHOD_STYLES
 
@@ -26,8 +26,7 @@ CAPTION = (
 
 def draw(runs: Path) -> Figure:
     """The figure from the sweep under `runs`; ValueError if there is none."""
-    selections = select_all(load_runs(runs))
-    shown = [selections[method] for method in METHODS if method in selections]
+    shown = selected(load_runs(runs), METHODS)
     layers = len(shown[0].runs[0]["watch"][0]["layers"])
     figure, panels = plt.subplots(
         layers, len(shown), figsize=(7.2, 2.1 * layers + 0.3), sharex=True, sharey=True, squeeze=False

@@ -1,7 +1,6 @@
 """`python -m paper_figures.verdicts`: what a sweep says of the paper's findings, as JSON and as a table."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from paper_figures.analysis.selection import select_all
 from paper_figures.analysis.tables import markdown
 from paper_figures.analysis.verdicts import judge
 from paper_figures.runs import Runs, load_runs
+from paper_figures.saved import load_record
 from prob_transformer.provenance import provenance, write_json
 
 RULES = {
@@ -58,14 +58,8 @@ def analyse(runs: Runs) -> dict[str, Any]:
 
 def load_verdicts(path: Path) -> dict[str, Any]:
     """A saved record. Raises ValueError naming the command that makes it if there is none."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["findings"], record["overview"], record["answers"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"no verdicts at {path}; run python -m paper_figures.verdicts --runs DIR --out {path}."
-        ) from None
-    return record
+    command = "python -m paper_figures.verdicts --runs DIR --out"
+    return load_record(path, ("findings", "overview", "answers"), "no verdicts", command)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.char_gpt.config import SITES, Config
+from models.char_gpt.lines import finite_or_none
 from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import forward, site_density
 from models.char_gpt.perturbations import LEVELS, clean_losses, perturbed_losses, spare_characters, stream_rms
@@ -97,7 +98,7 @@ def _levels(determinants: Float[np.ndarray, "..."]) -> list[float | None]:
 
 
 def _finite(values: Float[np.ndarray, " n"]) -> list[float | None]:
-    return [float(v) if np.isfinite(v) else None for v in values]
+    return [finite_or_none(value) for value in values]
 
 
 def _determinants(sign: Float[Any, "..."], log_det: Float[Any, "..."]) -> Float[np.ndarray, "..."]:

@@ -5,27 +5,30 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prob_transformer.provenance import write_text
 
 NAME = "runs.jsonl"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Lines written whole, in order; [] if there is no file. Raises ValueError naming --out if one cannot be read."""
+def read(path: Path, option: str = "--out") -> list[dict[str, Any]]:
+    """Lines written whole, in order; [] if there is no file. Raises ValueError naming the option if one is no run."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--out: {path} cannot be read ({error}); pass another folder.") from None
+        raise ValueError(f"{option}: {path} cannot be read ({error}); pass another folder.") from None
     found = []
     # What follows the last line end was being written when the sweep was killed.
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             run = json.loads(line)
-            found.append({**run, "provenance": dict(run["provenance"])})
+            run["run"], run["provenance"]
+            found.append(run)
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"--out: line {number} of {path} is not of a run; delete that line.") from None
+            raise ValueError(f"{option}: line {number} of {path} is not of a run; delete that line.") from None
     return found
 
 
@@ -45,6 +48,11 @@ def shortened(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: shortened(entry) for key, entry in value.items()}
     return [shortened(entry) for entry in value] if isinstance(value, list) else value
+
+
+def finite_or_none(value: Any) -> float | None:
+    """A number for JSON, which has no infinities: None in place of one."""
+    return float(value) if np.isfinite(value) else None
 
 
 def append(path: Path, run: dict[str, Any]) -> None:

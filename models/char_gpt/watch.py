@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from models.char_gpt.config import SITES, Path, Site
+from models.char_gpt.lines import finite_or_none
 from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import forward, site_signs
 
@@ -76,8 +77,3 @@ def _as_json(found: Look, index: int) -> dict[str, Any]:
         "barrier": finite_or_none(found.barrier[index]),
         "quantiles": [finite_or_none(value) for value in np.asarray(found.quantiles[index])],
     }
-
-
-def finite_or_none(value: Any) -> float | None:
-    """A number for JSON, which has no infinities: None in place of one."""
-    return float(value) if np.isfinite(value) else None

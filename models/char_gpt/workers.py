@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from models.char_gpt.config import Config
 from models.char_gpt.evaluation import measure
 from models.char_gpt.run import parameter_count
 from models.char_gpt.study import run_name
-from models.corpus import Corpus
 from prob_transformer.provenance import provenance
 
 _WATCH_SECONDS = 1.0
-_corpora: dict[tuple[Path | None, int], Corpus] = {}
+# Read once a worker, not once a run.
+_load = lru_cache(corpus_module.load)
 
 
 def default_workers() -> int:
@@ -66,8 +67,9 @@ def _prepare(cores: Any, parent: int, compiled: str) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     if hasattr(os, "sched_setaffinity") and not cores.empty():
         os.sched_setaffinity(0, {cores.get()})
-    jax.config.update("jax_compilation_cache_dir", compiled)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
 
@@ -79,10 +81,7 @@ def _die_with(parent: int) -> None:
 
 def _line(config: Config, text: Path | None, folder: Path, with_passage: bool, command: str) -> dict[str, Any]:
     """Train, measure, and return the run as a line; its checkpoint stays until `forget`."""
-    key = text, config.context
-    if key not in _corpora:
-        _corpora[key] = corpus_module.load(text, config.context + 1)
-    corpus = _corpora[key]
+    corpus = _load(text, config.context + 1)
     line: dict[str, Any] = {
         "run": run_name(config),
         "method": config.method,

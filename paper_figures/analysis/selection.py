@@ -4,6 +4,7 @@ The cost is the mean over seeds of the clean validation loss against that of pla
 perturbation is looked at. If every strength costs more, it is the one of lowest loss, marked as over the budget.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,12 @@ def select_all(runs: Runs) -> dict[str, Selection]:
     """The selections by method, without methods that diverged at every strength."""
     found = {method: select(runs, method) for method in runs.methods}
     return {method: selection for method, selection in found.items() if selection is not None}
+
+
+def selected(runs: Runs, methods: Iterable[str]) -> list[Selection]:
+    """Those of the methods that are in the sweep and have a strength, in the order given."""
+    found = select_all(runs)
+    return [found[method] for method in methods if method in found]
 
 
 def _mean_clean(members: list[Run], split: str) -> float:

@@ -43,18 +43,16 @@ class Judged(NamedTuple):
 
 def judge(comparisons: list[Comparison]) -> list[Judged]:
     """The comparisons of any number of families with their verdicts, in the order given."""
-    families: dict[tuple[str, str], list[Comparison]] = {}
-    for comparison in comparisons:
-        families.setdefault((comparison.finding, comparison.split), []).append(comparison)
-    judged = {}
+    families: dict[tuple[str, str], list[int]] = {}
+    for place, comparison in enumerate(comparisons):
+        families.setdefault((comparison.finding, comparison.split), []).append(place)
+    judged: dict[int, Judged] = {}
     for family in families.values():
-        pairs = [_p_values(comparison) for comparison in family]
+        pairs = [_p_values(comparisons[place]) for place in family]
         for_holm, against_holm = (holm(np.array([pair[side] for pair in pairs])) for side in (0, 1))
-        for place, comparison in enumerate(family):
-            judged[id(comparison)] = _judged(
-                comparison, len(family), *pairs[place], float(for_holm[place]), float(against_holm[place])
-            )
-    return [judged[id(comparison)] for comparison in comparisons]
+        for place, pair, p_holm, p_against_holm in zip(family, pairs, for_holm, against_holm, strict=True):
+            judged[place] = _judged(comparisons[place], len(family), *pair, float(p_holm), float(p_against_holm))
+    return [judged[place] for place in range(len(comparisons))]
 
 
 def _p_values(comparison: Comparison) -> tuple[float, float]:

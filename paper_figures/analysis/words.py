@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from paper_figures.analysis.verdicts import ALPHA
+
 Entry = dict[str, Any]
-ALPHA = 0.05
 
 
 def sentence(entry: Entry) -> str:

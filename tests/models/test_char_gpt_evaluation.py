@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense import dense_truth
+from words import write_words
 
 from models.char_gpt import evaluation
 from models.char_gpt.config import Config
@@ -18,10 +19,7 @@ TINY = Config(layers=2, width=8, heads=2, context=8, evaluation_windows=8)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    words = np.random.default_rng(0).choice(["attention", "is", "a", "change", "of", "variables"], 600)
-    path.write_text(" ".join(words), encoding="utf-8")
-    return load(path, TINY.context + 1)
+    return load(write_words(tmp_path_factory.mktemp("corpus") / "text.txt"), TINY.context + 1)
 
 
 @pytest.fixture(scope="module")

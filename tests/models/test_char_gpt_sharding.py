@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from words import write_words
 
 from models import cli
 from models.char_gpt import __main__ as command
@@ -149,10 +150,7 @@ def run_together(commands, out, seconds=300):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    words = np.random.default_rng(0).choice(["attention", "is", "a", "change", "of", "variables"], 600)
-    path.write_text(" ".join(words), encoding="utf-8")
-    return path
+    return write_words(tmp_path_factory.mktemp("corpus") / "text.txt")
 
 
 @pytest.fixture(scope="module")

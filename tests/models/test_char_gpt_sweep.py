@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_sweep
 from rich.console import Console
+from words import write_words
 
 from models.char_gpt import lines, study, sweep
 from models.char_gpt.checkpoint import NAME as CHECKPOINT
@@ -23,10 +24,7 @@ LONGEST = 240.0
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    words = np.random.default_rng(0).choice(["attention", "is", "a", "change", "of", "variables"], 3000)
-    path.write_text(" ".join(words), encoding="utf-8")
-    return path
+    return write_words(tmp_path_factory.mktemp("corpus") / "text.txt", 3000)
 
 
 def line(name="ce-strength0-seed0", **more):

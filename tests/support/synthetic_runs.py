@@ -7,25 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LEVELS = {
-    "embedding-noise": (0.05, 0.1, 0.2, 0.4, 0.8),
-    "relative-embedding-noise": (0.25, 0.5, 1.0, 1.5, 2.0),
-    "layer-noise": (0.05, 0.1, 0.2, 0.4),
-    "substitution": (0.02, 0.05, 0.1),
-    "deletion": (0.02, 0.05, 0.1),
-    "swap": (0.02, 0.05, 0.1),
-    "adversarial": (0.02, 0.05, 0.1, 0.2),
-}
+from models.char_gpt.perturbations import LEVELS
+from models.char_gpt.study import METHODS
+
 STRENGTHS = (0.01, 0.1, 1.0)
-METHODS = (
-    "ce",
-    *(f"{form}@{site}" for form in ("margin", "map", "one-sided") for site in ("embedding", "layers")),
-    "dropout",
-    "weight-decay",
-    "embedding-noise",
-    "jacobian",
-    "spectral",
-)
 CONTEXT = 64
 _PROBABILITIES = np.linspace(0, 1, 41)
 
