@@ -118,7 +118,8 @@ def environment(devices):
         "JAX_ENABLE_X64": "1",
         # The code runs twice, and compiling it is what takes time.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
+        # As pytest has it.
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))),
     }
 
 
