@@ -281,7 +281,9 @@ def test_smoothing_draws_paths_with_the_backward_probabilities_written_by_hand()
             first_law = np.array([weights[0, k] * future_density(0, k, longer) for k in range(3)])
             for first in range(3):
                 law = (weights[2], middle_law, first_law)
-                expected[first, middle, last] = np.prod([p[k] / p.sum() for p, k in zip(law, (last, middle, first), strict=True)])
+                expected[first, middle, last] = np.prod(
+                    [p[k] / p.sum() for p, k in zip(law, (last, middle, first), strict=True)]
+                )
 
     draws = np.asarray(smooth(result, jax.random.key(7), 4000))
     found = [np.abs(draws[:, i, None] - particles[i]).sum(-1).argmin(1) for i in range(3)]
