@@ -30,7 +30,8 @@ class LlamaShape(NamedTuple):
     window: int | None = None
 
 
-def _shaped(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> Array:
+def shaped(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> Array:
+    """The weight in float32 and the shape given. Raises ValueError if it is missing or holds another count."""
     if array is None:
         raise ValueError(f"weights: no {name}; the file is not of this architecture or not whole.")
     if array.size != np.prod(shape):
@@ -47,15 +48,15 @@ def llama(shape: LlamaShape, weight: Weights, rotary: Rotary) -> Decoder:
     heads, groups, size = shape.heads, shape.key_heads, shape.head_size
 
     def vector(name: str, layer: int | None = None) -> Array:
-        return _shaped(name, weight(name, layer), (width,))
+        return shaped(name, weight(name, layer), (width,))
 
     def block(layer: int) -> Block:
         def matrix(name: str, *expected: int) -> Array:
-            return _shaped(f"{name} of layer {layer}", weight(name, layer), expected)
+            return shaped(f"{name} of layer {layer}", weight(name, layer), expected)
 
         def bias(name: str, *expected: int) -> Array | None:
             found = weight(name, layer)
-            return None if found is None else _shaped(f"{name} of layer {layer}", found, expected)
+            return None if found is None else shaped(f"{name} of layer {layer}", found, expected)
 
         output = matrix("output", width, heads, size).transpose(1, 0, 2)
         attention = DecoderAttention(
@@ -79,13 +80,13 @@ def llama(shape: LlamaShape, weight: Weights, rotary: Rotary) -> Decoder:
         norms = [RMSNorm(vector(name, layer), shape.epsilon) for name in ("attention_norm", "perceptron_norm")]
         return Block(norms[0], attention, constant, norms[1], perceptron)
 
-    table = _shaped("token_embedding", embedding, (tokens, width))
+    table = shaped("token_embedding", embedding, (tokens, width))
     head = weight("head")
     return Decoder(
         token_embedding=table,
         position_embedding=None,
         blocks=tuple(block(layer) for layer in range(shape.layers)),
         final_norm=RMSNorm(vector("final_norm"), shape.epsilon),
-        head=table if head is None else _shaped("head", head, (tokens, width)),
+        head=table if head is None else shaped("head", head, (tokens, width)),
         context=shape.context,
     )

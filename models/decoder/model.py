@@ -18,6 +18,9 @@ from jaxtyping import Array, Float, Int
 from prob_transformer.decoder import DecoderAttention, Projected
 
 
+Tokens = Int[Array, " n"] | Int[np.ndarray, " n"]
+
+
 class RMSNorm(eqx.Module):
     """x / root mean square over the last axis, times a gain (d,)."""
 
@@ -117,7 +120,7 @@ class Decoder(eqx.Module):
     head: Float[Array, "V d"]
     context: int = eqx.field(static=True)
 
-    def _checked(self, tokens: Int[Array, " n"]) -> Int[Array, " n"]:
+    def _checked(self, tokens: Tokens) -> Int[Array, " n"]:
         given = np.asarray(tokens)
         if given.ndim != 1 or given.size == 0 or not np.issubdtype(given.dtype, np.integer):
             raise ValueError("tokens: pass at least one token number, as integers (n,); was the text empty?")
@@ -133,19 +136,19 @@ class Decoder(eqx.Module):
             )
         return jnp.asarray(given)
 
-    def _embed(self, tokens: Int[Array, " n"]) -> Float[Array, "n d"]:
-        tokens = self._checked(tokens)
-        stream = self.token_embedding[tokens]
-        return stream if self.position_embedding is None else stream + self.position_embedding[: tokens.shape[0]]
+    def _embed(self, tokens: Tokens) -> Float[Array, "n d"]:
+        checked = self._checked(tokens)
+        stream = self.token_embedding[checked]
+        return stream if self.position_embedding is None else stream + self.position_embedding[: checked.shape[0]]
 
-    def layers(self, tokens: Int[Array, " n"]) -> Iterator[LayerInputs]:
+    def layers(self, tokens: Tokens) -> Iterator[LayerInputs]:
         """Each attention layer with its inputs, run as it is read. Raises ValueError for tokens that do not fit."""
         stream = self._embed(tokens)
         for block in self.blocks:
             stream, inputs = _run_block(block, stream)
             yield LayerInputs(block.attention, inputs)
 
-    def __call__(self, tokens: Int[Array, " n"]) -> Float[Array, "n V"]:
+    def __call__(self, tokens: Tokens) -> Float[Array, "n V"]:
         """Next-token logits after every position. Raises ValueError for tokens that do not fit."""
         stream = self._embed(tokens)
         for block in self.blocks:
