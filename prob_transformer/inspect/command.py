@@ -184,8 +184,10 @@ def main(argv: Sequence[str], load: Callable[[str], Loaded]) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: --out: cannot be written ({error.strerror or error}); free some space or pass another folder.",
-              file=sys.stderr)
+        print(
+            f"error: --out: cannot be written ({error.strerror or error}); free some space or pass another folder.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

@@ -15,7 +15,7 @@
     if (name) node.className = name;
     return parent.appendChild(node);
   };
-  const number = (x, digits) => (Number.isFinite(x) ? x.toFixed(digits) : x > 0 ? "∞" : "−∞").replace("-", "−");
+  const number = (x, digits) => (Number.isFinite(x) ? x.toFixed(digits).replace(/^-(?=0\.0*$)/, "") : x > 0 ? "∞" : "−∞").replace("-", "−");
   const percent = (x) => `${x === 0 || x >= 0.1 ? Math.round(100 * x) : (100 * x).toFixed(1)} %`;
 
   // A determinant from its sign and logarithm: written by powers of ten, for it may leave the range of numbers.
@@ -29,30 +29,33 @@
     return `${minus}${digits} × 10^${String(exponent).replace("-", "−")}`;
   }
 
-  // The text of a token; the later tokens of one character show a dot and are named after it.
+  // The later tokens of one character show a dot and are named after it. Space before a word and the line end
+  // after a token stand outside its mark, or marks would hang over the ends of lines.
   const owner = [];
   pieces.forEach((piece, i) => owner.push(piece === "" && i > 0 ? owner[i - 1] : i));
   const visible = (text) => text.replace(/\r\n|\r|\n/g, "⏎").replace(/\t/g, "⇥").replace(/\p{Cc}/gu, "�");
-  const inText = (piece) => {
-    if (piece === "") return "·";
-    const marked = /^[ \u00a0]+$/.test(piece) ? piece.replace(/./g, "␣") : piece;
-    return marked.replace(/\r\n|\r|\n/g, "⏎\n").replace(/\t/g, "⇥").replace(/(?!\n)\p{Cc}/gu, "�");
-  };
-  const named = (i) => (owner[i] === i ? `“${visible(pieces[i])}”` : `part of “${visible(pieces[owner[i]])}”`);
+  const broken = (text) => text.replace(/\r\n|\r|\n/g, "⏎\n").replace(/\t/g, "⇥").replace(/(?!\n)\p{Cc}/gu, "�");
+  const blank = pieces.map((piece) => piece.trim() === "");
+  const inText = (piece, i) => (piece === "" ? "·" : broken(blank[i] ? piece.replace(/ /g, "␣") : piece.replace(/^ +/, "")));
+  const before = (piece, i) => (blank[i] ? "" : piece.match(/^ */)[0]);
+  const named = (i) => `${owner[i] === i ? "" : "part of "}“${visible(pieces[owner[i]].replace(/^ +| +$/g, (x) => "␣".repeat(x.length)))}”`;
+  const spoken = (i) => `${owner[i] === i ? "" : "part of "}${visible(pieces[owner[i]]).trim() || "space"}`;
 
   const spans = pieces.map((piece, i) => {
-    const span = make("span", at("text"), inText(piece));
+    at("text").append(before(piece, i));
+    const text = inText(piece, i);
+    const span = make("span", at("text"), text.replace(/\n$/, ""));
+    if (text.endsWith("\n")) at("text").append("\n");
     span.setAttribute("role", "option");
     span.setAttribute("aria-selected", "false");
     span.id = `t${i}`;
     span.tabIndex = -1;
     return span;
   });
-  const blank = pieces.map((piece) => piece.trim() === "");
 
-  make("option", at("layer"), "all: the closest").value = "-1";
+  make("option", at("layer"), "closest").value = "-1";
   layers.forEach((layer, row) => (make("option", at("layer"), `${layer}`).value = row));
-  make("option", at("head"), "all: the closest").value = "-1";
+  make("option", at("head"), "closest").value = "-1";
   for (let head = 0; head < heads; head++) make("option", at("head"), `${head}`).value = head;
   at("layer").value = at("head").value = "0";
 
@@ -89,7 +92,7 @@
     spans.forEach((span, i) => {
       const isNegative = i > 0 && sign[shown[i]] < 0;
       span.className = [blank[i] && "blank", level(i) && `level${level(i)}`, isNegative && "negative"].filter(Boolean).join(" ");
-      const about = [named(i), level(i) && `support token ${rank[i] + 1}`, isNegative && "negative determinant"];
+      const about = [spoken(i), level(i) && `support token ${rank[i] + 1}`, isNegative && "negative determinant"];
       span.setAttribute("aria-label", about.filter(Boolean).join(", "));
     });
     const barrier = order.map((i) => -logDet[shown[i]]);
@@ -115,7 +118,7 @@
     const state = first ? "no past to attend to" : sign[here] < 0 ? "past the boundary" : sign[here] === 0 ? "on the boundary" : "";
     const barrier = number(-logDet[here], 3);
     make("p", panel, `Margin det J = ${determinant(sign[here], logDet[here])}${state && ` (${state})`}; barrier −log|det J| = ${barrier} nats` +
-      (first ? "" : `; ${rank[current] + 1}. closest of ${count - 1}`));
+      (first ? "" : `; rank ${rank[current] + 1} of ${count - 1}, closest first`));
     const carried = [];
     for (let c = 0; c < carriersEach; c++) {
       const share = shares[here * carriersEach + c] / 255;
@@ -161,16 +164,23 @@
 
   const table = at("shares");
   const top = make("tr", make("thead", table));
-  make("th", top, "layer").scope = "col";
-  for (let head = 0; head < heads; head++) make("th", top, `head ${head}`).scope = "col";
+  make("td", top);
+  for (let head = 0; head < heads; head++) {
+    const name = make("th", top, `${head}`);
+    name.scope = "col";
+    name.setAttribute("aria-label", `head ${head}`);
+  }
   const body = make("tbody", table);
   layers.forEach((layer, row) => {
     const line = make("tr", body);
-    make("th", line, `${layer}`).scope = "row";
+    const name = make("th", line, `${layer}`);
+    name.scope = "row";
+    name.setAttribute("aria-label", `layer ${layer}`);
     for (let head = 0; head < heads; head++) {
       const start = place(row, head, 0);
-      const negative = sign.subarray(start + 1, start + count).filter((s) => s < 0).length;
-      const cell = make("td", line, negative ? percent(negative / (count - 1)) : "0", negative ? "negative" : "");
+      const share = sign.subarray(start + 1, start + count).filter((s) => s < 0).length / (count - 1);
+      const cell = make("td", line, percent(share).slice(0, -2), share ? "some" : "");
+      cell.style.setProperty("--share", `${Math.ceil(40 * share)}%`);
       cell.addEventListener("click", () => {
         at("layer").value = row;
         at("head").value = head;

@@ -1,4 +1,4 @@
-"""An inspection for the terminal: one line a layer, the heads closest to or furthest past the boundary, and a verdict."""
+"""An inspection for the terminal: a line a layer, the heads most often past the boundary, and what it means."""
 
 import numpy as np
 from rich.console import Group
@@ -24,7 +24,7 @@ def _share(value: float) -> str:
 
 def _layers(inspection: Inspection, found: Summary) -> Table:
     table = Table(title="Layers: all heads together", title_justify="left")
-    for column in ("layer", "negative", "in heads", "crossings", *_QUANTILES, "worst head"):
+    for column in ("layer", "det<0", "in heads", "crossings", *_QUANTILES, "worst head"):
         table.add_column(column, justify="right")
     for row, layer in enumerate(inspection.layers):
         barrier = -inspection.log_det[row, :, 1:]
@@ -48,7 +48,7 @@ def _worst_first(negative: np.ndarray, barrier: np.ndarray) -> np.ndarray:
 
 def _heads(inspection: Inspection, found: Summary, rows: int) -> Table:
     table = Table(title="Heads: most often past the boundary, then closest to it", title_justify="left")
-    for column in ("layer", "head", "negative", "crossings", *_QUANTILES, "max b"):
+    for column in ("layer", "head", "det<0", "cross-\nings", *_QUANTILES, "max b"):
         table.add_column(column, justify="right")
     table.add_column("at token", no_wrap=True)
     heads = inspection.sign.shape[1]

@@ -7,6 +7,7 @@ import os
 import selectors
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +15,23 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--remote-debugging-pipe",
+)
+# Commands come on descriptor 3, answers go to 4: set in a process of its own, for a process with threads cannot fork.
+_CONNECT = """
+import os, sys
+commands, answers = (os.dup(int(number)) for number in sys.argv[1:3])
+os.dup2(commands, 3)
+os.dup2(answers, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+_ON_PIPE = (sys.executable, "-c", _CONNECT)
 _KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, "Tab": 9}
 _DEADLINE = 60
 
@@ -75,9 +92,7 @@ class Page:
             self.events.append(self._message())
 
     def window(self, width: int, height: int, mobile: bool, scheme: str = "light") -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2, mobile=mobile)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def evaluate(self, expression: str) -> Any:
@@ -104,19 +119,12 @@ def browser() -> Iterator[Page]:
     from_us, to_browser = os.pipe()
     from_browser, to_us = os.pipe()
 
-    def connect() -> None:
-        # The protocol's pipe is descriptor 3 for commands and 4 for answers.
-        first, second = os.dup(from_us), os.dup(to_us)
-        os.dup2(first, 3)
-        os.dup2(second, 4)
-
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            [path, *_FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"],
+            [*_ON_PIPE, str(from_us), str(to_us), path, *_FLAGS, f"--user-data-dir={profile}"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            close_fds=False,
-            preexec_fn=connect,
+            pass_fds=(from_us, to_us),
         )
         os.close(from_us)
         os.close(to_us)
