@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from prob_transformer.decoder import DecoderAttention, Projected
 
-
 Tokens = Int[Array, " n"] | Int[np.ndarray, " n"]
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from prob_transformer.accelerated.sweep import LogDet
 from prob_transformer.decoder.jacobian import inner_map
 from prob_transformer.decoder.layer import DecoderAttention
-from prob_transformer.decoder.view import Head, View, view_from
+from prob_transformer.decoder.view import Head, Reading, View, view_from
 
 
 def _bordered(
@@ -37,18 +37,18 @@ def _bordered(
 
 
 def block_log_det(
-    layer: DecoderAttention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " b"], inclusive: bool
+    layer: DecoderAttention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " b"], reading: Reading
 ) -> LogDet:
     """Sign and log|det J_i| in nats at the given positions; sign 0 and -inf where J_i is singular."""
     log_scale = None
     if head.value is not None and head.output is not None:
-        view = view_from(layer, head, inputs @ head.value.T, positions, inclusive)
+        view = view_from(layer, head, inputs @ head.value.T, positions, reading)
         maps = (head.query @ head.output, head.value @ head.output, head.key @ head.output)
-        product = inner_map(layer, view, *maps, inclusive)
+        product = inner_map(layer, view, *maps, reading)
     else:
-        view = view_from(layer, head, inputs @ head.query.T, positions, inclusive)
+        view = view_from(layer, head, inputs @ head.query.T, positions, reading)
         product = view.covariance
-        if inclusive:
+        if reading.inclusive:
             product = _bordered(layer, head, view, positions)
             log_scale = layer.width * view.log_past_share
     sign, log_det = jnp.linalg.slogdet(jnp.eye(product.shape[1], dtype=product.dtype) - product)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from prob_transformer.decoder.layer import DecoderAttention
-from prob_transformer.decoder.view import Head, View, view_from
+from prob_transformer.decoder.view import Head, Reading, View, view_from
 
 
 class Factored(NamedTuple):
@@ -44,10 +44,10 @@ def inner_map(
     query: Float[Array, "p a"],
     value: Float[Array, "v a"],
     key: Float[Array, "p a"],
-    inclusive: bool,
+    reading: Reading,
 ) -> Float[Array, "b v a"]:
     """G_i of the module docstring, or G_i T when the three maps W_Q, W_V, W_K are given as W_Q T, W_V T, W_K T."""
-    if not inclusive:
+    if not reading.inclusive:
         return view.covariance @ query
     alpha, c = (share[:, None, None] for share in (view.own_share, view.past_share))
     offset = c * alpha * layer.scale * view.offset[:, :, None]
@@ -56,18 +56,18 @@ def inner_map(
 
 
 def factored_jacobian(
-    layer: DecoderAttention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " b"], inclusive: bool
+    layer: DecoderAttention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " b"], reading: Reading
 ) -> Factored:
     """J_i of one head at the given positions."""
     if head.value is not None and head.output is not None:
-        view = view_from(layer, head, inputs @ head.value.T, positions, inclusive)
-        right = inner_map(layer, view, head.query, head.value, head.key, inclusive)
+        view = view_from(layer, head, inputs @ head.value.T, positions, reading)
+        right = inner_map(layer, view, head.query, head.value, head.key, reading)
         left = jnp.broadcast_to(head.output, (positions.shape[0], *head.output.shape))
         return Factored(jnp.ones_like(view.own_share), left, right)
-    view = view_from(layer, head, inputs, positions, inclusive)
+    view = view_from(layer, head, inputs, positions, reading)
     left = view.covariance
     right = jnp.broadcast_to(head.query, (positions.shape[0], *head.query.shape))
-    if inclusive:
+    if reading.inclusive:
         extra = layer.scale * view.own_share[:, None] * view.offset
         slope = view.key_offset @ head.query + view.queries @ head.key
         left = jnp.concatenate([left, extra[:, :, None]], 2)

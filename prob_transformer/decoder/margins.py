@@ -2,6 +2,9 @@
 
 What is analysed is the map e_i = u_i - mu_i(u_i) of each head on the layer's own normalised inputs, not the residual
 block u + mu that the decoder computes. Theory section 8; the closed forms are in jacobian.py and determinant.py.
+
+Inputs of any dtype are worked on in float64, but for the sums of the covariances: a logit of 50 rounded in float32
+leaves c = 1 - alpha_ii six digits, and det J_i of a self-inclusive head has c^d in it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +23,7 @@ from prob_transformer.decoder.determinant import block_log_det
 from prob_transformer.decoder.jacobian import factored_jacobian, smallest_singular_value
 from prob_transformer.decoder.layer import DecoderAttention
 from prob_transformer.decoder.support import closest_positions
-from prob_transformer.decoder.view import Head, heads_of
+from prob_transformer.decoder.view import Head, Reading, heads_of
 from prob_transformer.margin import MarginKind, SupportTokens
 
 Values = Literal["identity", "own"]
@@ -65,7 +68,7 @@ class _Asked(NamedTuple):
     determinant: bool
     conditioning: bool
     own_values: bool
-    inclusive: bool
+    reading: Reading
     joint: bool
 
 
@@ -84,7 +87,7 @@ def _joint(
     """J_i = I - sum_h W_O^h G^h_i as full matrices."""
 
     def add_head(total: Float[Array, "b d d"], head: Head) -> tuple[Float[Array, "b d d"], None]:
-        found = factored_jacobian(layer, head, inputs, there, asked.inclusive)
+        found = factored_jacobian(layer, head, inputs, there, asked.reading)
         return total - found.left @ found.right, None
 
     identity = jnp.broadcast_to(jnp.eye(layer.width, dtype=inputs.dtype), (there.shape[0], layer.width, layer.width))
@@ -97,15 +100,16 @@ def _joint(
 def _margins(
     layer: DecoderAttention, inputs: Float[Array, "n d"], positions: Int[Array, " m"], asked: _Asked, k: int
 ) -> LayerMargins:
+    layer, inputs = jax.tree.map(lambda x: x.astype(jnp.float64), (layer, inputs))
     heads = heads_of(layer, inputs, asked.own_values)
 
     def log_det(head: Head) -> LogDet:
-        there = partial(block_log_det, layer, head, inputs, inclusive=asked.inclusive)
+        there = partial(block_log_det, layer, head, inputs, reading=asked.reading)
         return _in_blocks(there, positions, _BLOCK)
 
     def conditioning(head: Head) -> Float[Array, " m"]:
         def there(block: Int[Array, " b"]) -> Float[Array, " b"]:
-            return smallest_singular_value(factored_jacobian(layer, head, inputs, block, asked.inclusive))
+            return smallest_singular_value(factored_jacobian(layer, head, inputs, block, asked.reading))
 
         return _in_blocks(there, positions, _BLOCK_OF_FULL_MATRICES)
 
@@ -120,9 +124,11 @@ def _margins(
     if asked.joint:
         blocks = partial(_joint, layer, heads, inputs, asked=asked)
         together, together_smallest = _in_blocks(blocks, positions, _BLOCK_OF_FULL_MATRICES)
-    support = closest_positions(layer, inputs, positions, distance, margins, k, asked.inclusive, asked.own_values)
+    support = closest_positions(layer, inputs, positions, distance, margins, k, asked.reading, asked.own_values)
     joint_sign, joint_log_det = (None, None) if together is None else together
-    return LayerMargins(positions, sign, log, smallest, joint_sign, joint_log_det, together_smallest, support)
+    found = LayerMargins(positions, sign, log, smallest, joint_sign, joint_log_det, together_smallest, support)
+    narrow = jnp.dtype(asked.reading.narrow)
+    return jax.tree.map(lambda x: x.astype(narrow) if jnp.issubdtype(x.dtype, jnp.floating) else x, found)
 
 
 def _positions(positions: Sequence[int] | Int[Array, " m"] | None, length: int) -> Int[Array, " m"]:
@@ -169,8 +175,10 @@ def layer_margins(
     require_count("k", k, 1, "the number of support tokens of each head")
     if k > chosen.shape[0]:
         raise ValueError(f"k: got {k}; pass at most the number of positions, {chosen.shape[0]}.")
-    asked = _Asked("determinant" in kinds, "conditioning" in kinds, values == "own", self_inclusive, joint)
-    found = _margins(layer, inputs, chosen, asked, k)
+    reading = Reading(self_inclusive, str(inputs.dtype))
+    asked = _Asked("determinant" in kinds, "conditioning" in kinds, values == "own", reading, joint)
+    with jax.enable_x64(True):
+        found = _margins(layer, inputs, chosen, asked, k)
     for name in ("log_det", "conditioning", "joint_log_det", "joint_conditioning"):
         numbers = getattr(found, name)
         if numbers is not None and is_concrete(numbers) and np.isnan(numbers).any():

@@ -7,6 +7,8 @@ The strict past s < i has softmax weights beta_is. A layer that includes positio
 so all it needs beyond the strict past is c. Written in this way nothing cancels where c is small. Both sides of the
 covariance are centred at their own weighted means, position by position: under an attention sink, where one far-off
 token has nearly all the weight, E[xy] - E[x]E[y] would have no digits left in float32.
+
+Weights, c and means come in float64; the sums of the covariance, nearly all of the work, are made in `narrow`.
 """
 
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 # Keys a step of the sweep over the past; later ones are not touched for earlier queries.
@@ -53,6 +56,7 @@ def past_moments(
     positions: Int[Array, " b"],
     features: Float[Array, "n f"],
     keys: Float[Array, "n p"],
+    narrow: DTypeLike,
 ) -> PastMoments:
     """The moments of features and keys under the softmax of the logits; `own` is each position's logit on itself."""
     length = keys.shape[0]
@@ -60,17 +64,19 @@ def past_moments(
     feature_mean, key_mean = weights @ features, weights @ keys
     chunk = min(CHUNK, length)
     extra = -length % chunk
-    padded_weights = jnp.pad(weights, [(0, 0), (0, extra)])
+    padded_weights = jnp.pad(weights.astype(narrow), [(0, 0), (0, extra)])
     # Features stand across, as the left side of a plain product.
-    across, down = jnp.pad(features.T, [(0, 0), (0, extra)]), jnp.pad(keys, [(0, extra), (0, 0)])
+    across = jnp.pad(features.T.astype(narrow), [(0, 0), (0, extra)])
+    down = jnp.pad(keys.astype(narrow), [(0, extra), (0, 0)])
+    left_mean, right_mean = feature_mean.astype(narrow)[:, :, None], key_mean.astype(narrow)[:, None]
 
     def add_chunk(step: Int[Array, ""], covariance: Float[Array, "b f p"]) -> Float[Array, "b f p"]:
         start = step * chunk
         share = lax.dynamic_slice_in_dim(padded_weights, start, chunk, 1)
-        left = lax.dynamic_slice_in_dim(across, start, chunk, 1) - feature_mean[:, :, None]
-        right = lax.dynamic_slice_in_dim(down, start, chunk, 0) - key_mean[:, None]
+        left = lax.dynamic_slice_in_dim(across, start, chunk, 1) - left_mean
+        right = lax.dynamic_slice_in_dim(down, start, chunk, 0) - right_mean
         return covariance + (left * share[:, None]) @ right
 
     shape = (positions.shape[0], features.shape[1], keys.shape[1])
-    covariance = lax.fori_loop(0, positions.max() // chunk + 1, add_chunk, jnp.zeros(shape, keys.dtype))
-    return PastMoments(weights, log_odds, feature_mean, key_mean, covariance)
+    covariance = lax.fori_loop(0, positions.max() // chunk + 1, add_chunk, jnp.zeros(shape, narrow))
+    return PastMoments(weights, log_odds, feature_mean, key_mean, covariance.astype(keys.dtype))

@@ -5,15 +5,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from prob_transformer.decoder.layer import DecoderAttention
-from prob_transformer.decoder.view import Head, heads_of, view_from
+from prob_transformer.decoder.view import Head, Reading, heads_of, view_from
 from prob_transformer.margin import SupportTokens
 
 
 def _carriers(
-    layer: DecoderAttention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " k"], inclusive: bool
+    layer: DecoderAttention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " k"], reading: Reading
 ) -> Float[Array, "k n"]:
     """Share of every token in sum_s alpha_s |v_s - v_mean|^2: summing to 1, or all 0 where that variance is 0."""
-    view = view_from(layer, head, inputs[:, :1], positions, inclusive)
+    view = view_from(layer, head, inputs[:, :1], positions, reading)
     weights = view.past_share[:, None] * view.weights
     weights = weights.at[jnp.arange(positions.shape[0]), positions].set(view.own_share)
     values = inputs if head.value is None or head.output is None else inputs @ head.value.T @ head.output.T
@@ -29,7 +29,7 @@ def closest_positions(
     distance: Float[Array, "H m"],
     margins: Float[Array, "H m"],
     k: int,
-    inclusive: bool,
+    reading: Reading,
     own_values: bool,
 ) -> SupportTokens:
     """The k positions of smallest distance of every head, (H, k), their margins, and their carriers (H, k, n).
@@ -41,7 +41,7 @@ def closest_positions(
 
     def of_head(parts: tuple[Head, Int[Array, " k"]]) -> Float[Array, "k n"]:
         head, there = parts
-        return _carriers(layer, head, inputs, there, inclusive)
+        return _carriers(layer, head, inputs, there, reading)
 
     carriers = lax.map(of_head, (heads_of(layer, inputs, own_values), chosen))
     return SupportTokens(chosen, jnp.take_along_axis(margins, order, axis=-1), carriers)

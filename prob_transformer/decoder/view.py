@@ -28,6 +28,13 @@ class Head(NamedTuple):
     output: Float[Array, "d v"] | None
 
 
+class Reading(NamedTuple):
+    """How a layer is read: whether a position attends to itself too, and the dtype that the large sums are made in."""
+
+    inclusive: bool
+    narrow: str
+
+
 class View(NamedTuple):
     """See the module docstring; `queries` are the plain ones, `own_share` is alpha and `past_share` c."""
 
@@ -58,16 +65,16 @@ def heads_of(layer: DecoderAttention, inputs: Float[Array, "n d"], own_values: b
 
 
 def view_from(
-    layer: DecoderAttention, head: Head, features: Float[Array, "n f"], positions: Int[Array, " b"], inclusive: bool
+    layer: DecoderAttention, head: Head, features: Float[Array, "n f"], positions: Int[Array, " b"], reading: Reading
 ) -> View:
     """The head and its features as the positions see them; strict means own share 0 and past share 1."""
     plain_queries, queries, _, keys = head.projected
     logits = layer.scale * queries[positions] @ keys.T
     own = jnp.take_along_axis(logits, positions[:, None], axis=1)[:, 0]
-    past = past_moments(logits, own, layer.window, positions, features, keys)
+    past = past_moments(logits, own, layer.window, positions, features, keys, reading.narrow)
     covariance = layer.scale * layer.turn(past.covariance, positions[:, None], backwards=True)
     key_offset = layer.turn(keys[positions] - past.key_mean, positions, backwards=True)
-    if inclusive:
+    if reading.inclusive:
         own_share, past_share = jax.nn.sigmoid(-past.log_odds), jax.nn.sigmoid(past.log_odds)
         log_past_share = jax.nn.log_sigmoid(past.log_odds)
     else:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from plain_decoder import draw, jacobians
 
-from prob_transformer.decoder import DecoderAttention, Rotary, decoder_margins, layer_margins
+from prob_transformer.decoder import DecoderAttention, Rotary, layer_margins
 
 # Grouped keys, rotary in both layouts (all and part of a head), biases, windows, values of another size than the keys,
 # values without an output map, heads smaller and larger than half the width.
