@@ -47,11 +47,12 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
         return tuple(range(count))
     chosen = set[int]()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or part.endswith("-"):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal() or int(first) > int(last):
             raise ValueError(f"--layers: got {text!r}; pass all, or numbers and ranges as in 0-5,12.")
-        chosen.update(range(int(first), int(last or first) + 1))
-    if not chosen or max(chosen) >= count:
+        chosen.update(range(int(first), int(last) + 1))
+    if max(chosen) >= count:
         raise ValueError(f"--layers: got {text!r}, but the model has layers 0 to {count - 1}; pass some of those.")
     return tuple(sorted(chosen))
 
@@ -151,8 +152,7 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: 
     text = read_text(arguments.text)
     loaded = load(arguments.model)
     inspection = _inspect(loaded, text, arguments, Console(stderr=True))
-    configuration = {name: value if name != "text" else str(value) for name, value in vars(arguments).items()}
-    configuration["out"] = str(arguments.out)
+    configuration = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     attrs = {
         **provenance(None, configuration, command),
         "model": loaded.name,
@@ -167,9 +167,12 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: 
         "Version": f"prob-transformer {attrs['version']}",
     }
     html = page(inspection, f"Support tokens of {loaded.name}", facts)
-    with _whole_folder(arguments.out, (PAGE, TREE)) as folder:
-        write_text(folder / PAGE, html)
-        save(tree(inspection, attrs), folder / TREE)
+    try:
+        with _whole_folder(arguments.out, (PAGE, TREE)) as folder:
+            write_text(folder / PAGE, html)
+            save(tree(inspection, attrs), folder / TREE)
+    except OSError as error:
+        raise ValueError(f"--out: cannot be written ({error.strerror or error}); free some space there.") from None
     console = Console()
     console.print(tables(inspection, arguments.rows))
     console.print(f"written: {arguments.out / PAGE}, {arguments.out / TREE}", soft_wrap=True, markup=False)
@@ -182,12 +185,6 @@ def main(argv: Sequence[str], load: Callable[[str], Loaded]) -> int:
         _run(arguments, load, shlex.join(["prob-transformer", *argv]))
     except ValueError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: --out: cannot be written ({error.strerror or error}); free some space or pass another folder.",
-            file=sys.stderr,
-        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

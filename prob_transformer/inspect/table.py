@@ -35,7 +35,7 @@ def _layers(inspection: Inspection, found: Summary) -> Table:
             _share(negative.mean()),
             f"{(negative > 0).sum()} of {negative.size}",
             str(found.crossings[row].sum()),
-            *(f"{value:.2f}" for value in quantiles),
+            *(f"{value:z.2f}" for value in quantiles),
             str(_worst_first(negative, barrier)[0]),
         )
     return table
@@ -61,8 +61,8 @@ def _heads(inspection: Inspection, found: Summary, rows: int) -> Table:
             str(head),
             _share(found.negative[row, head]),
             str(found.crossings[row, head]),
-            *(f"{value:.2f}" for value in found.quantiles[row, head]),
-            f"{-inspection.log_det[row, head, closest]:.2f}",
+            *(f"{value:z.2f}" for value in found.quantiles[row, head]),
+            f"{-inspection.log_det[row, head, closest]:z.2f}",
             # A token may look like markup.
             escape(f"{closest} {shown(inspection.pieces[closest])}"),
         )

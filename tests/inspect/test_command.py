@@ -161,6 +161,6 @@ with _whole_folder(Path({str(tmp_path / "out")!r}), ("a",)) as folder:
 def test_ranges_of_layers():
     assert parse_layers("all", 3) == (0, 1, 2)
     assert parse_layers("3,0-1,1", 5) == (0, 1, 3)
-    for text in ("", "1-", "-1", "2-1-0", "a-b", "1,,2", "3-1"):
+    for text in ("", "1-", "-1", "2-1-0", "a-b", "1,,2", "3-1", "3-1,2"):
         with pytest.raises(ValueError, match="--layers: got"):
             parse_layers(text, 5)
