@@ -122,7 +122,7 @@ def _inspect(loaded: Loaded, text: str, arguments: argparse.Namespace, console: 
     tokens, pieces = _encoded(loaded, text, arguments.tokens)
     chosen = parse_layers(arguments.layers, len(loaded.decoder.blocks))
     setting = Setting(arguments.values, arguments.self_inclusive)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("layers", total=len(chosen))
         walk = loaded.decoder.layers(tokens)
         return inspect_text(walk, pieces, tokens, setting, chosen, lambda: progress.advance(bar))

@@ -13,7 +13,7 @@ class Elements(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.seen, self.scripts, self.text = [], {}, ""
+        self.seen, self.scripts, self.text = [("", {})], {}, ""
         self.feed(html)
         self.close()
 
