@@ -25,8 +25,8 @@ _FLAGS = (
 )
 # Commands come on descriptor 3, answers go to 4: set in a process of its own, for a process with threads cannot fork.
 _CONNECT = """
-import os, sys
-commands, answers = (os.dup(int(number)) for number in sys.argv[1:3])
+import fcntl, os, sys
+commands, answers = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
 os.dup2(commands, 3)
 os.dup2(answers, 4)
 os.execv(sys.argv[3], sys.argv[3:])

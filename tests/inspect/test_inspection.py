@@ -78,4 +78,6 @@ def test_what_does_not_fit_is_named():
 def test_pieces_joined_are_the_text_and_the_rest_of_a_character_is_empty():
     # "a", then an emoji in two tokens, then a token after a space that the tokenizer left out.
     assert pieces_of("a😀 bc", [1, 2, 2, 4, 5]) == ("a", "😀", "", " b", "c")
+    # A token that ends before the one ahead of it.
+    assert pieces_of("abc", [2, 1, 3]) == ("ab", "", "c")
     assert pieces_of("", []) == ()
