@@ -57,11 +57,9 @@ def rotation(plain, position):
     return matrix
 
 
-def mean_at(plain, own_values, rotations, inputs, inclusive, head, position, embedding):
-    """mu_i of one head when u_i is `embedding`, wherever u_i enters."""
+def _weights(plain, rotations, inputs, inclusive, head, position):
     group = head // (plain.query.shape[0] // plain.key.shape[0])
-    inputs = inputs.at[position].set(embedding)
-    query, keys = plain.query[head] @ embedding, inputs @ plain.key[group].T
+    query, keys = plain.query[head] @ inputs[position], inputs @ plain.key[group].T
     if plain.query_bias is not None:
         query, keys = query + plain.query_bias[head], keys + plain.key_bias[group]
     keys = jnp.einsum("sab,sb->sa", rotations, keys)
@@ -72,15 +70,28 @@ def mean_at(plain, own_values, rotations, inputs, inclusive, head, position, emb
         seen = seen & (distance < plain.window)
     unnormalised = jnp.where(seen, jnp.exp(logits), 0)
     total = unnormalised.sum()
+    return unnormalised / jnp.where(total > 0, total, 1)
+
+
+def weights_at(plain, inputs, inclusive, head, position):
+    """alpha_i of one head and position."""
+    rotations = np.stack([rotation(plain, s) for s in range(inputs.shape[0])])
+    return _weights(plain, rotations, inputs, inclusive, head, position)
+
+
+def mean_at(plain, own_values, rotations, inputs, inclusive, head, position, embedding):
+    """mu_i of one head when u_i is `embedding`, wherever u_i enters."""
+    inputs = inputs.at[position].set(embedding)
     values = inputs
     if own_values:
+        group = head // (plain.query.shape[0] // plain.key.shape[0])
         values = inputs @ plain.value[group].T
         values = values if plain.output is None else values @ plain.output[head].T
-    return unnormalised @ values / jnp.where(total > 0, total, 1)
+    return _weights(plain, rotations, inputs, inclusive, head, position) @ values
 
 
 @partial(jax.jit, static_argnames=("interleaved", "window", "own_values"))
-def _jacobians(weights, rotations, inputs, inclusive, interleaved, window, own_values):
+def _jacobians(weights, rotations, inputs, inclusive, positions, interleaved, window, own_values):
     plain = Plain(*weights, interleaved, window)
 
     def at(index):
@@ -91,12 +102,15 @@ def _jacobians(weights, rotations, inputs, inclusive, interleaved, window, own_v
 
         return jax.jacfwd(mean)(inputs[position])
 
-    grid = jnp.meshgrid(jnp.arange(plain.query.shape[0]), jnp.arange(inputs.shape[0]), indexing="ij")
+    grid = jnp.meshgrid(jnp.arange(plain.query.shape[0]), positions, indexing="ij")
     return jax.lax.map(lambda heads: jax.lax.map(at, heads), tuple(grid))
 
 
-def jacobians(plain, inputs, own_values, inclusive):
-    """d mu_i / d u_i of every head and position, (H, n, d, d), by autodiff in float64."""
-    rotations = np.stack([rotation(plain, s) for s in range(inputs.shape[0])])
+def jacobians(plain, inputs, own_values, inclusive, positions=None):
+    """d mu_i / d u_i of every head and all positions, or those given, (H, m, d, d), by autodiff in float64."""
+    length = inputs.shape[0]
+    rotations = np.stack([rotation(plain, s) for s in range(length)])
     weights = tuple(None if x is None else jnp.asarray(x) for x in plain[:7])
-    return np.asarray(_jacobians(weights, rotations, inputs, inclusive, plain.interleaved, plain.window, own_values))
+    chosen = jnp.arange(length) if positions is None else jnp.asarray(positions)
+    how = (plain.interleaved, plain.window, own_values)
+    return np.asarray(_jacobians(weights, rotations, inputs, inclusive, chosen, *how))
