@@ -215,7 +215,7 @@ def check(path: Path, screenshots: Path | None) -> None:
 @contextlib.contextmanager
 def tiny_page() -> Iterator[Path]:
     """The page of a random model of the Llama family: one token a byte, and one that is markup."""
-    from models.decoder.load import load
+    from prob_transformer.decoder_models.load import load
     from prob_transformer.inspect import main
     from tests.support.tiny_models import LLAMA, byte_tokenizer, llama_weights, write
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from tiny_models import LLAMA, llama_weights, write
 
-from models.decoder.load import load
+from prob_transformer.decoder_models.load import load
 from prob_transformer.inspect.inspection import Inspection, Setting
 
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from models.decoder.load import load
 from prob_transformer.decoder import layer_margins
+from prob_transformer.decoder_models.load import load
 from prob_transformer.inference import results
 from prob_transformer.inspect import command
 from prob_transformer.inspect.command import parse_layers

@@ -1,6 +1,6 @@
-"""The JAX decoder held against transformers on PyTorch, both reading the same GGUF file; needs the extra `comparison`.
+"""The JAX decoder held against transformers on PyTorch, both reading the same GGUF file: `make benchmark-smollm2`.
 
-    python -m models.decoder.comparison [--out comparison.json]
+    python -m benchmarks.smollm2 [--out comparison.json]
 
 Three Wikipedia passages of 512 tokens: largest difference of logits and of perplexities. Then 200 tokens that PyTorch
 continues the first passage with, greedily: the decoder here continues alike exactly when its largest logit after
@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from models import smollm2, wikipedia
+from models import wikipedia
 from models.cli import run
-from models.decoder.tokenizer import encode
+from prob_transformer.decoder_models import smollm2
+from prob_transformer.decoder_models.tokenizer import encode
 from prob_transformer.provenance import provenance, write_json
 
 ARTICLES = (0, 37, 90)
@@ -47,7 +48,7 @@ def _other_model(path: Path) -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        raise ValueError(f"comparison: {error.name} is not installed; install the extra comparison.") from None
+        raise ValueError(f"{error.name} is not installed; run make benchmark-smollm2, which brings it.") from None
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     )
@@ -93,7 +94,7 @@ def compare() -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m models.decoder.comparison", description="Compare with PyTorch.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm2", description="Compare with PyTorch.")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args(argv)
     figures = compare()

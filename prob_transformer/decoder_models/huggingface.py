@@ -15,11 +15,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from models.decoder.gpt2 import Gpt2Shape, gpt2
-from models.decoder.llama import LlamaShape, llama
-from models.decoder.model import Decoder
-from models.decoder.tokenizer import read_tokenizer, require_match
 from prob_transformer.decoder import Rotary
+from prob_transformer.decoder_models.gpt2 import Gpt2Shape, gpt2
+from prob_transformer.decoder_models.llama import LlamaShape, llama
+from prob_transformer.decoder_models.model import Decoder
+from prob_transformer.decoder_models.tokenizer import read_tokenizer, require_match
 
 _LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens.weight",

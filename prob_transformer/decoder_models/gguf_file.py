@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from models.decoder.llama import LlamaShape, llama
-from models.decoder.model import Decoder
-from models.decoder.tokenizer import digits_then_bytes, require_match
 from prob_transformer.decoder import Rotary
+from prob_transformer.decoder_models.llama import LlamaShape, llama
+from prob_transformer.decoder_models.model import Decoder
+from prob_transformer.decoder_models.tokenizer import digits_then_bytes, require_match
 
 _NAMES = {
     "token_embedding": "token_embd.weight",

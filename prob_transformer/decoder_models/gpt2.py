@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from models.decoder.llama import shaped
-from models.decoder.model import Block, Decoder, GeluPerceptron, LayerNorm
 from prob_transformer.decoder import DecoderAttention
+from prob_transformer.decoder_models.llama import shaped
+from prob_transformer.decoder_models.model import Block, Decoder, GeluPerceptron, LayerNorm
 
 
 class Gpt2Shape(NamedTuple):

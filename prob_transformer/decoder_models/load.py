@@ -3,9 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from models.decoder.gguf_file import read_gguf
-from models.decoder.huggingface import read_folder
-from models.smollm2 import WEIGHTS_SHA256, weights_path
+from prob_transformer.decoder_models.gguf_file import read_gguf
+from prob_transformer.decoder_models.huggingface import read_folder
+from prob_transformer.decoder_models.smollm2 import WEIGHTS_SHA256, weights_path
 from prob_transformer.inspect import Loaded
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from models.decoder.model import Block, Decoder, RMSNorm, SwiGLU
 from prob_transformer.decoder import DecoderAttention, Rotary
+from prob_transformer.decoder_models.model import Block, Decoder, RMSNorm, SwiGLU
 
 # Name and layer of a weight, as in `Block` and `Decoder`, to its values (out, in), or None where a model has none.
 Weights = Callable[..., np.ndarray | None]

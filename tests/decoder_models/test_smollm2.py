@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from plain_decoder import Plain, jacobians
 
-from models import smollm2, wikipedia
-from models.decoder.gguf_file import read_gguf
-from models.decoder.tokenizer import encode
+from models import wikipedia
 from prob_transformer.decoder import DecoderAttention, layer_margins
+from prob_transformer.decoder_models import smollm2
+from prob_transformer.decoder_models.gguf_file import read_gguf
+from prob_transformer.decoder_models.tokenizer import encode
 
 # What transformers 5.24 on PyTorch 2.13 continues the first 64 tokens of the first article with, greedily, reading the
-# same file, as `python -m models.decoder.comparison` does; kept here so that the test needs neither.
+# same file, as `python -m benchmarks.smollm2` does; kept here so that the test needs neither.
 CONTINUATION = """
     284 908 48688 30 198 198 2089 818 918 314 1129 2188 351 23165 918 28 527 314 253 2356 6360 338 33933 260
     5351 282 260 1215 284 11216 288 1464 253 2374 1552 335 1212 4766 284 639 29 21440 30 1117 818 918 314 597
@@ -110,14 +111,3 @@ def test_missing_truncated_and_foreign_weights_are_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             read_gguf(path)
-
-
-def test_the_command_reports_support_tokens_and_writes_margins(tmp_path, capsys, monkeypatch, loaded):
-    monkeypatch.setattr(smollm2, "load", lambda: loaded)
-    (tmp_path / "text.txt").write_text("Alaska is a state in the northwest of North America.")
-    smollm2.main(["--text", str(tmp_path / "text.txt"), "--tokens", "8", "--out", str(tmp_path / "margins.npz")])
-    with np.load(tmp_path / "margins.npz") as written:
-        assert written["sign"].shape == written["log_det"].shape == (30, 9, 8)
-        np.testing.assert_array_equal(written["log_det"][..., :2], 0)
-        share = (written["sign"][..., 1:] <= 0).mean()
-    assert f"det J <= 0 at {share:.2%} of positions" in " ".join(capsys.readouterr().out.split())

@@ -9,10 +9,10 @@ from safetensors.numpy import save_file
 from scipy.special import erf, softmax
 from tiny_models import GPT2, LLAMA, gpt2_weights, llama_weights, write
 
-from models import smollm2
-from models.decoder.huggingface import read_folder
-from models.decoder.tokenizer import encode
 from prob_transformer.decoder import decoder_margins
+from prob_transformer.decoder_models import smollm2
+from prob_transformer.decoder_models.huggingface import read_folder
+from prob_transformer.decoder_models.tokenizer import encode
 
 TOKENS = np.array([5, 250, 17, 17, 99, 0, 42])
 
