@@ -1,5 +1,4 @@
 import json
-import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,6 @@ from scipy.special import erf, softmax
 from tiny_models import GPT2, LLAMA, gpt2_weights, llama_weights, write
 
 from prob_transformer.decoder import decoder_margins
-from prob_transformer.decoder_models import smollm2
 from prob_transformer.decoder_models.huggingface import read_folder
 from prob_transformer.decoder_models.tokenizer import encode
 
@@ -219,20 +217,7 @@ def test_damaged_and_foreign_folders_are_refused_by_name(tmp_path, spoil, messag
         read_folder(folder)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"", "--text: .* is empty"),
-        (b"\xff\xfe", "is not UTF-8"),
-        (b"a" * 33, "33 do not fit the context of 32; pass a shorter text"),
-    ],
-)
-def test_bad_texts_end_in_one_line_and_status_2(tmp_path, capsys, text, message):
-    folder = write(tmp_path / "model", LLAMA, llama_weights(LLAMA))
-    (tmp_path / "text.txt").write_bytes(text)
-    with pytest.raises(SystemExit) as end:
-        smollm2.run(lambda: smollm2.main(["--text", str(tmp_path / "text.txt"), "--model", str(folder)]))
-    assert end.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert re.search(message, error)
+def test_tokens_beyond_the_context_are_refused(tmp_path):
+    decoder, _ = read_folder(write(tmp_path / "model", LLAMA, llama_weights(LLAMA)))
+    with pytest.raises(ValueError, match="33 do not fit the context of 32; pass a shorter text"):
+        decoder(np.zeros(33, int))
