@@ -135,21 +135,25 @@ class Decoder(eqx.Module):
             )
         return jnp.asarray(given)
 
-    def _embed(self, tokens: Tokens) -> Float[Array, "n d"]:
+    def embed(self, tokens: Tokens) -> Float[Array, "n d"]:
+        """What enters the first layer, learned positions included. Raises ValueError for tokens that do not fit."""
         checked = self._checked(tokens)
         stream = self.token_embedding[checked]
         return stream if self.position_embedding is None else stream + self.position_embedding[: checked.shape[0]]
 
     def layers(self, tokens: Tokens) -> Iterator[LayerInputs]:
         """Each attention layer with its inputs, run as it is read. Raises ValueError for tokens that do not fit."""
-        stream = self._embed(tokens)
+        stream = self.embed(tokens)
         for block in self.blocks:
             stream, inputs = _run_block(block, stream)
             yield LayerInputs(block.attention, inputs)
 
-    def __call__(self, tokens: Tokens) -> Float[Array, "n V"]:
-        """Next-token logits after every position. Raises ValueError for tokens that do not fit."""
-        stream = self._embed(tokens)
+    def logits_from(self, stream: Float[Array, "n d"]) -> Float[Array, "n V"]:
+        """Next-token logits after every position when `stream` enters the first layer instead of embeddings."""
         for block in self.blocks:
             stream, _ = _run_block(block, stream)
         return self.final_norm(stream) @ self.head.T
+
+    def __call__(self, tokens: Tokens) -> Float[Array, "n V"]:
+        """Next-token logits after every position. Raises ValueError for tokens that do not fit."""
+        return self.logits_from(self.embed(tokens))
