@@ -123,7 +123,7 @@ def passages(
     available = sum(len(pieces) for pieces in whole)
     if available < count:
         raise ValueError(
-            f"--text: holds {available} passages of {length} tokens, not {count}; pass a longer one or fewer --passages."
+            f"--text: holds {available} passages of {length} tokens, not {count}; pass more text or fewer --passages."
         )
     found, turn = 0, 0
     while found < count:
