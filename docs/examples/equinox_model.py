@@ -113,6 +113,7 @@ def train(weight, steps):
     """A model trained with that weight of the barrier, from the same start and on the same batches."""
     model = Decoder(jax.random.key(0))
     state = OPTIMISER.init(eqx.filter(model, eqx.is_inexact_array))
+    weight = jnp.asarray(weight)  # a number of Python's would be compiled in
     for key in jax.random.split(jax.random.key(1), steps):
         model, state, (cross_entropy, _) = step(model, state, batch(key), weight)
     return model, float(cross_entropy)
