@@ -83,7 +83,7 @@ def measure(decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws
     """All figures of one passage, of the positions that have SHORTEST_PAST tokens before and one after them."""
     kept = slice(SHORTEST_PAST, tokens.size - 1)
     layers = [layer_figures(layer, inputs) for layer, inputs in decoder.layers(tokens)]
-    figures = {}
+    figures = dict[str, np.ndarray]()
     for reading in READINGS:
         barrier = -np.concatenate([found[f"{reading} log_det"] for found in layers])[:, kept]
         sign = np.concatenate([found[f"{reading} sign"] for found in layers])[:, kept]

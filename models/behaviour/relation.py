@@ -7,7 +7,7 @@ the verdicts use: bootstrap standard error times Student's quantile for that man
 a bootstrap of a few thousand has too few draws.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,8 +58,8 @@ def relation(
     names = (first, second, *controls)
     columns = [[passage[name] for name in names] for passage in passages]
 
-    def of(chosen: Sequence[int]) -> float:
-        x, y, *others = (np.concatenate([columns[i][j] for i in chosen]) for j in range(len(names)))
+    def of(chosen: Iterable[int]) -> float:
+        x, y, *others = (np.concatenate(parts) for parts in zip(*(columns[i] for i in chosen), strict=True))
         return partial_correlation(x, y, others)
 
     rng = np.random.default_rng(seed)

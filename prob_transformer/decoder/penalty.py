@@ -121,4 +121,4 @@ def barrier_penalty(layers: Iterable[tuple[DecoderAttention, Float[Array, "... n
         negative.append(count * found.negative_share)
     if not places:
         raise ValueError("layers: got none; pass at least one attention layer with its inputs.")
-    return BarrierPenalty(sum(total) / places, sum(negative) / places)
+    return BarrierPenalty(jnp.stack(total).sum() / places, jnp.stack(negative).sum() / places)
