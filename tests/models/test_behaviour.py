@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import linregress, rankdata, spearmanr
 from tiny_models import LLAMA, llama_weights, write
 
-from models.behaviour.__main__ import main
+from models.behaviour.__main__ import _shown, main
 from models.behaviour.measure import SHORTEST_PAST, attention_entropy, logit_change, measure, passages
 from models.behaviour.relation import Relation, partial_correlation, relation
 from models.behaviour.verdict import verdict
@@ -132,6 +133,18 @@ def test_passages_come_from_all_documents_in_turn():
     assert found == [[0, 1, 2], [10, 11, 12], [20, 21, 22], [3, 4, 5], [23, 24, 25]]
     with pytest.raises(ValueError, match="holds 6 passages of 3 tokens, not 7"):
         list(passages(documents, 3, 7))
+
+
+def test_the_page_shows_the_committed_result():
+    root = Path(__file__).parents[2]
+    page = (root / "docs/inspect.md").read_text(encoding="utf-8")
+    found = json.loads((root / "results/reference/smollm2/behaviour.json").read_text())
+    for row in found["relations"]:
+        shown = (_shown(row.get(name)) for name in ("alone", "given entropy and log position"))
+        assert f"| {row['outcome']} | {row['figure']} | {' | '.join(shown)} |" in page
+    for layer, shares in enumerate(found["negative_share"]["strict"]):
+        assert f"| {layer} | " + " | ".join(f"{100 * x:.1f}" for x in (*shares, np.mean(shares))) + " |" in page
+    assert f"{found['tokens']:,} tokens" in page
 
 
 def test_the_command_writes_figures_and_verdicts(folder, tmp_path, capsys):
