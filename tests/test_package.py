@@ -1,3 +1,4 @@
+import ast
 import subprocess
 import sys
 import tomllib
@@ -26,9 +27,24 @@ def test_the_version_is_the_one_of_pyproject():
 def test_the_wheel_holds_the_library_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     wheel = hatchling.build.build_wheel(str(tmp_path))
+    about = f"prob_transformer-{prob_transformer.__version__}.dist-info"
     with zipfile.ZipFile(tmp_path / wheel) as archive:
-        top = {Path(name).parts[0] for name in archive.namelist()}
-    assert top == {"prob_transformer", f"prob_transformer-{prob_transformer.__version__}.dist-info"}
+        names = archive.namelist()
+        scripts = archive.read(f"{about}/entry_points.txt").decode()
+    assert {Path(name).parts[0] for name in names} == {"prob_transformer", about}
+    assert {f"prob_transformer/inspect/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    assert "prob-transformer = prob_transformer.__main__:main" in scripts
+
+
+def test_the_library_imports_nothing_that_is_in_a_checkout_only():
+    checkout = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} - {"prob_transformer"}
+    assert "models" in checkout
+    for path in (ROOT / "prob_transformer").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in checkout, path
+            elif isinstance(node, ast.Import):
+                assert not {name.name.partition(".")[0] for name in node.names} & checkout, path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "prob_transformer").glob("*.py")), ids=lambda path: path.stem)

@@ -1,0 +1,134 @@
+"""Figures of every token of a passage: how close its heads are to the boundary, and how the model behaves there.
+
+Margins, over all layers and heads, of the map e = u - mu(u) at the layers' normalised inputs, identity values:
+
+    closest      largest barrier -log|det J_i|, in nats        mean         mean barrier
+    negative     share of heads with det J_i < 0
+
+each for the strict past and with the position itself included. Behaviour, in nats:
+
+    loss         -log p(x_{i+1} | x_<=i)
+    change       KL(p || p~), mean over draws of Gaussian noise on all embeddings, relative to their root mean square
+
+Baselines: entropy, of the attention weights that the model computes, mean over layers and heads; log position.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from prob_transformer.decoder import DecoderAttention, Projected, layer_margins
+from prob_transformer.decoder_models.model import Decoder
+
+READINGS = ("strict", "inclusive")
+MARGINS = tuple(f"{reading} {figure}" for reading in READINGS for figure in ("closest", "mean", "negative"))
+OUTCOMES = ("loss", "change")
+BASELINES = ("entropy", "log position")
+# Positions with less past than this are left out: their margins say more of where they stand than of the text.
+SHORTEST_PAST = 8
+
+
+class Passage(NamedTuple):
+    """Figures by name, each of the m tokens kept, and share of negative signs by reading, layer and head."""
+
+    figures: dict[str, Float[np.ndarray, " m"]]
+    negative: dict[str, Float[np.ndarray, "L H"]]
+
+
+@jax.jit
+def attention_entropy(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> Float[Array, "H n"]:
+    """Entropy in nats of the weights with which each position attends to its past and itself."""
+    projected = Projected.of(layer, inputs)
+    keys = projected.keys[layer.group_of_head]
+    logits = layer.scale * jnp.einsum("hip,hsp->his", projected.queries, keys)
+    distance = jnp.arange(inputs.shape[0])[:, None] - jnp.arange(inputs.shape[0])
+    visible = distance >= 0
+    if layer.window is not None:
+        visible &= distance < layer.window
+    logs = jax.nn.log_softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    return -jnp.where(visible, jnp.exp(logs) * jnp.where(visible, logs, 0), 0).sum(-1)
+
+
+@jax.jit
+def _loss(logits: Float[Array, "n V"], tokens: Int[Array, " n"]) -> Float[Array, " m"]:
+    logs = jax.nn.log_softmax(logits[:-1], axis=-1)
+    return -jnp.take_along_axis(logs, tokens[1:, None], 1)[:, 0]
+
+
+@jax.jit
+def _divergence(logits: Float[Array, "n V"], changed: Float[Array, "n V"]) -> Float[Array, " n"]:
+    logs = jax.nn.log_softmax(logits, axis=-1)
+    return (jnp.exp(logs) * (logs - jax.nn.log_softmax(changed, axis=-1))).sum(-1)
+
+
+def logit_change(
+    decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws: int, key: PRNGKeyArray
+) -> Float[np.ndarray, " n"]:
+    """Mean KL divergence in nats of the next-token law from the one under embedding noise, at every position."""
+    embeddings = decoder.embed(tokens)
+    logits = decoder.logits_from(embeddings)
+    size = noise * jnp.sqrt(jnp.square(embeddings).mean())
+    total = jnp.zeros(tokens.shape[0], logits.dtype)
+    for draw in jax.random.split(key, draws):
+        disturbed = embeddings + size * jax.random.normal(draw, embeddings.shape, embeddings.dtype)
+        total += _divergence(logits, decoder.logits_from(disturbed))
+    return np.asarray(total / draws)
+
+
+def measure(decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws: int, key: PRNGKeyArray) -> Passage:
+    """All figures of one passage, of the positions that have SHORTEST_PAST tokens before and one after them."""
+    kept = slice(SHORTEST_PAST, tokens.size - 1)
+    layers = [layer_figures(layer, inputs) for layer, inputs in decoder.layers(tokens)]
+    figures = dict[str, np.ndarray]()
+    for reading in READINGS:
+        barrier = -np.concatenate([found[f"{reading} log_det"] for found in layers])[:, kept]
+        sign = np.concatenate([found[f"{reading} sign"] for found in layers])[:, kept]
+        figures |= {
+            f"{reading} closest": barrier.max(0),
+            f"{reading} mean": barrier.mean(0),
+            f"{reading} negative": (sign < 0).mean(0),
+        }
+    loss = np.asarray(_loss(decoder(tokens), jnp.asarray(tokens)))
+    figures |= {
+        "entropy": np.concatenate([found["entropy"] for found in layers])[:, kept].mean(0),
+        "log position": np.log(np.arange(tokens.size)[kept]),
+        "loss": loss[kept],
+        "change": logit_change(decoder, tokens, noise, draws, key)[kept],
+    }
+    negative = {
+        reading: np.stack([(found[f"{reading} sign"][:, kept] < 0).mean(-1) for found in layers])
+        for reading in READINGS
+    }
+    return Passage({name: np.asarray(x, np.float64) for name, x in figures.items()}, negative)
+
+
+def layer_figures(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> dict[str, Float[np.ndarray, "H n"]]:
+    """Sign, log|det J_i| in nats under both readings, and attention entropy, of every head and position."""
+    found = {"entropy": np.asarray(attention_entropy(layer, inputs))}
+    for reading in READINGS:
+        margins = layer_margins(layer, inputs, self_inclusive=reading == "inclusive")
+        found |= {f"{reading} sign": np.asarray(margins.sign), f"{reading} log_det": np.asarray(margins.log_det)}
+    return found
+
+
+def passages(
+    documents: Iterable[Int[np.ndarray, " n"]], length: int, count: int
+) -> Iterator[Int[np.ndarray, " length"]]:
+    """`count` passages of `length` tokens, taken in turn from the documents, none overlapping another."""
+    whole = [document[: document.size // length * length].reshape(-1, length) for document in documents]
+    available = sum(len(pieces) for pieces in whole)
+    if available < count:
+        raise ValueError(
+            f"--text: holds {available} passages of {length} tokens, not {count}; pass more text or fewer --passages."
+        )
+    found, turn = 0, 0
+    while found < count:
+        for pieces in whole:
+            if turn < len(pieces) and found < count:
+                found += 1
+                yield pieces[turn]
+        turn += 1

@@ -1,0 +1,202 @@
+"""Stability margins of a trained decoder: sign, barrier, both margins and support tokens by layer, head and position.
+
+What is analysed is the map e_i = u_i - mu_i(u_i) of each head on the layer's own normalised inputs, not the residual
+block u + mu that the decoder computes. Theory section 8; the closed forms are in jacobian.py and determinant.py.
+
+Inputs of any dtype are worked on in float64, but for the sums of the covariances: a logit of 50 rounded in float32
+leaves c = 1 - alpha_ii six digits, and det J_i of a self-inclusive head has c^d in it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from prob_transformer._validation import is_concrete, require_count, require_embeddings
+from prob_transformer.accelerated.sweep import LogDet
+from prob_transformer.decoder.determinant import block_log_det
+from prob_transformer.decoder.jacobian import factored_jacobian, smallest_singular_value
+from prob_transformer.decoder.layer import DecoderAttention
+from prob_transformer.decoder.support import closest_positions
+from prob_transformer.decoder.view import Head, Reading, heads_of
+from prob_transformer.margin import MarginKind, SupportTokens
+
+Values = Literal["identity", "own"]
+
+# Positions a step: the covariances of one head at this many positions are alive at once.
+_BLOCK = 64
+_BLOCK_OF_FULL_MATRICES = 16
+
+
+class LayerMargins(NamedTuple):
+    """Margins of one layer at m positions, per head; what was not asked for is None.
+
+    `sign` and `log_det` (H, m) of det J_i in nats; `conditioning` (H, m), sigma_min(J_i); `joint_sign`,
+    `joint_log_det`, `joint_conditioning` (m,), the same of all heads together; `support`, the closest of each head.
+    """
+
+    positions: Int[Array, " m"]
+    sign: Float[Array, "H m"] | None
+    log_det: Float[Array, "H m"] | None
+    conditioning: Float[Array, "H m"] | None
+    joint_sign: Float[Array, " m"] | None
+    joint_log_det: Float[Array, " m"] | None
+    joint_conditioning: Float[Array, " m"] | None
+    support: SupportTokens
+
+    @property
+    def barrier(self) -> Float[Array, "H m"] | None:
+        """b_i = -log|det J_i| in nats."""
+        return None if self.log_det is None else -self.log_det
+
+    @property
+    def determinant(self) -> Float[Array, "H m"] | None:
+        """det J_i with its sign: 0 or inf where it leaves the range of the dtype, so compare barriers instead."""
+        if self.sign is None or self.log_det is None:
+            return None
+        return self.sign * jnp.exp(self.log_det)
+
+
+class _Asked(NamedTuple):
+    """What to compute: hashable, so that every layer of a decoder runs the same compiled function."""
+
+    determinant: bool
+    conditioning: bool
+    own_values: bool
+    reading: Reading
+    joint: bool
+
+
+def _in_blocks(function: Any, positions: Int[Array, " m"], block: int) -> Any:
+    """`function` on a block of positions at a time, results joined along their first axis."""
+    count = positions.shape[0]
+    block = min(block, count)
+    # The last position once more fills the last block.
+    filled = jnp.pad(positions, (0, -count % block), mode="edge").reshape(-1, block)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], lax.map(function, filled))
+
+
+def _joint(
+    layer: DecoderAttention, heads: Head, inputs: Float[Array, "n d"], there: Int[Array, " b"], asked: _Asked
+) -> tuple[LogDet | None, Float[Array, " b"] | None]:
+    """J_i = I - sum_h W_O^h G^h_i as full matrices."""
+
+    def add_head(total: Float[Array, "b d d"], head: Head) -> tuple[Float[Array, "b d d"], None]:
+        found = factored_jacobian(layer, head, inputs, there, asked.reading)
+        return total - found.left @ found.right, None
+
+    identity = jnp.broadcast_to(jnp.eye(layer.width, dtype=inputs.dtype), (there.shape[0], layer.width, layer.width))
+    whole, _ = lax.scan(add_head, identity, heads)
+    log_det = LogDet(*jnp.linalg.slogdet(whole)) if asked.determinant else None
+    return log_det, jnp.linalg.svd(whole, compute_uv=False)[:, -1] if asked.conditioning else None
+
+
+@partial(jax.jit, static_argnames=("asked", "k"))
+def _margins(
+    layer: DecoderAttention, inputs: Float[Array, "n d"], positions: Int[Array, " m"], asked: _Asked, k: int
+) -> LayerMargins:
+    layer, inputs = jax.tree.map(lambda x: x.astype(jnp.float64), (layer, inputs))
+    heads = heads_of(layer, inputs, asked.own_values)
+
+    def log_det(head: Head) -> LogDet:
+        there = partial(block_log_det, layer, head, inputs, reading=asked.reading)
+        return _in_blocks(there, positions, _BLOCK)
+
+    def conditioning(head: Head) -> Float[Array, " m"]:
+        def there(block: Int[Array, " b"]) -> Float[Array, " b"]:
+            return smallest_singular_value(factored_jacobian(layer, head, inputs, block, asked.reading))
+
+        return _in_blocks(there, positions, _BLOCK_OF_FULL_MATRICES)
+
+    sign = log = smallest = None
+    if asked.conditioning:
+        smallest = distance = margins = lax.map(conditioning, heads)
+    if asked.determinant:
+        # Ranked by logarithms, because determinants leave the range of the dtype.
+        sign, log = lax.map(log_det, heads)
+        distance, margins = log, sign * jnp.exp(log)
+    together, together_smallest = None, None
+    if asked.joint:
+        blocks = partial(_joint, layer, heads, inputs, asked=asked)
+        together, together_smallest = _in_blocks(blocks, positions, _BLOCK_OF_FULL_MATRICES)
+    support = closest_positions(layer, inputs, positions, distance, margins, k, asked.reading, asked.own_values)
+    joint_sign, joint_log_det = (None, None) if together is None else together
+    found = LayerMargins(positions, sign, log, smallest, joint_sign, joint_log_det, together_smallest, support)
+    narrow = jnp.dtype(asked.reading.narrow)
+    return jax.tree.map(lambda x: x.astype(narrow) if jnp.issubdtype(x.dtype, jnp.floating) else x, found)
+
+
+def _positions(positions: Sequence[int] | Int[Array, " m"] | None, length: int) -> Int[Array, " m"]:
+    if positions is None:
+        return jnp.arange(length)
+    given = np.asarray(positions)
+    if given.ndim != 1 or given.size == 0 or not np.issubdtype(given.dtype, np.integer):
+        raise ValueError("positions: pass at least one integer position, or None for all.")
+    if given.min() < 0 or given.max() >= length or np.unique(given).size < given.size:
+        raise ValueError(f"positions: pass different positions from 0 to n - 1 = {length - 1}.")
+    return jnp.asarray(given)
+
+
+def layer_margins(
+    layer: DecoderAttention,
+    inputs: Float[Array, "n d"],
+    *,
+    kinds: Sequence[MarginKind] = ("determinant",),
+    values: Values = "identity",
+    self_inclusive: bool = False,
+    joint: bool = False,
+    k: int = 1,
+    positions: Sequence[int] | None = None,
+) -> LayerMargins:
+    """Margins of every head of one decoder layer on its normalised inputs (n, d), and k support tokens of each head.
+
+    `values` "identity" takes v = u, the paper's form, head by head; "own" the layer's W_O W_V, for which `joint` adds
+    all heads together at the cost of a d x d determinant a position. `self_inclusive` lets a position attend to itself,
+    as the layer computes it, instead of to its strict past only. Kind "conditioning" costs a singular value
+    decomposition a position and head: choose `positions` for it. Support tokens are ranked by determinant where it is
+    among `kinds`. Raises ValueError for arguments that do not fit, and where the dtype cannot hold the numbers.
+    Equations: jacobian.py and determinant.py; theory section 8.
+    """
+    if isinstance(kinds, str) or not kinds or any(kind not in get_args(MarginKind) for kind in kinds):
+        raise ValueError(f"kinds: got {kinds!r}; pass one or more of {', '.join(get_args(MarginKind))} in a tuple.")
+    if values not in get_args(Values):
+        raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")
+    if joint and values == "identity":
+        raise ValueError('joint: heads with identity values exist alone only; pass values="own".')
+    inputs = require_embeddings("inputs", inputs, layer.width)
+    if inputs.ndim != 2:
+        raise ValueError(f"inputs: has shape {inputs.shape}; pass one sequence (n, d) at a time.")
+    chosen = _positions(positions, inputs.shape[0])
+    require_count("k", k, 1, "the number of support tokens of each head")
+    if k > chosen.shape[0]:
+        raise ValueError(f"k: got {k}; pass at most the number of positions, {chosen.shape[0]}.")
+    reading = Reading(self_inclusive, str(inputs.dtype))
+    asked = _Asked("determinant" in kinds, "conditioning" in kinds, values == "own", reading, joint)
+    with jax.enable_x64(True):
+        found = _margins(layer, inputs, chosen, asked, k)
+    for name in ("log_det", "conditioning", "joint_log_det", "joint_conditioning"):
+        numbers = getattr(found, name)
+        if numbers is not None and is_concrete(numbers) and np.isnan(numbers).any():
+            raise ValueError(f"inputs: {name} is not a number in {inputs.dtype}; pass smaller inputs or float64.")
+    return found
+
+
+def decoder_margins(
+    layers: Iterable[tuple[DecoderAttention, Float[Array, "n d"]]], **asked: Any
+) -> Iterator[LayerMargins]:
+    """Margins of a whole decoder, one layer at a time: `layer_margins(layer, inputs, **asked)` of every pair.
+
+    `layers` is any iterable of a layer and its normalised inputs; when it is a generator that runs the model as it is
+    read, one layer's numbers are alive at a time and memory does not grow with depth. ValueErrors name the layer.
+    """
+    for index, (layer, inputs) in enumerate(layers):
+        try:
+            found = layer_margins(layer, inputs, **asked)
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from None
+        yield found

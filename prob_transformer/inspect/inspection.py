@@ -1,0 +1,104 @@
+"""The numbers of an inspection: sign and log|det J_i| of every layer, head and position of a text, and the carriers.
+
+The map analysed is e_i = u_i - mu_i(u_i) of each head on the layer's own normalised inputs, not the residual block
+u + mu that the decoder computes (theory section 8). Carriers are the tokens with the largest share of the weighted
+variance sum_s alpha_s |v_s - v_mean|^2 that a position attends to.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from prob_transformer.decoder import DecoderAttention, layer_margins
+from prob_transformer.decoder.margins import Values
+
+CARRIERS = 3
+
+
+class Setting(NamedTuple):
+    """How a layer is looked at: values "identity" or "own"; the strict past, or the position itself too."""
+
+    values: Values = "identity"
+    self_inclusive: bool = False
+
+
+class Inspection(NamedTuple):
+    """What was found on n tokens in L layers of H heads.
+
+    `pieces` is the text of each token, "" where it continues a character that an earlier token began; joined they are
+    the text. `sign` and `log_det` (in nats) are of det J_i; `carriers` are positions, heaviest first, with their
+    `shares` (0 where there are fewer). `layers` are the numbers of the layers in the model.
+    """
+
+    pieces: tuple[str, ...]
+    tokens: Int[np.ndarray, " n"]
+    layers: tuple[int, ...]
+    sign: Int[np.ndarray, "L H n"]
+    log_det: Float[np.ndarray, "L H n"]
+    carriers: Int[np.ndarray, "L H n c"]
+    shares: Float[np.ndarray, "L H n c"]
+    setting: Setting
+
+
+def pieces_of(text: str, ends: Iterable[int]) -> tuple[str, ...]:
+    """The text cut where each token ends, by character offsets; "" for a token within a character already begun.
+
+    Whatever a tokenizer leaves out between two tokens goes with the later one.
+    """
+    pieces, start = [], 0
+    for end in ends:
+        pieces.append(text[start:end])
+        start = max(start, end)
+    return tuple(pieces)
+
+
+def _heaviest(
+    positions: Int[np.ndarray, "H n"], shares: Float[np.ndarray, "H n n"], count: int
+) -> tuple[Int[np.ndarray, "H n c"], Float[np.ndarray, "H n c"]]:
+    """Carriers and shares in the order of the text, from rows in the order of `positions`."""
+    found = np.argsort(-shares, axis=-1, kind="stable")[..., :count]
+    carriers, largest = np.empty_like(found), np.empty(found.shape, shares.dtype)
+    rows = positions[..., None]
+    np.put_along_axis(carriers, rows, found, axis=1)
+    np.put_along_axis(largest, rows, np.take_along_axis(shares, found, axis=-1), axis=1)
+    return carriers, largest
+
+
+def inspect_text(
+    layers: Iterable[tuple[DecoderAttention, Float[Any, "n d"]]],
+    pieces: Sequence[str],
+    tokens: Int[Any, " n"],
+    setting: Setting,
+    chosen: Sequence[int],
+    after_layer: Callable[[], None] = lambda: None,
+) -> Inspection:
+    """Inspects the layers numbered `chosen` among `layers`, pairs of a layer and its normalised inputs (n, d).
+
+    `layers` is read no further than needed, and one layer's matrices are alive at a time. Raises ValueError, naming the
+    layer, as `layer_margins` does, and for tokens and pieces of different numbers.
+    """
+    numbers = np.asarray(tokens)
+    if len(pieces) != numbers.size:
+        raise ValueError(f"pieces: got {len(pieces)} for {numbers.size} tokens; pass one a token.")
+    wanted, found = set(chosen), dict[int, tuple[np.ndarray, ...]]()
+    for index, (layer, inputs) in enumerate(layers):
+        if index in wanted:
+            values, inclusive = setting
+            try:
+                margins = layer_margins(layer, inputs, values=values, self_inclusive=inclusive, k=numbers.size)
+            except ValueError as error:
+                raise ValueError(f"layer {index}: {error}") from None
+            support = margins.support
+            count = min(CARRIERS, numbers.size)
+            heaviest = _heaviest(np.asarray(support.positions), np.asarray(support.carriers), count)
+            found[index] = (np.asarray(margins.sign).astype(np.int8), np.asarray(margins.log_det), *heaviest)
+            after_layer()
+        if len(found) == len(wanted):
+            break
+    if len(found) < len(wanted):
+        raise ValueError(f"layers: {sorted(wanted - set(found))} are not in the model; pass numbers it has.")
+    order = sorted(found)
+    sign, log_det, carriers, shares = (np.stack(parts) for parts in zip(*(found[i] for i in order), strict=True))
+    return Inspection(tuple(pieces), numbers, tuple(order), sign, log_det, carriers, shares, setting)

@@ -1,0 +1,214 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from plain_decoder import draw, jacobians, weights_at
+
+from prob_transformer.decoder import DecoderAttention, Rotary, decoder_margins, layer_margins
+
+# Grouped keys, rotary in both layouts (all and part of a head), biases, windows, values of another size than the keys,
+# values without an output map, heads smaller and larger than half the width.
+CASES = {
+    "plain": {"heads": 2, "groups": 2, "size": 2, "width": 7},
+    "rotary": {"heads": 4, "groups": 2, "size": 4, "width": 5, "inner": 3, "pairs": 2, "bias": True},
+    "interleaved": {"heads": 2, "groups": 1, "size": 6, "width": 4, "pairs": 2, "interleaved": True},
+    "window": {"heads": 2, "groups": 1, "size": 2, "width": 9, "inner": 2, "pairs": 1, "bias": True, "window": 3},
+    "values": {"heads": 2, "groups": 2, "size": 2, "width": 3, "inner": 3, "output": False},
+    "long": {"heads": 2, "groups": 1, "size": 2, "width": 3, "pairs": 1},
+}
+LENGTH = 7
+MODES = [
+    ("plain", "identity", False),
+    ("plain", "identity", True),
+    ("rotary", "identity", True),
+    ("rotary", "own", False),
+    ("rotary", "own", True),
+    ("interleaved", "identity", False),
+    ("interleaved", "identity", True),
+    ("window", "identity", False),
+    ("window", "own", True),
+    ("values", "own", True),
+]
+
+
+def layer_of(plain, dtype=np.float64):
+    def cast(x):
+        return None if x is None else jnp.asarray(x, dtype)
+
+    rotary = None if plain.frequencies is None else Rotary(cast(plain.frequencies), plain.interleaved)
+    return DecoderAttention(
+        *map(cast, plain[:4]),
+        query_bias=cast(plain.query_bias),
+        key_bias=cast(plain.key_bias),
+        rotary=rotary,
+        window=plain.window,
+    )
+
+
+def case(name, seed=0, length=LENGTH):
+    return draw(seed, **CASES[name]), np.random.default_rng(seed).normal(size=(length, CASES[name]["width"]))
+
+
+def truth(plain, inputs, values, inclusive):
+    change = jacobians(plain, inputs, values == "own", inclusive)
+    identity = np.eye(inputs.shape[1])
+    return identity - change, identity - change.sum(0)
+
+
+@pytest.mark.parametrize(("name", "values", "inclusive"), MODES)
+def test_margins_equal_those_of_the_autodiff_jacobian(name, values, inclusive):
+    plain, inputs = case(name)
+    blocks, joint_blocks = truth(plain, inputs, values, inclusive)
+    asked = {"kinds": ("determinant", "conditioning"), "values": values, "self_inclusive": inclusive, "k": 3}
+    found = layer_margins(layer_of(plain), inputs, joint=values == "own", **asked)
+    determinants = np.linalg.det(blocks)
+    # Alone with itself the first position has J = 0, or nearly so by autodiff.
+    np.testing.assert_allclose(found.determinant, determinants, rtol=1e-9, atol=1e-30)
+    np.testing.assert_array_equal(found.sign, np.sign(found.determinant))
+    np.testing.assert_allclose(found.barrier[:, 1:], -np.log(np.abs(determinants[:, 1:])), atol=1e-9)
+    singular = np.linalg.svd(blocks, compute_uv=False)[..., -1]
+    np.testing.assert_allclose(found.conditioning, singular, rtol=1e-9, atol=1e-13)
+    if values == "own":
+        together = np.asarray(found.joint_sign * jnp.exp(found.joint_log_det))
+        np.testing.assert_allclose(together, np.linalg.det(joint_blocks), rtol=1e-9)
+        singular = np.linalg.svd(joint_blocks, compute_uv=False)[..., -1]
+        np.testing.assert_allclose(found.joint_conditioning, singular, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("values", "inclusive"), [("identity", True), ("own", False)])
+def test_float32_layers_lose_no_more_than_their_sums(values, inclusive):
+    plain, inputs = case("rotary")
+    plain = plain._replace(**{f: x.astype(np.float32) for f, x in plain._asdict().items() if isinstance(x, np.ndarray)})
+    inputs = inputs.astype(np.float32)
+    wide = plain._replace(**{f: x.astype(float) for f, x in plain._asdict().items() if isinstance(x, np.ndarray)})
+    blocks, _ = truth(wide, inputs.astype(float), values, inclusive)
+    there = [6, 2, 4]
+    found = layer_margins(layer_of(plain, np.float32), inputs, values=values, self_inclusive=inclusive, positions=there)
+    np.testing.assert_array_equal(found.positions, there)
+    assert found.log_det.dtype == found.support.margins.dtype == np.float32
+    np.testing.assert_allclose(found.determinant, np.linalg.det(blocks)[:, there], rtol=1e-5)
+
+
+def test_long_texts_are_swept_in_blocks_and_chunks_without_a_seam():
+    # More positions than two chunks of keys; the truth at positions on both sides of every seam.
+    plain, inputs = case("long", length=290)
+    there = [1, 63, 64, 127, 128, 129, 255, 256, 257, 289]
+    expected = np.linalg.det(np.eye(3) - jacobians(plain, inputs, False, True, there))
+    found = layer_margins(layer_of(plain), inputs, self_inclusive=True)
+    np.testing.assert_allclose(found.determinant[:, there], expected, rtol=1e-9)
+
+
+def test_without_a_past_strict_heads_are_the_identity_and_inclusive_ones_are_zero():
+    plain, inputs = case("plain")
+    both = ("determinant", "conditioning")
+    strict = layer_margins(layer_of(plain), inputs, kinds=both, k=3)
+    np.testing.assert_array_equal(strict.log_det[:, :2], 0)
+    np.testing.assert_array_equal(strict.sign[:, :2], 1)
+    inclusive = layer_margins(layer_of(plain), inputs, kinds=both, self_inclusive=True, k=3)
+    np.testing.assert_array_equal(inclusive.sign[:, 0], 0)
+    np.testing.assert_array_equal(inclusive.barrier[:, 0], np.inf)
+    np.testing.assert_array_equal(inclusive.conditioning[:, 0], 0)
+    # On the boundary by construction: no support token.
+    assert (inclusive.support.positions > 0).all()
+
+
+@pytest.mark.parametrize(("name", "values", "inclusive"), [("plain", "identity", True), ("window", "own", True)])
+def test_support_tokens_are_each_heads_smallest_margins_with_their_shares_of_the_variance(name, values, inclusive):
+    plain, inputs = case(name)
+    asked = {"kinds": ("determinant", "conditioning"), "values": values, "self_inclusive": inclusive, "k": 3}
+    found = layer_margins(layer_of(plain), inputs, joint=values == "own", **asked)
+    for head in range(2):
+        barrier = np.asarray(found.barrier[head, 1:])
+        expected = 1 + np.argsort(-barrier, kind="stable")[:3]
+        np.testing.assert_array_equal(found.support.positions[head], expected)
+        np.testing.assert_array_equal(found.support.margins[head], found.determinant[head, expected])
+        for rank, position in enumerate(expected.tolist()):
+            weights = np.asarray(weights_at(plain, inputs, inclusive, head, position))
+            group = head * plain.key.shape[0] // plain.query.shape[0]
+            attended = inputs if values == "identity" else inputs @ plain.value[group].T @ plain.output[head].T
+            spread = weights * np.square(attended - weights @ attended).sum(1)
+            np.testing.assert_allclose(found.support.carriers[head, rank], spread / spread.sum(), atol=1e-12)
+
+
+def test_a_decoder_is_read_one_layer_at_a_time():
+    plain, inputs = case("plain")
+    read = []
+
+    def layers():
+        for number in range(3):
+            read.append(number)
+            yield layer_of(plain), inputs if number < 2 else inputs[:, :2]
+
+    walk = decoder_margins(layers(), kinds=("determinant", "conditioning"), k=3)
+    assert next(walk).sign.shape == (2, LENGTH)
+    assert read == [0]
+    next(walk)
+    with pytest.raises(ValueError, match=r"layer 2: inputs: has shape \(7, 2\)"):
+        next(walk)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"kinds": "determinant"},
+            "kinds: got 'determinant'; pass one or more of determinant, conditioning in a tuple",
+        ),
+        ({"kinds": ()}, r"kinds: got \(\)"),
+        ({"kinds": ("norm",)}, "kinds: got"),
+        ({"values": "other"}, "values: got 'other'; pass one of identity, own"),
+        ({"values": "own"}, "the layer has no value maps"),
+        ({"joint": True}, 'joint: .* pass values="own"'),
+        ({"k": 0}, "k: got 0"),
+        ({"k": 8}, "k: got 8; pass at most the number of positions, 7"),
+        ({"positions": []}, "positions: pass at least one"),
+        ({"positions": [0.5]}, "positions: pass at least one integer"),
+        ({"positions": [7]}, "positions: pass different positions from 0 to n - 1 = 6"),
+        ({"positions": [1, 1]}, "positions: pass different positions"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(asked, message):
+    plain, inputs = case("plain")
+    with pytest.raises(ValueError, match=message):
+        layer_margins(layer_of(plain), inputs, **asked)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (np.full((7, 7), np.nan), "inputs: contains NaN"),
+        (np.zeros((7, 6)), "inputs: has shape"),
+        (np.zeros((1, 7)), "inputs: has n = 1"),
+        (np.zeros((2, 7, 7)), "inputs: has shape .* one sequence"),
+        (1e200 * np.arange(49.0).reshape(7, 7), "inputs: log_det is not a number in float64"),
+    ],
+)
+def test_bad_inputs_are_refused_by_name(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        layer_margins(layer_of(case("plain")[0]), inputs, kinds=("determinant", "conditioning"), k=3)
+
+
+def ones(*shape):
+    return np.ones(shape)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DecoderAttention(ones(4, 3), ones(1, 2, 3)), "query: has shape"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(3, 2, 3)), "key: has shape .* G a divisor of H = 4"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 4)), "key: has shape"),
+        (lambda: DecoderAttention(np.nan * ones(4, 2, 3), ones(2, 2, 3)), "query: contains NaN"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), output=ones(4, 3, 2)), "output: given without value"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), ones(2, 2, 3)), "value: .* without an output"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), ones(2, 2, 3), ones(2, 3, 2)), "output: has shape"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), query_bias=ones(2, 2)), "query_bias: has shape"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), key_bias=ones(4, 2)), "key_bias: has shape"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), rotary=Rotary(ones(2))), "rotary: has 2 frequencies"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), window=0), "window: got 0"),
+        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), scale=-1.0), "scale: got"),
+        (lambda: Rotary(ones(2, 2)), "frequencies: has shape"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,129 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from plain_decoder import draw, jacobians
+
+from prob_transformer.decoder import DecoderAttention, Rotary, barrier_penalty
+
+SEQUENCES, LENGTH, WIDTH = 2, 9, 5
+# With neither rotary positions nor a window the accelerated sweep is used.
+LAYERS = {
+    "swept": {"bias": True},
+    "rotary": {"bias": True, "pairs": 2},
+    "interleaved": {"pairs": 1, "interleaved": True},
+    "window": {"window": 3},
+}
+
+
+def problem(name, seed=7):
+    plain = draw(seed, heads=4, groups=2, size=4, width=WIDTH, **LAYERS[name])
+    return plain, np.random.default_rng(seed).normal(size=(SEQUENCES, LENGTH, WIDTH))
+
+
+def layer_of(weights, plain, scale=None):
+    """The library's layer from the arrays that are trained, as a user's loss would make it."""
+    query, key, query_bias, key_bias = weights
+    rotary = None
+    if plain.frequencies is not None:
+        rotary = Rotary(jnp.asarray(plain.frequencies, query.dtype), plain.interleaved)
+    return DecoderAttention(
+        query, key, query_bias=query_bias, key_bias=key_bias, rotary=rotary, window=plain.window, scale=scale
+    )
+
+
+def weights_of(plain, dtype=np.float64):
+    weights = (plain.query, plain.key, plain.query_bias, plain.key_bias)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), weights)
+
+
+def truth(plain, sequences):
+    """Mean barrier and share of negative signs by the autodiff Jacobian of every head and position."""
+    blocks = np.stack([np.eye(WIDTH) - jacobians(plain, inputs, False, False) for inputs in sequences])
+    sign, log_det = np.linalg.slogdet(blocks)
+    return -log_det.mean(), (sign < 0).mean()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_value_and_negative_share_are_those_of_the_autodiff_jacobian(name, dtype):
+    plain, sequences = problem(name)
+    mean, share = truth(plain, sequences)
+    assert 0 < share < 1
+    found = jax.jit(lambda weights, inputs: barrier_penalty([(layer_of(weights, plain), inputs)]))(
+        weights_of(plain, dtype), jnp.asarray(sequences, dtype)
+    )
+    assert found.mean.dtype == dtype
+    np.testing.assert_allclose(found.mean, mean, rtol=2e-4 if dtype == np.float32 else 1e-10)
+    np.testing.assert_allclose(found.negative_share, share, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradient_in_weights_and_inputs_equals_finite_differences(name):
+    plain, sequences = problem(name)
+    given = (weights_of(plain), jnp.asarray(sequences))
+
+    @jax.jit
+    def penalty(given):
+        weights, inputs = given
+        return barrier_penalty([(layer_of(weights, plain), inputs)]).mean
+
+    gradient = jax.grad(penalty)(given)
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), given)
+    along = sum(jax.tree.leaves(jax.tree.map(lambda g, v: (g * v).sum(), gradient, direction)))
+    step = 1e-6
+    ends = [penalty(jax.tree.map(lambda x, v, s=s: x + s * v, given, direction)) for s in (step, -step)]
+    assert np.isfinite(jax.tree.leaves(jax.tree.map(jnp.sum, gradient))).all()
+    np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * step), rtol=1e-6)
+
+
+def test_both_forms_give_one_value_and_gradient():
+    plain, sequences = problem("swept")
+    inputs = jnp.asarray(sequences)
+
+    def penalty(weights, window):
+        layer = layer_of(weights, plain._replace(window=window), scale=0.8)
+        return barrier_penalty([(layer, inputs)]).mean
+
+    swept, general = (jax.value_and_grad(partial(penalty, window=w))(weights_of(plain)) for w in (None, LENGTH))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), swept, general)
+
+
+def test_blocks_and_their_padding_leave_no_trace():
+    plain, _ = problem("rotary")
+    inputs = jnp.asarray(np.random.default_rng(1).normal(size=(40, WIDTH)))
+    found = barrier_penalty([(layer_of(weights_of(plain), plain), inputs)])
+    mean, share = truth(plain, np.asarray(inputs)[None])
+    np.testing.assert_allclose(found, (mean, share), rtol=1e-10)
+
+
+def test_layers_count_by_their_places():
+    rotary, first = problem("rotary")
+    swept, second = problem("swept", seed=4)
+    third = second[:1, :6] + 1
+    pairs = [(rotary, first), (swept, second), (swept, third)]
+    found = barrier_penalty([(layer_of(weights_of(p), p), jnp.asarray(x)) for p, x in pairs])
+    places = np.array([x.shape[0] * x.shape[1] for _, x in pairs])
+    expected = np.array([truth(p, x) for p, x in pairs])
+    np.testing.assert_allclose(found, places @ expected / places.sum(), rtol=1e-10)
+
+
+def test_what_does_not_fit_is_named():
+    plain, sequences = problem("swept")
+    layer = layer_of(weights_of(plain), plain)
+    with pytest.raises(ValueError, match="layers: got none"):
+        barrier_penalty([])
+    with pytest.raises(ValueError, match="layer 1: inputs: has shape"):
+        barrier_penalty([(layer, sequences), (layer, sequences[..., :3])])
+    with pytest.raises(ValueError, match="layer 0: inputs: has n = 1"):
+        barrier_penalty([(layer, sequences[:, :1])])
+
+
+def test_a_plain_layer_is_read_by_its_own_weights():
+    # det(I - A Cov) by hand: one head, d = 1, past (0, 2), the third token at 0 attends evenly.
+    layer = DecoderAttention(jnp.array([[[1.5]]]), jnp.array([[[1.0]]]))
+    found = barrier_penalty([(layer, jnp.array([[0.0], [2.0], [0.0]]))])
+    np.testing.assert_allclose(found, (-np.log(abs(1 - 1.5 * 1.0)) / 3, 1 / 3), rtol=1e-12)
