@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from paper_figures.analysis.selection import Selection, selected
 from paper_figures.runs import BARRIERS, BASELINE, load_runs
-from paper_figures.style import line_style
+from paper_figures.style import line_style, signed_ticks
 
 NAME = "margin_levels"
 SOURCE = "runs"
@@ -20,6 +20,9 @@ CAPTION = (
     "degeneracy boundary. The axis is linear within 1 of it and logarithmic beyond. A margin far above 1 is no merit in "
     "itself: the two-sided barrier keeps rewarding distance where no wall is near."
 )
+
+# No more than fit a third of the width.
+_TICKS = (-100, -1, 0, 1, 10, 100, 10000)
 
 
 def draw(runs: Path) -> Figure:
@@ -41,9 +44,9 @@ def _panel(panel: Axes, shown: list[Selection], site: str, layer: int | None) ->
         panel.plot(levels, np.linspace(0, 1, len(levels)), label=selection.method, **line_style(selection.method))
     panel.axvline(0.0, color="black", linestyle=":", linewidth=1.0)
     panel.set_xscale("symlog", linthresh=1.0)
+    signed_ticks(panel.xaxis, _TICKS)
     panel.set_xlabel("det J_i (dimensionless)")
     panel.set_title("embedding-prior stage" if layer is None else f"layer {layer + 1}, every head")
-    panel.tick_params(axis="x", labelsize=7)
 
 
 def mean_levels(selection: Selection, site: str, layer: int | None) -> np.ndarray:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from paper_figures.analysis.selection import Selection, selected
 from paper_figures.runs import load_runs
-from paper_figures.style import BLACK, METHOD_STYLES
+from paper_figures.style import BLACK, METHOD_STYLES, signed_ticks
 
 NAME = "training_margins"
 SOURCE = "runs"
@@ -22,6 +22,8 @@ CAPTION = (
     "(line), the middle half (dark band), from the 5 % to the 95 % quantile (light band) and the 1 % quantile (dashed), mean over seeds, each method at its "
     "strength. Dotted: the degeneracy boundary. The axis is linear within 1 of it and logarithmic beyond."
 )
+
+_TICKS = (-100, -10, -1, 0, 1, 10, 100, 1000)
 
 
 def draw(runs: Path) -> Figure:
@@ -37,6 +39,7 @@ def draw(runs: Path) -> Figure:
             panel.set_title(f"{selection.method}, layer {layer + 1}")
             panel.set_xlabel("training step")
         row[0].set_ylabel("det J_i (dimensionless)")
+        signed_ticks(row[0].yaxis, _TICKS)
     return figure
 
 
