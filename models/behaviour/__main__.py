@@ -16,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from models import wikipedia
-from models.behaviour.measure import BASELINES, MARGINS, OUTCOMES, READINGS, Passage, measure, passages
+from models.behaviour.measure import BASELINES, MARGINS, OUTCOMES, PAST_SHARE, READINGS, Passage, measure, passages
 from models.behaviour.relation import relation
 from models.behaviour.verdict import verdict
 from models.cli import run
@@ -32,6 +32,8 @@ _COUNTS = {
     "resamples": (2000, 100, "bootstrap resamples"),
     "seed": (0, 0, "seed of noise and bootstrap"),
 }
+# What a correlation is given, one after the other; the verdicts are on the first two.
+COLUMNS = ("alone", "given entropy and log position", "and past share")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,9 +68,13 @@ def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str,
     for outcome in OUTCOMES:
         baseline = of("entropy", outcome)
         rows.append({"figure": "entropy", "outcome": outcome, "alone": baseline._asdict()})
+        alone, given = of(PAST_SHARE, outcome), of(PAST_SHARE, outcome, BASELINES)
+        shares = {"alone": alone._asdict(), "given entropy and log position": given._asdict()}
+        rows.append({"figure": PAST_SHARE, "outcome": outcome, **shares})
         for margin in MARGINS:
             alone, given = of(margin, outcome), of(margin, outcome, BASELINES)
             entropy_only = of(margin, outcome, ("entropy",))
+            past_share_too = of(margin, outcome, (*BASELINES, PAST_SHARE))
             rows.append(
                 {
                     "figure": margin,
@@ -76,6 +82,7 @@ def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str,
                     "alone": alone._asdict(),
                     "given entropy": entropy_only._asdict(),
                     "given entropy and log position": given._asdict(),
+                    "and past share": past_share_too._asdict(),
                     "verdict": verdict(margin, outcome, alone, given, baseline),
                 }
             )
@@ -91,11 +98,10 @@ def _shown(found: dict[str, Any] | None) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Spearman correlation over tokens, 95 % bootstrap interval over passages", title_justify="left")
-    for column in ("outcome", "figure", "alone", "given entropy and log position"):
+    for column in ("outcome", "figure", *COLUMNS):
         table.add_column(column)
     for row in rows:
-        shown = (_shown(row.get(name)) for name in ("alone", "given entropy and log position"))
-        table.add_row(row["outcome"], row["figure"], *shown)
+        table.add_row(row["outcome"], row["figure"], *(_shown(row.get(name)) for name in COLUMNS))
     return table
 
 
@@ -126,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments.out,
         {
             "tokens": int(sum(passage.figures["loss"].size for passage in found)),
-            "median": {name: float(np.median(_all(found, name))) for name in (*OUTCOMES, *MARGINS, *BASELINES)},
+            "median": {
+                name: float(np.median(_all(found, name))) for name in (*OUTCOMES, *MARGINS, *BASELINES, PAST_SHARE)
+            },
             "relations": rows,
             "negative_share": {reading: share.tolist() for reading, share in negative.items()},
             "seconds": seconds,

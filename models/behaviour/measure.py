@@ -10,7 +10,9 @@ each for the strict past and with the position itself included. Behaviour, in na
     loss         -log p(x_{i+1} | x_<=i)
     change       KL(p || p~), mean over draws of Gaussian noise on all embeddings, relative to their root mean square
 
-Baselines: entropy, of the attention weights that the model computes, mean over layers and heads; log position.
+Baselines: entropy, of the attention weights that the model computes, mean over layers and heads; log position; and past
+share, the mean of log(1 - alpha_ii) with alpha_ii the weight of a position on itself. The last is no geometry, but d
+times it is a term of log|det J_i| with the position included (prob_transformer/decoder/determinant.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,6 +30,7 @@ READINGS = ("strict", "inclusive")
 MARGINS = tuple(f"{reading} {figure}" for reading in READINGS for figure in ("closest", "mean", "negative"))
 OUTCOMES = ("loss", "change")
 BASELINES = ("entropy", "log position")
+PAST_SHARE = "past share"
 # Positions with less past than this are left out: their margins say more of where they stand than of the text.
 SHORTEST_PAST = 8
 
@@ -39,9 +42,16 @@ class Passage(NamedTuple):
     negative: dict[str, Float[np.ndarray, "L H"]]
 
 
+class Attention(NamedTuple):
+    """Of each head and position (H, n): entropy of its weights in nats, and log(1 - alpha_ii), -inf at the first."""
+
+    entropy: Float[Array, "H n"]
+    past_share: Float[Array, "H n"]
+
+
 @jax.jit
-def attention_entropy(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> Float[Array, "H n"]:
-    """Entropy in nats of the weights with which each position attends to its past and itself."""
+def attention(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> Attention:
+    """How each position attends to its past and itself, as the model computes it."""
     projected = Projected.of(layer, inputs)
     keys = projected.keys[layer.group_of_head]
     logits = layer.scale * jnp.einsum("hip,hsp->his", projected.queries, keys)
@@ -50,7 +60,9 @@ def attention_entropy(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> F
     if layer.window is not None:
         visible &= distance < layer.window
     logs = jax.nn.log_softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-    return -jnp.where(visible, jnp.exp(logs) * jnp.where(visible, logs, 0), 0).sum(-1)
+    entropy = -jnp.where(visible, jnp.exp(logs) * jnp.where(visible, logs, 0), 0).sum(-1)
+    # Not log(1 - alpha_ii), which has no digits left where a position attends to itself alone.
+    return Attention(entropy, jax.nn.logsumexp(jnp.where(distance > 0, logs, -jnp.inf), axis=-1))
 
 
 @jax.jit
@@ -95,6 +107,7 @@ def measure(decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws
     loss = np.asarray(_loss(decoder(tokens), jnp.asarray(tokens)))
     figures |= {
         "entropy": np.concatenate([found["entropy"] for found in layers])[:, kept].mean(0),
+        PAST_SHARE: np.concatenate([found[PAST_SHARE] for found in layers])[:, kept].mean(0),
         "log position": np.log(np.arange(tokens.size)[kept]),
         "loss": loss[kept],
         "change": logit_change(decoder, tokens, noise, draws, key)[kept],
@@ -107,8 +120,9 @@ def measure(decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws
 
 
 def layer_figures(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> dict[str, Float[np.ndarray, "H n"]]:
-    """Sign, log|det J_i| in nats under both readings, and attention entropy, of every head and position."""
-    found = {"entropy": np.asarray(attention_entropy(layer, inputs))}
+    """Sign, log|det J_i| in nats under both readings, entropy and past share, of every head and position."""
+    attended = attention(layer, inputs)
+    found = {"entropy": np.asarray(attended.entropy), PAST_SHARE: np.asarray(attended.past_share)}
     for reading in READINGS:
         margins = layer_margins(layer, inputs, self_inclusive=reading == "inclusive")
         found |= {f"{reading} sign": np.asarray(margins.sign), f"{reading} log_det": np.asarray(margins.log_det)}

@@ -1,7 +1,6 @@
 """`python -m paper_figures.claims`: the picture of every claim, from the saved results of the checks."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from paper_figures.claims import (
     sampler_law,
     support_tokens,
 )
+from paper_figures.saved import load_checks
 
 PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "normalisation": normalisation.draw,
@@ -43,12 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("results/figures/claims"), help="folder (default: %(default)s)"
     )
     options = parser.parse_args(argv)
-    try:
-        report = json.loads(options.json.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(
-            f"--json: no results at {options.json}; run python -m theory_checks --json {options.json}."
-        ) from None
+    report = load_checks(options.json, "--json")
     if report["provenance"]["configuration"].get("quick"):
         raise ValueError(
             f"--json: {options.json} is of quick checks, which have no pictures; run them without --quick."

@@ -9,8 +9,8 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import linregress, rankdata, spearmanr
 from tiny_models import LLAMA, llama_weights, write
 
-from models.behaviour.__main__ import _shown, main
-from models.behaviour.measure import SHORTEST_PAST, attention_entropy, logit_change, measure, passages
+from models.behaviour.__main__ import COLUMNS, _shown, main
+from models.behaviour.measure import PAST_SHARE, SHORTEST_PAST, attention, logit_change, measure, passages
 from models.behaviour.relation import Relation, partial_correlation, relation
 from models.behaviour.verdict import verdict
 from prob_transformer.decoder import layer_margins
@@ -80,9 +80,9 @@ def test_verdicts_are_made_by_the_intervals():
     assert verdict("m", "o", unclear, unclear, unclear).startswith("no relation between 'm' and 'o' is shown (+0.10)")
 
 
-def test_entropy_is_that_of_the_weights_with_the_position_included(decoder):
+def test_entropy_and_past_share_are_of_the_weights_with_the_position_included(decoder):
     layer, inputs = next(decoder.layers(TOKENS))
-    found = np.asarray(attention_entropy(layer, inputs))
+    found = attention(layer, inputs)
     u = np.asarray(inputs, np.float64)
     frequencies = np.asarray(layer.rotary.frequencies, np.float64)
 
@@ -94,7 +94,9 @@ def test_entropy_is_that_of_the_weights_with_the_position_included(decoder):
         query = turned(np.asarray(layer.query[head]) @ u[i], i)
         keys = [turned(np.asarray(layer.key[head // 2]) @ u[s], s) for s in range(i + 1)]
         weights = softmax(np.array(keys) @ query / 2)
-        np.testing.assert_allclose(found[head, i], -(weights * np.log(weights)).sum(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.entropy[head, i], -(weights * np.log(weights)).sum(), rtol=1e-4, atol=1e-6)
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(found.past_share[head, i], np.log(weights[:-1].sum()), rtol=1e-4, atol=1e-6)
 
 
 def test_figures_of_a_passage(decoder):
@@ -102,6 +104,8 @@ def test_figures_of_a_passage(decoder):
     kept = slice(SHORTEST_PAST, TOKENS.size - 1)
     logs = log_softmax(np.asarray(decoder(TOKENS), np.float64), axis=-1)
     np.testing.assert_allclose(found.figures["loss"], -logs[np.arange(15), TOKENS[1:]][kept], rtol=1e-4)
+    attended = [attention(*pair).past_share for pair in decoder.layers(TOKENS)]
+    np.testing.assert_allclose(found.figures[PAST_SHARE], np.concatenate(attended).mean(0)[kept], rtol=1e-5)
     for reading, inclusive in (("strict", False), ("inclusive", True)):
         margins = [layer_margins(*pair, self_inclusive=inclusive) for pair in decoder.layers(TOKENS)]
         barrier = np.concatenate([m.barrier for m in margins])[:, kept]
@@ -140,7 +144,7 @@ def test_the_page_shows_the_committed_result():
     page = (root / "docs/inspect.md").read_text(encoding="utf-8")
     found = json.loads((root / "results/reference/smollm2/behaviour.json").read_text())
     for row in found["relations"]:
-        shown = (_shown(row.get(name)) for name in ("alone", "given entropy and log position"))
+        shown = (_shown(row.get(name)) for name in COLUMNS)
         assert f"| {row['outcome']} | {row['figure']} | {' | '.join(shown)} |" in page
     for layer, shares in enumerate(found["negative_share"]["strict"]):
         assert f"| {layer} | " + " | ".join(f"{100 * x:.1f}" for x in (*shares, np.mean(shares))) + " |" in page

@@ -42,7 +42,7 @@ def test_every_claim_is_drawn(tmp_path):
 
 
 def test_missing_and_quick_results_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--json: no results at"):
+    with pytest.raises(ValueError, match="--json: no checks at"):
         command.main(["--json", str(tmp_path / "none.json")])
     quick = tmp_path / "quick.json"
     quick.write_text(json.dumps({"provenance": {"configuration": {"quick": True}}, "checks": []}))
