@@ -59,9 +59,9 @@ def _interval(finding: str, comparison: dict[str, Any]) -> tuple[str, str]:
     """The change, not the gain: a loss that rises less is a negative change, as in every table."""
     low, high = comparison["bootstrap_interval"]
     if _in_own_unit(comparison):
-        return f"{low:+.3f}", f"{high:+.3f}"
+        return f"{low:+z.3f}", f"{high:+z.3f}"
     digits = 2 if finding == "clean" else 1
-    return f"{-100 * high:+.{digits}f} %", f"{-100 * low:+.{digits}f} %"
+    return f"{-100 * high:+z.{digits}f} %", f"{-100 * low:+z.{digits}f} %"
 
 
 def _in_own_unit(comparison: dict[str, Any]) -> bool:
@@ -90,7 +90,7 @@ def _others(comparisons: list[dict[str, Any]], lead: str) -> str:
     groups: dict[str, list[str]] = {}
     for comparison in comparisons:
         gain = comparison["mean_gain"]
-        change = "not measurable" if gain is None else f"{-100 * gain:+.1f} %"
+        change = "not measurable" if gain is None else f"{-100 * gain:+z.1f} %"
         groups.setdefault(comparison["verdict"], []).append(f"{comparison['measure']} ({change})")
     return f"{lead}: " + "; ".join(f"{verdict} for {', '.join(names)}" for verdict, names in groups.items()) + "."
 
@@ -103,7 +103,7 @@ def _ours(deciding: list[dict[str, Any]]) -> str:
         names = [
             f"{c['against']} (not measurable)"
             if c["mean_gain"] is None
-            else f"{c['against']} ({-100 * c['mean_gain']:+.1f} %)"
+            else f"{c['against']} ({-100 * c['mean_gain']:+z.1f} %)"
             for c in deciding
             if c["verdict"] == verdict
         ]
