@@ -49,7 +49,8 @@ def _worst_first(negative: np.ndarray, barrier: np.ndarray) -> np.ndarray:
 def _heads(inspection: Inspection, found: Summary, rows: int) -> Table:
     table = Table(title="Heads: most often past the boundary, then closest to it", title_justify="left")
     for column in ("layer", "head", "det<0", "cross-\nings", *_QUANTILES, "max b"):
-        table.add_column(column, justify="right")
+        # In a narrow terminal the token gives way, not a heading.
+        table.add_column(column, justify="right", min_width=max(map(len, column.split("\n"))))
     table.add_column("at token", no_wrap=True)
     heads = inspection.sign.shape[1]
     barrier = -inspection.log_det[..., 1:].reshape(-1, inspection.tokens.size - 1)
