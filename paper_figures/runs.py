@@ -1,6 +1,6 @@
 """Saved runs of a sweep, as the analysis, the figures and the report read them: DIR/runs.jsonl, one run a line.
 
-Only seeds for which every method and strength of the sweep is there are used, so that every comparison can be paired.
+Only seeds for which every method and strength of the profile is there are used, so that every comparison can be paired.
 """
 
 from pathlib import Path
@@ -87,7 +87,11 @@ def _require_complete(path: Path, number: int, line: Run) -> None:
 
 
 def _complete_seeds(lines: list[Run]) -> tuple[int, ...]:
-    wanted = {(line["method"], line["strength"]) for line in lines}
+    profile = study.PROFILES.get(lines[0]["profile"]) if lines else None
+    if profile is None:
+        wanted = {(line["method"], line["strength"]) for line in lines}
+    else:
+        wanted = {(config.method, config.strength) for config in study.configurations(profile)}
     by_seed: dict[int, set[tuple[str, float]]] = {}
     for line in lines:
         by_seed.setdefault(line["seed"], set()).add((line["method"], line["strength"]))

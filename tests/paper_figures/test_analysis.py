@@ -1,10 +1,12 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
 from scipy import stats
 from synthetic_runs import Truth, write_runs
 
+from models.char_gpt import study
 from paper_figures import verdicts
 from paper_figures.analysis import selection
 from paper_figures.analysis.holm import holm
@@ -150,3 +152,19 @@ def test_only_seeds_with_every_run_are_used(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match=r"--runs: .* has no seed with all its runs and ce; finish it with python -m"):
         load_runs(folder)
+
+
+def test_a_first_seed_cut_short_is_not_taken_for_a_whole_one(tmp_path):
+    profile = study.PROFILES["smoke"]
+    example = json.loads((write_runs(tmp_path / "made-up", {}, seeds=1) / "runs.jsonl").read_text().splitlines()[0])
+    configs = [config for config in study.configurations(profile) if config.seed == 0]
+    runs = [
+        example | {"profile": "smoke", "method": config.method, "strength": config.strength, "seed": 0}
+        for config in configs
+    ]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    assert load_runs(tmp_path).seeds == (0,)
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs[:-1]))
+    with pytest.raises(ValueError, match="has no seed with all its runs"):
+        load_runs(tmp_path)
