@@ -22,7 +22,7 @@ from mwparserfromhell.nodes import Node, Tag, Wikilink
 from tqdm import tqdm
 
 from models.cli import run
-from prob_transformer.provenance import write_json, write_text
+from prob_transformer.provenance import file_sha256, installed_file, write_json, write_text
 
 DUMP_NAME = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 DUMP_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
@@ -56,15 +56,14 @@ def wheel_file(name: str, sha256: str, otherwise: str) -> Path:
     """
     remedy = f"install the corpus extra (gensim==4.4.0), or {otherwise}"
     try:
-        files = metadata.files("gensim") or []
+        found = installed_file("gensim", name)
     except metadata.PackageNotFoundError:
         raise ValueError(f"corpus: the gensim wheel with {name} is not installed; {remedy}.") from None
-    found = [Path(str(file.locate())) for file in files if file.name == name]
-    if not found or not found[0].is_file():
+    if found is None:
         raise ValueError(f"corpus: the installed gensim wheel has no {name}; {remedy}.")
-    if hashlib.sha256(found[0].read_bytes()).hexdigest() != sha256:
+    if file_sha256(found) != sha256:
         raise ValueError(f"corpus: {name} is not the file this was written for; {remedy}.")
-    return found[0]
+    return found
 
 
 def dump_path() -> Path:
@@ -129,7 +128,7 @@ def prepare(out: Path = DEFAULT_PATH) -> Path:
         # A damaged stamp vouches for nothing: the text is made again.
         with contextlib.suppress(ValueError):
             recorded = json.loads(stamp.read_text(encoding="utf-8"))
-        if recorded == {**made_from, "text_sha256": hashlib.sha256(out.read_bytes()).hexdigest()}:
+        if recorded == {**made_from, "text_sha256": file_sha256(out)}:
             return out
     articles = list(read_dump(dump_path()))
     documents = []

@@ -38,12 +38,13 @@ def draw(runs: Path) -> Figure:
     figure, panels = plt.subplots(3, 2, figsize=(7.2, 8.4), sharex="col", sharey="row")
     for column, (kind, label) in enumerate(_COLUMNS):
         levels, baseline = losses(plain, kind)
-        for selection in (plain, *barriers, *competitors):
-            _curve(panels[0, column], selection.method, levels, losses(selection, kind)[1])
+        found = {one.method: losses(one, kind)[1] for one in (plain, *barriers, *competitors)}
+        for method, of_seeds in found.items():
+            _curve(panels[0, column], method, levels, of_seeds)
         for panel, shown in zip(panels[1:, column], (barriers, competitors), strict=True):
             panel.axhline(0.0, color="black", linewidth=1.0)
             for selection in shown:
-                _curve(panel, selection.method, levels, losses(selection, kind)[1] - baseline)
+                _curve(panel, selection.method, levels, found[selection.method] - baseline)
             panel.set_yscale("symlog", linthresh=_LINEAR_WITHIN)
         panels[-1, column].set_xlabel(label)
     panels[0, 0].set_ylabel("test loss (nats per character)")

@@ -1,6 +1,7 @@
 """What every result carries, and how every file is written: whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -50,6 +51,22 @@ def provenance(seed: int | None, configuration: Mapping[str, Any], command: str 
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def installed_file(distribution: str, name: str) -> Path | None:
+    """Where an installed wheel keeps the file of that name; None if it has none. Nothing of the wheel is imported.
+
+    Raises importlib.metadata.PackageNotFoundError if the wheel is not installed.
+    """
+    files = metadata.files(distribution) or []
+    found = [Path(str(file.locate())) for file in files if file.name == name]
+    return found[0] if found and found[0].is_file() else None
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer.decoder import DecoderAttention, Projected, layer_margins
-from prob_transformer.decoder_models.model import Decoder
+from prob_transformer.decoder import DecoderAttention, layer_margins
+from prob_transformer.decoder_models.model import Decoder, attention_logits
 
 READINGS = ("strict", "inclusive")
 MARGINS = tuple(f"{reading} {figure}" for reading in READINGS for figure in ("closest", "mean", "negative"))
@@ -52,17 +52,11 @@ class Attention(NamedTuple):
 @jax.jit
 def attention(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> Attention:
     """How each position attends to its past and itself, as the model computes it."""
-    projected = Projected.of(layer, inputs)
-    keys = projected.keys[layer.group_of_head]
-    logits = layer.scale * jnp.einsum("hip,hsp->his", projected.queries, keys)
-    distance = jnp.arange(inputs.shape[0])[:, None] - jnp.arange(inputs.shape[0])
-    visible = distance >= 0
-    if layer.window is not None:
-        visible &= distance < layer.window
-    logs = jax.nn.log_softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    logs = jax.nn.log_softmax(attention_logits(layer, inputs), axis=-1)
+    visible = logs > -jnp.inf
     entropy = -jnp.where(visible, jnp.exp(logs) * jnp.where(visible, logs, 0), 0).sum(-1)
     # Not log(1 - alpha_ii), which has no digits left where a position attends to itself alone.
-    return Attention(entropy, jax.nn.logsumexp(jnp.where(distance > 0, logs, -jnp.inf), axis=-1))
+    return Attention(entropy, jax.nn.logsumexp(logs, axis=-1, where=~jnp.eye(logs.shape[-1], dtype=bool)))
 
 
 @jax.jit
@@ -78,11 +72,15 @@ def _divergence(logits: Float[Array, "n V"], changed: Float[Array, "n V"]) -> Fl
 
 
 def logit_change(
-    decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws: int, key: PRNGKeyArray
+    decoder: Decoder,
+    tokens: Int[np.ndarray, " n"],
+    logits: Float[Array, "n V"],
+    noise: float,
+    draws: int,
+    key: PRNGKeyArray,
 ) -> Float[np.ndarray, " n"]:
-    """Mean KL divergence in nats of the next-token law from the one under embedding noise, at every position."""
+    """Mean KL divergence in nats of the next-token law, by its logits, from the one under embedding noise."""
     embeddings = decoder.embed(tokens)
-    logits = decoder.logits_from(embeddings)
     size = noise * jnp.sqrt(jnp.square(embeddings).mean())
     total = jnp.zeros(tokens.shape[0], logits.dtype)
     for draw in jax.random.split(key, draws):
@@ -104,13 +102,14 @@ def measure(decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws
             f"{reading} mean": barrier.mean(0),
             f"{reading} negative": (sign < 0).mean(0),
         }
-    loss = np.asarray(_loss(decoder(tokens), jnp.asarray(tokens)))
+    logits = decoder(tokens)
+    loss = np.asarray(_loss(logits, jnp.asarray(tokens)))
     figures |= {
         "entropy": np.concatenate([found["entropy"] for found in layers])[:, kept].mean(0),
         PAST_SHARE: np.concatenate([found[PAST_SHARE] for found in layers])[:, kept].mean(0),
         "log position": np.log(np.arange(tokens.size)[kept]),
         "loss": loss[kept],
-        "change": logit_change(decoder, tokens, noise, draws, key)[kept],
+        "change": logit_change(decoder, tokens, logits, noise, draws, key)[kept],
     }
     negative = {
         reading: np.stack([(found[f"{reading} sign"][:, kept] < 0).mean(-1) for found in layers])

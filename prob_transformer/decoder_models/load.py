@@ -7,14 +7,12 @@ from prob_transformer.decoder_models.gguf_file import read_gguf
 from prob_transformer.decoder_models.huggingface import read_folder
 from prob_transformer.decoder_models.smollm2 import WEIGHTS_SHA256, weights_path
 from prob_transformer.inspect import Loaded
+from prob_transformer.provenance import file_sha256
 
 
 def _digest(paths: list[Path]) -> str:
     """sha256 of a file, or of the digests of several in the order of their names."""
-    digests = []
-    for path in paths:
-        with path.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    digests = [file_sha256(path) for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

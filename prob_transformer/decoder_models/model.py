@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from prob_transformer.decoder import DecoderAttention, Projected
+from prob_transformer.decoder.moments import visible_past
 
 Tokens = Int[Array, " n"] | Int[np.ndarray, " n"]
 
@@ -68,6 +69,16 @@ class GeluPerceptron(eqx.Module):
         return hidden @ self.contract.T + self.contract_bias
 
 
+def attention_logits(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> Float[Array, "H n n"]:
+    """Logits with which each position attends to its past and itself, -inf where it sees nothing."""
+    length = inputs.shape[0]
+    projected = Projected.of(layer, inputs)
+    keys = projected.keys[layer.group_of_head]
+    logits = layer.scale * jnp.einsum("hip,hsp->his", projected.queries, keys)
+    visible = visible_past(layer.window, jnp.arange(length), length) | jnp.eye(length, dtype=bool)
+    return jnp.where(visible, logits, -jnp.inf)
+
+
 class Block(eqx.Module):
     """One layer. `constant` (d,) is what biases of values and output add to every position, or None."""
 
@@ -82,15 +93,8 @@ class Block(eqx.Module):
         layer, inputs = self.attention, self.attention_norm(stream)
         if layer.value is None or layer.output is None:
             raise ValueError("attention: has no value or no output map; a decoder block needs both.")
-        projected = Projected.of(layer, inputs)
-        group = layer.group_of_head
-        logits = layer.scale * jnp.einsum("hip,hsp->his", projected.queries, projected.keys[group])
-        distance = jnp.arange(inputs.shape[0])[:, None] - jnp.arange(inputs.shape[0])
-        visible = distance >= 0
-        if layer.window is not None:
-            visible &= distance < layer.window
-        weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-        values = jnp.einsum("gvd,nd->gnv", layer.value, inputs)[group]
+        weights = jax.nn.softmax(attention_logits(layer, inputs), axis=-1)
+        values = jnp.einsum("gvd,nd->gnv", layer.value, inputs)[layer.group_of_head]
         stream = stream + jnp.einsum("hdv,hiv->id", layer.output, weights @ values)
         if self.constant is not None:
             stream = stream + self.constant

