@@ -1,6 +1,7 @@
 # The two commands: `make reproduce` and `make test`. Each makes its own environment from the lock file first.
 #   make reproduce [PROFILE=smoke|quick|full]     checks, training, figures, results/report.html
-#   make test                                     the test suite
+#   make test                                     the test suite but for what is long by nature
+#   make test-all                                 the whole test suite
 #   make benchmark [BENCHMARK=FILE]               time and memory of the accelerated path; killed, it goes on where it was
 #   make benchmark-inference                      MAP, Laplace, NUTS and particles against the truth
 #   make benchmark-laplace                        Laplace of a character GPT next to laplace-torch
@@ -23,7 +24,7 @@ LAPLACE_TORCH ?= .venv-laplace-torch
 
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: reproduce test test-deep benchmark benchmark-inference benchmark-laplace benchmark-smollm2 lint types \
+.PHONY: reproduce test test-all test-deep benchmark benchmark-inference benchmark-laplace benchmark-smollm2 lint types \
 	lock clean
 
 reproduce: $(INSTALLED)
@@ -35,6 +36,9 @@ reproduce: $(INSTALLED)
 	$(RUN) -m paper_figures.report --results $(RESULTS) --profile $(PROFILE)
 
 test: $(INSTALLED)
+	$(RUN) -m pytest -n 2 -m "not slow" $(TESTS)
+
+test-all: $(INSTALLED)
 	$(RUN) -m pytest -n 2 $(TESTS)
 
 test-deep: $(INSTALLED)

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import dense_truth, draw
 
 from prob_transformer import Attention, barrier, one_sided_barrier, one_sided_penalty
+from tests.support.dense import dense_truth, draw
 
 
 def scalar_attention(a):

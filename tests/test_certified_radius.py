@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import draw
 
 from prob_transformer import Attention, certified_radius, jacobian_block
+from tests.support.dense import draw
 
 
 def scalar_attention(a):

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import SHAPES, dense_truth, draw
 
 from prob_transformer import Attention, attention_mean, jacobian_block, residual_and_log_det
+from tests.support.dense import SHAPES, dense_truth, draw
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import dense_truth, draw
 from scipy.special import softmax
 
 from prob_transformer import Attention, barrier, stability_margin, support_tokens
+from tests.support.dense import dense_truth, draw
 
 SHAPE = (2, 2, 3, 6, True)
 

@@ -6,12 +6,12 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from dense import dense_truth, draw
 from numpyro.infer import Predictive
 from scipy.integrate import quad
 from scipy.stats import multivariate_normal, norm
 
 from prob_transformer import Attention, EmbeddingProcess, ImplicitSolveError
+from tests.support.dense import dense_truth, draw
 
 ZERO = Attention(np.zeros((1, 2, 3)), np.zeros((1, 2, 3)))
 

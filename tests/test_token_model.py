@@ -6,7 +6,6 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from dense import dense_truth, draw
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
@@ -15,6 +14,7 @@ from scipy.special import log_softmax
 from scipy.stats import norm
 
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, map_objective, token_model
+from tests.support.dense import dense_truth, draw
 
 SHAPE = (2, 2, 3, 4, True)
 TOKENS = np.array([0, 3, 1, 2])

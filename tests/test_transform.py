@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from dense import dense_map, draw
 from numpyro.distributions import constraints
 
 from prob_transformer import (
@@ -14,6 +13,7 @@ from prob_transformer import (
     SolveStatus,
     stability_margin,
 )
+from tests.support.dense import dense_map, draw
 
 
 def safe_attention(seed, width=3, strength=20.0):

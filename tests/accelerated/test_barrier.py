@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from long import SHAPES, TILINGS, draw
 
 import prob_transformer as reference
 from prob_transformer import accelerated
 from prob_transformer.accelerated import Cells, Tiling
+from tests.support.long import SHAPES, TILINGS, draw
 
 TILING = Tiling(8, 16)
 # As in training, where the barrier is one term among others: its gradient is not asked for with cotangent one.

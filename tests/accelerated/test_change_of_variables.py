@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from long import SHAPES, TILINGS, draw
 
 import prob_transformer as reference
 from prob_transformer import Attention, accelerated
 from prob_transformer.accelerated import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.accelerated import change_of_variables as module
 from prob_transformer.accelerated.log_det import log_det
+from tests.support.long import SHAPES, TILINGS, draw
 from theory_checks.rounding import amplification
 from theory_checks.strategies import SHAPES as SMALL_SHAPES
 from theory_checks.strategies import attention_cases

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from long import draw
 
 import prob_transformer as reference
 from prob_transformer import Attention, accelerated
 from prob_transformer.accelerated import Tiling
 from prob_transformer.accelerated.margin import relative_error
+from tests.support.long import draw
 
 TILING = Tiling(8, 16)
 KEY = jax.random.key(0)

@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from dense import SHAPES, dense_map, dense_truth, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -15,6 +14,7 @@ from prob_transformer import Attention, EmbeddingProcess, ImplicitSolveError, So
 from prob_transformer.accelerated import CausalAttentionTransform
 from prob_transformer.accelerated import transform as module
 from prob_transformer.transform import residual_tolerance
+from tests.support.dense import SHAPES, dense_map, dense_truth, draw
 
 # Most of the time goes into compiling, so many tests share one shape: heads, head size, width, length, own values.
 SHARED, BATCH = (2, 2, 3, 6, True), 64

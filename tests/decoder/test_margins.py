@@ -1,9 +1,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_decoder import draw, jacobians, weights_at
 
 from prob_transformer.decoder import DecoderAttention, Rotary, decoder_margins, layer_margins
+from tests.support.plain_decoder import draw, jacobians, weights_at
 
 # Grouped keys, rotary in both layouts (all and part of a head), biases, windows, values of another size than the keys,
 # values without an output map, heads smaller and larger than half the width.

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_decoder import draw, jacobians
 
 from prob_transformer.decoder import DecoderAttention, Rotary, barrier_penalty
+from tests.support.plain_decoder import draw, jacobians
 
 SEQUENCES, LENGTH, WIDTH = 2, 9, 5
 # With neither rotary positions nor a window the accelerated sweep is used.

@@ -6,11 +6,11 @@ import pytest
 from safetensors.flax import save_file as save_jax
 from safetensors.numpy import save_file
 from scipy.special import erf, softmax
-from tiny_models import GPT2, LLAMA, gpt2_weights, llama_weights, write
 
 from prob_transformer.decoder import decoder_margins
 from prob_transformer.decoder_models.huggingface import read_folder
 from prob_transformer.decoder_models.tokenizer import encode
+from tests.support.tiny_models import GPT2, LLAMA, gpt2_weights, llama_weights, write
 
 TOKENS = np.array([5, 250, 17, 17, 99, 0, 42])
 

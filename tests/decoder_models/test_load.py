@@ -6,10 +6,10 @@ import json
 import gguf
 import numpy as np
 import pytest
-from tiny_models import LLAMA, byte_tokenizer, llama_weights, write
 
 from prob_transformer.decoder_models.load import load
 from prob_transformer.inspect import main
+from tests.support.tiny_models import LLAMA, byte_tokenizer, llama_weights, write
 
 
 @pytest.fixture

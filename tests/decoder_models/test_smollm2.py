@@ -4,13 +4,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from plain_decoder import Plain, jacobians
 
 from models import wikipedia
 from prob_transformer.decoder import DecoderAttention, layer_margins
 from prob_transformer.decoder_models import smollm2
 from prob_transformer.decoder_models.gguf_file import read_gguf
 from prob_transformer.decoder_models.tokenizer import encode
+from tests.support.plain_decoder import Plain, jacobians
 
 # What transformers 5.24 on PyTorch 2.13 continues the first 64 tokens of the first article with, greedily, reading the
 # same file, as `python -m benchmarks.smollm2` does; kept here so that the test needs neither.

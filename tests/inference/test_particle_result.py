@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import TOKENS, filters, scalar, token_probability
 
 from prob_transformer.inference import ParticleStatus, load, save
+from tests.support.small_models import TOKENS, filters, scalar, token_probability
 
 
 def runs(a=-2.0, particles=8, proposal="direct"):

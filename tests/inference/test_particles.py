@@ -3,10 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import dense_map, draw
 from scipy.integrate import quad
 from scipy.stats import norm
-from small_models import (
+
+from prob_transformer import Attention, LinearDecoder
+from prob_transformer.inference import ParticleStatus, particle_filter, smooth
+from tests.support.dense import dense_map, draw
+from tests.support.small_models import (
     BIAS,
     FIRST_SCALE,
     NOISE_SCALE,
@@ -22,9 +25,6 @@ from small_models import (
     scalar_truth,
     token_probability,
 )
-
-from prob_transformer import Attention, LinearDecoder
-from prob_transformer.inference import ParticleStatus, particle_filter, smooth
 
 PROPOSALS = ["process", "direct"]
 

@@ -4,7 +4,6 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from dense import dense_map, draw
 from numpyro import handlers
 from numpyro.infer.util import log_density
 from scipy import stats
@@ -12,6 +11,7 @@ from scipy import stats
 from prob_transformer import Attention, EmbeddingProcess
 from prob_transformer.inference import NoiseReparam, through_noise
 from prob_transformer.transform import SolveStatus
+from tests.support.dense import dense_map, draw
 
 
 def batch(attention, y):

@@ -1,15 +1,15 @@
 import jax
 import numpy as np
 import pytest
-from small_models import (
+
+from prob_transformer.inference import smooth
+from tests.support.small_models import (
     assert_within_three_standard_errors,
     filters,
     scalar,
     scalar_density,
     scalar_truth,
 )
-
-from prob_transformer.inference import smooth
 
 
 def one_run(threshold=1.0):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from tiny_models import LLAMA, llama_weights, write
 
 from prob_transformer.decoder_models.load import load
 from prob_transformer.inspect.inspection import Inspection, Setting
+from tests.support.tiny_models import LLAMA, llama_weights, write
 
 
 @pytest.fixture(scope="session")

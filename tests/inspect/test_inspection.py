@@ -1,11 +1,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_decoder import draw, jacobians
 from scipy.special import softmax
 
 from prob_transformer.decoder import DecoderAttention
 from prob_transformer.inspect.inspection import Setting, inspect_text, pieces_of
+from tests.support.plain_decoder import draw, jacobians
 
 LENGTH, WIDTH = 6, 3
 PIECES = tuple("abcdef")

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import dense_truth
 from scipy.special import log_softmax
 from scipy.stats import norm
 
@@ -14,6 +13,7 @@ from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import loss_terms, negatives_at, site_density
 from models.char_gpt.training import backtracked, draw_windows, initial_state
 from prob_transformer import map_objective, weight_prior
+from tests.support.dense import dense_truth
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, noise_scale=0.7, first_scale=1.3)
 VOCABULARY = 5

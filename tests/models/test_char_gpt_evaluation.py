@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import dense_truth
-from words import write_words
 
 from models.char_gpt import evaluation
 from models.char_gpt.config import Config
 from models.char_gpt.perturbations import LEVELS
 from models.char_gpt.training import initial_state
 from models.corpus import load
+from tests.support.dense import dense_truth
+from tests.support.words import write_words
 
 TINY = Config(layers=2, width=8, heads=2, context=8, evaluation_windows=8)
 

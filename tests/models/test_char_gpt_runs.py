@@ -4,7 +4,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from words import write_words
 
 from models import cli
 from models.char_gpt import __main__ as command
@@ -14,6 +13,7 @@ from models.char_gpt.perturbations import LEVELS
 from models.char_gpt.run import finished, run
 from models.char_gpt.training import TrainingDivergedError, train
 from models.corpus import load
+from tests.support.words import write_words
 
 TINY = Config(
     objective="margin",

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from words import write_words
 
 from models import cli
 from models.char_gpt import __main__ as command
@@ -23,6 +22,7 @@ from models.char_gpt.config import SITES, Config
 from models.char_gpt.penalty import negatives_at
 from models.char_gpt.training import StepData, draw_windows, initial_state, train_step
 from models.corpus import load
+from tests.support.words import write_words
 
 ROOT = Path(__file__).resolve().parents[2]
 # The learning rate is 0 at the first step and full at the second, so that is the one that moves the parameters.
@@ -118,8 +118,7 @@ def environment(devices):
         "JAX_ENABLE_X64": "1",
         # The code runs twice, and compiling it is what takes time.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        # As pytest has it.
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))),
+        "PYTHONPATH": str(ROOT),
     }
 
 

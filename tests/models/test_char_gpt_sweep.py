@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_sweep
 from rich.console import Console
-from words import write_words
 
 from models.char_gpt import lines, study, sweep
 from models.char_gpt.checkpoint import NAME as CHECKPOINT
 from models.corpus import load
+from tests.support import tiny_sweep
+from tests.support.words import write_words
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 240.0

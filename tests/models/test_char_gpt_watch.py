@@ -4,11 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dense import dense_truth
 
 from models.char_gpt import watch
 from models.char_gpt.config import Config
 from models.char_gpt.model import CharGPT
+from tests.support.dense import dense_truth
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3)
 

@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic_runs import Truth, write_runs
 
 from models.char_gpt import study
 from paper_figures import verdicts
@@ -13,6 +12,7 @@ from paper_figures.analysis.holm import holm
 from paper_figures.analysis.paired import Paired, bootstrap_interval
 from paper_figures.analysis.tests_of_means import equivalence_p, p_value, power, sign_flip_p
 from paper_figures.runs import load_runs
+from tests.support.synthetic_runs import Truth, write_runs
 
 
 def normals(n, mean=0.3, seed=0):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 from matplotlib import pyplot as plt
-from synthetic_runs import Truth, write_runs
 
 from models import cli
 from models.char_gpt import study
 from paper_figures import __main__ as command
 from paper_figures import report, runs, style, verdicts
+from tests.support.synthetic_runs import Truth, write_runs
 
 ROOT = Path(report.__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"

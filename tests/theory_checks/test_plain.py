@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import dense_map
 from scipy.stats import kstest, multivariate_normal, norm
 
 from models.scalar import PAST, scalar_attention
+from tests.support.dense import dense_map
 from theory_checks import certified_radius, conditioning, gaussian_limit, sampler_law, support_tokens
 from theory_checks.plain import determinants, jacobians, residuals
 from theory_checks.strategies import SHAPES, Shape, make_case

@@ -5,12 +5,12 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from modes import mode_at
 from scipy.special import softmax
 
 from prob_transformer.inference.laplace import IndefiniteCurvatureError, laplace
 from prob_transformer.inference.laplace.curvature import diagonal_of
 from prob_transformer.inference.laplace.matrix_free import covariance_product
+from tests.support.modes import mode_at
 
 RNG = np.random.default_rng(5)
 X = RNG.normal(size=(5, 2))

@@ -4,7 +4,6 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from modes import mode_at
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation
 from optax import adam
@@ -13,6 +12,7 @@ from scipy.stats import multivariate_normal, norm
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, map_objective, token_model
 from prob_transformer.inference import MapStatus, find_map, load, save
 from prob_transformer.inference.laplace import IndefiniteCurvatureError, laplace
+from tests.support.modes import mode_at
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(6, 3)), RNG.normal(size=6)

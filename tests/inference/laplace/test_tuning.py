@@ -3,7 +3,6 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from modes import mode_at
 from scipy.optimize import minimize_scalar
 from scipy.stats import multivariate_normal
 
@@ -14,6 +13,7 @@ from prob_transformer.inference.laplace import (
     laplace,
     tune_prior_precision,
 )
+from tests.support.modes import mode_at
 
 RNG = np.random.default_rng(7)
 X = RNG.normal(size=(8, 3))
