@@ -1,4 +1,4 @@
-"""Verdicts as the tables of the README and the report, cell by cell, from the saved record."""
+"""Verdicts as the tables of docs/findings.md and the report, cell by cell, from the saved record."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def verdict_cells(record: dict[str, Any], split: str = "test") -> list[list[str]
 
 
 def markdown(record: dict[str, Any], split: str = "test") -> str:
-    """Both tables in Markdown, for the README: what was measured, and the verdicts."""
+    """Both tables in Markdown, for docs/findings.md: what was measured, and the verdicts."""
     tables = ((OVERVIEW_HEADINGS, overview_cells(record, split)), (VERDICT_HEADINGS, verdict_cells(record, split)))
     return "\n\n".join(_markdown_table(headings, cells) for headings, cells in tables)
 

@@ -100,9 +100,9 @@ def test_bad_arguments_end_with_one_line_and_status_2(main, arguments, message, 
     assert message in error
 
 
-def test_the_readme_shows_the_tables_and_answers_of_the_committed_verdicts():
+def test_the_findings_show_the_tables_and_answers_of_the_committed_verdicts():
     record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     assert verdicts.markdown(record) in page
     for answer in record["answers"]:
         assert answer in page

@@ -1,0 +1,33 @@
+"""The code on the pages runs as a reader runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("page", "count"), [("docs/accelerated.md", 1), ("docs/inference.md", 2), ("docs/own_model.md", 3)]
+)
+def test_the_code_on_a_page_runs_from_top_to_bottom(page, count, tmp_path, monkeypatch):
+    # What the code writes goes under the current folder.
+    monkeypatch.chdir(tmp_path)
+    code = blocks(page, "python")
+    assert len(code) == count
+    exec(compile("\n".join(code), page, "exec"), {})
+
+
+def test_the_readme_example_prints_what_the_readme_shows(tmp_path):
+    """In a process of its own, in JAX's default precision, where nothing but core dependencies can be imported."""
+    (code,), (printed,) = blocks("README.md", "python"), blocks("README.md", "text")
+    assert len(code.splitlines()) <= 15
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout == printed
