@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,29 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
+def _is_checkout(root: Path) -> bool:
+    """Whether `root` is a checkout of this project, and not a folder of the user's that the package was put into."""
+    try:
+        settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return settings.get("project", {}).get("name") == "prob-transformer"
+
+
 def _commit() -> str | None:
     """The checkout's commit, with "+changes" when tracked files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root)]
+    if not _is_checkout(root):
+        return None
+    # With its folders named, git does not search the parents, which may be a repository of the user's. What a hook of
+    # another repository exports (GIT_DIR, GIT_INDEX_FILE, ...) must not decide either.
+    git = ["git", "--git-dir", str(root / ".git"), "--work-tree", str(root)]
+    run = partial(
+        subprocess.run, env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    )
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode != 0
+        head = run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changed else "")
