@@ -27,19 +27,20 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-def _is_checkout(root: Path) -> bool:
-    """Whether `root` is a checkout of this project, and not a folder of the user's that the package was put into."""
+def checkout() -> Path | None:
+    """The root of this project's source that the package runs from; None if the package was put elsewhere alone."""
+    root = Path(__file__).resolve().parent.parent
     try:
         settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return settings.get("project", {}).get("name") == "prob-transformer"
+        return None
+    return root if settings.get("project", {}).get("name") == "prob-transformer" else None
 
 
 def _commit() -> str | None:
     """The checkout's commit, with "+changes" when tracked files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not _is_checkout(root):
+    root = checkout()
+    if root is None:
         return None
     # With its folders named, git does not search the parents, which may be a repository of the user's. What a hook of
     # another repository exports (GIT_DIR, GIT_INDEX_FILE, ...) must not decide either.

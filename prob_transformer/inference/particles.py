@@ -21,6 +21,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from prob_transformer._extras import require
 from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.attention import Attention
 from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
@@ -163,8 +164,10 @@ def particle_filter(
 
     Resamples where the effective sample size is at most `threshold` * N. The decoder must act row by row, as
     `LinearDecoder` does, so that token i depends on the past through u_i alone. Never raises for numerical trouble:
-    see `status`. Raises ValueError for bad arguments. Equations: module docstring.
+    see `status`. Raises ValueError for bad arguments, and MissingExtraError without Blackjax. Equations: module
+    docstring.
     """
+    require("inference", "blackjax")
     tokens = require_tokens(tokens)
     if tokens.ndim != 1:
         raise ValueError(f"tokens: has shape {tokens.shape}; pass one sequence (n,), or vmap over sequences.")
