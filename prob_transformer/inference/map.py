@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
@@ -144,7 +144,16 @@ class MapResult(NamedTuple):
 
 
 @eqx.filter_jit
-def _search(model, args, kwargs, space, signs, start, tolerance, max_steps):
+def _search(
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    space: Space,
+    signs: Signs | None,
+    start: Sites,
+    tolerance: Float[Array, ""],
+    max_steps: Int[Array, ""],
+) -> tuple[Minimum, dict[str, Array], dict[str, Array], dict[str, Array], dict[str, Array]]:
     # One compilation a model, space and shapes: all that changes between calls comes in as an argument.
     flat, unravel = ravel_pytree(start)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._validation import require_count
 from prob_transformer.inference.joint import key_or_seed
+from prob_transformer.inference.laplace.curvature import Curvature
 from prob_transformer.inference.laplace.potential import Potential
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.laplace.predictive import (
@@ -60,7 +61,7 @@ class LaplaceResult(NamedTuple):
     precision: Precision
     log_evidence: float
     structure: str
-    curvature: str
+    curvature: Curvature
     rank: int | None
     at: MapResult
 
