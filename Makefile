@@ -67,7 +67,8 @@ types: $(INSTALLED) ## mypy
 $(INSTALLED): requirements.lock pyproject.toml
 	$(REQUIRE_PYTHON)
 	"$(PYTHON)" -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock \
+	@echo "installing the packages of requirements.lock into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock \
 		|| { echo "$(NOT_INSTALLED)" >&2; exit 2; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
