@@ -1,20 +1,17 @@
-# The two commands: `make reproduce` and `make test`. Each makes its own environment from the lock file first.
-#   make reproduce [PROFILE=smoke|quick|full]     checks, training, figures, results/report.html
-#   make test                                     the test suite but for what is long by nature
-#   make test-all                                 the whole test suite
-#   make benchmark [BENCHMARK=FILE]               time and memory of the accelerated path; killed, it goes on where it was
-#   make benchmark-inference                      MAP, Laplace, NUTS and particles against the truth
-#   make benchmark-laplace                        Laplace of a character GPT next to laplace-torch
-#   make benchmark-smollm2                        logits of SmolLM2 next to transformers on PyTorch
-# For long nights: make test-deep [SEED=N], every drawn check on far more cases with a new seed each day.
-# Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13; some tests: make test TESTS="tests/test_margin.py"
+# The first command that needs Python makes the environment VENV from the lock file.
+# A target is what has a description after ##; plain `make` prints them.
 
 PROFILE ?= quick
 VENV ?= .venv
 RESULTS ?= results
 BENCHMARK ?= $(RESULTS)/benchmark.json
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+	$$p $(IS_NEW_ENOUGH) && echo $$p && break; done)
+NOT_INSTALLED := error: the packages of the lock file could not be installed; without a network, set PIP_NO_INDEX=1 \
+	and PIP_FIND_LINKS to a folder that has them
+REQUIRE_PYTHON = @"$(PYTHON)" $(IS_NEW_ENOUGH) || { echo "error: Python 3.11 or newer is needed, but" \
+	"$(if $(PYTHON),$(PYTHON) is not,none was found); pass PYTHON=path/to/python" >&2; exit 2; }
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_BENCHMARK := $(VENV)/.installed-for-benchmark
@@ -24,10 +21,13 @@ LAPLACE_TORCH ?= .venv-laplace-torch
 
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: reproduce test test-all test-deep benchmark benchmark-inference benchmark-laplace benchmark-smollm2 lint types \
-	lock clean
+.PHONY: $(shell awk -F: '/^[a-z0-9-]+:.*\#\# / {print $$1}' Makefile)
 
-reproduce: $(INSTALLED)
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-22s%s\n", $$1, $$2}' Makefile
+	@echo 'some tests: make test TESTS="tests/test_margin.py"; another Python: make test PYTHON=python3.13 VENV=.venv-3.13'
+
+reproduce: $(INSTALLED) ## checks, training, figures and results/report.html [PROFILE=smoke|quick|full]
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
 	$(RUN) -m models.char_gpt sweep --profile $(PROFILE) --out $(RESULTS)/runs/$(PROFILE)
 	$(RUN) -m paper_figures.verdicts --runs $(RESULTS)/runs/$(PROFILE) --out $(RESULTS)/verdicts.json
@@ -35,42 +35,44 @@ reproduce: $(INSTALLED)
 	$(RUN) -m paper_figures.claims --json $(RESULTS)/theory_checks.json --out $(RESULTS)/figures/claims
 	$(RUN) -m paper_figures.report --results $(RESULTS) --profile $(PROFILE)
 
-test: $(INSTALLED)
+test: $(INSTALLED) ## the tests but those that are long by nature [TESTS=FILES]
 	$(RUN) -m pytest -n 2 -m "not slow" $(TESTS)
 
-test-all: $(INSTALLED)
+test-all: $(INSTALLED) ## every test [TESTS=FILES]
 	$(RUN) -m pytest -n 2 $(TESTS)
 
-test-deep: $(INSTALLED)
+test-deep: $(INSTALLED) ## every drawn check on far more cases, for a long night, with a new seed each day [SEED=N]
 	$(RUN) -m theory_checks --seed $(SEED) --only finite --cases 100000 --json $(RESULTS)/deep/finite.json
 	$(RUN) -m theory_checks --seed $(SEED) --only change-of-variables --only low-rank-identity --only invariance \
 		--only conditioning --only safe-region --only certified-radius --only map-equivalence --cases 5000 \
 		--json $(RESULTS)/deep/theory_checks.json
 
-benchmark: $(INSTALLED_FOR_BENCHMARK)
+benchmark: $(INSTALLED_FOR_BENCHMARK) ## time and memory of the accelerated path; killed, it goes on where it was [BENCHMARK=FILE]
 	$(RUN) -m benchmarks --out $(BENCHMARK)
 
-benchmark-inference: $(INSTALLED)
+benchmark-inference: $(INSTALLED) ## MAP, Laplace, NUTS and particles against the truth
 	$(RUN) -m benchmarks.inference --out $(RESULTS)/inference.json
 
-benchmark-laplace: $(LAPLACE_TORCH)/.installed $(RESULTS)/laplace-run/metrics.json
+benchmark-laplace: $(LAPLACE_TORCH)/.installed $(RESULTS)/laplace-run/metrics.json ## Laplace of a character GPT next to laplace-torch
 	$(RUN) -m benchmarks.laplace_torch --run $(RESULTS)/laplace-run --torch-python $(LAPLACE_TORCH)/bin/python \
 		--out $(RESULTS)/laplace_torch.json
 
-benchmark-smollm2: $(INSTALLED_FOR_SMOLLM2)
+benchmark-smollm2: $(INSTALLED_FOR_SMOLLM2) ## logits of SmolLM2 next to transformers on PyTorch
 	$(RUN) -m benchmarks.smollm2 --out $(RESULTS)/smollm2_logits.json
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## ruff: rules and format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-types: $(INSTALLED)
+types: $(INSTALLED) ## mypy
 	$(RUN) -m mypy
 
 $(INSTALLED): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: no Python of at least 3.11 found; pass PYTHON=path/to/python" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(REQUIRE_PYTHON)
+	"$(PYTHON)" -m venv $(VENV)
+	@echo "installing the packages of requirements.lock into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock \
+		|| { echo "$(NOT_INSTALLED)" >&2; exit 2; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -79,7 +81,8 @@ $(RESULTS)/laplace-run/metrics.json: | $(INSTALLED)
 
 # laplace-torch pins and imports much of its own, so it gets an environment of its own.
 $(LAPLACE_TORCH)/.installed: benchmarks/laplace_torch/requirements.txt
-	$(PYTHON) -m venv $(LAPLACE_TORCH)
+	$(REQUIRE_PYTHON)
+	"$(PYTHON)" -m venv $(LAPLACE_TORCH)
 	$(LAPLACE_TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
@@ -92,12 +95,11 @@ $(INSTALLED_FOR_SMOLLM2): $(INSTALLED) benchmarks/smollm2/requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/smollm2/requirements.txt
 	touch $@
 
-# Rewrites the lock file, keeping every pin that still fits; needs uv. The extras for benchmarks are left out: files of
-# their own pin them.
-lock:
+# The extras for benchmarks are left out: files of their own pin them.
+lock: ## rewrite the lock file, keeping every pin that still fits; needs uv
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra checkout --extra corpus --extra dev \
-		--extra inspect --extra smollm2 --generate-hashes --no-header --quiet --no-annotate \
+		--extra smollm2 --generate-hashes --no-header --quiet --no-annotate \
 		--output-file requirements.lock
 
-clean:
+clean: ## remove the environment and what building and testing leave behind
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,11 +43,11 @@ def _in_float64(function: Callable[..., Any], *arrays: Any) -> Any:
 def reference(queries: Float[np.ndarray, "c p n"], keys: Float[np.ndarray, "c p n"]) -> tuple[Any, Gradient]:
     """log|det J_i| (c, n), and value and gradient of the mean barrier, by prob_transformer in float64."""
 
-    def log_det(queries, keys):
+    def log_det(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> Float[Array, "c n"]:
         attention, embeddings = side_by_side(queries, keys)
         return residual_and_log_det(attention, embeddings).log_det
 
-    def both(queries, keys):
+    def both(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> tuple[Float[Array, "c n"], Any]:
         values = jax.jit(log_det)(queries, keys)
         return values, jax.jit(jax.value_and_grad(lambda q, k: -log_det(q, k).mean(), (0, 1)))(queries, keys)
 
@@ -70,7 +70,9 @@ def reference_at(
 
         return jax.lax.map(at, jnp.asarray(positions))
 
-    def total(queries, keys):
+    def total(
+        queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]
+    ) -> tuple[Float[Array, ""], Float[Array, "c k"]]:
         attention, embeddings = side_by_side(queries, keys)
         values = jax.lax.map(lambda cell: one_cell(attention, cell), embeddings)
         return values.sum(), values
@@ -82,7 +84,7 @@ def reference_at(
 def smallest_margin(queries: Float[np.ndarray, "c p n"], keys: Float[np.ndarray, "c p n"]) -> float:
     """The smallest sigma_min(J_i), in float64, of the cells as embeddings (q_s, k_s)."""
 
-    def margin(queries, keys):
+    def margin(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> Float[Array, ""]:
         return stability_margin(*side_by_side(queries, keys), kind="conditioning").min()
 
     return float(_in_float64(margin, queries, keys))

@@ -74,7 +74,7 @@ def fast_mean(
 def fast(tiling: Tiling = DEFAULT_TILING, name: str = FAST) -> Contestant:
     """The accelerated path."""
 
-    def log_det(queries, keys):
+    def log_det(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> Float[Array, "c n"]:
         return accelerated.residual_and_log_det(*side_by_side(queries, keys), tiling).log_det
 
     return _by_jax(name, partial(fast_mean, tiling=tiling), log_det)

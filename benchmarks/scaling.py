@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from benchmarks.agreement import TOLERANCE, gradient_error, log_det_error, reference_at
 from benchmarks.contestants import fast, side_by_side
@@ -19,10 +19,12 @@ from prob_transformer import accelerated
 MOST_DEVIATION = 0.25
 
 
-def _fast_at(queries: Any, keys: Any, positions: Int[np.ndarray, " k"]):
+def _fast_at(queries: Any, keys: Any, positions: Int[np.ndarray, " k"]) -> tuple[Float[Array, "c k"], Any]:
     """log|det J_i| at some positions and the gradient of their sum, by the accelerated path in float32."""
 
-    def total(queries, keys):
+    def total(
+        queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]
+    ) -> tuple[Float[Array, ""], Float[Array, "c k"]]:
         values = accelerated.residual_and_log_det(*side_by_side(queries, keys)).log_det[:, positions]
         return values.sum(), values
 

@@ -84,7 +84,7 @@ def draw_cells(
     shape = (sizes.heads, sizes.head_size, sizes.width)
     query, key = (scale / math.sqrt(sizes.width) * rng.normal(size=shape) for _ in range(2))
 
-    def projected(weights):
+    def projected(weights: Float[np.ndarray, "H p d"]) -> Float[np.ndarray, "c p n"]:
         heads = np.einsum("hpd,snd->shpn", weights, inputs)
         return heads.reshape(-1, sizes.head_size, length).astype(np.float32)
 

@@ -1,7 +1,7 @@
 """A result as tables: for the terminal (rich) and as Markdown, from the same cells of text."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
-def _spread(value: dict[str, float], show) -> str:
+def _spread(value: dict[str, float], show: Callable[[float], str]) -> str:
     return f"{show(value['median'])} ({show(value['low'])} to {show(value['high'])})"
 
 

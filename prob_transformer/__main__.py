@@ -1,26 +1,24 @@
 """The command `prob-transformer`, also `python -m prob_transformer`: see `prob-transformer inspect --help`.
 
-What it needs beyond the library itself is in the extra `inspect`; without it the command says so in one line.
+Its --help and --version work with the core alone. What `inspect` needs beyond it is in the extra `inspect`.
 """
 
 import sys
 from collections.abc import Sequence
 
-_EXTRA = {"gguf", "rich", "safetensors", "tokenizers"}
+from prob_transformer import inspect
+
+
+def _load(model: str) -> inspect.Loaded:
+    # The loaders need the extra, which --help must not.
+    from prob_transformer.decoder_models.load import load
+
+    return load(model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 2 for bad input or a missing package, 130 when interrupted."""
-    try:
-        from prob_transformer import inspect
-        from prob_transformer.decoder_models.load import load
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRA:
-            raise
-        print(f'error: {package} is not installed; pip install "prob-transformer[inspect]".', file=sys.stderr)
-        return 2
-    return inspect.main(sys.argv[1:] if argv is None else argv, load)
+    """Run the command and return its exit status: 2 for bad input or a missing extra, 130 when interrupted."""
+    return inspect.main(sys.argv[1:] if argv is None else argv, _load)
 
 
 if __name__ == "__main__":

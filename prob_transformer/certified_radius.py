@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer._validation import require_embeddings
 from prob_transformer.attention import Attention, Past, attention_weights, weighted_covariance
@@ -38,7 +38,7 @@ def _last_below(
 ) -> Float[Array, ""]:
     """The largest t found with bound(t) <= limit, for an increasing bound that passes the limit by `farthest`."""
 
-    def halve(_, ends):
+    def halve(_: Int[Array, ""], ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
         inside = bound(middle) <= limit
@@ -67,11 +67,11 @@ def certified_radius_at(attention: Attention, past: Past, embedding: Float[Array
     saturated = jnp.log(jnp.maximum(largest / product, 1.0)) / reach
     turning = jnp.log(jnp.maximum(spread * reach / (8 * product), 1.0)) / reach
 
-    def norm_bound(t):
+    def norm_bound(t: Float[Array, ""]) -> Float[Array, ""]:
         growing = product * jnp.exp(jnp.minimum(t, saturated) * reach)
         return jnp.where(moves, jnp.where(t < saturated, growing, largest), 0.0).sum()
 
-    def change_bound(t):
+    def change_bound(t: Float[Array, ""]) -> Float[Array, ""]:
         grown = product * jnp.expm1(jnp.minimum(t, turning) * reach)
         return jnp.where(moves, grown + steepest * jnp.maximum(t - turning, 0.0), 0.0).sum()
 

@@ -14,15 +14,18 @@ Derivations: docs/theory.md.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from prob_transformer._validation import require_embeddings
 from prob_transformer.attention import Attention, Past, attention_weights, past_masks, weighted_covariance
+
+Result = TypeVar("Result")
 
 
 class ResidualAndLogDet(NamedTuple):
@@ -59,13 +62,17 @@ def jacobian_block_at(attention: Attention, past: Past, embedding: Float[Array, 
     return jnp.eye(attention.width, dtype=covariances.dtype) - covariances.sum(axis=0)
 
 
-def over_positions(function, attention: Attention, embeddings: Float[Array, "... n d"]):
+def over_positions(
+    function: Callable[[Attention, Past, Float[Array, " d"]], Result],
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+) -> Result:
     """Apply a one-position function to every position of every sequence, each seeing its strict past."""
 
-    def one_sequence(sequence: Float[Array, "n d"]):
+    def one_sequence(sequence: Float[Array, "n d"]) -> Result:
         past = Past.of(attention, sequence)
 
-        def one_position(visible, embedding):
+        def one_position(visible: Bool[Array, " n"], embedding: Float[Array, " d"]) -> Result:
             return function(attention, past.seen_by(visible), embedding)
 
         return jax.vmap(one_position)(past_masks(sequence.shape[0]), sequence)

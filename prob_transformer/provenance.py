@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,30 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
+def checkout() -> Path | None:
+    """The root of this project's source that the package runs from; None if the package was put elsewhere alone."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return root if settings.get("project", {}).get("name") == "prob-transformer" else None
+
+
 def _commit() -> str | None:
     """The checkout's commit, with "+changes" when tracked files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root)]
+    root = checkout()
+    if root is None:
+        return None
+    # With its folders named, git does not search the parents, which may be a repository of the user's. What a hook of
+    # another repository exports (GIT_DIR, GIT_INDEX_FILE, ...) must not decide either.
+    git = ["git", "--git-dir", str(root / ".git"), "--work-tree", str(root)]
+    run = partial(
+        subprocess.run, env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    )
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode != 0
+        head = run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changed else "")

@@ -104,7 +104,7 @@ def token_model(
     require_count("length", length, 2, "the number of positions, needed when tokens is None")
     assert length is not None
 
-    def sequences():
+    def sequences() -> Float[Array, "... n d"]:
         if objective == "full":
             prior = EmbeddingProcess(attention, length, noise_scale, first_scale)
         else:

@@ -8,24 +8,27 @@ det J_i <= 0, which the status reports, or end at one of several roots with det 
 """
 
 import enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
 from prob_transformer.attention import Attention, Past
-from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
+from prob_transformer.change_of_variables import ResidualAndLogDet, residual_and_log_det, residual_and_log_det_at
 
 CONTINUATION_STEPS = 16
 # Trust-region steps allowed at each point of the path.
 _MAX_STEPS = 256
+
+_Problem = tuple[Attention, Past, Float[Array, " d"]]
+Tree = TypeVar("Tree")
 
 
 class SolveStatus(enum.IntEnum):
@@ -82,7 +85,7 @@ def status_after(
     return jnp.maximum(status_so_far, jnp.where(reached, crossed, SolveStatus.NOT_CONVERGED).astype(jnp.int32))
 
 
-def _in_default_precision(tree):
+def _in_default_precision(tree: Tree) -> Tree:
     floating, rest = eqx.partition(tree, eqx.is_inexact_array)
     return eqx.combine(jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), floating), rest)
 
@@ -98,11 +101,11 @@ def solve_position(
     solver: optx.Dogleg = optx.Dogleg(rtol=tolerance, atol=tolerance)
     scale = 1.0 + jnp.abs(noise).max()
 
-    def mismatch(u, problem):
+    def mismatch(u: Float[Array, " d"], problem: _Problem) -> Float[Array, " d"]:
         attention, past, target = problem
         return residual_and_log_det_at(attention, past, u).residual - target
 
-    def root_near(guess, problem):
+    def root_near(guess: Float[Array, " d"], problem: _Problem) -> Float[Array, " d"]:
         # The result code is not used: a trust region that stops early at a root to within rounding is not a failure,
         # and one that stops elsewhere is caught by the residual itself.
         return optx.root_find(mismatch, solver, guess, args=problem, max_steps=_MAX_STEPS, throw=False).value
@@ -110,10 +113,12 @@ def solve_position(
     frozen_attention, frozen_past, frozen_noise = jax.lax.stop_gradient((attention, past, noise))
     start = residual_and_log_det_at(frozen_attention, frozen_past, frozen_noise)
 
-    def judge(here, target, status_so_far):
+    def judge(here: ResidualAndLogDet, target: Float[Array, " d"], status_so_far: Int[Array, ""]) -> Int[Array, ""]:
         return status_after(here.residual - target, here.sign, residual_tolerance(noise.dtype) * scale, status_so_far)
 
-    def follow(carry, fraction):
+    def follow(
+        carry: tuple[Array, Array, Array], fraction: Float[Array, ""]
+    ) -> tuple[tuple[Array, Array, Array], None]:
         u, residual, status = carry
         target = start.residual + fraction * (frozen_noise - start.residual)
         # A lost path is not followed further: its target becomes where it already is, and the solve ends at once.
@@ -134,8 +139,8 @@ def solve_position(
 def _solve(attention: Attention, noise: Float[Array, "... n d"], continuation_steps: int) -> Solution:
     length, width = noise.shape[-2:]
 
-    def one_sequence(sequence: Float[Array, "n d"]):
-        def step(past, inputs):
+    def one_sequence(sequence: Float[Array, "n d"]) -> Solution:
+        def step(past: Past, inputs: tuple[Array, Array]) -> tuple[Past, tuple[Array, Array]]:
             position, noise_here = inputs
             u, status = solve_position(attention, past, noise_here, continuation_steps)
             return past.write(attention, position, u), (u, status)
@@ -196,10 +201,10 @@ class CausalAttentionTransform(Transform):
     ) -> Float[Array, "..."]:
         return -residual_and_log_det(self.attention, y).log_det.sum(-1)
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Attention], tuple[tuple[str], dict[str, int]]]:
         return (self.attention,), (("attention",), {"continuation_steps": self.continuation_steps})
 
-    def eq(self, other: object, static: bool = False):
+    def eq(self, other: object, static: bool = False) -> bool | Bool[Array, ""]:
         if type(other) is not type(self) or self.continuation_steps != other.continuation_steps:
             return False
         return eqx.tree_equal(self.attention, other.attention)

@@ -1,10 +1,16 @@
+import importlib.util
 import json
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from prob_transformer import __version__
 from prob_transformer.provenance import atomic_path, provenance, write_json, write_text
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_failed_write_leaves_the_old_file_whole_and_no_litter(tmp_path):
@@ -52,3 +58,78 @@ def test_provenance_names_version_command_seed_configuration_and_packages():
     assert (record["seed"], record["configuration"]) == (3, {"steps": 5})
     assert {"jax", "numpyro", "numpy", "scipy"} <= record["packages"].keys()
     json.dumps(record, allow_nan=False)
+
+
+def repository(folder):
+    """The commit of a new git repository that tracks all that is in `folder`."""
+
+    def git(*arguments):
+        identity = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
+        done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "all")
+    return git("rev-parse", "HEAD")
+
+
+def recorded_commit(package):
+    """The commit that a copy of provenance.py in the folder `package` records."""
+    specification = importlib.util.spec_from_file_location("copy_of_provenance", package / "provenance.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.provenance(None, {})["commit"]
+
+
+def copied_to(package):
+    package.mkdir(parents=True)
+    shutil.copy(ROOT / "prob_transformer" / "provenance.py", package)
+    return package
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    package = copied_to(tmp_path / "checkout" / "prob_transformer")
+    shutil.copy(ROOT / "pyproject.toml", package.parent)
+    return package
+
+
+def test_the_commit_is_that_of_the_checkout_and_says_when_files_differ(checkout):
+    commit = repository(checkout.parent)
+    assert recorded_commit(checkout) == commit
+    with (checkout / "provenance.py").open("a") as file:
+        file.write("\n")
+    assert recorded_commit(checkout) == commit + "+changes"
+
+
+def test_a_git_hook_of_another_repository_does_not_change_the_commit(checkout, tmp_path, monkeypatch):
+    commit = repository(checkout.parent)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    repository(tmp_path / "other")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "other" / ".git" / "index"))
+    assert recorded_commit(checkout) == commit
+
+
+@pytest.mark.parametrize("place", ["venv/lib/python3.11/site-packages", "vendored", "."])
+def test_a_repository_of_the_user_is_not_recorded(place, tmp_path):
+    package = copied_to(tmp_path / place / "prob_transformer")
+    for name in ("pyproject.toml", "vendored/pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('[project]\nname = "work-of-the-user"\n')
+    repository(tmp_path)
+    assert recorded_commit(package) is None
+
+
+def test_a_checkout_copied_into_a_repository_of_the_user_has_no_commit(checkout, tmp_path):
+    repository(tmp_path)
+    assert recorded_commit(checkout) is None
+
+
+def test_without_git_or_before_the_first_commit_there_is_no_commit(checkout, monkeypatch):
+    subprocess.run(["git", "init", "--quiet"], cwd=checkout.parent, check=True)
+    assert recorded_commit(checkout) is None
+    monkeypatch.setenv("PATH", "")
+    assert recorded_commit(checkout) is None

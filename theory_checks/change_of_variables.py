@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prob_transformer import Attention, CausalAttentionTransform, residual_and_log_det
+from prob_transformer.change_of_variables import ResidualAndLogDet
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import amplification
@@ -100,7 +101,7 @@ def _self_inclusion() -> float:
     largest = 0.0
     shape = next(shape for shape in SHAPES if not shape.with_values and shape.length == 5)
 
-    def self_inclusive(embeddings, query, key):
+    def self_inclusive(embeddings: Any, query: Any, key: Any) -> jax.Array:
         return dense_residual(query, key, None, embeddings, offset=0)
 
     jacobian = quick_jit(jax.jacfwd(self_inclusive))
@@ -117,14 +118,14 @@ def run(plan: Plan) -> Outcome:
     cases = plan.count(1650, 60)
 
     @quick_jit
-    def library(query, key, value, embeddings):
+    def library(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[ResidualAndLogDet, jax.Array]:
         attention = Attention(query, key, value)
         transform = CausalAttentionTransform(attention)
         noise_to_embeddings = transform.log_abs_det_jacobian(embeddings, embeddings)
         return residual_and_log_det(attention, embeddings), noise_to_embeddings
 
     @quick_jit
-    def expected(query, key, value, embeddings):
+    def expected(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
         jacobian = jax.jacfwd(dense_residual, argnums=3)(query, key, value, embeddings)
         return dense_residual(query, key, value, embeddings), jacobian
 

@@ -72,7 +72,7 @@ def run(plan: Plan) -> Outcome:
     cases = plan.count(300, 40)
 
     @quick_jit
-    def log_prob(query, key, value, embeddings, scales):
+    def log_prob(query: Any, key: Any, value: Any, embeddings: Any, scales: Any) -> jax.Array:
         process = EmbeddingProcess(Attention(query, key, value), embeddings.shape[0], scales[0], scales[1])
         return process.log_prob(embeddings)
 

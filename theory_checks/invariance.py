@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ortho_group
@@ -25,7 +26,7 @@ Library = Callable[..., Any]
 
 def _library() -> Library:
     @quick_jit
-    def everything(query, key, value, embeddings, scale):
+    def everything(query: Any, key: Any, value: Any, embeddings: Any, scale: Any) -> tuple[jax.Array, ...]:
         attention = Attention(query, key, value)
         residual, _, log_det = residual_and_log_det(attention, embeddings)
         conditioning = stability_margin(attention, embeddings, "conditioning")

@@ -131,8 +131,8 @@ def _token_probabilities(length: int, vocabulary: int) -> Integral:
     sequences = jnp.array(list(itertools.product(range(vocabulary), repeat=length)))
 
     @quick_jit
-    def joint(embeddings):
-        def one(embedding, tokens):
+    def joint(embeddings: jax.Array) -> jax.Array:
+        def one(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
             scales = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
             log_joint, _ = log_density(
                 token_model, (attention, decoder, tokens), scales, {"embeddings": embedding[:, None]}
@@ -172,7 +172,7 @@ def _extension(plan: Plan, cases: int) -> Worst:
     """Adding positions one at a time against the whole sequence, relative to 1 + |log p|."""
 
     @quick_jit
-    def both(query, key, value, embeddings):
+    def both(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
         process = EmbeddingProcess(Attention(query, key, value), embeddings.shape[0], NOISE_SCALE, FIRST_SCALE)
         past, total = process.empty_past(), jnp.zeros(())
         for embedding in embeddings:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from prob_transformer import Attention, jacobian_block, residual_and_log_det
+from prob_transformer.change_of_variables import ResidualAndLogDet
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import amplification
@@ -40,7 +42,7 @@ def run(plan: Plan) -> Outcome:
     cases = plan.count(600, 60)
 
     @quick_jit
-    def library(query, key, value, embeddings):
+    def library(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, ResidualAndLogDet]:
         attention = Attention(query, key, value)
         return jacobian_block(attention, embeddings), residual_and_log_det(attention, embeddings)
 

@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 import optax
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
+from numpy.typing import NDArray
 from numpyro.infer import SVI, Trace_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.infer.util import potential_energy
@@ -126,16 +127,16 @@ def relative_difference(one: Any, other: Any) -> float:
 
 
 def _compiled(setting: Setting) -> Callable[..., Any]:
-    def numpyro_side(parameters, tokens, scales):
+    def numpyro_side(parameters: Parameters, tokens: Any, scales: Any) -> Any:
         shapes = _weight_shapes(parameters)
         arguments = (tokens, scales, setting.objective, setting.with_barrier, shapes)
         return potential_energy(bayesian_model, arguments, {}, parameters)
 
-    def hand_side(parameters, tokens, scales):
+    def hand_side(parameters: Parameters, tokens: Any, scales: Any) -> Any:
         return by_hand(parameters, tokens, scales, setting.objective, setting.with_barrier)
 
     @quick_jit
-    def both_sides(parameters, tokens, scales):
+    def both_sides(parameters: Parameters, tokens: Any, scales: Any) -> tuple[Any, Any]:
         return (
             jax.value_and_grad(numpyro_side)(parameters, tokens, scales),
             jax.value_and_grad(hand_side)(parameters, tokens, scales),
@@ -155,7 +156,7 @@ def optimum(steps: int = 6000) -> dict[str, float]:
     scales = np.array([1.0, 2.0, 1.5, 2.0])
     shapes = _weight_shapes(parameters)
 
-    def model():
+    def model() -> None:
         bayesian_model(tokens, scales, setting.objective, setting.with_barrier, shapes)
 
     guide = AutoDelta(model, init_loc_fn=init_to_value(values=parameters))
@@ -163,7 +164,7 @@ def optimum(steps: int = 6000) -> dict[str, float]:
     svi = SVI(model, guide, optax.adam(schedule), Trace_ELBO())
 
     @jax.jit
-    def fit(key):
+    def fit(key: jax.Array) -> dict[str, jax.Array]:
         # Compiled whole: run eagerly, setting up the guide costs more than all the steps.
         return svi.get_params(jax.lax.fori_loop(0, steps, lambda _, state: svi.update(state)[0], svi.init(key)))
 
@@ -174,7 +175,7 @@ def optimum(steps: int = 6000) -> dict[str, float]:
         jax.value_and_grad(lambda flat: by_hand(unravel(flat), tokens, scales, setting.objective, setting.with_barrier))
     )
 
-    def with_gradient(point):
+    def with_gradient(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         value, gradient = value_and_grad(point)
         return float(value), np.asarray(gradient)
 

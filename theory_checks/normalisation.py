@@ -48,7 +48,7 @@ def signed_density(noise_scale: float) -> Signed:
 
     @quick_jit
     def density(attention: Attention, past: Any, last: Any) -> jax.Array:
-        def one(embedding):
+        def one(embedding: jax.Array) -> jax.Array:
             embeddings = jnp.concatenate([past, embedding[None]])
             process = EmbeddingProcess(attention, embeddings.shape[0], noise_scale)
             absolute = jnp.exp(process.position_log_prob(embeddings)[-1])

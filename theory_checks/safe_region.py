@@ -36,7 +36,7 @@ def smallest_determinant(attention: Attention, past: Any, key: Any) -> tuple[jax
     # The logits differ by one unit at about this |u|: weights go from uniform to one-hot around it.
     unit = 1.0 / (slopes * spread + 1e-12)
 
-    def determinant(u):
+    def determinant(u: jax.Array) -> jax.Array:
         return stability_margin(attention, jnp.concatenate([past, u[None]]))[-1]
 
     start_key, scale_key, step_key = jax.random.split(key, 3)
@@ -46,7 +46,7 @@ def smallest_determinant(attention: Attention, past: Any, key: Any) -> tuple[jax
     best = jnp.argsort(found)[:_KEPT]
     points, values = starts[best], found[best]
 
-    def search(carry, round_key):
+    def search(carry: tuple[Any, ...], round_key: jax.Array) -> tuple[tuple[Any, ...], None]:
         points, values, radius = carry
         directions = jax.random.normal(round_key, (_KEPT, _STEPS, width))
         reach = radius * (unit + jnp.linalg.norm(points, axis=-1))[:, None, None]

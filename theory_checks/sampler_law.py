@@ -53,16 +53,16 @@ def sequence_transforms(attention: Attention, sequences: Any) -> dict[str, Array
     length = sequences.shape[1]
 
     @jax.jit
-    def transform(sequences, weight, stretch):
-        def mass(sequence, position, low, high):
+    def transform(sequences: jax.Array, weight: jax.Array, stretch: jax.Array) -> jax.Array:
+        def mass(sequence: jax.Array, position: int, low: jax.Array, high: jax.Array) -> jax.Array:
             points = low + 0.5 * (high - low) * (nodes + 1)
 
-            def at(point):
+            def at(point: jax.Array) -> jax.Array:
                 return jnp.exp(log_density(attention, sequence.at[position, 0].set(point), weight, stretch)[position])
 
             return 0.5 * (high - low) * weights @ jax.vmap(at)(points)
 
-        def one(sequence):
+        def one(sequence: jax.Array) -> jax.Array:
             u = sequence[:, 0]
             parts = []
             for position in range(length):
@@ -89,8 +89,8 @@ def next_transforms(
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, width)
 
     @quick_jit
-    def density(points, weight, stretch):
-        def at(point):
+    def density(points: jax.Array, weight: jax.Array, stretch: jax.Array) -> jax.Array:
+        def at(point: jax.Array) -> jax.Array:
             return jnp.exp(log_density(attention, jnp.concatenate([past, point[None]]), weight, stretch)[-1])
 
         return jax.lax.map(at, points, batch_size=4096)

@@ -101,11 +101,11 @@ def _library() -> dict[str, Any]:
         interaction = flat.reshape(WIDTH, WIDTH)
         return Attention(np.sqrt(WIDTH) * interaction[None], jnp.eye(WIDTH)[None])
 
-    def objective(flat, embeddings, target, weight):
+    def objective(flat: Any, embeddings: Any, target: Any, weight: Any) -> jax.Array:
         # lambda is the weight of the sum of b_i = -log m_i.
         return 0.5 * jnp.square(flat - target.ravel()).sum() + weight * barrier(attention(flat), embeddings).sum()
 
-    def both(flat, embeddings, target, weight):
+    def both(flat: Any, embeddings: Any, target: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
         return objective(flat, embeddings, target, weight), (stability_margin(attention(flat), embeddings) > 0).all()
 
     return {

@@ -30,7 +30,7 @@ def simulate(key: PRNGKeyArray, sizes: Sizes) -> tuple[Float[np.ndarray, "R 2"],
 
     @jax.jit
     @jax.vmap
-    def one(key):
+    def one(key: PRNGKeyArray) -> tuple[Float[Array, " 2"], Float[Array, "S n 1"]]:
         keys = jax.random.split(key, 3)
         b, noise_scale = (
             jnp.exp(mean + deviation * jax.random.normal(k))
@@ -84,7 +84,7 @@ def _particle_rows(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
     @jax.jit
     @jax.vmap
-    def one(key):
+    def one(key: PRNGKeyArray) -> tuple[Float[Array, " n"], Float[Array, "L n"], Int[Array, ""]]:
         data_key, token_key, filter_key, smooth_key = jax.random.split(key, 4)
         truth = process.sample(data_key)
         tokens: Int[Array, " n"] = jax.random.categorical(token_key, decoder()(truth))

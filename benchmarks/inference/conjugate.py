@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.diagnostics import effective_sample_size
 
 from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, conjugate_model
@@ -32,7 +32,7 @@ def _particle_row(sizes: Sizes) -> dict[str, Any]:
 
     @jax.jit
     @jax.vmap
-    def run(key):
+    def run(key: PRNGKeyArray) -> tuple[Float[Array, ""], Float[Array, "n d"], Float[Array, "n d"]]:
         found = particle_filter(attention, BUMPS, jnp.asarray(TOKENS), key, sizes.particles, **SCALES)
         weights, u = jnp.exp(found.log_weights)[:, None, None], found.embeddings
         return found.log_evidence, (weights * u).sum(0), (weights * jnp.square(u - mean)).sum(0)
@@ -41,7 +41,7 @@ def _particle_row(sizes: Sizes) -> dict[str, Any]:
     # Z and Z times a weighted mean are unbiased for any number of particles, so nothing is left but chance.
     relative = np.exp(log_evidences - np.log(evidence))
 
-    def deviation(estimates, truth) -> float:
+    def deviation(estimates: Float[np.ndarray, "repeats ..."], truth: Float[np.ndarray, "..."] | float) -> float:
         error = estimates.std(0, ddof=1) / np.sqrt(sizes.repeats)
         return float(np.abs((estimates.mean(0) - truth) / error).max())
 

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from benchmarks.inference.sizes import Sizes
 from benchmarks.inference.truth import SCALES, EvidenceCase, cases
@@ -16,8 +16,10 @@ from prob_transformer.inference.proposals import ProposalName
 
 
 @eqx.filter_jit
-def _runs(case: EvidenceCase, keys: PRNGKeyArray, particles: int, proposal: ProposalName):
-    def run(key):
+def _runs(
+    case: EvidenceCase, keys: PRNGKeyArray, particles: int, proposal: ProposalName
+) -> tuple[Float[Array, " repeats"], Int[Array, " repeats"]]:
+    def run(key: PRNGKeyArray) -> tuple[Float[Array, ""], Int[Array, ""]]:
         found = particle_filter(
             case.attention, case.decoder, jnp.asarray(case.tokens), key, particles, proposal=proposal, **SCALES
         )

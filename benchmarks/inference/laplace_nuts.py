@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer.util import unconstrain_fn
 from scipy.stats import kurtosis, norm, skew
@@ -79,7 +79,7 @@ def compare(problem: Problem, sizes: Sizes) -> list[dict[str, Any]]:
 def _flat(problem: Problem, draws: dict[str, Any]) -> Float[np.ndarray, "chain draw k"]:
     """Draws in unconstrained coordinates, by the names of the sites, each row by row."""
 
-    def unconstrained(sites):
+    def unconstrained(sites: dict[str, Array]) -> Float[Array, " k"]:
         found = unconstrain_fn(problem.model, problem.data, {}, sites)
         return jnp.concatenate([found[name].ravel() for name in sorted(found)])
 

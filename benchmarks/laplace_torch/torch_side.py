@@ -131,7 +131,7 @@ def of_structure(model: CharGPT, problem: dict[str, Any], structure: str) -> dic
 class _Sums(nn.Module):
     """Two positions and two classes: logits are the running sums over positions of one linear map with weights 0."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.map = nn.Linear(1, 2, bias=False)
         nn.init.zeros_(self.map.weight)

@@ -20,6 +20,7 @@ With `barrier_form` "one-sided" the penalty of margin is `prob_transformer.one_s
 share of sequences, heads and layers drawn anew every step.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Site
 from models.char_gpt.model import Attended, Block, CharGPT
 from models.char_gpt.regularisers import regularised
-from models.char_gpt.sharding import SITE_SPECS, at_site
+from models.char_gpt.sharding import SITE_SPECS, Tree, at_site
 from prob_transformer import Attention, accelerated, one_sided_penalty, residual_and_log_det, weight_prior
 from prob_transformer.accelerated import DEFAULT_TILING, Cells, MeanBarrier, Tiling
 from prob_transformer.change_of_variables import ResidualAndLogDet
@@ -59,12 +60,14 @@ def forward(
     return logits, embeddings, attended
 
 
-def _at_every_head(function, block: Block, attended: Float[Array, "B n d"]):
-    """`function(attention, embeddings)` for every head of a layer, alone and with identity values."""
-    return jax.vmap(lambda query, key: function(Attention(query[None], key[None]), attended))(block.query, block.key)
+def _at_every_head(
+    density: Callable[..., ResidualAndLogDet], block: Block, attended: Float[Array, "B n d"]
+) -> ResidualAndLogDet:
+    """`density(attention, embeddings)` for every head of a layer, alone and with identity values."""
+    return jax.vmap(lambda query, key: density(Attention(query[None], key[None]), attended))(block.query, block.key)
 
 
-def _stacked(trees):
+def _stacked(trees: Sequence[Tree]) -> Tree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
@@ -86,7 +89,7 @@ def site_density(
     return jax.vmap(lambda block, attended: _at_every_head(density, block, attended))(_stacked(model.blocks), inputs)
 
 
-def _density_at(site: Site, path: Path, mesh: Mesh | None):
+def _density_at(site: Site, path: Path, mesh: Mesh | None) -> Callable[..., ResidualAndLogDet]:
     """`site_density` as a function of model, embeddings and inputs, over a mesh if there is one."""
     return at_site(lambda model, embeddings, inputs: site_density(model, site, embeddings, inputs, path), site, mesh)
 
@@ -155,7 +158,14 @@ def loss_terms(
     return LossTerms(data_term + strength * mean + prior, data_term, mean, negative_share, variance)
 
 
-def _cross_entropy_terms(model, windows, config: Config, key, strength, prior) -> LossTerms:
+def _cross_entropy_terms(
+    model: CharGPT,
+    windows: Int[Array, "B n+1"],
+    config: Config,
+    key: PRNGKeyArray,
+    strength: Float[Array, ""] | float,
+    prior: Float[Array, ""],
+) -> LossTerms:
     """Cross-entropy under the regulariser, and its penalty if it is one that adds to the loss."""
     logits, penalty = regularised(model, windows[:, :-1], config, key, strength)
     data_term = cross_entropy(logits, windows[:, 1:]).mean()
@@ -163,7 +173,9 @@ def _cross_entropy_terms(model, windows, config: Config, key, strength, prior) -
     return LossTerms(data_term + strength * penalty + prior, data_term, penalty, zero, zero)
 
 
-def _site_penalty(model: CharGPT, config: Config, embeddings, attended: Attended, mesh: Mesh | None) -> MeanBarrier:
+def _site_penalty(
+    model: CharGPT, config: Config, embeddings: Float[Array, "B n d"], attended: Attended, mesh: Mesh | None
+) -> MeanBarrier:
     """The mean penalty of margin or map at the site, from the densities of all positions."""
     residual, sign, log_det = _density_at(config.barrier_site, config.path, mesh)(model, embeddings, attended.inputs)
     if config.barrier_form == "one-sided":

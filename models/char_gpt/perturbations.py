@@ -167,7 +167,9 @@ _STREAM_OF_DRAWS = {_embedding_noise: 0, _layer_noise: 1, _substitution: 2, _swa
 
 # Compiled once for a kind and a number of levels, whatever the levels are.
 @eqx.filter_jit
-def _chunk_losses(perturbation, model: CharGPT, windows: Array, numbers: Array, levels: Array, rms: Array) -> Array:
+def _chunk_losses(
+    perturbation: Callable[..., _AtLevel], model: CharGPT, windows: Array, numbers: Array, levels: Array, rms: Array
+) -> Float[Array, "K B"]:
     key = jax.random.fold_in(jax.random.key(NOISE_SEED), _STREAM_OF_DRAWS[perturbation])
 
     def one_window(window: Array, number: Array) -> Array:
@@ -193,7 +195,7 @@ def _chunk_squares(model: CharGPT, windows: Array) -> Float[Array, "B L"]:
     return jax.vmap(one_window)(windows[:, : model.context])
 
 
-def _by_chunks(function, windows: Int[np.ndarray, "W m"]) -> list[np.ndarray]:
+def _by_chunks(function: Callable[[Array, Array], Array], windows: Int[np.ndarray, "W m"]) -> list[np.ndarray]:
     """`function(windows, their numbers)` for equal parts of the windows, the last filled up with its last window."""
     parts = []
     for start in range(0, len(windows), _CHUNK):

@@ -10,6 +10,8 @@ embedding-noise and jacobian are relative to the embeddings' own size, so that n
 embeddings larger. The Frobenius norm is estimated without bias by one random projection a sequence.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -53,18 +55,22 @@ def _dropped(key: PRNGKeyArray, share: Strength, x: Float[Array, "..."]) -> Floa
     return jnp.where(is_kept, x / (1 - share), 0.0)
 
 
-def _with_dropout(model: CharGPT, embeddings, config: Config, key: PRNGKeyArray, share: Strength) -> Array:
+def _with_dropout(
+    model: CharGPT, embeddings: Float[Array, "n d"], config: Config, key: PRNGKeyArray, share: Strength
+) -> Float[Array, "n V"]:
     names = [f"{index}.{branch}" for index in range(len(model.blocks)) for branch in ("output", "contract")]
     keys = dict(zip(["embeddings", *names], jax.random.split(key, 1 + len(names)), strict=True))
 
-    def drop_branches(name: str, inputs, outputs):
+    def drop_branches(name: str, inputs: Array, outputs: Array) -> Array:
         return _dropped(keys[name], share, outputs) if name in keys else outputs
 
     tap: Tap = drop_branches
     return model.decode(_dropped(keys["embeddings"], share, embeddings), config.rematerialise, tap)[0]
 
 
-def _with_jacobian_norm(decode, embeddings: Float[Array, "n d"], key: PRNGKeyArray):
+def _with_jacobian_norm(
+    decode: Callable[[Float[Array, "n d"]], Float[Array, "n V"]], embeddings: Float[Array, "n d"], key: PRNGKeyArray
+) -> tuple[Float[Array, "n V"], Float[Array, ""]]:
     """Logits of a sequence and v^T J J^T v for v ~ N(0, I), whose mean is the squared Frobenius norm of J."""
     logits, pull_back = jax.vjp(decode, embeddings)
     (projected,) = pull_back(jax.random.normal(key, logits.shape, logits.dtype))

@@ -16,6 +16,7 @@ With several processes every one runs the same program on its own devices. Proce
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,8 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from models.char_gpt.config import Config, Site
+from models.char_gpt.model import CharGPT
 from prob_transformer import accelerated
 
 Tree = TypeVar("Tree")
@@ -103,7 +107,7 @@ def placed(tree: Tree, mesh: Mesh | None) -> Tree:
     if mesh is None:
         return tree
 
-    def place(x, sharding: NamedSharding):
+    def place(x: ArrayLike, sharding: NamedSharding) -> Array:
         whole = np.asarray(x)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
@@ -132,12 +136,12 @@ def gathered(tree: Tree, mesh: Mesh | None) -> Tree:
     return tree if mesh is None else jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), _copied(tree, mesh))
 
 
-def at_site(function, site: Site, mesh: Mesh | None):
+def at_site(function: Callable[..., Tree], site: Site, mesh: Mesh | None) -> Callable[..., Tree]:
     """`function(model, embeddings, inputs)` of a site's densities, every device doing its own heads and sequences."""
     if mesh is None:
         return function
 
-    def sharded(model, embeddings, inputs):
+    def sharded(model: CharGPT, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]) -> Tree:
         in_specs = specs(model), PartitionSpec("data"), PartitionSpec(None, "data")
         # Unchecked for the reason given in prob_transformer/accelerated/sharding.py.
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=SITE_SPECS[site], check_vma=False)(

@@ -1,7 +1,8 @@
 """What the accelerated path works on: attentions with positions in the last axis, and how a sweep over them is cut."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float
 
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention
+from prob_transformer.change_of_variables import Result
 
 
 class Tiling(NamedTuple):
@@ -98,14 +100,14 @@ def group_size(tiling: Tiling, rows: Rows) -> int:
     return max(divisor for divisor in range(1, most + 1) if count % divisor == 0)
 
 
-def in_groups(function, tiling: Tiling, rows: Rows, *others: Array):
+def in_groups(function: Callable[..., Result], tiling: Tiling, rows: Rows, *others: Array) -> Result:
     """`function(tiling, rows, *others)` on a few cells at a time, so that memory does not grow with their number."""
     group = group_size(tiling, rows)
 
-    def split(x):
+    def split(x: Array) -> Array:
         return x.reshape(x.shape[0] // group, group, *x.shape[1:])
 
-    def one_group(parts):
+    def one_group(parts: tuple[Any, ...]) -> Result:
         return function(tiling, *parts)
 
     result = jax.lax.map(one_group, jax.tree.map(split, (rows, *others)))

@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from prob_transformer._validation import require_embeddings
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling, padded
@@ -28,7 +28,7 @@ def _blocked_mean(
 
     # Recomputed in the backward pass: its weights over all keys are what must not be stored.
     @jax.checkpoint
-    def one_block(start, queries, keys, attended):
+    def one_block(start: Int[Array, ""], queries: Array, keys: Array, attended: Array) -> Float[Array, "c b d"]:
         here = jax.lax.dynamic_slice_in_dim(queries, start, tiling.block, 3)
         means = jnp.einsum("chsb,csd->chbd", block_weights(here, keys, start), attended)
         if attention.value is None:
@@ -41,13 +41,17 @@ def _blocked_mean(
 
 
 @partial(jax.jit, static_argnums=2)
-def _attention_mean(attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling):
+def _attention_mean(
+    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling
+) -> Float[Array, "... n d"]:
     flat = embeddings.reshape(-1, *embeddings.shape[-2:])
     return _blocked_mean(attention, Cells.of(attention, flat), flat, tiling).reshape(embeddings.shape)
 
 
 @partial(jax.jit, static_argnums=2)
-def _residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling):
+def _residual_and_log_det(
+    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling
+) -> ResidualAndLogDet:
     flat = embeddings.reshape(-1, *embeddings.shape[-2:])
     cells = Cells.of(attention, flat)
     sign, values = log_det(cells, tiling)

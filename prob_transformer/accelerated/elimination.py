@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 # A growth of the elements by about this factor is let through before rows are exchanged.
 PERMITTED_GROWTH = 64
@@ -105,7 +105,7 @@ def eliminate_with_exchanges(matrix: Float[Array, "c m m b"]) -> Eliminated:
     flat = jnp.moveaxis(matrix, 0, 2).reshape(size, size, groups * batch)
     rows = jnp.arange(size)[:, None]
 
-    def step(column, carry):
+    def step(column: Int[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
         work, order, sign, log_det = carry
         candidates = jnp.where(rows >= column, jnp.abs(work[:, column]), -1)
         chosen = jnp.argmax(candidates, axis=0)

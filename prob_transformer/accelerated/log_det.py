@@ -6,24 +6,27 @@ recompute in the backward pass what they do not keep: between the passes lives a
 Reverse mode only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from prob_transformer.accelerated.cells import Cells, Rows, Tiling, in_groups, padded
 from prob_transformer.accelerated.sweep import (
     LogDet,
+    LogDetGradient,
     block_log_det,
     block_log_det_gradient,
     sweep_log_det,
     sweep_log_det_gradient,
 )
+
+Tree = TypeVar("Tree")
 
 
 class LogDetTotal(NamedTuple):
@@ -50,8 +53,8 @@ def _batched_over_cells(function: Callable) -> Callable:
     batched = custom_vmap(function)
 
     @batched.def_vmap
-    def _(axis_size, in_batched, *arguments):
-        def merged(x, is_batched):
+    def _(axis_size: int, in_batched: Sequence[PyTree], *arguments: PyTree) -> tuple[PyTree, PyTree]:
+        def merged(x: Array, is_batched: bool) -> Array:
             x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
@@ -72,11 +75,11 @@ def _gradient(tiling: Tiling) -> Callable:
     return _batched_over_cells(lambda rows, scale: in_groups(sweep_log_det_gradient, tiling, rows, scale))
 
 
-def _cut(length: int, tree):
+def _cut(length: int, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x[..., :length], tree)
 
 
-def _padded(tiling: Tiling, tree):
+def _padded(tiling: Tiling, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: padded(tiling, x), tree)
 
 
@@ -113,12 +116,16 @@ def log_det_total(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling) -> L
     return _total(scale, _sweep_values(cells, tiling))
 
 
-def _total_forward(cells, scale, tiling):
+def _total_forward(
+    cells: Cells, scale: Float[Array, "c n"], tiling: Tiling
+) -> tuple[LogDetTotal, tuple[Cells, Float[Array, "c n"]]]:
     values, gradient = _sweep_gradient(cells, scale, tiling)
     return _total(scale, values), (gradient, values.log_det)
 
 
-def _total_backward(tiling, kept, cotangent):
+def _total_backward(
+    tiling: Tiling, kept: tuple[Cells, Float[Array, "c n"]], cotangent: LogDetTotal
+) -> tuple[Cells, Float[Array, "c n"]]:
     gradient, values = kept
     return jax.tree.map(lambda x: cotangent.total * x, (gradient, values))
 
@@ -131,7 +138,9 @@ def cells_drawn(count: int, share: float) -> int:
     return min(count, max(2, round(count * share)))
 
 
-def _draw(cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differentiate: bool):
+def _draw(
+    cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differentiate: bool
+) -> tuple[SubsampledTotal, Cells | None]:
     """The estimate from cells drawn without replacement for every block of queries, and its gradient if asked for."""
     length, count = cells.length, cells.keys.shape[0]
     drawn = cells_drawn(count, share)
@@ -140,7 +149,9 @@ def _draw(cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differe
     whole = _padded(tiling, Rows.of(cells))
     starts = jnp.arange(0, whole.length, tiling.block)
 
-    def one_block(gradient: Rows | None, inputs: tuple[Int[Array, ""], PRNGKeyArray]):
+    def one_block(
+        gradient: Rows | None, inputs: tuple[Int[Array, ""], PRNGKeyArray]
+    ) -> tuple[Rows | None, tuple[Array, Array, Array]]:
         start, key = inputs
         chosen = jax.random.choice(key, count, (drawn,), replace=False)
         part = Rows(*(x[chosen] for x in whole))
@@ -150,7 +161,7 @@ def _draw(cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differe
         else:
             scale = jnp.broadcast_to(is_real, (drawn, tiling.block))
 
-            def with_gradient(tiling, group, scale):
+            def with_gradient(tiling: Tiling, group: Rows, scale: Float[Array, "c b"]) -> LogDetGradient:
                 nothing = jax.tree.map(jnp.zeros_like, group)
                 return block_log_det_gradient(tiling, group, scale, start, nothing)
 

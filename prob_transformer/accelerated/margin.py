@@ -13,13 +13,14 @@ Ritz value theta <= sigma_min^{-2} whatever the start, and for a start drawn uni
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded
@@ -47,12 +48,14 @@ def relative_error(width: int, steps: int, failure: float) -> float:
     return min(1.0, (math.log(1.648 * math.sqrt(width) / failure) / (2 * steps - 1)) ** 2)
 
 
-def _lanczos(apply, start: Float[Array, "c b d"], steps: int) -> Float[Array, "c b steps steps"]:
+def _lanczos(
+    apply: Callable[[Float[Array, "c b d"]], Float[Array, "c b d"]], start: Float[Array, "c b d"], steps: int
+) -> Float[Array, "c b steps steps"]:
     """The projection of a symmetric operator on the Krylov space of each start, orthogonalised twice a step."""
     basis = jnp.zeros((steps, *start.shape), start.dtype)
     images = jnp.zeros_like(basis)
 
-    def step(index, carry):
+    def step(index: Int[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
         basis, images, vector = carry
         basis = basis.at[index].set(vector)
         image = apply(vector)
@@ -122,7 +125,7 @@ def _largest_inverse_square(
     first = first / jnp.linalg.norm(first, axis=-1, keepdims=True)
     attended = jnp.pad(embeddings, [(0, 0), (0, rows.length - length), (0, 0)])
 
-    def one_group(tiling, rows, attended, first):
+    def one_group(tiling: Tiling, rows: Rows, attended: Array, first: Array) -> Float[Array, "c n steps steps"]:
         starts = jnp.arange(0, rows.length, tiling.block)
         blocks = lax.map(
             lambda start: _block_projection(attention, tiling, rows, attended, first, steps, start), starts

@@ -14,6 +14,7 @@ it estimates, depends on K.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -27,7 +28,7 @@ from prob_transformer.accelerated.barrier import MeanBarrier, mean_barrier, subs
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.accelerated.change_of_variables import residual_and_log_det
 from prob_transformer.attention import Attention
-from prob_transformer.change_of_variables import ResidualAndLogDet
+from prob_transformer.change_of_variables import ResidualAndLogDet, Result
 
 
 def mesh(data: int, heads: int) -> Mesh:
@@ -72,7 +73,12 @@ def _require_equal_shards(name: str, leading: tuple[int, ...], mesh: Mesh, spec:
             )
 
 
-def _shard_map(function, mesh: Mesh, in_specs, out_specs):
+def _shard_map(
+    function: Callable[..., Result],
+    mesh: Mesh,
+    in_specs: PartitionSpec | tuple[PartitionSpec, ...],
+    out_specs: PartitionSpec,
+) -> Callable[..., Result]:
     # Unchecked, because the loops of the sweep start from constants, which the checker takes for equal on all devices.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

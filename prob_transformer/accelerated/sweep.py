@@ -48,7 +48,7 @@ def _transposed(x: Float[Array, "... a b"]) -> Float[Array, "... b a"]:
     return jnp.swapaxes(x, -1, -2)
 
 
-def _at(x: Float[Array, "... n"], start: Int[Array, ""], size: int) -> Float[Array, "... size"]:
+def _at(x: Float[Array, "... n"], start: Int[Array, ""] | int, size: int) -> Float[Array, "... size"]:
     return lax.dynamic_slice_in_dim(x, start, size, x.ndim - 1)
 
 
@@ -96,14 +96,16 @@ class _Block(NamedTuple):
         chunks = (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
         return cls(weights, centre, mean - centre * total, chunks)
 
-    def chunk(self, tiling: Tiling, rows: Rows, begin: Int[Array, ""]):
+    def chunk(
+        self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "c H Hp+p k"], Float[Array, "c H k b"]]:
         """Centred rows of one chunk, and its weights."""
         attended = _at(rows.attended, begin, tiling.chunk) - self.centre
         return attended, lax.dynamic_slice_in_dim(self.weights, begin, tiling.chunk, 2)
 
 
 def _second_moments(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[Array, "c H Hp p b"]:
-    def of_chunk(step):
+    def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H Hp*p b"]:
         attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk))
         outer = attended[:, :, :rank, None] * attended[:, :, None, rank:]
         return _product(tiling, outer.reshape(*outer.shape[:2], -1, tiling.chunk), weights)
@@ -168,7 +170,7 @@ def block_log_det_gradient(
     average = written_out(lambda a: average[:, :, a] - 2 * (pull_mean * block.mean)[:, :, a], rank)[:, :, None]
     pull = pull.reshape(groups, heads, size * rank, count)
 
-    def add_chunk(step, carry):
+    def add_chunk(step: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
         query_part, found = carry
         begin = step * tiling.chunk
         attended, weights = block.chunk(tiling, rows, begin)
@@ -205,7 +207,7 @@ def sweep_log_det(tiling: Tiling, rows: Rows) -> LogDet:
 def sweep_log_det_gradient(tiling: Tiling, rows: Rows, scale: Float[Array, "c n"]) -> LogDetGradient:
     """The same with the gradient, in one pass."""
 
-    def one_block(gradient, start):
+    def one_block(gradient: Rows, start: Int[Array, ""]) -> tuple[Rows, tuple[Array, Array]]:
         here = block_log_det_gradient(tiling, rows, _at(scale, start, tiling.block), start, gradient)
         return here.rows, (here.sign, here.log_det)
 

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from prob_transformer import transform as reference
 from prob_transformer._validation import require_embeddings
@@ -178,7 +178,7 @@ def _solve_position(
     stacked_query = attention.query.reshape(-1, attention.width)
     search = _follow_path(past, position, stacked_query @ noise.T, steps)
 
-    def polish(_, carry):
+    def polish(_: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
         u, mismatch = carry
         there = u - _apply_inverse(attention, past, position, search.here, mismatch)
         mismatch_there = _mismatch(there, attention, past, position, noise)
@@ -193,7 +193,9 @@ def _solve_position(
 
 
 @_solve_position.defjvp
-def _(steps, primals, tangents):
+def _(
+    steps: int, primals: tuple[Attention, Past, Array, Array], tangents: PyTree
+) -> tuple[tuple[Array, Array], tuple[Array, Any]]:
     """The implicit function theorem: J du = -(change of e(u) - noise at fixed u)."""
     attention, past, position, _ = primals
     u, status = _solve_position(*primals, steps)
@@ -203,13 +205,13 @@ def _(steps, primals, tangents):
     frozen_attention, frozen_past, frozen_u = lax.stop_gradient((attention, past, u))
     point = _at(frozen_past, position, frozen_attention.query.reshape(-1, attention.width) @ frozen_u.T)
 
-    def jacobian(v):
+    def jacobian(v: Float[Array, "b d"]) -> Float[Array, "b d"]:
         return jax.jvp(lambda u: _mismatch(u, *primals), (u,), (v,))[1]
 
-    def solve(_, v):
+    def solve(_: Any, v: Float[Array, "b d"]) -> Float[Array, "b d"]:
         return _apply_inverse(frozen_attention, frozen_past, position, point, v)
 
-    def solve_transposed(_, v):
+    def solve_transposed(_: Any, v: Float[Array, "b d"]) -> Float[Array, "b d"]:
         return jax.linear_transpose(partial(solve, None), v)(v)[0]
 
     u_tangent = -lax.custom_linear_solve(jacobian, change, solve, solve_transposed)
@@ -224,7 +226,7 @@ def _solve(attention: Attention, noise: Float[Array, "... n d"], steps: int) -> 
     attention = jax.tree.map(lambda leaf: leaf.astype(dtype), attention)
     sequences = noise.reshape(-1, length, width).astype(dtype)
 
-    def step(past: Past, inputs: tuple[Int[Array, ""], Float[Array, "b d"]]):
+    def step(past: Past, inputs: tuple[Array, Array]) -> tuple[Past, tuple[Array, Array]]:
         position, noise_here = inputs
         u, status = _solve_position(attention, past, position, noise_here, steps)
         return jax.vmap(lambda past, u: past.write(attention, position, u))(past, u), (u, status)

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 from numpyro import handlers
-from numpyro.infer.hmc import hmc
+from numpyro.infer.hmc import HMCState, hmc
 from numpyro.infer.util import ParamInfo, constrain_fn, potential_energy
 
 from prob_transformer.change_of_variables import residual_and_log_det
-from prob_transformer.inference.joint import observed_data
+from prob_transformer.inference.joint import Sites, observed_data
 from prob_transformer.inference.reparam import embedding_process, status_name, through_noise
 from prob_transformer.transform import SolveStatus
 
@@ -59,7 +59,9 @@ def _report(run: Any, done: Any) -> None:
         listener(int(done))
 
 
-def _describe(model, args, kwargs, settings, unconstrained, key):
+def _describe(
+    model: Callable, args: tuple, kwargs: dict, settings: Settings, unconstrained: Sites, key: PRNGKeyArray
+) -> tuple[Sites, Sites, Sites, Sites]:
     """Values by site, log-likelihood, predictive draws and troubled positions at one point of the chain."""
     constrained = constrain_fn(model, args, kwargs, unconstrained)
     trace = handlers.trace(handlers.substitute(model, data=constrained)).get_trace(*args, **kwargs)
@@ -84,16 +86,25 @@ def _describe(model, args, kwargs, settings, unconstrained, key):
 
 
 @eqx.filter_jit
-def _run(model, args, kwargs, start, key, target_accept, settings: Settings, run):
+def _run(
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    start: Sites,
+    key: PRNGKeyArray,
+    target_accept: Float[Array, ""],
+    settings: Settings,
+    run: Int[Array, ""],
+) -> Kept:
     # One compilation a model, settings and shapes: all that changes between calls comes in as an argument.
     model = through_noise(model) if settings.noise_sites else model
     warmup, draws, chains = settings.warmup, settings.draws, settings.chains
     start_key, chain_key, predictive_key = jax.random.split(key, 3)
 
-    def potential(z):
+    def potential(z: Sites) -> Float[Array, ""]:
         return potential_energy(model, args, kwargs, z)
 
-    def try_start(key):
+    def try_start(key: PRNGKeyArray) -> tuple[ParamInfo, Bool[Array, ""]]:
         keys = jax.random.split(key, len(start))
         z = {
             name: value
@@ -105,8 +116,8 @@ def _run(model, args, kwargs, start, key, target_accept, settings: Settings, run
         finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(g).all() for g in slope.values()]).all()
         return ParamInfo(z, value, slope), finite
 
-    def find_start(key):
-        def again(carry):
+    def find_start(key: PRNGKeyArray) -> tuple[ParamInfo, Bool[Array, ""]]:
+        def again(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             tried, key, _, _ = carry
             key, here = jax.random.split(key)
             return tried + 1, key, *try_start(here)
@@ -119,7 +130,7 @@ def _run(model, args, kwargs, start, key, target_accept, settings: Settings, run
     starts, found = jax.vmap(find_start)(jax.random.split(start_key, chains))
     begin, transition = hmc(potential, algo="NUTS")
 
-    def begin_chain(point, key):
+    def begin_chain(point: ParamInfo, key: PRNGKeyArray) -> HMCState:
         return begin(
             point,
             num_warmup=warmup,
@@ -130,7 +141,7 @@ def _run(model, args, kwargs, start, key, target_accept, settings: Settings, run
             rng_key=key,
         )
 
-    def step(states, i):
+    def step(states: HMCState, i: Int[Array, ""]) -> tuple[HMCState, tuple[Sites, Sites]]:
         states = jax.vmap(transition)(states)
         if settings.reports:
             every = max(1, (warmup + draws) // _REPORTS)

@@ -10,15 +10,14 @@ agree where every support is the whole space, as for embeddings.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer.util import constrain_fn
 
@@ -36,6 +35,9 @@ from prob_transformer.inference.joint import (
 from prob_transformer.inference.minimise import Iterate, MapStatus, Minimum, minimise
 from prob_transformer.inference.results import Dims, datatree
 from prob_transformer.provenance import provenance
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Signs = Callable[[Sites], Float[Array, "..."]]
 
@@ -107,7 +109,7 @@ class MapResult(NamedTuple):
         """
         return self.status == MapStatus.CONVERGED
 
-    def to_datatree(self, dims: Dims | None = None, *, allow_unconverged: bool = False) -> xr.DataTree:
+    def to_datatree(self, dims: Dims | None = None, *, allow_unconverged: bool = False) -> "xr.DataTree":
         """The point as one chain with one draw, in the groups posterior, log_likelihood, sample_stats, observed_data.
 
         Raises ValueError with status and remedy if the search did not converge and that is not allowed, and as
@@ -142,7 +144,16 @@ class MapResult(NamedTuple):
 
 
 @eqx.filter_jit
-def _search(model, args, kwargs, space, signs, start, tolerance, max_steps):
+def _search(
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    space: Space,
+    signs: Signs | None,
+    start: Sites,
+    tolerance: Float[Array, ""],
+    max_steps: Int[Array, ""],
+) -> tuple[Minimum, dict[str, Array], dict[str, Array], dict[str, Array], dict[str, Array]]:
     # One compilation a model, space and shapes: all that changes between calls comes in as an argument.
     flat, unravel = ravel_pytree(start)
 

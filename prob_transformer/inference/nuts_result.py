@@ -7,16 +7,18 @@ NumPyro computes them).
 
 import enum
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import xarray as xr
 from jaxtyping import Float, Num
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
 from prob_transformer.inference.reparam import noise_name
 from prob_transformer.inference.results import Dims, datatree
 from prob_transformer.provenance import provenance
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 LARGEST_R_HAT = 1.01
 SMALLEST_ESS_PER_CHAIN = 100
@@ -131,7 +133,7 @@ class NutsResult(NamedTuple):
             return f"{int((stats[counted[problem]] > 0).sum())} of {draws} draws"
         return "NaN or inf"
 
-    def to_datatree(self, dims: Dims | None = None, *, allow: Collection[NutsStatus] = ()) -> xr.DataTree:
+    def to_datatree(self, dims: Dims | None = None, *, allow: Collection[NutsStatus] = ()) -> "xr.DataTree":
         """All groups with dimensions chain and draw, the statistics under ArviZ's names.
 
         Raises ValueError with status and remedy unless every problem is in `allow`, for draws that are not finite in

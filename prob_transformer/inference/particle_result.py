@@ -1,12 +1,11 @@
 """What a particle filter leaves behind: weighted particles, how they came about, and what they are worth."""
 
 import enum
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count
@@ -14,6 +13,9 @@ from prob_transformer.inference.results import Dims, datatree
 from prob_transformer.inference.smoothing import ancestral_indices, smoothing_indices
 from prob_transformer.process import EmbeddingProcess
 from prob_transformer.provenance import provenance
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Paths = Literal["smoothed", "ancestral"]
 
@@ -97,7 +99,7 @@ class ParticleResult(NamedTuple):
         key: PRNGKeyArray | None = None,
         seed: int | None = None,
         allow_past_boundary: bool = False,
-    ) -> xr.DataTree:
+    ) -> "xr.DataTree":
         """One chain of equally weighted paths (draws, n, d) and, as its one draw, the statistics of the filter's run.
 
         Paths are drawn by backward simulation ("smoothed", see `smooth` for its cost) or from the N paths of the

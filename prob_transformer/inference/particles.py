@@ -21,8 +21,9 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from prob_transformer._extras import require
 from prob_transformer._validation import is_concrete, require_count
-from prob_transformer.attention import Attention
+from prob_transformer.attention import Attention, Past
 from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
 from prob_transformer.process import EmbeddingProcess
@@ -47,7 +48,7 @@ def _ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
 
 
 def _count_distinct(ancestors: Int[Array, "n N"], alive: Bool[Array, " N"]) -> Int[Array, " n"]:
-    def back(indices, ancestors_here):
+    def back(indices: Int[Array, " N"], ancestors_here: Int[Array, " N"]) -> tuple[Array, Array]:
         met = jnp.zeros_like(alive).at[indices].max(alive)
         return ancestors_here[indices], met.sum()
 
@@ -66,7 +67,9 @@ def _filter(
 ) -> ParticleResult:
     attention, length, dtype = process.attention, process.length, process.noise_scale.dtype
 
-    def extend(past, embeddings, position, token, standard_normal):
+    def extend(
+        past: Past, embeddings: Array, position: Array, token: Array, standard_normal: Array
+    ) -> tuple[tuple[Past, Array], Array, Array, Array, Array]:
         scale = jnp.where(position == 0, process.first_scale, process.noise_scale)
         embedding, log_weight, status = PROPOSALS[proposal](attention, past, scale, standard_normal)
         log_likelihood = jax.nn.log_softmax(decoder(embedding[None])[0])[token]
@@ -77,7 +80,9 @@ def _filter(
         extended = past.write(attention, position, embedding), embeddings.at[position].set(embedding)
         return extended, embedding, log_weight.astype(dtype), log_likelihood.astype(dtype), status
 
-    def step(carry, inputs):
+    def step(
+        carry: tuple[Past, Array, Array], inputs: tuple[Array, Array, PRNGKeyArray]
+    ) -> tuple[tuple[Past, Array, Array], tuple[Array, ...]]:
         pasts, embeddings, log_weights = carry
         position, token, key = inputs
         resample_key, noise_key = jax.random.split(key)
@@ -163,8 +168,10 @@ def particle_filter(
 
     Resamples where the effective sample size is at most `threshold` * N. The decoder must act row by row, as
     `LinearDecoder` does, so that token i depends on the past through u_i alone. Never raises for numerical trouble:
-    see `status`. Raises ValueError for bad arguments. Equations: module docstring.
+    see `status`. Raises ValueError for bad arguments, and MissingExtraError without Blackjax. Equations: module
+    docstring.
     """
+    require("inference", "blackjax")
     tokens = require_tokens(tokens)
     if tokens.ndim != 1:
         raise ValueError(f"tokens: has shape {tokens.shape}; pass one sequence (n,), or vmap over sequences.")

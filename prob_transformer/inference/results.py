@@ -14,13 +14,16 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import xarray as xr
 from jaxtyping import Num
 
+from prob_transformer._extras import require
 from prob_transformer.provenance import atomic_path
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Group = Literal["posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data"]
 Dims = Mapping[str, tuple[str, ...]]
@@ -30,6 +33,7 @@ _REQUIRED_ATTRS = ("version", "seed", "objective")
 # What both formats hold without conversion; bfloat16, float16 and complex numbers are refused rather than cast.
 _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
 _ENGINES: dict[str, Literal["h5netcdf", "zarr"]] = {".nc": "h5netcdf", ".zarr": "zarr"}
+_MODULES = {"h5netcdf": ("xarray", "h5netcdf", "h5py"), "zarr": ("xarray", "zarr")}
 
 
 def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
@@ -51,7 +55,11 @@ def _numbers(label: str, value: Num[Any, "..."]) -> np.ndarray:
     return array
 
 
-def _dataset(group: str, arrays: Mapping[str, Num[Any, "..."]], observed: Mapping[str, Any], dims: Dims) -> xr.Dataset:
+def _dataset(
+    group: str, arrays: Mapping[str, Num[Any, "..."]], observed: Mapping[str, Any], dims: Dims
+) -> "xr.Dataset":
+    import xarray as xr
+
     outer = () if group == "observed_data" else ("chain", "draw")
     variables, sizes = {}, dict[str, int]()
     for name, value in arrays.items():
@@ -84,14 +92,18 @@ def _text(name: str, value: Any) -> str:
 
 def datatree(
     groups: Mapping[str, Mapping[str, Num[Any, "..."]]], dims: Dims | None, attrs: Mapping[str, Any]
-) -> xr.DataTree:
+) -> "xr.DataTree":
     """The tree of the given groups of arrays by site, all shaped (chain, draw, ...) but those of `observed_data`.
 
     `dims` names the dimensions of a site after chain and draw; without it "embeddings" are (position, embedding_dim),
     "tokens" (position,), both behind `sequence` when batched, and others (name_dim_0, ...). Every dimension has the
     coordinates 0, 1, .... `attrs` holds at least version, seed and objective: `provenance(...)` with an objective
     added; what is not text is stored as JSON. Raises ValueError naming the group and site, or the attribute.
+    Raises MissingExtraError without xarray.
     """
+    require("inference", "xarray")
+    import xarray as xr
+
     dims = {} if dims is None else dims
     unknown = sorted(set(groups) - set(get_args(Group)))
     if unknown or not groups:
@@ -111,10 +123,12 @@ def datatree(
 def _engine(path: Path) -> Literal["h5netcdf", "zarr"]:
     if path.suffix not in _ENGINES:
         raise ValueError(f"{path}: ends in {path.suffix!r}; pass a path ending in {' or '.join(_ENGINES)}.")
-    return _ENGINES[path.suffix]
+    engine = _ENGINES[path.suffix]
+    require("inference", *_MODULES[engine])
+    return engine
 
 
-def _save_zarr(tree: xr.DataTree, path: Path) -> None:
+def _save_zarr(tree: "xr.DataTree", path: Path) -> None:
     if path.exists() and not any((path / marker).exists() for marker in (".zgroup", "zarr.json")):
         raise ValueError(f"{path}: is there and is not a zarr store; pass another path.")
     try:
@@ -137,12 +151,13 @@ def _save_zarr(tree: xr.DataTree, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def save(tree: xr.DataTree, path: Path | str) -> None:
+def save(tree: "xr.DataTree", path: Path | str) -> None:
     """Write a tree to `path`, a netCDF file (.nc) or a zarr folder (.zarr), whole or not at all.
 
     It is written beside `path` and renamed. A folder cannot replace another in one step: a process killed between the
     two renames leaves an earlier store under a hidden name beside `path`, and none at `path`. Raises ValueError naming
-    the path for another ending, one that cannot be written, or a folder that is not a zarr store.
+    the path for another ending, one that cannot be written, or a folder that is not a zarr store, and MissingExtraError
+    without the packages that write the format.
     """
     path = Path(path)
     if _engine(path) == "zarr":
@@ -152,12 +167,18 @@ def save(tree: xr.DataTree, path: Path | str) -> None:
         tree.to_netcdf(os.fspath(temporary), engine="h5netcdf")
 
 
-def load(path: Path | str) -> xr.DataTree:
-    """The tree that `save` wrote, in memory. Raises ValueError naming the path if it is not there or not readable."""
+def load(path: Path | str) -> "xr.DataTree":
+    """The tree that `save` wrote, in memory.
+
+    Raises ValueError naming the path if it is not there or not readable, and MissingExtraError without the packages
+    that read the format.
+    """
     path = Path(path)
     engine = _engine(path)
     if not path.exists():
         raise ValueError(f"{path}: is not there; pass the path of a saved result.")
+    import xarray as xr
+
     try:
         with xr.open_datatree(path, engine=engine) as tree:
             return tree.load()

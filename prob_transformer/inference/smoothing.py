@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def _genealogy(result: ParticleResult, indices: Int[Array, " m"], position: Int[Array, ""] | int) -> Int[Array, "n m"]:
     """Which particle of each position the paths of particles `indices` at `position` go through; then `indices`."""
 
-    def back(indices, inputs):
+    def back(indices: Int[Array, " m"], inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         here, ancestors = inputs
         return jnp.where(here <= position, ancestors[indices], indices), indices
 
@@ -48,13 +48,13 @@ def smoothing_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> 
     length, particles, width = result.filtered.shape
     positions = jnp.arange(length)
 
-    def step(carry, inputs):
+    def step(carry: Float[Array, "draws n d"], inputs: tuple[Array, Array, PRNGKeyArray]) -> tuple[Array, Array]:
         position, log_weights, key = inputs
         pasts = jnp.swapaxes(
             result.filtered[positions[:, None], _genealogy(result, jnp.arange(particles), position)], 0, 1
         )
 
-        def one_path(path_and_key):
+        def one_path(path_and_key: tuple[Float[Array, "n d"], PRNGKeyArray]) -> tuple[Array, Array]:
             path, key = path_and_key
             candidates = jnp.where((positions <= position)[:, None], pasts, path)
             log_density = result.process.position_log_prob(candidates)

@@ -13,17 +13,18 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import Progress
-
+from prob_transformer import __version__
+from prob_transformer._extras import MissingExtraError, require
 from prob_transformer.inference.results import save
 from prob_transformer.inspect.inspection import Inspection, Setting, inspect_text, pieces_of
 from prob_transformer.inspect.page import MOST_TOKENS, page
-from prob_transformer.inspect.table import tables
 from prob_transformer.inspect.tree import tree
 from prob_transformer.provenance import provenance, write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PAGE, TREE = "inspect.html", "inspect.nc"
 
@@ -118,7 +119,9 @@ def _encoded(loaded: Loaded, text: str, limit: int | None) -> tuple[list[int], t
     return encoding.ids[:count], pieces_of(text, (end for _, end in encoding.offsets[:count]))
 
 
-def _inspect(loaded: Loaded, text: str, arguments: argparse.Namespace, console: Console) -> Inspection:
+def _inspect(loaded: Loaded, text: str, arguments: argparse.Namespace, console: "Console") -> Inspection:
+    from rich.progress import Progress
+
     tokens, pieces = _encoded(loaded, text, arguments.tokens)
     chosen = parse_layers(arguments.layers, len(loaded.decoder.blocks))
     setting = Setting(arguments.values, arguments.self_inclusive)
@@ -130,6 +133,7 @@ def _inspect(loaded: Loaded, text: str, arguments: argparse.Namespace, console: 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prob-transformer", description="Attention as a stochastic process.")
+    parser.add_argument("--version", action="version", version=f"prob-transformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="support tokens and margins of a trained decoder on a text")
     inspect.add_argument(
@@ -146,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: str) -> None:
+    require("inspect", "gguf", "h5netcdf", "h5py", "rich", "safetensors", "tokenizers", "xarray")
+    from rich.console import Console
+
+    from prob_transformer.inspect.table import tables
+
     if arguments.rows < 1:
         raise ValueError(f"--rows: got {arguments.rows}; pass at least 1.")
     _require_folder(arguments.out)
@@ -164,7 +173,7 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: 
         "sha256 of its weights": loaded.sha256,
         "Text": f"{arguments.text.name}, {inspection.tokens.size} tokens",
         "Command": command,
-        "Version": f"prob-transformer {attrs['version']}",
+        "Version": f"prob-transformer {__version__}",
     }
     html = page(inspection, f"Support tokens of {loaded.name}", facts)
     try:
@@ -179,11 +188,14 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: 
 
 
 def main(argv: Sequence[str], load: Callable[[str], Loaded]) -> int:
-    """Run the command and return its exit status: 2 for bad input, 130 when interrupted. `load` reads --model."""
+    """Run the command and return its exit status. `load` reads --model.
+
+    0 for success, 2 for bad input or a missing extra, 130 when interrupted.
+    """
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments, load, shlex.join(["prob-transformer", *argv]))
-    except ValueError as error:
+    except (ValueError, MissingExtraError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -11,17 +11,26 @@ or inf where even that range is left, so compare barriers.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
+from prob_transformer._extras import require
 from prob_transformer.inspect.inspection import Inspection
 from prob_transformer.inspect.summary import QUANTILES, summary
 
+if TYPE_CHECKING:
+    import xarray as xr
 
-def tree(inspection: Inspection, attrs: Mapping[str, Any]) -> xr.DataTree:
-    """The tree, with `attrs` (text, or what JSON holds) and the setting as its attributes."""
+
+def tree(inspection: Inspection, attrs: Mapping[str, Any]) -> "xr.DataTree":
+    """The tree, with `attrs` (text, or what JSON holds) and the setting as its attributes.
+
+    Raises MissingExtraError without xarray.
+    """
+    require("inspect", "xarray")
+    import xarray as xr
+
     log_det, found = inspection.log_det, summary(inspection)
     heads = {"layer": list(inspection.layers), "head": np.arange(log_det.shape[1])}
     places = {**heads, "position": np.arange(log_det.shape[2])}

@@ -9,16 +9,24 @@ there are more parameters than a dense matrix can hold.
 import equinox as eqx
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from prob_transformer._validation import require_count, require_finite, require_floating, require_positive
-from prob_transformer.inference.laplace.curvature import curvature_product
-from prob_transformer.inference.laplace.precision import IndefiniteCurvatureError
+from prob_transformer.inference.laplace.curvature import Curvature, curvature_product
+from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.laplace.precision import IndefiniteCurvatureError, Precision
 from prob_transformer.inference.laplace.result import LaplaceResult
 
 
 @eqx.filter_jit
-def _solve(potential, precision, curvature, v, tolerance, max_steps):
+def _solve(
+    potential: Potential,
+    precision: Precision,
+    curvature: Curvature,
+    v: Float[Array, " k"],
+    tolerance: Float[Array, ""],
+    max_steps: Int[Array, ""],
+) -> tuple[Float[Array, " k"], Float[Array, ""], Float[Array, ""]]:
     product = curvature_product(potential, curvature)
     x = cg(product, v, tol=0.1 * tolerance, maxiter=max_steps, M=precision.solve)[0]
     return x, jnp.linalg.norm(product(x) - v) / jnp.linalg.norm(v), x @ v

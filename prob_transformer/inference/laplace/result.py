@@ -1,15 +1,15 @@
 """What Laplace's approximation returns: a Gaussian in unconstrained coordinates, with draws and predictions from it."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._validation import require_count
 from prob_transformer.inference.joint import key_or_seed
+from prob_transformer.inference.laplace.curvature import Curvature
 from prob_transformer.inference.laplace.potential import Potential
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.laplace.predictive import (
@@ -23,6 +23,9 @@ from prob_transformer.inference.laplace.predictive import (
 from prob_transformer.inference.map import MapResult
 from prob_transformer.inference.results import Dims, datatree
 from prob_transformer.provenance import provenance
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # A square matrix of this many rows takes 800 MB in float64.
 _LARGEST_DENSE = 10_000
@@ -58,7 +61,7 @@ class LaplaceResult(NamedTuple):
     precision: Precision
     log_evidence: float
     structure: str
-    curvature: str
+    curvature: Curvature
     rank: int | None
     at: MapResult
 
@@ -119,7 +122,7 @@ class LaplaceResult(NamedTuple):
         key: PRNGKeyArray | None = None,
         seed: int | None = None,
         draws: int = 1000,
-    ) -> xr.DataTree:
+    ) -> "xr.DataTree":
         """One chain of draws: posterior, posterior_predictive, log_likelihood, sample_stats and observed_data.
 
         `sample_stats` has the log joint density of each draw in nats, in unconstrained coordinates. Draws come from
