@@ -1,7 +1,6 @@
-"""`python -m paper_figures.report`: results/report.html, one file that opens offline, made from saved results only."""
+"""`python -m paper_figures.report`: results/report.html, from saved results only; it opens offline beside figures/."""
 
 import argparse
-import base64
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -61,19 +60,20 @@ figures keep their bounds. Measured once and committed, not by this command; doc
 {table(header, rows)}{notes}"""
 
 
-def _figures_section(folder: Path) -> str:
-    parts = []
+def _figures_section(results: Path) -> str:
+    parts = [
+        "<p>Each picture is a file of the folder figures beside this page, as PNG and as PDF. A copy of this page needs that "
+        "folder with it.</p>"
+    ]
     for number, figure in enumerate(FIGURES, start=1):
-        path = folder / f"{figure.NAME}.png"
-        try:
-            image = base64.b64encode(path.read_bytes()).decode()
-        except OSError as error:
-            raise ValueError(
-                f"--results: no figure at {path} ({error.strerror}); run python -m paper_figures."
-            ) from None
+        picture = f"figures/{figure.NAME}.png"
+        if not (results / picture).is_file():
+            raise ValueError(f"--results: no figure at {results / picture}; run python -m paper_figures.")
         caption = escape(figure.CAPTION)
         parts.append(
-            f'<figure><img src="data:image/png;base64,{image}" alt="{caption}">'
+            f'<figure><img src="{picture}" alt="{caption}" onerror="this.hidden = true; this.nextElementSibling.hidden = false">'
+            f'<p class="bad" hidden>The file {picture} is missing beside this page. Copy the folder figures next to it, '
+            "or make it with python -m paper_figures.</p>"
             f"<figcaption>Figure {number}. {caption}</figcaption></figure>"
         )
     return "".join(parts)
@@ -89,8 +89,8 @@ def _provenance_section(checks: dict[str, Any], runs: Runs) -> str:
     return f"""
 <p>Version {escape(record["version"])}, commit {escape(commits)}; Python {escape(record["python"])}; {escape(packages)};
 {escape(record["machine"])}. Profile {escape(runs.profile)}: {len(runs.lines)} runs, {minutes:.1f} minutes of training on one
-thread each. Text sha256 {escape(finished[0]["corpus"]["sha256"])}. The checks draw the same cases every time; every line of
-runs.jsonl has the configuration and seed of its run.</p>
+thread each. Text sha256 {escape(finished[0]["corpus"]["sha256"])}. The checks draw the same cases every time; every saved run
+has its configuration and seed.</p>
 <pre>{escape(commands)}</pre>"""
 
 
@@ -110,7 +110,7 @@ barrier did to small models trained on real text. Background: arXiv 2602.22271 a
 <h2>1. Is the theory right?</h2>{_checks_section(checks)}
 <h2>2. What did training with the barrier do?</h2>{study_section(verdicts, runs)}
 <h2>3. Does inference find the truth?</h2>{_inference_section(inference)}
-<h2>4. Figures</h2>{_figures_section(results / "figures")}
+<h2>4. Figures</h2>{_figures_section(results)}
 <h2>5. What was run</h2>{_provenance_section(checks, runs)}
 </body></html>
 """

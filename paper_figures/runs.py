@@ -1,4 +1,4 @@
-"""Saved runs of a sweep, as the analysis, the figures and the report read them: DIR/runs.jsonl, one run a line.
+"""Saved runs of a sweep, as the analysis, the figures and the report read them: DIR/runs.jsonl or DIR/runs.jsonl.bz2, one run a line.
 
 Only seeds for which every method and strength of the profile is there are used, so that every comparison can be paired.
 """
@@ -55,7 +55,7 @@ class Runs(NamedTuple):
 
 def load_runs(folder: Path) -> Runs:
     """The sweep under `folder`. Raises ValueError with the command that makes it if there is none to compare."""
-    path = folder / saved_lines.NAME
+    path = saved_lines.stored_at(folder / saved_lines.NAME)
     again = f"python -m models.char_gpt sweep --out {folder}"
     if not path.exists():
         raise ValueError(f"--runs: no readable sweep at {path}; make one with {again}.")

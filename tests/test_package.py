@@ -254,3 +254,13 @@ def test_plain_make_prints_every_target():
     rules = re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert {"help", "reproduce", "test"} <= set(rules) <= printed.keys()
+
+
+def test_the_readme_example_prints_what_the_readme_shows_with_the_core_alone(core):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (printed,) = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert len(code.splitlines()) <= 15
+    assert len(readme.split()) <= 700
+    done = run(core, code)
+    assert (done.stdout, done.stderr) == (printed, "")

@@ -1,8 +1,6 @@
 """The code on the pages runs as a reader runs it."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,11 +21,3 @@ def test_the_code_on_a_page_runs_from_top_to_bottom(page, count, tmp_path, monke
     code = blocks(page, "python")
     assert len(code) == count
     exec(compile("\n".join(code), page, "exec"), {})
-
-
-def test_the_readme_example_prints_what_the_readme_shows(tmp_path):
-    """In a process of its own, in JAX's default precision, where nothing but core dependencies can be imported."""
-    (code,), (printed,) = blocks("README.md", "python"), blocks("README.md", "text")
-    assert len(code.splitlines()) <= 15
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert found.stdout == printed

@@ -1,5 +1,9 @@
-"""One JSON object a line, one line a finished run: a file that grows, of which a kill costs at most the last line."""
+"""One JSON object a line, one line a finished run: a file that grows, of which a kill costs at most the last line.
 
+A finished file may be kept compressed: `bzip2 runs.jsonl` leaves runs.jsonl.bz2, which is read in its place.
+"""
+
+import bz2
 import json
 import os
 from pathlib import Path
@@ -12,13 +16,25 @@ from prob_transformer.provenance import write_text
 NAME = "runs.jsonl"
 
 
+def stored_at(path: Path) -> Path:
+    """The file that holds the lines of `path`: `path` itself, or its compressed form where that form alone exists."""
+    compressed = path.with_name(f"{path.name}.bz2")
+    return compressed if compressed.exists() and not path.exists() else path
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    return (bz2.decompress(content) if path.suffix == ".bz2" else content).decode("utf-8")
+
+
 def read(path: Path, option: str = "--out") -> list[dict[str, Any]]:
     """Lines written whole, in order; [] if there is no file. Raises ValueError naming the option if one is no run."""
+    path = stored_at(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{option}: {path} cannot be read ({error}); pass another folder.") from None
     found = []
     # What follows the last line end was being written when the sweep was killed.
@@ -56,8 +72,15 @@ def finite_or_none(value: Any) -> float | None:
 
 
 def append(path: Path, run: dict[str, Any]) -> None:
-    """Add a line and have it on disk before going on. NaN and infinities are refused, for they are not JSON."""
+    """Add a line to the plain file and have it on disk before going on; lines kept compressed are unpacked first.
+
+    NaN and infinities are refused, for they are not JSON.
+    """
     line = json.dumps(run, allow_nan=False) + "\n"
+    kept = stored_at(path)
+    if kept != path:
+        write_text(path, _text(kept))
+        drop_torn_end(path)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(line)
         stream.flush()

@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     with mpl.rc_context(style.RC):
         for check in report["checks"]:
             drawn = PICTURES.get(check["id"], errors.draw)(check)
-            with style.atomic_path(options.out / f"{check['id']}.png") as temporary:
-                drawn.savefig(temporary, metadata={"Software": None}, format="png")
+            style.save_png(drawn, options.out / f"{check['id']}.png")
             plt.close(drawn)
     print(f"{len(report['checks'])} pictures in {options.out}")
 

@@ -1,3 +1,4 @@
+import bz2
 import dataclasses
 import fcntl
 import json
@@ -45,6 +46,36 @@ def test_lines_come_back_as_written_and_a_torn_one_is_dropped(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         lines.append(path, line(seed=float("nan")))
     assert len(lines.read(path)) == 3
+
+
+def compress(path):
+    """What `bzip2 FILE` does."""
+    path.with_name(f"{path.name}.bz2").write_bytes(bz2.compress(path.read_bytes()))
+    path.unlink()
+
+
+def test_compressed_lines_are_read_in_place_of_the_plain_file_and_unpacked_to_go_on(tmp_path):
+    path = tmp_path / lines.NAME
+    for seed in (0, 1):
+        lines.append(path, line(seed=seed))
+    with path.open("a") as stream:
+        stream.write('{"run": "half')
+    compress(path)
+    assert [found["seed"] for found in lines.read(path)] == [0, 1]
+    lines.append(path, line(seed=2))
+    assert [found["seed"] for found in lines.read(path)] == [0, 1, 2]
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"junk" + content])
+def test_a_damaged_compressed_file_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / lines.NAME
+    lines.append(path, line())
+    compress(path)
+    compressed = lines.stored_at(path)
+    compressed.write_bytes(damage(compressed.read_bytes()))
+    with pytest.raises(ValueError, match=r"--out: .*runs\.jsonl\.bz2 cannot be read"):
+        lines.read(path)
 
 
 @pytest.mark.parametrize("damage", ["not json", "[]", '{"run": "x"}', "3"])

@@ -59,10 +59,11 @@ def test_axes_are_labelled_and_nothing_is_cut_off(results, name):
     plt.close(drawn)
 
 
-def test_the_report_stands_alone_and_holds_every_figure_and_verdict(results):
+def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results):
     html = report.build(results, "made-up")
-    assert html.count("data:image/png;base64,") == len(command.FIGURES)
-    assert not re.search(r"(src|href)=\"(?!data:)", html)
+    assert re.findall(r'(?:src|href)="([^"]*)"', html) == [f"figures/{figure.NAME}.png" for figure in command.FIGURES]
+    assert all((results / link).is_file() for link in re.findall(r'src="([^"]*)"', html))
+    assert "://" not in html
     assert "14 of 14 checks came out as stated" in html
     for method in runs.METHODS:
         assert method in html
@@ -72,6 +73,13 @@ def test_the_report_stands_alone_and_holds_every_figure_and_verdict(results):
     assert html.count("<li>") >= len(record["findings"]) + len(record["answers"])
     # det J <= 0 in a heading is text, not markup.
     assert "det J &lt;= 0 in layers" in html
+
+
+def test_a_report_without_a_figure_is_refused_by_the_name_of_its_file(tmp_path, results):
+    for name in ("theory_checks.json", "verdicts.json", "runs"):
+        (tmp_path / name).symlink_to(results / name)
+    with pytest.raises(ValueError, match=r"--results: no figure at .*figures/trade_off\.png; run python -m"):
+        report.build(tmp_path, "made-up")
 
 
 def test_a_report_on_few_seeds_says_so(tmp_path, results):
