@@ -102,4 +102,4 @@ lock: ## rewrite the lock file, keeping every pin that still fits; needs uv
 		--output-file requirements.lock
 
 clean: ## remove the environment and what building and testing leave behind
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .compiled

@@ -14,6 +14,7 @@ Proof: docs/claims/certified-radius.md.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,11 @@ def certified_radius_at(attention: Attention, past: Past, embedding: Float[Array
     return jnp.where(never, jnp.inf, jnp.maximum(by_norm, by_change))
 
 
+@partial(jax.jit, inline=True)
+def _certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n"]:
+    return over_positions(certified_radius_at, attention, embeddings)
+
+
 def certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n"]:
     """Lower bound of the distance from u_i to the nearest u with det J_i(u) = 0, at every position (..., n).
 
@@ -94,5 +100,4 @@ def certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) 
     the embeddings; a bound in exact arithmetic, computed in that of the embeddings.
     Raises as `residual_and_log_det`. Equation: module docstring; ours, theory section 4 asks for it.
     """
-    embeddings = require_embeddings("embeddings", embeddings, attention.width)
-    return over_positions(certified_radius_at, attention, embeddings)
+    return _certified_radius(attention, require_embeddings("embeddings", embeddings, attention.width))

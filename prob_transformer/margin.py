@@ -6,6 +6,7 @@ Two margins that can rank positions differently when d > 1, so every report name
     conditioning  sigma_min(J_i): a perturbation of the noise is amplified by at most 1 / sigma_min
 """
 
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -56,14 +57,11 @@ def _variance_share_at(attention: Attention, past: Past, embedding: Float[Array,
     return spread / jnp.where(total > 0, total, 1.0)
 
 
-def closest_positions(
+@partial(jax.jit, static_argnums=3, inline=True)
+def _closest_positions(
     attention: Attention, embeddings: Float[Array, "... n d"], margins: Float[Array, "... n"], k: int
 ) -> SupportTokens:
-    """The k positions of smallest |margin| and their carriers. Raises ValueError if k is not between 1 and n."""
     length = embeddings.shape[-2]
-    require_count("k", k, 1, "the number of positions to return")
-    if k > length:
-        raise ValueError(f"k: got {k}; pass at most n = {length}, the number of positions.")
     positions = jnp.argsort(jnp.abs(margins), axis=-1, stable=True)[..., :k]
 
     def one_sequence(sequence: Float[Array, "n d"], chosen: Int[Array, " k"]) -> Float[Array, "k n"]:
@@ -79,6 +77,16 @@ def closest_positions(
     return SupportTokens(
         positions, jnp.take_along_axis(margins, positions, axis=-1), one_sequence(embeddings, positions)
     )
+
+
+def closest_positions(
+    attention: Attention, embeddings: Float[Array, "... n d"], margins: Float[Array, "... n"], k: int
+) -> SupportTokens:
+    """The k positions of smallest |margin| and their carriers. Raises ValueError if k is not between 1 and n."""
+    require_count("k", k, 1, "the number of positions to return")
+    if k > embeddings.shape[-2]:
+        raise ValueError(f"k: got {k}; pass at most n = {embeddings.shape[-2]}, the number of positions.")
+    return _closest_positions(attention, embeddings, margins, k)
 
 
 def support_tokens(

@@ -37,12 +37,25 @@ def barrier(
     return _barrier(attention, require_embeddings("embeddings", embeddings, attention.width), tiling)
 
 
-def mean_barrier(cells: Cells, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
-    """Mean of b_i over all cells (..., H, p, n) and positions; its gradient is found in the same sweep as its value."""
+@partial(jax.jit, static_argnums=1, inline=True)
+def _mean_barrier(cells: Cells, tiling: Tiling) -> MeanBarrier:
     flat = cells.flat()
     scale = jnp.full((flat.keys.shape[0], flat.length), -1 / (flat.keys.shape[0] * flat.length), flat.keys.dtype)
     total, sign, _ = log_det_total(flat, scale, tiling)
     return MeanBarrier(total, (sign <= 0).mean(dtype=total.dtype), jnp.zeros_like(total))
+
+
+def mean_barrier(cells: Cells, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
+    """Mean of b_i over all cells (..., H, p, n) and positions; its gradient is found in the same sweep as its value."""
+    return _mean_barrier(cells, tiling)
+
+
+@partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling) -> MeanBarrier:
+    flat = cells.flat()
+    count = flat.keys.shape[0] * flat.length
+    total, variance, negative_share = subsampled_log_det_total(flat, key, share, tiling)
+    return MeanBarrier(-total / count, negative_share, jax.lax.stop_gradient(variance) / count**2)
 
 
 def subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
@@ -53,7 +66,4 @@ def subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Ti
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}; pass a share of the cells greater than 0 and at most 1.")
-    flat = cells.flat()
-    count = flat.keys.shape[0] * flat.length
-    total, variance, negative_share = subsampled_log_det_total(flat, key, share, tiling)
-    return MeanBarrier(-total / count, negative_share, jax.lax.stop_gradient(variance) / count**2)
+    return _subsampled_barrier(key, cells, share, tiling)
