@@ -20,6 +20,7 @@ from models.char_gpt.perturbations import (
     substituted,
     swapped,
 )
+from tests.support.tiny_gpt import made_wide
 
 CONFIG = Config(layers=2, width=8, heads=2, context=12)
 N, V = CONFIG.context, 7
