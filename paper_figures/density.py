@@ -1,5 +1,7 @@
 """The 1-D density of one position before and past the degeneracy boundary, with its mass."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from scipy.stats import norm
 
 from models.scalar import NOISE_SCALE, PAST, conditional_masses, scalar_attention
 from paper_figures.style import BLACK, BLUE, ORANGE
-from prob_transformer import Past
+from prob_transformer import Attention, Past, ResidualAndLogDet
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
 NAME = "density"
@@ -23,6 +25,11 @@ CAPTION = (
 )
 
 
+@jax.jit
+def _residual_and_log_det(attention: Attention, past: Past, points: Any) -> ResidualAndLogDet:
+    return jax.vmap(lambda u: residual_and_log_det_at(attention, past, u))(points)
+
+
 def draw() -> Figure:
     """The figure; it needs no saved result."""
     axis = np.linspace(-2.6, 2.6, 801)
@@ -34,8 +41,7 @@ def draw() -> Figure:
     for panel, (a, place) in zip(panels, INTERACTIONS, strict=True):
         attention = scalar_attention(a)
         past = Past.of(attention, jnp.asarray(PAST)[:, None])
-        at = jax.jit(jax.vmap(lambda u, attention=attention, past=past: residual_and_log_det_at(attention, past, u)))
-        found = at(jnp.asarray(axis)[:, None])
+        found = _residual_and_log_det(attention, past, axis[:, None])
         noise_density = norm.pdf(np.asarray(found.residual)[:, 0], 0.0, NOISE_SCALE)
         density = noise_density * np.exp(np.asarray(found.log_det))
         masses = conditional_masses(a)

@@ -55,6 +55,41 @@ def lower_bound(embeddings: NDArray[np.float64], decoder: LinearDecoder) -> floa
     return float(min(found.fun, 0.0) + constants)
 
 
+def _objective(
+    query: Any,
+    key: Any,
+    embeddings: Any,
+    decoder: Any,
+    tokens: Any,
+    kind: Any = "margin",
+    weight_scale: float | None = WEIGHT_SCALE,
+) -> jax.Array:
+    """`map_objective` of one head with identity values."""
+    return map_objective(
+        Attention(query, key),
+        decoder,
+        embeddings,
+        tokens,
+        objective=kind,
+        barrier_weight=BARRIER_WEIGHT,
+        weight_scale=weight_scale,
+    )
+
+
+objective = quick_jit(_objective, static_argnames=("kind", "weight_scale"))
+
+
+@quick_jit
+def _value_and_gradient(flat: Any, embeddings: Any, decoder: Any, tokens: Any) -> tuple[jax.Array, jax.Array]:
+    """The objective with the prior, and its gradient in query and key side by side (2 p d,)."""
+
+    def of_weights(flat: jax.Array) -> jax.Array:
+        query, key = flat.reshape(2, 1, HEAD_SIZE, WIDTH)
+        return _objective(query, key, embeddings, decoder, tokens)
+
+    return jax.value_and_grad(of_weights)(flat)
+
+
 def slope(values: Any, factors: tuple[float, ...]) -> float:
     """Slope of values against the logarithm of the factors, from the last two."""
     values = np.asarray(values)
@@ -65,27 +100,6 @@ def run(plan: Plan) -> Outcome:
     """Evaluate the objective on drawn weights and along two rays, and minimise it from several starts."""
     cases = plan.count(2000, 100)
     embeddings, tokens, decoder = problem(plan.seed)
-
-    def objective(
-        query: Any,
-        key: Any,
-        embeddings: Any,
-        decoder: Any,
-        kind: Any = "margin",
-        weight_scale: float | None = WEIGHT_SCALE,
-    ) -> jax.Array:
-        return map_objective(
-            Attention(query, key),
-            decoder,
-            embeddings,
-            tokens,
-            objective=kind,
-            barrier_weight=BARRIER_WEIGHT,
-            weight_scale=weight_scale,
-        )
-
-    with_prior = quick_jit(objective)
-    without_prior = quick_jit(lambda query, key, u, head: objective(query, key, u, head, weight_scale=None))
     bound = lower_bound(embeddings, decoder)
     shape = (1, HEAD_SIZE, WIDTH)
     below = Worst(-np.inf)
@@ -95,31 +109,30 @@ def run(plan: Plan) -> Outcome:
         nonlocal smallest
         seed, exponent = drawn
         query, key = 10.0**exponent * np.random.default_rng(seed).normal(size=(2, *shape))
-        value = float(with_prior(query, key, embeddings, decoder))
+        value = float(objective(query, key, embeddings, decoder, tokens))
         smallest = min(smallest, value)
         below.see((bound - value) / (1 + abs(bound)), drawn)
 
     for_each_drawn(st.tuples(st.integers(0, 2**31 - 1), st.floats(-2.0, 3.0)), cases, compare, plan.seed)
 
-    gradient = quick_jit(
-        jax.value_and_grad(
-            lambda flat: objective(
-                flat[: flat.size // 2].reshape(shape), flat[flat.size // 2 :].reshape(shape), embeddings, decoder
-            )
-        )
-    )
+    def value_and_gradient(flat: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return jax.tree.map(np.asarray, _value_and_gradient(flat, embeddings, decoder, tokens))
+
     minima = []
     rng = np.random.default_rng(plan.seed)
     for _ in range(plan.pick(8, 2)):
         start = 2.0 * rng.normal(size=2 * HEAD_SIZE * WIDTH)
-        found = minimize(lambda flat: jax.tree.map(np.asarray, gradient(flat)), start, jac=True, method="L-BFGS-B")
+        found = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B")
         minima.append(float(found.fun))
         below.see((bound - found.fun) / (1 + abs(bound)), ("L-BFGS-B from", start.tolist()))
 
     query, key = rng.normal(size=(2, *shape))
     # On either side of the wall: A grows with either sign.
     rays = {
-        sign: [float(without_prior(sign * strength * query, key, embeddings, decoder)) for strength in STRENGTHS]
+        sign: [
+            float(objective(sign * strength * query, key, embeddings, decoder, tokens, weight_scale=None))
+            for strength in STRENGTHS
+        ]
         for sign in (1.0, -1.0)
     }
     slopes = {sign: slope(values, STRENGTHS) for sign, values in rays.items()}
@@ -127,9 +140,8 @@ def run(plan: Plan) -> Outcome:
     rank = int(np.linalg.matrix_rank(np.cov(past.T) @ key[0].T @ query[0]))
     # Free embeddings: the decoder at 0, so that the cross-entropy is constant, and the prior on weights in place.
     silent = LinearDecoder(jnp.zeros((VOCABULARY, WIDTH)), jnp.zeros(VOCABULARY))
-    free = [float(with_prior(query, key, size * embeddings, silent)) for size in SIZES]
-    full = quick_jit(lambda query, key, u, head: objective(query, key, u, head, kind="full"))
-    full_values = [float(full(query, key, size * embeddings, silent)) for size in SIZES]
+    free = [float(objective(query, key, size * embeddings, silent, tokens)) for size in SIZES]
+    full_values = [float(objective(query, key, size * embeddings, silent, tokens, kind="full")) for size in SIZES]
     slope_error = max(
         *(abs(value + BARRIER_WEIGHT * rank) for value in slopes.values()),
         abs(slope(free, SIZES) + 2 * BARRIER_WEIGHT * rank),

@@ -1,5 +1,8 @@
 """Claim: the certified radius never exceeds the distance from an embedding to the degeneracy boundary."""
 
+from typing import Any
+
+import jax
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -66,12 +69,15 @@ def linearised(case: Case) -> float:
     return float(abs(determinants(case, start[None])[0]) / length) if length > 0 else np.inf
 
 
+@quick_jit
+def _radius(query: Any, key: Any, value: Any, embeddings: Any) -> jax.Array:
+    """The certified radius of the last position."""
+    return certified_radius(Attention(query, key, value), embeddings)[-1]
+
+
 def run(plan: Plan) -> Outcome:
     """Compare the radius with the nearest crossing found by search, for the last embedding of drawn problems."""
     cases = plan.count(240, 40)
-    library = quick_jit(
-        lambda query, key, value, embeddings: certified_radius(Attention(query, key, value), embeddings)[-1]
-    )
     worst, worst32 = Worst(), Worst()
     estimates: list[float] = []
     tightness: dict[int, list[float]] = {}
@@ -81,9 +87,9 @@ def run(plan: Plan) -> Outcome:
     def compare(drawn: tuple[Shape, str, int, float]) -> None:
         shape, kind, seed, exponent = drawn
         case = make_case(shape, kind, seed, strength=10.0**exponent)
-        radius = float(library(case.query, case.key, case.value, case.embeddings))
+        radius = float(_radius(case.query, case.key, case.value, case.embeddings))
         single = make_case(shape, kind, seed, strength=10.0**exponent, dtype=np.float32)
-        radius32 = float(library(single.query, single.key, single.value, single.embeddings))
+        radius32 = float(_radius(single.query, single.key, single.value, single.embeddings))
         distance = distance_found(case, np.random.default_rng(seed))
         if not np.isfinite(distance):
             seen["certified_everywhere" if np.isinf(radius) else "no_crossing_found"] += 1

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prob_transformer import Attention, CausalAttentionTransform, residual_and_log_det
-from prob_transformer.change_of_variables import ResidualAndLogDet
+from prob_transformer import Attention, CausalAttentionTransform, ResidualAndLogDet, residual_and_log_det
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import amplification
@@ -96,18 +95,32 @@ class _Tally:
         }
 
 
+@quick_jit
+def _library(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[ResidualAndLogDet, jax.Array]:
+    attention = Attention(query, key, value)
+    noise_to_embeddings = CausalAttentionTransform(attention).log_abs_det_jacobian(embeddings, embeddings)
+    return residual_and_log_det(attention, embeddings), noise_to_embeddings
+
+
+@quick_jit
+def _expected(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
+    jacobian = jax.jacfwd(dense_residual, argnums=3)(query, key, value, embeddings)
+    return dense_residual(query, key, value, embeddings), jacobian
+
+
+@quick_jit
+def _self_inclusive_jacobian(query: Any, key: Any, embeddings: Any) -> jax.Array:
+    return jax.jacfwd(lambda u: dense_residual(query, key, None, u, offset=0))(embeddings)
+
+
 def _self_inclusion() -> float:
     """Largest sigma_min of the whole Jacobian with s <= i and identity values, relative to its sigma_max."""
     largest = 0.0
     shape = next(shape for shape in SHAPES if not shape.with_values and shape.length == 5)
-
-    def self_inclusive(embeddings: Any, query: Any, key: Any) -> jax.Array:
-        return dense_residual(query, key, None, embeddings, offset=0)
-
-    jacobian = quick_jit(jax.jacfwd(self_inclusive))
     for seed in range(20):
         case = make_case(shape, "gaussian", seed)
-        whole = np.asarray(jacobian(case.embeddings, case.query, case.key)).reshape((case.embeddings.size,) * 2)
+        jacobian = np.asarray(_self_inclusive_jacobian(case.query, case.key, case.embeddings))
+        whole = jacobian.reshape((case.embeddings.size,) * 2)
         singular = np.linalg.svd(whole, compute_uv=False)
         largest = max(largest, float(singular[-1] / singular[0]))
     return largest
@@ -116,26 +129,13 @@ def _self_inclusion() -> float:
 def run(plan: Plan) -> Outcome:
     """Compare library and autodiff on drawn problems in float64 and as many in float32."""
     cases = plan.count(1650, 60)
-
-    @quick_jit
-    def library(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[ResidualAndLogDet, jax.Array]:
-        attention = Attention(query, key, value)
-        transform = CausalAttentionTransform(attention)
-        noise_to_embeddings = transform.log_abs_det_jacobian(embeddings, embeddings)
-        return residual_and_log_det(attention, embeddings), noise_to_embeddings
-
-    @quick_jit
-    def expected(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
-        jacobian = jax.jacfwd(dense_residual, argnums=3)(query, key, value, embeddings)
-        return dense_residual(query, key, value, embeddings), jacobian
-
     tallies = {"float64": _Tally(), "float32": _Tally()}
     for precision, tally in tallies.items():
 
         def compare(case: Case, precision: str = precision, tally: _Tally = tally) -> None:
             arrays = (case.query, case.key, case.value, case.embeddings)
             precise = [None if array is None else array.astype(np.float64) for array in arrays]
-            tally.see(case, precision, expected(*precise), library(*arrays))
+            tally.see(case, precision, _expected(*precise), _library(*arrays))
 
         drawn = attention_cases(np.dtype(precision), shapes=plan.pick(SHAPES, FEW_SHAPES))
         for_each_drawn(drawn, cases, compare, plan.seed)

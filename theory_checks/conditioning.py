@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 from hypothesis import strategies as st
 from scipy.optimize import brentq
@@ -43,7 +44,13 @@ def measured_amplification(case: Case, margin: float) -> float:
     return float(np.linalg.norm(np.array(columns), ord=2))
 
 
-def approach(margin: Any, seed: int) -> list[dict[str, float]]:
+@quick_jit
+def _margin(query: Any, key: Any, value: Any, embeddings: Any) -> jax.Array:
+    """The conditioning margin of the last position."""
+    return stability_margin(Attention(query, key, value), embeddings, "conditioning")[-1]
+
+
+def approach(seed: int) -> list[dict[str, float]]:
     """Margin and measured amplification as the strength of A nears the boundary from below, for one drawn problem."""
     for attempt in range(100):
         case = make_case(Shape(1, 2, 2, 5, False), "gaussian", seed + attempt)
@@ -63,7 +70,7 @@ def approach(margin: Any, seed: int) -> list[dict[str, float]]:
             rows = []
             for gap in APPROACH:
                 near = scaled(wall * (1 - gap))
-                found = float(margin(near.query, near.key, near.value, near.embeddings))
+                found = float(_margin(near.query, near.key, near.value, near.embeddings))
                 rows.append({"gap": gap, "margin": found, "amplification": measured_amplification(near, found)})
             return rows
     raise RuntimeError("no drawn problem crosses the boundary as its attention grows")
@@ -72,17 +79,12 @@ def approach(margin: Any, seed: int) -> list[dict[str, float]]:
 def run(plan: Plan) -> Outcome:
     """Solve for perturbed noise in drawn problems and compare with the library's conditioning margin."""
     cases = plan.count(400, 60)
-    margin = quick_jit(
-        lambda query, key, value, embeddings: stability_margin(
-            Attention(query, key, value), embeddings, "conditioning"
-        )[-1]
-    )
     worst, bound = Worst(), Worst()
     by_determinant: list[float] = []
     seen = {"compared": 0, "too_close_to_the_boundary": 0}
 
     def compare(case: Case) -> None:
-        found = float(margin(case.query, case.key, case.value, case.embeddings))
+        found = float(_margin(case.query, case.key, case.value, case.embeddings))
         truth = float(np.linalg.svd(jacobians(case, case.embeddings[-1:])[0], compute_uv=False)[-1])
         if not min(found, truth) > SMALLEST:
             seen["too_close_to_the_boundary"] += 1
@@ -112,7 +114,7 @@ def run(plan: Plan) -> Outcome:
         st.sampled_from(shapes), st.sampled_from(_KINDS[:4]), st.integers(0, 2**31 - 1), st.floats(0.01, 0.99)
     )
     for_each_drawn(safe, cases // 2, compare_safe, plan.seed)
-    rows = approach(margin, plan.seed)
+    rows = approach(plan.seed)
     near = max(abs(row["amplification"] * row["margin"] - 1) for row in rows)
     mistaken = float(np.median(by_determinant)) if by_determinant else 0.0
     return Outcome(

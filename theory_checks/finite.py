@@ -49,6 +49,7 @@ def scalars(query: Any, key: Any, value: Any, embeddings: Any) -> dict[str, jax.
     }
 
 
+@quick_jit
 def values_and_gradients(
     query: Any, key: Any, value: Any, embeddings: Any
 ) -> tuple[dict[str, jax.Array], dict[str, list[jax.Array]], dict[str, jax.Array]]:
@@ -83,6 +84,9 @@ def naive_log_det(query: Any, key: Any, value: Any, embeddings: Any) -> jax.Arra
     return jnp.linalg.slogdet(blocks)[1].sum()
 
 
+_naive = quick_jit(jax.value_and_grad(naive_log_det, argnums=3))
+
+
 def problems(found: Any, gradients: Any, plain: Any) -> list[str]:
     """What is not as documented in one evaluation, by name; an exact zero of det J has its own, boundary."""
     largest = np.log(np.finfo(plain["log_det"].dtype).max)
@@ -105,9 +109,6 @@ def problems(found: Any, gradients: Any, plain: Any) -> list[str]:
 def run(plan: Plan) -> Outcome:
     """Evaluate every public function and its gradient on drawn problems of every kind, half of them in float32."""
     cases = plan.count(1200, 200)
-    # JAX shares compiled code between jits of one function; a new one sees what the library is now.
-    library = quick_jit(lambda *arrays: values_and_gradients(*arrays))
-    naive = quick_jit(jax.value_and_grad(naive_log_det, argnums=3))
     counts: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -118,11 +119,11 @@ def run(plan: Plan) -> Outcome:
     def evaluate(case: Case) -> None:
         arrays = (case.query, case.key, case.value, case.embeddings)
         kinds[case.kind] += 1
-        for problem in set(problems(*jax.device_get(library(*arrays)))):
+        for problem in set(problems(*jax.device_get(values_and_gradients(*arrays)))):
             counts[problem] += 1
             first.setdefault(problem, repr(case))
         if case.shape == FEW_SHAPES[0]:
-            number, gradient = naive(*arrays)
+            number, gradient = _naive(*arrays)
             naive_failures[str(case.query.dtype)] += not (np.isfinite(number) and np.isfinite(gradient).all())
 
     precisions = plan.pick(("float64", "float32"), ("float32",))

@@ -31,6 +31,21 @@ def averaging(case: Case) -> NDArray[np.float64]:
     return np.eye(length * width) - np.kron(uniform, values)
 
 
+@quick_jit
+def _log_prob(query: Any, key: Any, value: Any, embeddings: Any, scales: Any) -> jax.Array:
+    return EmbeddingProcess(Attention(query, key, value), embeddings.shape[0], scales[0], scales[1]).log_prob(
+        embeddings
+    )
+
+
+@quick_jit
+def _dense_residual_and_jacobian(query: Any, key: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
+    def residual(u: Any) -> jax.Array:
+        return dense_residual(query, key, None, u)
+
+    return residual(embeddings), jax.jacfwd(residual)(embeddings)
+
+
 def vanishing_noise(seed: int) -> dict[str, Any]:
     """How fast embeddings tend to deterministic attention as sigma -> 0, and to the linear law around it."""
     case = make_case(FEW_SHAPES[0], "gaussian", seed)
@@ -46,10 +61,8 @@ def vanishing_noise(seed: int) -> dict[str, Any]:
     solved = np.asarray(CausalAttentionTransform(attention)(jnp.asarray(noise)))
     limit, moved = solved[0], solved[1:]
 
-    def residual(embeddings: Any) -> jax.Array:
-        return dense_residual(-case.query, case.query, None, embeddings)
-
-    jacobian = np.asarray(quick_jit(jax.jacfwd(residual))(limit)).reshape(limit.size, limit.size)
+    residual, jacobian = (np.asarray(part) for part in _dense_residual_and_jacobian(-case.query, case.query, limit))
+    jacobian = jacobian.reshape(limit.size, limit.size)
     linear = np.linalg.solve(jacobian, directions.ravel()).reshape(directions.shape)
     distances = [float(np.abs(u - limit).max()) for u in moved]
     remainders = [float(np.abs(u - limit - scale * linear).max()) for u, scale in zip(moved, SCALES, strict=True)]
@@ -57,7 +70,7 @@ def vanishing_noise(seed: int) -> dict[str, Any]:
     kept = [index for index, remainder in enumerate(remainders) if remainder > 1e-9]
     logs = np.log(SCALES)
     return {
-        "deterministic_residual": float(np.abs(np.asarray(residual(limit)) - fixed).max()),
+        "deterministic_residual": float(np.abs(residual - fixed).max()),
         "sigma": list(SCALES),
         "distance_to_deterministic_attention": distances,
         "remainder_of_linear_law": remainders,
@@ -70,12 +83,6 @@ def vanishing_noise(seed: int) -> dict[str, Any]:
 def run(plan: Plan) -> Outcome:
     """Compare log densities and solutions with the normal law of drawn problems, and measure the limit of no noise."""
     cases = plan.count(300, 40)
-
-    @quick_jit
-    def log_prob(query: Any, key: Any, value: Any, embeddings: Any, scales: Any) -> jax.Array:
-        process = EmbeddingProcess(Attention(query, key, value), embeddings.shape[0], scales[0], scales[1])
-        return process.log_prob(embeddings)
-
     density, mapped = Worst(), Worst()
     with_interaction: list[float] = []
 
@@ -89,9 +96,9 @@ def run(plan: Plan) -> Outcome:
             case.embeddings.ravel()
         )
         scales = np.array([noise_scale, first_scale])
-        found = float(log_prob(0 * case.query, case.key, case.value, case.embeddings, scales))
+        found = float(_log_prob(0 * case.query, case.key, case.value, case.embeddings, scales))
         density.see(abs(found - truth) / (1 + abs(truth)), drawn)
-        other = float(log_prob(case.query, case.key, case.value, case.embeddings, scales))
+        other = float(_log_prob(case.query, case.key, case.value, case.embeddings, scales))
         with_interaction.append(abs(other - truth) / (1 + abs(truth)))
 
     shapes = plan.pick(SHAPES[::3], FEW_SHAPES)

@@ -1,6 +1,5 @@
 """Claim: scaling, rotating, appending and reordering the past change what they should and nothing else."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,19 +20,15 @@ REGIME = {"float64": 1e6, "float32": 5e2}
 UNDECIDABLE = 0.05
 FACTOR = 1.7
 
-Library = Callable[..., Any]
 
-
-def _library() -> Library:
-    @quick_jit
-    def everything(query: Any, key: Any, value: Any, embeddings: Any, scale: Any) -> tuple[jax.Array, ...]:
-        attention = Attention(query, key, value)
-        residual, _, log_det = residual_and_log_det(attention, embeddings)
-        conditioning = stability_margin(attention, embeddings, "conditioning")
-        density = EmbeddingProcess(attention, embeddings.shape[0], scale, scale).position_log_prob(embeddings)
-        return residual, log_det, conditioning, density, jacobian_block(attention, embeddings)
-
-    return everything
+@quick_jit
+def _library(query: Any, key: Any, value: Any, embeddings: Any, scale: Any) -> tuple[jax.Array, ...]:
+    """Residual, log-determinants, conditioning margins, log densities and Jacobian blocks."""
+    attention = Attention(query, key, value)
+    residual, _, log_det = residual_and_log_det(attention, embeddings)
+    conditioning = stability_margin(attention, embeddings, "conditioning")
+    density = EmbeddingProcess(attention, embeddings.shape[0], scale, scale).position_log_prob(embeddings)
+    return residual, log_det, conditioning, density, jacobian_block(attention, embeddings)
 
 
 def _scaled(case: Case, factor: float, power: float) -> tuple[Any, ...]:
@@ -48,13 +43,13 @@ def _rotated(case: Case, rotation: NDArray[Any]) -> tuple[Any, ...]:
     return case.query @ rotation.T, case.key @ rotation.T, value, case.embeddings @ rotation.T
 
 
-def differences(library: Library, case: Case) -> tuple[dict[str, float], float, float]:
+def differences(case: Case) -> tuple[dict[str, float], float, float]:
     """Differences by symmetry of what should not change, kappa of the case, and the counterexample's difference."""
     arrays = (case.query, case.key, case.value, case.embeddings)
     dtype = case.query.dtype.type
     length, width = case.embeddings.shape
     rng = np.random.default_rng(case.seed)
-    outputs = [np.asarray(part, np.float64) for part in library(*arrays, dtype(1.0))]
+    outputs = [np.asarray(part, np.float64) for part in _library(*arrays, dtype(1.0))]
     residual, log_det, conditioning, density, blocks = outputs
     size = 1 + np.abs(residual).max()
 
@@ -68,24 +63,24 @@ def differences(library: Library, case: Case) -> tuple[dict[str, float], float, 
         return float(max(np.abs(part).max() for part in parts))
 
     found = {}
-    found["scale"] = apart(library(*_scaled(case, FACTOR, 2.0), dtype(FACTOR)), shift=width * np.log(FACTOR))
+    found["scale"] = apart(_library(*_scaled(case, FACTOR, 2.0), dtype(FACTOR)), shift=width * np.log(FACTOR))
     if width > 1:
         rotation = ortho_group(width, seed=rng).rvs().astype(case.query.dtype)
-        found["rotation"] = apart(library(*_rotated(case, rotation), dtype(1.0)))
+        found["rotation"] = apart(_library(*_rotated(case, rotation), dtype(1.0)))
     # Another last embedding leaves everything before it as it was, to the last bit.
     moved = case.embeddings.copy()
     moved[-1] = moved[0] - moved[-1]
-    changed = [np.asarray(part, np.float64) for part in library(*arrays[:3], moved, dtype(1.0))]
+    changed = [np.asarray(part, np.float64) for part in _library(*arrays[:3], moved, dtype(1.0))]
     found["later position"] = max(float(np.abs(changed[k][:-1] - outputs[k][:-1]).max()) for k in range(4)) / size
     # The last position sees its past as a set.
     order = np.append(rng.permutation(length - 1), length - 1)
-    shuffled = [np.asarray(part, np.float64) for part in library(*arrays[:3], case.embeddings[order], dtype(1.0))]
+    shuffled = [np.asarray(part, np.float64) for part in _library(*arrays[:3], case.embeddings[order], dtype(1.0))]
     found["order of the past"] = max(
         abs(float(shuffled[1][-1] - log_det[-1])),
         float(np.abs(shuffled[0][-1] - residual[-1]).max()) / size,
     )
     kappa = amplification(case, blocks)
-    wrong = apart(library(*_scaled(case, FACTOR, 1.0), dtype(FACTOR)), shift=width * np.log(FACTOR))
+    wrong = apart(_library(*_scaled(case, FACTOR, 1.0), dtype(FACTOR)), shift=width * np.log(FACTOR))
     return found, kappa, wrong
 
 
@@ -95,12 +90,11 @@ def run(plan: Plan) -> Outcome:
     worst = {precision: {} for precision in TOLERANCE}  # type: dict[str, dict[str, Worst]]
     wrong: list[float] = []
     undecidable = 0
-    library = _library()
 
     def compare(case: Case) -> None:
         nonlocal undecidable
         precision = str(case.query.dtype)
-        found, kappa, mistaken = differences(library, case)
+        found, kappa, mistaken = differences(case)
         if kappa * np.finfo(precision).eps > UNDECIDABLE:
             undecidable += 1
             return

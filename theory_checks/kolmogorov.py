@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,37 +33,40 @@ VOCABULARY = 3
 EXTENSION_TOLERANCE = 1e-10
 
 
-def ratio_function(integrated: int, fast: bool = True) -> Callable[..., jax.Array]:
-    """Compiled p(kept, tail) / p(kept) of many tails: (attention, kept (k, d), offsets (m, integrated * d)) -> (m,).
+def ratio(attention: Attention, kept: Any, offsets: Any) -> jax.Array:
+    """p(kept, tail) / p(kept) (m,) of kept (k, d) and many tails, given by offsets (m, t, d).
 
-    A tail is given by its offset from the mean of everything before it, a shear that keeps volumes and makes the box
-    to integrate over small.
+    An offset is that of a position of the tail from the mean of everything before it, a shear that keeps volumes and
+    makes the box to integrate over small.
     """
-
-    def ratio(attention: Attention, kept: Any, offsets: Any) -> jax.Array:
-        length, width = kept.shape
-        longer = EmbeddingProcess(attention, length + integrated, NOISE_SCALE, FIRST_SCALE)
-        if length == 1:
-            shorter = norm.logpdf(kept, 0.0, FIRST_SCALE).sum()
-        else:
-            shorter = EmbeddingProcess(attention, length, NOISE_SCALE, FIRST_SCALE).log_prob(kept)
-        embeddings = jnp.broadcast_to(kept, (offsets.shape[0], length, width))
-        for offset in jnp.moveaxis(offsets.reshape(-1, integrated, width), 1, 0):
-            tail = embeddings.mean(axis=1) + offset
-            embeddings = jnp.concatenate([embeddings, tail[:, None]], axis=1)
-        return jnp.exp(longer.log_prob(embeddings) - shorter)
-
-    return quick_jit(ratio) if fast else jax.jit(ratio)
+    length, width = kept.shape
+    longer = EmbeddingProcess(attention, length + offsets.shape[1], NOISE_SCALE, FIRST_SCALE)
+    if length == 1:
+        shorter = norm.logpdf(kept, 0.0, FIRST_SCALE).sum()
+    else:
+        shorter = EmbeddingProcess(attention, length, NOISE_SCALE, FIRST_SCALE).log_prob(kept)
+    embeddings = jnp.broadcast_to(kept, (offsets.shape[0], length, width))
+    for offset in jnp.moveaxis(offsets, 1, 0):
+        tail = embeddings.mean(axis=1) + offset
+        embeddings = jnp.concatenate([embeddings, tail[:, None]], axis=1)
+    return jnp.exp(longer.log_prob(embeddings) - shorter)
 
 
-def marginal_ratio(
-    ratio: Callable[..., jax.Array], attention: Attention, kept: NDArray[np.float64], integrated: int
-) -> Integral:
+_ratio = quick_jit(ratio)
+# Tens of millions of points in four dimensions: compiling well pays there.
+_ratio_of_many = jax.jit(ratio)
+
+
+def marginal_ratio(attention: Attention, kept: NDArray[np.float64], integrated: int) -> Integral:
     """int p(kept, tail) d(tail) / p(kept), kept (k, d), over every tail that noise is likely to reach."""
     width = kept.shape[1]
     dimension = integrated * width
     edge = np.repeat(reach(attention, kept, integrated, EXTENT[dimension]), width)
-    integrand = functools.partial(ratio, attention, kept)
+    compiled = _ratio_of_many if dimension == 4 else _ratio
+
+    def integrand(offsets: NDArray[np.float64]) -> jax.Array:
+        return compiled(attention, kept, offsets.reshape(-1, integrated, width))
+
     return integrate(integrand, -edge, edge, tolerance=QUADRATURE[dimension], confirm=dimension < 3)
 
 
@@ -100,16 +102,11 @@ def _embeddings(plan: Plan) -> tuple[list[dict[str, Any]], float]:
         ("d = 1, two heads with values", two_heads, plan.pick(SPLITS_1D[:5], ())),
         ("d = 2, identity values", interaction_attention(semidefinite), plan.pick(SPLITS_2D, ())),
     ]
-    ratios = {integrated: ratio_function(integrated) for integrated in (1, 2, 3)}
-    # Tens of millions of points in four dimensions: compiling well pays there.
-    long = ratio_function(2, fast=False)
     rows, worst = [], 0.0
     for name, attention, splits in problems:
         for kept, integrated in splits:
             points = rng.normal(size=(kept, attention.width))
-            (mass,), (error,), evaluated = marginal_ratio(
-                long if integrated * attention.width == 4 else ratios[integrated], attention, points, integrated
-            )
+            (mass,), (error,), evaluated = marginal_ratio(attention, points, integrated)
             worst = max(worst, abs(float(mass) - 1) + float(error))
             rows.append(
                 {
@@ -124,24 +121,28 @@ def _embeddings(plan: Plan) -> tuple[list[dict[str, Any]], float]:
     return rows, worst
 
 
+@quick_jit
+def _joint(attention: Attention, decoder: LinearDecoder, sequences: Any, embeddings: Any) -> jax.Array:
+    """p(u, x) (m, k) of embeddings (m, n), d = 1, with every one of the sequences of tokens (k, n)."""
+
+    def one(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
+        scales = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
+        log_joint, _ = log_density(
+            token_model, (attention, decoder, tokens), scales, {"embeddings": embedding[:, None]}
+        )
+        return jnp.exp(log_joint)
+
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(embeddings, sequences)
+
+
 def _token_probabilities(length: int, vocabulary: int) -> Integral:
     """p(x_1..n) of every sequence in lexicographic order, embeddings (d = 1) integrated out."""
     attention = scalar_attention(-1.5)
     decoder = LinearDecoder(jnp.linspace(-1.0, 1.5, vocabulary)[:, None], jnp.linspace(0.3, -0.4, vocabulary))
     sequences = jnp.array(list(itertools.product(range(vocabulary), repeat=length)))
 
-    @quick_jit
-    def joint(embeddings: jax.Array) -> jax.Array:
-        def one(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
-            scales = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
-            log_joint, _ = log_density(
-                token_model, (attention, decoder, tokens), scales, {"embeddings": embedding[:, None]}
-            )
-            return jnp.exp(log_joint)
-
-        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(embeddings, sequences)
-
     edge = EXTENT[length] * (FIRST_SCALE + NOISE_SCALE * np.arange(length))
+    joint = functools.partial(_joint, attention, decoder, sequences)
     return integrate(joint, -edge, edge, tolerance=QUADRATURE[length] / len(sequences), confirm=False)
 
 
@@ -168,22 +169,23 @@ def _tokens(plan: Plan) -> dict[str, Any]:
     }
 
 
+@quick_jit
+def _by_extension_and_whole(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
+    """log p(u) by adding positions one at a time, and of the whole sequence."""
+    process = EmbeddingProcess(Attention(query, key, value), embeddings.shape[0], NOISE_SCALE, FIRST_SCALE)
+    past, total = process.empty_past(), jnp.zeros(())
+    for embedding in embeddings:
+        added, past = process.extend(past, embedding)
+        total = total + added
+    return total, process.log_prob(embeddings)
+
+
 def _extension(plan: Plan, cases: int) -> Worst:
     """Adding positions one at a time against the whole sequence, relative to 1 + |log p|."""
-
-    @quick_jit
-    def both(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
-        process = EmbeddingProcess(Attention(query, key, value), embeddings.shape[0], NOISE_SCALE, FIRST_SCALE)
-        past, total = process.empty_past(), jnp.zeros(())
-        for embedding in embeddings:
-            added, past = process.extend(past, embedding)
-            total = total + added
-        return total, process.log_prob(embeddings)
-
     worst = Worst()
 
     def compare(case: Case) -> None:
-        extended, whole = map(float, both(case.query, case.key, case.value, case.embeddings))
+        extended, whole = map(float, _by_extension_and_whole(case.query, case.key, case.value, case.embeddings))
         worst.see(abs(extended - whole) / (1 + abs(whole)), case)
 
     kinds = tuple(kind for kind in KINDS if kind != "offset")
@@ -200,10 +202,10 @@ def run(plan: Plan) -> Outcome:
     tokens = _tokens(plan)
     extension = _extension(plan, cases)
     past = np.array(PAST)[:, None]
-    factor = marginal_ratio(ratio_function(1), scalar_attention(4.0), past, 1)
+    factor = marginal_ratio(scalar_attention(4.0), past, 1)
     expected = roots(4.0, PAST, NOISE_SCALE)
     # Noise reaches every past, so with a > 0 some past of two tokens is wide enough: the excess is small, never zero.
-    drift = float(marginal_ratio(ratio_function(2), scalar_attention(1.5), np.full((1, 1), 0.5), 2).value[0] - 1)
+    drift = float(marginal_ratio(scalar_attention(1.5), np.full((1, 1), 0.5), 2).value[0] - 1)
     mass = float(factor.value[0])
     figure = max(embeddings_worst, tokens["worst"])
     return Outcome(

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from prob_transformer import Attention, jacobian_block, residual_and_log_det
-from prob_transformer.change_of_variables import ResidualAndLogDet
+from prob_transformer import Attention, ResidualAndLogDet, jacobian_block, residual_and_log_det
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import amplification
@@ -37,20 +36,20 @@ def factors(case: Case, position: int) -> tuple[NDArray[Any], NDArray[Any]]:
     return left, case.query.reshape(heads * head_size, width)
 
 
+@quick_jit
+def _library(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, ResidualAndLogDet]:
+    attention = Attention(query, key, value)
+    return jacobian_block(attention, embeddings), residual_and_log_det(attention, embeddings)
+
+
 def run(plan: Plan) -> Outcome:
     """Compare four determinants of every block of drawn problems in float64."""
     cases = plan.count(600, 60)
-
-    @quick_jit
-    def library(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, ResidualAndLogDet]:
-        attention = Attention(query, key, value)
-        return jacobian_block(attention, embeddings), residual_and_log_det(attention, embeddings)
-
     worst, scaled, entries, decoupled = Worst(), Worst(), Worst(), []
     seen = {"compared_positions": 0, "outside_regime": 0, "undecidable": 0, "wider_than_d": 0, "narrower_than_d": 0}
 
     def compare(case: Case) -> None:
-        blocks, (_, sign, log_det) = library(case.query, case.key, case.value, case.embeddings)
+        blocks, (_, sign, log_det) = _library(case.query, case.key, case.value, case.embeddings)
         blocks, sign, log_det = np.asarray(blocks), np.asarray(sign), np.asarray(log_det)
         _, head_size, width = case.query.shape
         kappa = amplification(case, blocks)

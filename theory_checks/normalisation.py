@@ -1,7 +1,6 @@
 """Claim: the signed mass is always 1, and the mass of the density is the expected number of roots."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,8 +33,6 @@ WORKED_EXAMPLE = {1.5: 1.0313, 4.0: 2.1239}
 # Standard deviations of noise beyond which no mass is left at double precision.
 TAIL = 9.0
 
-Signed = Callable[[Attention, ArrayLike, NDArray[np.float64]], jax.Array]
-
 
 def interaction_attention(interaction: NDArray[np.float64]) -> Attention:
     """One head with identity values and the given interaction A (d, d): W_K = I, p = d."""
@@ -43,30 +40,25 @@ def interaction_attention(interaction: NDArray[np.float64]) -> Attention:
     return Attention(jnp.asarray(np.sqrt(width) * interaction)[None], jnp.eye(width)[None])
 
 
-def signed_density(noise_scale: float) -> Signed:
-    """Compiled p(u | past) of the last position with and without the sign of det J: (attention, past, u) -> (m, 2)."""
+@quick_jit
+def signed_density(attention: Attention, past: Any, noise_scale: Any, last: Any) -> jax.Array:
+    """p(u | past) of next embeddings (m, d) with and without the sign of det J, shape (m, 2)."""
 
-    @quick_jit
-    def density(attention: Attention, past: Any, last: Any) -> jax.Array:
-        def one(embedding: jax.Array) -> jax.Array:
-            embeddings = jnp.concatenate([past, embedding[None]])
-            process = EmbeddingProcess(attention, embeddings.shape[0], noise_scale)
-            absolute = jnp.exp(process.position_log_prob(embeddings)[-1])
-            return jnp.stack([absolute, residual_and_log_det(attention, embeddings).sign[-1] * absolute])
+    def one(embedding: jax.Array) -> jax.Array:
+        embeddings = jnp.concatenate([past, embedding[None]])
+        process = EmbeddingProcess(attention, embeddings.shape[0], noise_scale)
+        absolute = jnp.exp(process.position_log_prob(embeddings)[-1])
+        return jnp.stack([absolute, residual_and_log_det(attention, embeddings).sign[-1] * absolute])
 
-        return jax.vmap(one)(last)
-
-    return density
+    return jax.vmap(one)(last)
 
 
-def masses(
-    density: Signed, attention: Attention, past: ArrayLike, noise_scale: float, tolerance: float = QUADRATURE_1D
-) -> Integral:
+def masses(attention: Attention, past: ArrayLike, noise_scale: float, tolerance: float = QUADRATURE_1D) -> Integral:
     """Mass and signed mass of the next position given the past (m, d), identity values."""
     past = np.asarray(past, float)
     # mu is a mean of the past, so |e| exceeds TAIL standard deviations outside this box.
     low, high = past.min(axis=0) - TAIL * noise_scale, past.max(axis=0) + TAIL * noise_scale
-    return integrate(lambda u: density(attention, past, u), low, high, tolerance=tolerance)
+    return integrate(functools.partial(signed_density, attention, past, noise_scale), low, high, tolerance=tolerance)
 
 
 def scalar_residual(strength: float, past: ArrayLike, u: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -86,11 +78,10 @@ def roots(strength: float, past: ArrayLike, noise_scale: float) -> float:
 def _one_dimension(plan: Plan) -> tuple[list[dict[str, Any]], float]:
     rows, worst = [], 0.0
     for noise_scale in plan.pick((NOISE_SCALE, 0.2), (NOISE_SCALE,)):
-        density = signed_density(noise_scale)
         for past in plan.pick((PAST, *OTHER_PASTS), (PAST,)):
             for strength in plan.pick(STRENGTHS, (-1.0, *WORKED_EXAMPLE)):
                 column = np.array(past)[:, None]
-                (mass, signed), error, _ = masses(density, scalar_attention(strength), column, noise_scale)
+                (mass, signed), error, _ = masses(scalar_attention(strength), column, noise_scale)
                 expected = roots(strength, past, noise_scale)
                 worst = max(worst, abs(mass - expected), abs(signed - 1), float(error.max()))
                 rows.append(
@@ -140,7 +131,6 @@ def _rank_one_roots(attention: Attention) -> float:
 
 def _two_dimensions(plan: Plan) -> tuple[list[dict[str, Any]], float, float]:
     """Rows, the largest difference where roots are counted on a line, and the largest error of what is less exact."""
-    density = signed_density(NOISE_SCALE)
     rows, line, plane = [], 0.0, 0.0
     for head_size, with_values, strength in plan.pick(PLANE_PROBLEMS, PLANE_PROBLEMS[1:2]):
         attention = plane_attention(head_size, with_values, strength)
@@ -148,7 +138,7 @@ def _two_dimensions(plan: Plan) -> tuple[list[dict[str, Any]], float, float]:
         values = _attended(attention)
         low, high = values.min(axis=0) - TAIL * NOISE_SCALE, values.max(axis=0) + TAIL * NOISE_SCALE
         (mass, signed), error, points = integrate(
-            functools.partial(density, attention, PLANE_PAST),
+            functools.partial(signed_density, attention, PLANE_PAST, NOISE_SCALE),
             low,
             high,
             tolerance=QUADRATURE_2D,

@@ -28,6 +28,7 @@ _GENERAL = (
 )
 
 
+@quick_jit
 def smallest_determinant(attention: Attention, past: Any, key: Any) -> tuple[jax.Array, jax.Array]:
     """The smallest det J found over the next embedding u, and that u (d,), by a derivative-free search."""
     width = past.shape[-1]
@@ -90,21 +91,19 @@ def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[At
 def run(plan: Plan) -> Outcome:
     """Search for the smallest determinant over u_i in drawn problems of each of the two safe regions."""
     cases = plan.count(200, 30)
-    # JAX shares compiled code between jits of one function; a new one sees what the library is now.
-    search = quick_jit(lambda *arguments: smallest_determinant(*arguments))
     semidefinite, popoviciu = Worst(-np.inf), Worst(-np.inf)
     slacks: dict[int, list[float]] = {}
 
     def search_semidefinite(drawn: tuple[Shape, str, int, float]) -> None:
         shape, kind, seed, exponent = drawn
         attention, past = negative_semidefinite(shape, kind, seed, 10.0**exponent)
-        found, _ = search(attention, past, jax.random.key(seed))
+        found, _ = smallest_determinant(attention, past, jax.random.key(seed))
         semidefinite.see(1 - float(found), drawn)
 
     def search_contraction(drawn: tuple[Shape, str, int, float]) -> None:
         shape, kind, seed, constant = drawn
         attention, past, reached = contraction(shape, kind, seed, constant)
-        found, _ = search(attention, past, jax.random.key(seed))
+        found, _ = smallest_determinant(attention, past, jax.random.key(seed))
         slack = float(found) / (1 - reached) ** shape.width - 1
         if reached > 0:
             slacks.setdefault(shape.width, []).append(slack)
@@ -118,7 +117,7 @@ def run(plan: Plan) -> Outcome:
     for_each_drawn(draws(general, st.floats(0.01, 0.99)), cases, search_contraction, plan.seed)
 
     past = np.array(PAST)[:, None]
-    outside, where = search(scalar_attention(4.0), past, jax.random.key(0))
+    outside, where = smallest_determinant(scalar_attention(4.0), past, jax.random.key(0))
     figure = max(semidefinite.figure, popoviciu.figure)
     return Outcome(
         cases=2 * cases,

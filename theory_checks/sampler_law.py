@@ -49,33 +49,45 @@ def log_density(attention: Attention, embeddings: Any, weight: Any, stretch: Any
 
 def sequence_transforms(attention: Attention, sequences: Any) -> dict[str, Array]:
     """F(u_i | u_<i) (N, n) at every position of sequences (N, n, 1) under each density, by Gauss-Legendre rules."""
+    return {
+        name: np.asarray(_sequence_transform(attention, sequences, *settings)) for name, settings in DENSITIES.items()
+    }
+
+
+@jax.jit
+def _sequence_transform(attention: Attention, sequences: Any, weight: Any, stretch: Any) -> jax.Array:
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    length = sequences.shape[1]
 
-    @jax.jit
-    def transform(sequences: jax.Array, weight: jax.Array, stretch: jax.Array) -> jax.Array:
-        def mass(sequence: jax.Array, position: int, low: jax.Array, high: jax.Array) -> jax.Array:
-            points = low + 0.5 * (high - low) * (nodes + 1)
+    def mass(sequence: jax.Array, position: int, low: jax.Array, high: jax.Array) -> jax.Array:
+        points = low + 0.5 * (high - low) * (nodes + 1)
 
-            def at(point: jax.Array) -> jax.Array:
-                return jnp.exp(log_density(attention, sequence.at[position, 0].set(point), weight, stretch)[position])
+        def at(point: jax.Array) -> jax.Array:
+            return jnp.exp(log_density(attention, sequence.at[position, 0].set(point), weight, stretch)[position])
 
-            return 0.5 * (high - low) * weights @ jax.vmap(at)(points)
+        return 0.5 * (high - low) * weights @ jax.vmap(at)(points)
 
-        def one(sequence: jax.Array) -> jax.Array:
-            u = sequence[:, 0]
-            parts = []
-            for position in range(length):
-                edge = EXTENT * (NOISE_SCALE if position else FIRST_SCALE) + jnp.abs(u[:position]).max(initial=0.0)
-                # From the edge to u and from u to the other edge: both smooth, and their sum is the mass.
-                here = jnp.clip(u[position], -edge, edge)
-                below, above = mass(sequence, position, -edge, here), mass(sequence, position, here, edge)
-                parts.append(below / (below + above))
-            return jnp.stack(parts)
+    def one(sequence: jax.Array) -> jax.Array:
+        u = sequence[:, 0]
+        parts = []
+        for position in range(len(u)):
+            edge = EXTENT * (NOISE_SCALE if position else FIRST_SCALE) + jnp.abs(u[:position]).max(initial=0.0)
+            # From the edge to u and from u to the other edge: both smooth, and their sum is the mass.
+            here = jnp.clip(u[position], -edge, edge)
+            below, above = mass(sequence, position, -edge, here), mass(sequence, position, here, edge)
+            parts.append(below / (below + above))
+        return jnp.stack(parts)
 
-        return jax.lax.map(one, sequences, batch_size=64)
+    return jax.lax.map(one, sequences, batch_size=64)
 
-    return {name: np.asarray(transform(sequences, *settings)) for name, settings in DENSITIES.items()}
+
+@quick_jit
+def _next_density(attention: Attention, past: Any, points: Any, weight: Any, stretch: Any) -> jax.Array:
+    """The density (m,) of next embeddings (m, d) after a past, with what `log_density` makes of it."""
+
+    def at(point: jax.Array) -> jax.Array:
+        return jnp.exp(log_density(attention, jnp.concatenate([past, point[None]]), weight, stretch)[-1])
+
+    return jax.lax.map(at, points, batch_size=4096)
 
 
 def next_transforms(
@@ -87,18 +99,10 @@ def next_transforms(
     reach = np.abs(values).reshape(-1, past.shape[0], width).max(axis=1).sum(axis=0) + EXTENT * NOISE_SCALE
     axes = [np.linspace(-edge, edge, GRID[width]) for edge in reach]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, width)
-
-    @quick_jit
-    def density(points: jax.Array, weight: jax.Array, stretch: jax.Array) -> jax.Array:
-        def at(point: jax.Array) -> jax.Array:
-            return jnp.exp(log_density(attention, jnp.concatenate([past, point[None]]), weight, stretch)[-1])
-
-        return jax.lax.map(at, points, batch_size=4096)
-
     found = {}
     for name, settings in densities.items():
         # The density vanishes at the edges, so the trapezoid rule is as good as any.
-        table = np.asarray(density(grid, *settings)).reshape([len(axis) for axis in axes])
+        table = np.asarray(_next_density(attention, past, grid, *settings)).reshape([len(axis) for axis in axes])
         rows = table if width == 1 else table.sum(axis=1)
         found[name] = [np.interp(last[:, 0], axes[0], (np.cumsum(rows) - 0.5 * rows) / rows.sum())]
         if width == 2:

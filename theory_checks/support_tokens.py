@@ -51,26 +51,48 @@ def problem(seed: int) -> tuple[Array, Array]:
     return embeddings, target
 
 
-def central_path(library: dict[str, Any], embeddings: Array, target: Array) -> tuple[Array, list[Array]]:
+def _attention(flat: Any) -> Attention:
+    interaction = flat.reshape(WIDTH, WIDTH)
+    return Attention(np.sqrt(WIDTH) * interaction[None], jnp.eye(WIDTH)[None])
+
+
+def _objective(flat: Any, embeddings: Any, target: Any, weight: Any) -> jax.Array:
+    """|A - target|^2 / 2 + weight sum_i b_i at A (d^2,)."""
+    return 0.5 * jnp.square(flat - target.ravel()).sum() + weight * barrier(_attention(flat), embeddings).sum()
+
+
+@quick_jit
+def _objective_and_feasible(flat: Any, embeddings: Any, target: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
+    feasible = (stability_margin(_attention(flat), embeddings) > 0).all()
+    return _objective(flat, embeddings, target, weight), feasible
+
+
+_gradient = quick_jit(jax.grad(_objective))
+_hessian = quick_jit(jax.hessian(_objective))
+_margins = quick_jit(lambda flat, embeddings: stability_margin(_attention(flat), embeddings))
+_support = quick_jit(lambda flat, embeddings: support_tokens(_attention(flat), embeddings, LENGTH).positions)
+
+
+def central_path(embeddings: Array, target: Array) -> tuple[Array, list[Array]]:
     """Minimisers of |A - target|^2 / 2 + lambda sum_i b_i for falling lambda: the last A, and each one's margins."""
     interaction, path = np.zeros_like(target), []
     for weight in LAMBDAS:
 
         def objective(flat: Array, weight: float = weight) -> float:
             # The barrier itself is finite past the wall: infeasible points are refused here.
-            value, feasible = library["objective"](flat, embeddings, target, weight)
+            value, feasible = _objective_and_feasible(flat, embeddings, target, weight)
             return float(value) if feasible else np.inf
 
         found = minimize(
             objective,
             interaction.ravel(),
-            jac=lambda flat, weight=weight: np.asarray(library["gradient"](flat, embeddings, target, weight)),
-            hess=lambda flat, weight=weight: np.asarray(library["hessian"](flat, embeddings, target, weight)),
+            jac=lambda flat, weight=weight: np.asarray(_gradient(flat, embeddings, target, weight)),
+            hess=lambda flat, weight=weight: np.asarray(_hessian(flat, embeddings, target, weight)),
             method="trust-exact",
             options={"gtol": 1e-11, "initial_trust_radius": 1e-2, "maxiter": 2000},
         )
         interaction = found.x.reshape(target.shape)
-        path.append(np.asarray(library["margins"](found.x, embeddings)))
+        path.append(np.asarray(_margins(found.x, embeddings)))
     return interaction, path
 
 
@@ -96,31 +118,9 @@ def constrained_optimum(embeddings: Array, target: Array, start: Array) -> tuple
     return found.x.reshape(target.shape), multipliers
 
 
-def _library() -> dict[str, Any]:
-    def attention(flat: Any) -> Attention:
-        interaction = flat.reshape(WIDTH, WIDTH)
-        return Attention(np.sqrt(WIDTH) * interaction[None], jnp.eye(WIDTH)[None])
-
-    def objective(flat: Any, embeddings: Any, target: Any, weight: Any) -> jax.Array:
-        # lambda is the weight of the sum of b_i = -log m_i.
-        return 0.5 * jnp.square(flat - target.ravel()).sum() + weight * barrier(attention(flat), embeddings).sum()
-
-    def both(flat: Any, embeddings: Any, target: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
-        return objective(flat, embeddings, target, weight), (stability_margin(attention(flat), embeddings) > 0).all()
-
-    return {
-        "objective": quick_jit(both),
-        "gradient": quick_jit(jax.grad(objective)),
-        "hessian": quick_jit(jax.hessian(objective)),
-        "margins": quick_jit(lambda flat, embeddings: stability_margin(attention(flat), embeddings)),
-        "support": quick_jit(lambda flat, embeddings: support_tokens(attention(flat), embeddings, LENGTH).positions),
-    }
-
-
 def run(plan: Plan) -> Outcome:
     """Follow the central path of drawn problems and compare its end with the constrained optimum."""
     cases = plan.count(24, 4)
-    library = _library()
     worst, optimum, concentration = Worst(), Worst(), Worst()
     at_random: list[float] = []
     rates: list[float] = []
@@ -130,7 +130,7 @@ def run(plan: Plan) -> Outcome:
     for index in range(cases):
         seed = 1000 * plan.seed + index
         embeddings, target = problem(seed)
-        interaction, path = central_path(library, embeddings, target)
+        interaction, path = central_path(embeddings, target)
         exact, multipliers = constrained_optimum(embeddings, target, interaction)
         found = LAMBDAS[-1] / path[-1]
         active = multipliers > ACTIVE * multipliers.max(initial=0.0)
@@ -142,7 +142,7 @@ def run(plan: Plan) -> Outcome:
         worst.see(np.abs(found - multipliers).max() / multipliers.max(), seed)
         optimum.see(np.abs(interaction - exact).max() / np.abs(exact).max(), seed)
         # The support tokens are those of the library at the end of the path, as many as there are active constraints.
-        support = np.asarray(library["support"](interaction.ravel(), embeddings))[:count]
+        support = np.asarray(_support(interaction.ravel(), embeddings))[:count]
         by_lambda = [
             (weight / row)[support].sum() / (weight / row).sum() for weight, row in zip(LAMBDAS, path, strict=True)
         ]

@@ -60,17 +60,27 @@ def scalar_model(tokens: Int[Array, " n"] | None = None, length: int | None = No
     token_model(scalar_attention(a), decoder, tokens, length=length, noise_scale=NOISE_SCALE)
 
 
+@jax.jit
+def _signed_density(
+    attention: Attention, past: Past, noise_scale: Float[Array, ""] | float, u: Float[Array, ""] | float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """p(u given past) with the sign of det J, up to the constant of the normal density, and det J."""
+    residual, sign, log_det = residual_and_log_det_at(attention, past, jnp.asarray(u)[None])
+    determinant = sign * jnp.exp(log_det)
+    return jnp.exp(-0.5 * jnp.square(residual[0] / noise_scale)) * determinant, determinant
+
+
+@jax.jit
+def _determinants(
+    attention: Attention, past: Past, noise_scale: Float[Array, ""] | float, points: Float[Array, " m"]
+) -> Float[Array, " m"]:
+    return jax.vmap(lambda u: _signed_density(attention, past, noise_scale, u)[1])(points)
+
+
 def conditional_masses(a: float, past: tuple[float, ...] = PAST, noise_scale: float = NOISE_SCALE) -> dict[str, float]:
     """Of p(u given past): the mass with |det J|, the mass with its sign, and the smallest det J on the way."""
     attention = scalar_attention(a)
-    cache = Past.of(attention, jnp.asarray(past)[:, None])
-
-    @jax.jit
-    def signed_density(u: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        residual, sign, log_det = residual_and_log_det_at(attention, cache, u[None])
-        determinant = sign * jnp.exp(log_det)
-        return jnp.exp(-0.5 * jnp.square(residual[0] / noise_scale)) * determinant, determinant
-
+    given = (attention, Past.of(attention, jnp.asarray(past)[:, None]), noise_scale)
     # The attended mean stays inside the past, so 12 standard deviations beyond it hold all the mass there is.
     reach = max(abs(value) for value in past) + 12 * noise_scale
     edges = np.linspace(-reach, reach, 65)
@@ -78,9 +88,13 @@ def conditional_masses(a: float, past: tuple[float, ...] = PAST, noise_scale: fl
 
     def mass(absolute: bool) -> float:
         fold = abs if absolute else float
-        return sum(quad(lambda u: fold(float(signed_density(u)[0])), lo, hi)[0] for lo, hi in pairwise(edges)) / norm
 
-    determinants = jax.vmap(signed_density)(jnp.linspace(-reach, reach, 4001))[1]
+        def density(u: float) -> float:
+            return fold(float(_signed_density(*given, u)[0]))
+
+        return sum(quad(density, low, high)[0] for low, high in pairwise(edges)) / norm
+
+    determinants = np.asarray(_determinants(*given, jnp.linspace(-reach, reach, 4001)))
     return {"absolute": mass(True), "signed": mass(False), "smallest_determinant": float(determinants.min())}
 
 

@@ -1,12 +1,14 @@
 """Memory of a fresh process: its own and nobody else's."""
 
 import numpy as np
+import pytest
 
 from benchmarks.fresh import peak_of_this_process
 from benchmarks.peak_memory import in_fresh_process
 from benchmarks.sizes import QUICK
 
 
+@pytest.mark.slow
 def test_a_fresh_process_does_not_begin_with_the_peak_of_its_parent():
     ballast = np.ones(10**8)
     parent = peak_of_this_process()

@@ -1,4 +1,5 @@
 import gzip
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -38,6 +39,26 @@ def prompt(loaded):
     return encode(loaded[1], f"{article.title}\n{wikipedia.clean(article.text)}"[:3000])[:64]
 
 
+THERE = (1, 23)
+
+
+@pytest.fixture(scope="module")
+def middle(loaded, prompt):
+    """A layer in the middle of the model, one head a key group, its inputs, and slogdet at `THERE` by autodiff."""
+    layers = loaded[0].layers(prompt[:24])
+    whole, inputs = [next(layers) for _ in range(12)][-1]
+    layer = DecoderAttention(whole.query[::4], whole.key, whole.value, whole.output[::4], rotary=whole.rotary)
+    weights = (np.asarray(x, np.float64) for x in (layer.query, layer.key, layer.value, layer.output))
+    plain = Plain(*weights, frequencies=np.asarray(layer.rotary.frequencies, np.float64), interleaved=True)
+
+    @cache
+    def truth(own_values, inclusive):
+        changes = jacobians(plain, np.asarray(inputs, np.float64), own_values, inclusive, THERE)
+        return np.linalg.slogdet(np.eye(576) - changes)
+
+    return layer, inputs, truth
+
+
 def test_greedy_tokens_are_those_of_an_independent_implementation_over_200_positions(loaded, prompt):
     whole = np.concatenate([prompt, np.array(CONTINUATION.split(), np.int32)])
     found = np.asarray(loaded[0](whole)).argmax(-1)
@@ -63,18 +84,11 @@ def test_the_tokenizer_keeps_digits_apart_and_adds_nothing(loaded):
         ("own", False, np.float64),
     ],
 )
-def test_margins_of_a_layer_equal_those_of_its_autodiff_jacobian(loaded, prompt, values, inclusive, dtype):
-    # One head of each key group, in the middle of the model.
-    layers = loaded[0].layers(prompt[:24])
-    whole, inputs = [next(layers) for _ in range(12)][-1]
-    layer = DecoderAttention(whole.query[::4], whole.key, whole.value, whole.output[::4], rotary=whole.rotary)
-    weights = (np.asarray(x, np.float64) for x in (layer.query, layer.key, layer.value, layer.output))
-    plain = Plain(*weights, frequencies=np.asarray(layer.rotary.frequencies, np.float64), interleaved=True)
-    there = [1, 23]
-    changes = jacobians(plain, np.asarray(inputs, np.float64), values == "own", inclusive, there)
-    sign, log_det = np.linalg.slogdet(np.eye(576) - changes)
+def test_margins_of_a_layer_equal_those_of_its_autodiff_jacobian(middle, values, inclusive, dtype):
+    layer, inputs, truth = middle
+    sign, log_det = truth(values == "own", inclusive)
     layer, inputs = jax.tree.map(lambda x: x.astype(dtype), (layer, inputs))
-    found = layer_margins(layer, inputs, values=values, self_inclusive=inclusive, positions=there)
+    found = layer_margins(layer, inputs, values=values, self_inclusive=inclusive, positions=THERE)
     np.testing.assert_array_equal(found.sign, sign)
     # A difference of logarithms is a relative difference of determinants; thousands of nats have no more digits.
     tolerance = 1e-4 if dtype == np.float32 else 1e-9

@@ -48,14 +48,15 @@ def test_the_gradient_of_the_whole_loss_equals_finite_differences(example):
     tokens = example.batch(jax.random.key(2))[:2]
 
     @jax.jit
-    def loss(given):
+    @jax.value_and_grad
+    def loss_and_gradient(given):
         return example.loss(model(given), tokens, 2.0)[0]
 
     rng = np.random.default_rng(1)
     direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), arrays)
-    gradient = jax.grad(loss)(arrays)
+    _, gradient = loss_and_gradient(arrays)
     along = sum((g * v).sum() for g, v in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
     # Flax makes the softmax of its attention in float32, whatever comes in.
     step = 1e-4
-    ends = [loss(jax.tree.map(lambda x, v, s=s: x + s * v, arrays, direction)) for s in (step, -step)]
+    ends = [loss_and_gradient(jax.tree.map(lambda x, v, s=s: x + s * v, arrays, direction))[0] for s in (step, -step)]
     np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * step), rtol=1e-4)

@@ -9,42 +9,36 @@ from scipy.special import log_softmax
 from scipy.stats import norm
 
 from models.char_gpt.config import Config
-from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import loss_terms, negatives_at, site_density
 from models.char_gpt.training import backtracked, draw_windows, initial_state
 from prob_transformer import map_objective, weight_prior
 from tests.support.dense import dense_truth
+from tests.support.tiny_gpt import compiled_logits, compiled_loss_terms, made, made_wide
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, noise_scale=0.7, first_scale=1.3)
 VOCABULARY = 5
 
 
-def wide(tree):
-    """In float64, so that agreement can be asked to many digits."""
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, tree)
-
-
-def model_and_windows(seed=0, scale=1.0):
-    model = wide(CharGPT(jax.random.key(seed), SMALL, VOCABULARY))
-    model = eqx.tree_at(lambda m: (m.token_embedding, m.position_embedding), model, replace_fn=lambda x: scale * x)
-    windows = np.random.default_rng(seed).integers(0, VOCABULARY, (3, 7))
-    return model, jnp.asarray(windows)
+def model_and_windows(scale=1.0):
+    windows = np.random.default_rng(0).integers(0, VOCABULARY, (3, 7))
+    return made_wide(SMALL, VOCABULARY, scale=scale), jnp.asarray(windows)
 
 
 def cross_entropy_by_hand(model, windows):
-    logits = np.stack([np.asarray(model(window[:-1])) for window in windows])
+    logits = np.asarray(compiled_logits(model, windows))
     return -np.take_along_axis(log_softmax(logits, axis=-1), np.asarray(windows)[:, 1:, None], axis=-1).mean()
 
 
-def layer_inputs(model, window):
-    return model.decode(model.embed(window[:-1]))[1].inputs
+@eqx.filter_jit
+def layer_inputs(model, windows):
+    """What the heads of every layer attend over, (L, B, n, d)."""
+    return jax.vmap(lambda window: model.decode(model.embed(window[:-1]))[1].inputs, out_axes=1)(windows)
 
 
 def test_the_model_is_causal_and_float32():
-    model = CharGPT(jax.random.key(0), SMALL, VOCABULARY)
+    model = made(SMALL, VOCABULARY)
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
-    embeddings = model.embed(jnp.arange(5))
-    influence = jax.jacobian(lambda u: model.decode(u)[0])(embeddings)
+    influence = eqx.filter_jit(lambda m, c: jax.jacobian(lambda u: m.decode(u)[0])(m.embed(c)))(model, jnp.arange(5))
     reach = np.abs(np.asarray(influence)).max(axis=(1, 3))
     assert (reach[np.triu_indices(5, 1)] == 0).all()
     assert (reach[np.tril_indices(5)] > 0).all()
@@ -52,7 +46,7 @@ def test_the_model_is_causal_and_float32():
 
 def test_plain_cross_entropy_with_the_weight_prior():
     model, windows = model_and_windows()
-    terms = loss_terms(model, windows, SMALL, 1000, jax.random.key(0))
+    terms = compiled_loss_terms(model, windows, SMALL, 1000, jax.random.key(0))
     expected = cross_entropy_by_hand(model, windows)
     np.testing.assert_allclose(terms.cross_entropy, expected, rtol=1e-12)
     leaves = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model)])
@@ -66,17 +60,22 @@ def test_at_the_embedding_site_the_loss_is_the_map_objective_a_character(objecti
     weight = 0.3 if objective == "margin" else 1.0
     config = dataclasses.replace(SMALL, objective=objective, barrier_weight=weight)
     characters = windows[:, 1:].size
-    terms = loss_terms(model, windows, config, characters, jax.random.key(0))
-    reference = map_objective(
-        model.prior_stage,
-        jax.vmap(lambda u: model.decode(u)[0]),
-        jax.vmap(model.embed)(windows[:, :-1]),
-        windows[:, 1:],
-        objective="margin" if objective == "margin" else "full",
-        barrier_weight=weight if objective == "margin" else 0.0,
-        noise_scale=0.7,
-        first_scale=1.3,
-    )
+    terms = compiled_loss_terms(model, windows, config, characters, jax.random.key(0))
+
+    @eqx.filter_jit
+    def objective_of(model, windows):
+        return map_objective(
+            model.prior_stage,
+            jax.vmap(lambda u: model.decode(u)[0]),
+            jax.vmap(model.embed)(windows[:, :-1]),
+            windows[:, 1:],
+            objective="margin" if objective == "margin" else "full",
+            barrier_weight=weight if objective == "margin" else 0.0,
+            noise_scale=0.7,
+            first_scale=1.3,
+        )
+
+    reference = objective_of(model, windows)
     np.testing.assert_allclose(characters * terms.loss, reference + weight_prior(model, 1.0), rtol=1e-12)
     assert abs(terms.penalty) > 1e-2
 
@@ -87,15 +86,15 @@ def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objecti
     config = dataclasses.replace(SMALL, objective=objective, barrier_site="layers")
     scales = np.array([1.3] + [0.7] * 5)[:, None]
     terms = []
-    for window in windows:
-        for block, inputs in zip(model.blocks, layer_inputs(model, window), strict=True):
+    for block, attended in zip(model.blocks, layer_inputs(model, windows), strict=True):
+        for inputs in attended:
             for h in range(2):
                 residual, blocks, _ = dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, inputs)
                 penalty = -np.linalg.slogdet(blocks)[1]
                 if objective == "map":
                     penalty = penalty - norm.logpdf(residual, 0, scales).sum(-1)
                 terms.append(penalty)
-    got = loss_terms(model, windows, config, 1000, jax.random.key(0))
+    got = compiled_loss_terms(model, windows, config, 1000, jax.random.key(0))
     np.testing.assert_allclose(got.penalty, np.mean(terms), rtol=1e-10)
     np.testing.assert_allclose(
         got.loss, got.cross_entropy + 0.05 * np.mean(terms) + weight_prior(model, 1.0) / 1000, rtol=1e-10
@@ -105,13 +104,15 @@ def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objecti
 def test_the_gradient_of_the_loss_matches_finite_differences():
     model, windows = model_and_windows()
     config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", barrier_weight=1.0)
-    loss = eqx.filter_jit(lambda m: loss_terms(m, windows, config, 1000, jax.random.key(0)).loss)
-    slope = eqx.filter_grad(loss)(model)
+    value_and_slope = eqx.filter_jit(
+        eqx.filter_value_and_grad(lambda m: loss_terms(m, windows, config, 1000, jax.random.key(0)).loss)
+    )
+    _, slope = value_and_slope(model)
     for where in (lambda m: m.blocks[0].query, lambda m: m.blocks[1].key, lambda m: m.token_embedding):
         shape = where(model).shape
         direction = np.random.default_rng(0).normal(size=shape)
         ahead, behind = (eqx.tree_at(where, model, where(model) + step * direction) for step in (1e-5, -1e-5))
-        difference = (loss(ahead) - loss(behind)) / 2e-5
+        difference = (value_and_slope(ahead)[0] - value_and_slope(behind)[0]) / 2e-5
         np.testing.assert_allclose((where(slope) * direction).sum(), difference, rtol=1e-5, atol=1e-9)
 
 
@@ -122,27 +123,31 @@ def aligned(model, factor):
     return eqx.tree_at(queries, model, [factor * key for key in keys])
 
 
+compiled_backtracked = eqx.filter_jit(backtracked)
+compiled_negatives_at = eqx.filter_jit(negatives_at)
+
+
 def test_backtracking_halves_a_step_that_crosses_and_leaves_one_that_does_not():
     model, windows = model_and_windows()
     model = aligned(model, 0.0)
     config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", backtrack=30)
-    assert int(negatives_at(model, windows, "layers")) == 0
+    assert int(compiled_negatives_at(model, windows, "layers")) == 0
     crossing = jax.tree.map(lambda ahead, here: ahead - here, aligned(model, 2.0), model)
     full = eqx.apply_updates(model, crossing)
-    assert int(negatives_at(full, windows, "layers")) > 0
-    taken, halvings = backtracked(model, crossing, windows, config)
+    assert int(compiled_negatives_at(full, windows, "layers")) > 0
+    taken, halvings = compiled_backtracked(model, crossing, windows, config)
     assert int(halvings) > 0
-    assert int(negatives_at(taken, windows, "layers")) == 0
+    assert int(compiled_negatives_at(taken, windows, "layers")) == 0
     np.testing.assert_allclose(taken.blocks[0].query, 2.0 * 0.5 ** int(halvings) * model.blocks[0].key, rtol=1e-12)
     harmless = jax.tree.map(lambda leaf: 1e-6 * leaf, model)
-    assert int(backtracked(model, harmless, windows, config)[1]) == 0
+    assert int(compiled_backtracked(model, harmless, windows, config)[1]) == 0
 
 
 def test_without_interaction_every_site_has_determinant_one():
     model, windows = model_and_windows()
     model = aligned(model, 0.0)
     embeddings = jax.vmap(model.embed)(windows[:, :-1])
-    inputs = jnp.stack([layer_inputs(model, window) for window in windows], axis=1)
+    inputs = layer_inputs(model, windows)
     for site in ("embedding", "layers"):
         found = site_density(model, site, embeddings, inputs)
         np.testing.assert_array_equal(found.log_det, np.zeros_like(found.log_det))

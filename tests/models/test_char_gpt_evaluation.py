@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from models.char_gpt import evaluation
 from models.char_gpt.config import Config
 from models.char_gpt.perturbations import LEVELS
-from models.char_gpt.training import initial_state
 from models.corpus import load
 from tests.support.dense import dense_truth
+from tests.support.tiny_gpt import compiled_logits, made
 from tests.support.words import write_words
 
 TINY = Config(layers=2, width=8, heads=2, context=8, evaluation_windows=8)
@@ -24,7 +25,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(corpus):
-    return initial_state(TINY, len(corpus.vocabulary)).model
+    return made(TINY, len(corpus.vocabulary))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_every_split_has_its_figures_and_only_unseen_text_is_perturbed(measured,
 
 def test_the_clean_loss_is_that_of_the_windows_by_hand(measured, model, corpus):
     windows = evaluation.evaluation_windows(corpus.validation, TINY)
-    log_p = np.asarray(jax.nn.log_softmax(jax.vmap(model)(jnp.asarray(windows[:, :-1]))))
+    log_p = log_softmax(np.asarray(compiled_logits(model, jnp.asarray(windows))), axis=-1)
     losses = -np.take_along_axis(log_p, windows[:, 1:, None], -1)[..., 0].mean(-1)
     clean = measured["splits"]["validation"]["clean"]
     np.testing.assert_allclose(clean["nats_per_character"], losses.mean(), rtol=1e-5)
@@ -71,11 +72,11 @@ def test_the_passage_is_where_validation_begins_with_the_smallest_margin_of_the_
     passage = measured["passage"]
     n = TINY.context
     windows = corpus.validation[: 3 * n].reshape(3, n)
+    embedded = jax.vmap(model.embed)(jnp.asarray(windows))
+    attended_by_window = jax.jit(jax.vmap(lambda u: model.decode(u)[1].inputs))(embedded)
     assert passage["text"] == "".join(corpus.vocabulary[i] for i in windows.ravel())
-    for number, window in enumerate(windows):
+    for number, (embeddings, inputs) in enumerate(zip(embedded, attended_by_window, strict=True)):
         place = slice(number * n, (number + 1) * n)
-        embeddings = model.embed(jnp.asarray(window))
-        inputs = model.decode(embeddings)[1].inputs
         stage = model.prior_stage
         expected = np.linalg.det(dense_truth(stage.query, stage.key, None, embeddings)[1])
         assert passage["embedding"][place][:2] == [None, None]

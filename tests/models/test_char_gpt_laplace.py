@@ -12,12 +12,12 @@ from models.char_gpt import checkpoint, last_layer, linear_maps
 from models.char_gpt.config import Config
 from models.char_gpt.evidence import Evidence, tuned_prior_precision
 from models.char_gpt.laplace import covered, curvature, evidence_of, tuned
-from models.char_gpt.model import CharGPT
 from models.char_gpt.predictive import calibration_error, probit, sampled, score
 from models.char_gpt.training import initial_state, new_record
 from models.corpus import load
 from prob_transformer.inference import results
 from prob_transformer.inference.laplace import Precision
+from tests.support.tiny_gpt import compiled_logits, made_wide
 
 SMALL = Config(layers=2, width=4, heads=2, context=4, steps=2, batch=2, evaluation_windows=3)
 VOCABULARY, TAU = 5, 0.6
@@ -26,8 +26,7 @@ WINDOWS = np.random.default_rng(0).integers(0, VOCABULARY, (6, SMALL.context + 1
 
 @pytest.fixture(scope="module")
 def model():
-    """In float64, so that agreement can be asked to many digits."""
-    return jax.tree.map(lambda x: x.astype(jnp.float64), CharGPT(jax.random.key(0), SMALL, VOCABULARY))
+    return made_wide(SMALL, VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,8 @@ def test_the_gauss_newton_matrix_of_the_head_is_its_definition_and_that_of_autod
         return -jax.nn.log_softmax(seen[0] @ head.T)[:, 0].sum()
 
     # The loss is convex in linear logits, so its Hessian is the Gauss-Newton matrix.
-    np.testing.assert_allclose(jax.hessian(loss)(model.head).reshape(found.shape), dense, rtol=0, atol=1e-12)
+    hessian = jax.jit(jax.hessian(loss))(model.head)
+    np.testing.assert_allclose(hessian.reshape(found.shape), dense, rtol=0, atol=1e-12)
 
 
 def test_the_gauss_newton_matrix_in_float32(seen, dense):
@@ -140,7 +140,7 @@ def test_the_jacobian_of_every_map_is_a_difference_quotient(model):
 
 
 def log_likelihood(model):
-    logits = np.stack([np.asarray(model(jnp.asarray(window[:-1]))) for window in WINDOWS])
+    logits = np.asarray(compiled_logits(model, jnp.asarray(WINDOWS)))
     return np.take_along_axis(log_softmax(logits, axis=-1), WINDOWS[:, 1:, None], -1).sum()
 
 

@@ -9,35 +9,36 @@ import numpy as np
 import pytest
 
 from models.char_gpt.config import Config
-from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import loss_terms
 from models.char_gpt.watch import look
+from tests.support.tiny_gpt import compiled_loss_terms, made_wide
 
-SMALL = Config(layers=2, width=8, heads=2, context=20, batch=3, noise_scale=0.7, first_scale=1.3, barrier_weight=1.0)
+# At this threshold the one-sided barrier is neither off nor on everywhere.
+SMALL = Config(
+    layers=2, width=8, heads=2, context=20, batch=3, noise_scale=0.7, first_scale=1.3, barrier_weight=1.0,
+    barrier_threshold=2.0,
+)  # fmt: skip
 KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
 def problem():
     """A model in float64 whose heads are far from uniform attention, and a batch of windows."""
-    model = CharGPT(jax.random.key(0), SMALL, 5)
-    model = jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, model)
-    model = eqx.tree_at(lambda m: m.token_embedding, model, replace_fn=lambda x: 8 * x)
+    model = eqx.tree_at(lambda m: m.token_embedding, made_wide(SMALL, 5), replace_fn=lambda x: 8 * x)
     return model, jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 21)))
 
 
-def value_and_gradient(problem, config, key=KEY):
-    model, windows = problem
+@eqx.filter_jit
+def compiled_value_and_gradient(model, windows, config):
+    def loss(model):
+        terms = loss_terms(model, windows, config, 1000, KEY)
+        return terms.loss, terms
 
-    @eqx.filter_jit
-    def both(model):
-        def loss(model):
-            terms = loss_terms(model, windows, config, 1000, key)
-            return terms.loss, terms
+    return eqx.filter_value_and_grad(loss, has_aux=True)(model)
 
-        return eqx.filter_value_and_grad(loss, has_aux=True)(model)
 
-    (_, terms), gradient = both(model)
+def value_and_gradient(problem, config):
+    (_, terms), gradient = compiled_value_and_gradient(*problem, config)
     return terms, gradient
 
 
@@ -51,8 +52,7 @@ def value_and_gradient(problem, config, key=KEY):
     ],
 )
 def test_both_paths_give_the_same_loss_and_gradient(problem, objective, site, form):
-    # At this threshold the one-sided barrier is neither off nor on everywhere.
-    slow = dataclasses.replace(SMALL, objective=objective, barrier_site=site, barrier_form=form, barrier_threshold=2.0)
+    slow = dataclasses.replace(SMALL, objective=objective, barrier_site=site, barrier_form=form)
     terms, gradient = value_and_gradient(problem, dataclasses.replace(slow, path="accelerated"))
     expected_terms, expected_gradient = value_and_gradient(problem, slow)
     assert abs(expected_terms.penalty) > 1e-3
@@ -66,7 +66,7 @@ def test_both_paths_see_the_same_margins(problem):
     model, windows = problem
     keys = lambda m: [block.query for block in m.blocks]  # noqa: E731
     model = eqx.tree_at(keys, model, [2.0 * block.key for block in model.blocks])
-    slow, fast = (look(model, windows, path) for path in ("reference", "accelerated"))
+    slow, fast = (eqx.filter_jit(look)(model, windows, path) for path in ("reference", "accelerated"))
     assert int(slow["layers"].negatives.sum()) > 0
     for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9)
@@ -86,10 +86,9 @@ def test_a_subsampled_barrier_depends_on_the_key_and_says_how_much_it_varies(pro
         SMALL, objective="margin", barrier_site="layers", path="accelerated", barrier_share=0.25
     )
     model, windows = problem
-    loss = eqx.filter_jit(lambda key: loss_terms(model, windows, config, 1000, key))
-    several = [loss(key) for key in jax.random.split(KEY, 60)]
+    several = [compiled_loss_terms(model, windows, config, 1000, key) for key in jax.random.split(KEY, 60)]
     penalties = np.array([terms.penalty for terms in several])
-    exact = loss_terms(model, windows, dataclasses.replace(config, barrier_share=1.0), 1000, KEY).penalty
+    exact = value_and_gradient(problem, dataclasses.replace(config, barrier_share=1.0))[0].penalty
     spread = np.sqrt(np.mean([terms.penalty_variance for terms in several]))
     assert penalties.std() > 0
     assert abs(penalties.mean() - exact) < 4 * spread / np.sqrt(60)

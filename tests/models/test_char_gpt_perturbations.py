@@ -20,6 +20,7 @@ from models.char_gpt.perturbations import (
     substituted,
     swapped,
 )
+from tests.support.tiny_gpt import made_wide
 
 CONFIG = Config(layers=2, width=8, heads=2, context=12)
 N, V = CONFIG.context, 7
@@ -32,9 +33,7 @@ ONES = np.ones(2)
 @pytest.fixture(scope="module")
 def model():
     """In float64, so that small differences can be seen; embeddings ten times as long, so that layers matter."""
-    narrow = CharGPT(jax.random.key(0), CONFIG, V)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float64), narrow)
-    return eqx.tree_at(lambda m: (m.token_embedding, m.position_embedding), wide, replace_fn=lambda x: 10 * x)
+    return made_wide(CONFIG, V, scale=10.0)
 
 
 class Squares(eqx.Module):
@@ -76,9 +75,14 @@ class Successor(eqx.Module):
 COUNTING = np.tile(np.arange(1, 32 + 2 + spare_characters(32), dtype=np.int32), (400, 1))
 
 
+@eqx.filter_jit
+def decoded(model, embeddings):
+    return model.decode(embeddings)[0]
+
+
 def by_hand(model, embeddings, targets):
     """Mean loss of one window."""
-    log_p = log_softmax(np.asarray(model.decode(embeddings)[0]), axis=-1)
+    log_p = log_softmax(np.asarray(decoded(model, embeddings)), axis=-1)
     return -np.take_along_axis(log_p, np.asarray(targets)[:, None], -1).mean()
 
 
@@ -100,7 +104,7 @@ def test_nothing_is_perturbed_at_level_0_and_something_at_the_largest(model, kin
 def test_the_rms_is_that_of_what_enters_every_layer(model):
     windows = WINDOWS[:35]
     embeddings = np.stack([model.embed(window[:N]) for window in windows])
-    second = np.stack([model.blocks[0](jnp.asarray(u))[0] for u in embeddings])
+    second = eqx.filter_jit(jax.vmap(lambda u: model.blocks[0](u)[0]))(jnp.asarray(embeddings))
     expected = [np.sqrt(np.square(streams).mean()) for streams in (embeddings, second)]
     np.testing.assert_allclose(stream_rms(model, windows), expected, rtol=1e-12)
 
@@ -178,7 +182,8 @@ def test_a_direction_has_norm_1_however_short_and_zeros_stay():
 
 def test_substitution_draws_every_other_known_character_equally_often():
     original = jnp.arange(V, dtype=jnp.int32)
-    small, large = (np.asarray(jax.vmap(lambda k, s=s: substituted(k, original, s, V))(KEYS)) for s in (0.1, 0.4))
+    of_every_key = jax.jit(jax.vmap(lambda k, share: substituted(k, original, share, V), (0, None)))
+    small, large = (np.asarray(of_every_key(KEYS, jnp.float32(share))) for share in (0.1, 0.4))
     assert large.dtype == np.int32
     changed = large != original
     np.testing.assert_allclose(changed.mean(0), 0.4, atol=4 * np.sqrt(0.24 / 4000))
@@ -195,7 +200,7 @@ def test_substitution_draws_every_other_known_character_equally_often():
 @pytest.mark.parametrize("length", [11, 12])
 def test_swaps_exchange_disjoint_neighbours_and_every_pair_equally_often(length):
     place = np.arange(length)
-    found = np.asarray(jax.vmap(lambda k: swapped(k, jnp.arange(length), 0.4))(KEYS))
+    found = np.asarray(jax.jit(jax.vmap(lambda k: swapped(k, jnp.arange(length), 0.4)))(KEYS))
     assert (np.abs(found - place) <= 1).all()
     np.testing.assert_array_equal(np.take_along_axis(found, found, -1), np.tile(place, (len(KEYS), 1)))
     moved_up = (found == place + 1)[:, :-1]
@@ -205,13 +210,15 @@ def test_swaps_exchange_disjoint_neighbours_and_every_pair_equally_often(length)
 
 def test_deletion_keeps_as_many_positions_as_asked_in_order():
     """Against a loop over the same draws."""
+    of_every_key = jax.jit(jax.vmap(lambda k, share: kept_positions(k, 40, 32, share), (0, None)))
+    draws = np.asarray(jax.vmap(lambda k: jax.random.uniform(k, (40,), jnp.float32))(KEYS[:50]))
     for share in (0.02, 0.1, 0.4, 1.0):
-        found = np.asarray(jax.vmap(lambda k, s=share: kept_positions(k, 40, 32, s))(KEYS))
+        found = np.asarray(of_every_key(KEYS, jnp.float32(share)))
         assert found.shape == (4000, 32)
-        for row, key in zip(found[:50], KEYS, strict=False):
+        for row, drawn in zip(found[:50], draws, strict=True):
             left_out = 0
             kept = []
-            for position, draw in enumerate(np.asarray(jax.random.uniform(key, (40,), jnp.float32))):
+            for position, draw in enumerate(drawn):
                 if draw < np.float32(share) and left_out < 8:
                     left_out += 1
                 else:

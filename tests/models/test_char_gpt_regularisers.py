@@ -12,6 +12,7 @@ from models.char_gpt.config import Config
 from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import loss_terms
 from models.char_gpt.training import StepData, initial_state, learning_rate, train_step
+from tests.support.tiny_gpt import made_wide
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, steps=20, regulariser="dropout")
 VOCABULARY = 5
@@ -23,9 +24,7 @@ def named(name, strength=0.0):
 
 @pytest.fixture(scope="module")
 def problem():
-    model = CharGPT(jax.random.key(0), SMALL, VOCABULARY)
-    model = jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, model)
-    return model, jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 7)))
+    return made_wide(SMALL, VOCABULARY), jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 7)))
 
 
 def many(problem, name, strength, draws=4000):
@@ -38,11 +37,27 @@ def many(problem, name, strength, draws=4000):
     return [np.asarray(x) for x in found]
 
 
+@eqx.filter_jit
+def compiled_value_and_gradient(model, windows, config, key, strength):
+    def loss(model):
+        terms = loss_terms(model, windows, config, 1000, key, strength=strength)
+        return terms.loss, terms
+
+    return eqx.filter_value_and_grad(loss, has_aux=True)(model)
+
+
+def loss_and_gradient(problem, name, strength, model=None):
+    """Terms of the loss and its gradient, compiled once a regulariser."""
+    start, windows = problem
+    given = (windows, named(name), jax.random.key(2), jnp.asarray(strength))
+    (_, terms), gradient = compiled_value_and_gradient(start if model is None else model, *given)
+    return terms, gradient
+
+
 @pytest.mark.parametrize("name", ["none", "dropout", "embedding-noise", "weight-decay"])
 def test_at_strength_zero_the_loss_is_plain_cross_entropy(problem, name):
-    model, windows = problem
-    plain = loss_terms(model, windows, dataclasses.replace(SMALL, regulariser="none"), 1000, jax.random.key(0))
-    found = loss_terms(model, windows, named(name), 1000, jax.random.key(0))
+    plain, _ = loss_and_gradient(problem, "none", 0.0)
+    found, _ = loss_and_gradient(problem, name, 0.0)
     np.testing.assert_allclose(found.loss, plain.loss, rtol=1e-13)
     assert found.penalty == 0
 
@@ -62,11 +77,10 @@ def test_dropout_reaches_the_embeddings_and_both_branches_of_every_layer(problem
     shapes = []
     original = regularisers._dropped
     monkeypatch.setattr(regularisers, "_dropped", lambda k, s, x: shapes.append(x.shape) or original(k, s, x))
-    logits, _ = regularisers.regularised(model, windows[:, :-1], named("dropout"), jax.random.key(0), 0.5)
-    assert shapes == [(6, 8)] * 5
     # No two sequences share their draws: equal windows come out different.
     equal = jnp.stack([windows[0]] * 2)
-    logits, _ = regularisers.regularised(model, equal[:, :-1], named("dropout"), jax.random.key(0), 0.5)
+    logits, _ = eqx.filter_jit(regularisers.regularised)(model, equal[:, :-1], named("dropout"), jax.random.key(0), 0.5)
+    assert shapes == [(6, 8)] * 5
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
@@ -104,13 +118,13 @@ def test_embedding_noise_gives_no_reward_for_larger_embeddings_by_its_own_scale(
         return regularisers.regularised(scaled, windows[:, :-1], named("embedding-noise"), key, 0.4)[0].sum()
 
     # The gradient sees the noise as it is: that of the first argument alone.
-    np.testing.assert_allclose(jax.grad(trained)(1.0), jax.grad(noisy)(1.0, 1.0), rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(jax.grad(trained))(1.0), jax.jit(jax.grad(noisy))(1.0, 1.0), rtol=1e-9)
 
 
 def test_the_jacobian_penalty_is_the_frobenius_norm_times_the_mean_square_of_the_embeddings(problem):
     model, windows = problem
     embeddings = jax.vmap(model.embed)(windows[:, :-1])
-    jacobians = jax.vmap(jax.jacobian(lambda u: model.decode(u)[0]))(embeddings)
+    jacobians = jax.jit(jax.vmap(jax.jacobian(lambda u: model.decode(u)[0])))(embeddings)
     exact = float(jnp.square(jacobians).sum() / windows[:, 1:].size * jnp.square(embeddings).mean())
     draws = many(problem, "jacobian", 0.0)[1]
     assert abs(draws.mean() - exact) < 4 * draws.std() / np.sqrt(len(draws))
@@ -118,13 +132,13 @@ def test_the_jacobian_penalty_is_the_frobenius_norm_times_the_mean_square_of_the
 
 
 def test_the_spectral_penalty_is_the_squared_largest_singular_value_of_each_interaction(problem):
-    model, windows = problem
+    model, _ = problem
     expected = [
         np.linalg.svd(k.T @ q / np.sqrt(q.shape[0]), compute_uv=False)[0] ** 2
         for block in model.blocks
         for q, k in zip(np.asarray(block.query), np.asarray(block.key), strict=True)
     ]
-    terms = loss_terms(model, windows, named("spectral", 2.0), 1000, jax.random.key(0))
+    terms, _ = loss_and_gradient(problem, "spectral", 2.0)
     np.testing.assert_allclose(terms.penalty, np.mean(expected), rtol=1e-10)
     leaves = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model)])
     expected_loss = terms.cross_entropy + 2 * np.mean(expected) - norm.logpdf(leaves).sum() / 1000
@@ -133,15 +147,14 @@ def test_the_spectral_penalty_is_the_squared_largest_singular_value_of_each_inte
 
 @pytest.mark.parametrize("name", ["jacobian", "spectral", "dropout", "embedding-noise"])
 def test_gradients_match_finite_differences(problem, name):
-    model, windows = problem
-    key = jax.random.key(2)
-    loss = eqx.filter_jit(lambda m: loss_terms(m, windows, named(name, 0.3), 1000, key).loss)
-    slope = eqx.filter_grad(loss)(model)
+    model, _ = problem
+    _, slope = loss_and_gradient(problem, name, 0.3)
     # Embedding noise holds its scale still, so a weight behind the embeddings is moved.
     where = lambda m: m.blocks[0].query  # noqa: E731
     direction = np.random.default_rng(0).normal(size=where(model).shape)
     ahead, behind = (eqx.tree_at(where, model, where(model) + step * direction) for step in (1e-5, -1e-5))
-    difference = (loss(ahead) - loss(behind)) / 2e-5
+    ends = [loss_and_gradient(problem, name, 0.3, moved)[0].loss for moved in (ahead, behind)]
+    difference = (ends[0] - ends[1]) / 2e-5
     np.testing.assert_allclose((where(slope) * direction).sum(), difference, rtol=1e-5, atol=1e-9)
 
 

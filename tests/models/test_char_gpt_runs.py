@@ -74,7 +74,7 @@ def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(corpus, tmp_p
 
 
 def test_training_learns_the_text(corpus, tmp_path):
-    config = dataclasses.replace(TINY, objective="ce", steps=150, width=16)
+    config = dataclasses.replace(TINY, objective="ce", steps=150, learning_rate=1e-2)
     metrics = run(config, corpus, tmp_path / "run")
     history = metrics["training"]
     assert history[-1]["cross_entropy"] < history[0]["cross_entropy"] - 1.0
@@ -133,13 +133,13 @@ def test_one_compilation_serves_all_seeds_and_strengths_of_a_method(corpus, tmp_
 
 
 def test_finished_runs_of_another_configuration_are_not_mistaken_for_this_one(corpus, tmp_path):
-    config = dataclasses.replace(TINY, steps=2)
-    run(config, corpus, tmp_path / "run")
-    assert finished(tmp_path / "run", config, corpus.sha256) is not None
-    assert finished(tmp_path / "run", dataclasses.replace(config, seed=1), corpus.sha256) is None
-    assert finished(tmp_path / "run", config, "another text") is None
+    run(TINY, corpus, tmp_path / "run")
+    other = dataclasses.replace(TINY, seed=1)
+    assert finished(tmp_path / "run", TINY, corpus.sha256) is not None
+    assert finished(tmp_path / "run", other, corpus.sha256) is None
+    assert finished(tmp_path / "run", TINY, "another text") is None
     with pytest.raises(ValueError, match=r"--out: .* differs in seed; pass another folder"):
-        run(dataclasses.replace(config, seed=1), corpus, tmp_path / "run")
+        run(other, corpus, tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["not json", "{}", "[]", ""])
@@ -173,6 +173,7 @@ def run_command(*arguments):
 
 
 SIZES = ("--steps", 3, "--layers", 1, "--width", 8, "--heads", 2, "--context", 8, "--batch", 2)
+SIZES = (*SIZES, "--evaluation-windows", TINY.evaluation_windows)
 
 
 def test_train_then_resume_from_the_command_line(text, tmp_path, capsys):

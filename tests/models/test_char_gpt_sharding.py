@@ -173,6 +173,7 @@ def state_in(arrays, case):
     return {path.removeprefix(f"{case}/"): arrays[path] for path in arrays if path.startswith(f"{case}/.")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_8_devices_is_the_step_on_one(found, case):
     (on_eight, _), (on_one, _) = found
@@ -183,6 +184,7 @@ def test_a_step_on_8_devices_is_the_step_on_one(found, case):
     assert_same_state(state_in(on_eight, case), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_device_does_its_share_and_only_sums_are_exchanged(found, case):
     (_, notes), (_, alone) = found
@@ -204,6 +206,7 @@ def options(config, text, out):
     return ["train", "--corpus", str(text), "--out", str(out), *(part for pair in pairs for part in pair)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(found, text, tmp_path):
     _, (on_one, notes) = found
     _, config = CASES["margin"]

@@ -125,7 +125,8 @@ def test_the_full_profile_is_the_study_that_was_asked_for():
 
 def start(text, out, workers):
     command = [sys.executable, str(ROOT / "tests/support/tiny_sweep.py"), "--corpus", str(text), "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Every process compiles the same small functions, and compiling them is what takes time.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(
         [*command, "--workers", str(workers)],
         env=environment,
@@ -173,7 +174,8 @@ def comparable(out):
     return found
 
 
-def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(text, tmp_path):
+@pytest.mark.slow
+def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(text, tmp_path, monkeypatch):
     out = tmp_path / "killed"
     checkpoints = lambda: list((out / sweep.UNFINISHED).glob(f"*/{CHECKPOINT}"))  # noqa: E731
     written = lambda: len(lines.read(out / lines.NAME))  # noqa: E731
@@ -215,9 +217,12 @@ def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(text, tmp_path)
     assert without_time(output) == without_time(table)
     assert len(without_time(table)) == 2
 
-    again = start(text, whole, 1)
-    output, _ = again.communicate(timeout=LONGEST)
-    assert "4 of 4 runs of tiny are done" in output
+    monkeypatch.setattr(study, "METHODS", tiny_sweep.METHODS)
+    monkeypatch.setitem(study.PROFILES, "tiny", tiny_sweep.PROFILE)
+    console = Console(record=True, width=200)
+    again = sweep.sweep("tiny", text, load(text, tiny_sweep.BASE.context + 1), whole, console, 1)
+    assert len(again) == 4
+    assert "4 of 4 runs of tiny are done" in console.export_text()
     finished_runs_are_not_mistaken_for_others(text, whole)
 
 

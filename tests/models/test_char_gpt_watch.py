@@ -7,29 +7,34 @@ import numpy as np
 
 from models.char_gpt import watch
 from models.char_gpt.config import Config
-from models.char_gpt.model import CharGPT
 from tests.support.dense import dense_truth
+from tests.support.tiny_gpt import made_wide
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3)
 
 
 def model_past_the_boundary():
     """In float64, with queries twice the keys and large embeddings, so that some determinants are negative."""
-    model = CharGPT(jax.random.key(0), SMALL, 5)
-    model = jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, model)
-    model = eqx.tree_at(lambda m: (m.token_embedding, m.position_embedding), model, replace_fn=lambda x: 10 * x)
+    model = made_wide(SMALL, 5, scale=10.0)
     queries = lambda m: [block.query for block in m.blocks] + [m.prior_stage.query]  # noqa: E731
     keys = [block.key for block in model.blocks] + [model.prior_stage.key]
     return eqx.tree_at(queries, model, [2.0 * key for key in keys])
 
 
+@eqx.filter_jit
+def embeddings_and_inputs(model, windows):
+    """Input embeddings of every window, and what its layers attend over."""
+    embeddings = jax.vmap(lambda window: model.embed(window[:-1]))(windows)
+    return embeddings, jax.vmap(lambda u: model.decode(u)[1].inputs)(embeddings)
+
+
 def determinants_by_hand(model, windows):
     """Dense determinants of the embedding site, and of each layer, without the first two positions."""
     embedding, layers = [], [[] for _ in model.blocks]
-    for window in windows:
-        u = model.embed(window[:-1])
+    embeddings, attended = embeddings_and_inputs(model, windows)
+    for u, of_layers in zip(embeddings, attended, strict=True):
         embedding.append(np.linalg.det(dense_truth(model.prior_stage.query, model.prior_stage.key, None, u)[1])[2:])
-        for found, block, inputs in zip(layers, model.blocks, model.decode(u)[1].inputs, strict=True):
+        for found, block, inputs in zip(layers, model.blocks, of_layers, strict=True):
             for h in range(block.query.shape[0]):
                 blocks = dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, inputs)[1]
                 found.append(np.linalg.det(blocks)[2:])
@@ -39,7 +44,7 @@ def determinants_by_hand(model, windows):
 def test_a_look_is_what_dense_determinants_say_by_layer_without_the_first_two_positions():
     model = model_past_the_boundary()
     windows = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 7)))
-    found = watch.look(model, windows)
+    found = eqx.filter_jit(watch.look)(model, windows)
     truth = dict(zip(("embedding", "layers"), determinants_by_hand(model, windows), strict=True))
     for site, determinants in truth.items():
         seen = found[site]

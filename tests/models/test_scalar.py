@@ -40,14 +40,15 @@ def test_the_closed_form_jacobian_is_the_derivative_of_the_residual_by_finite_di
 
 
 def test_draws_follow_the_process_and_say_where_it_is_no_law():
-    embeddings, solved = scalar.draw(-1.0, jax.random.key(0), 64, length=3)
+    embeddings, solved = scalar.draw(-1.0, jax.random.key(0), 64, length=6)
     assert solved == 1.0
-    u = np.asarray(embeddings)
+    assert embeddings.shape == (64, 6)
+    u = np.asarray(embeddings)[:, :3]
     alpha = np.exp(-u[:, :2] * u[:, 2:])
     alpha /= alpha.sum(1, keepdims=True)
     noise = np.stack([u[:, 1] - u[:, 0], u[:, 2] - (alpha * u[:, :2]).sum(1)]).ravel() / scalar.NOISE_SCALE
     assert kstest(noise, "norm").pvalue > 1e-3
-    assert scalar.draw(8.0, jax.random.key(0), 64)[1] < 1.0
+    assert scalar.draw(8.0, jax.random.key(0), 64, length=6)[1] < 1.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

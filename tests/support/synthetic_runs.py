@@ -95,7 +95,7 @@ def line(
             for name, factor in (("validation", 1.0), ("test", 1.01), ("news", 1.2))
         },
         "margins": _margins(method, crossings, random),
-        "watch": [_watch(method, crossings, step, random) for step in range(0, 501, 25)],
+        "watch": _watch(method, [_levels(method, crossings, random) for _ in range(3)], crossings),
         "crossings": {
             site: {"steps_watched": 21, "steps_with_crossing": 1, "positions_watched": 9, "positions_negative": 1}
             for site in ("embedding", "layers")
@@ -158,9 +158,11 @@ def _margins(method: str, crossings: float, random: np.random.Generator) -> dict
     }
 
 
-def _watch(method: str, crossings: float, step: int, random: np.random.Generator) -> dict[str, Any]:
-    def one() -> dict[str, Any]:
-        levels = 1 + step / 500 * (_levels(method, crossings, random) - 1)
+def _watch(method: str, last: list[np.ndarray], crossings: float) -> list[dict[str, Any]]:
+    """Looks at every 25th of 500 steps: levels of 1 at first, at the end the given ones of embedding and two layers."""
+
+    def one(step: int, site: int) -> dict[str, Any]:
+        levels = 1 + step / 500 * (last[site] - 1)
         return {
             "negative_share": crossings * step / 500,
             "smallest": float(levels[0]),
@@ -168,10 +170,12 @@ def _watch(method: str, crossings: float, step: int, random: np.random.Generator
             "quantiles": [float(levels[place]) for place in (0, 2, 10, 20, 30, 38)],
         }
 
+    seen: list[dict[str, Any]] = [
+        {"step": step, "embedding": one(step, 0), "layers": [one(step, 1), one(step, 2)]} for step in range(0, 501, 25)
+    ]
     # Where det J is past the largest number, a sweep writes null.
-    seen = {"step": step, "embedding": one(), "layers": [one(), one()]}
-    if method.startswith("margin@layers") and step == 500:
-        seen["layers"][1]["quantiles"][-1] = None
+    if method.startswith("margin@layers"):
+        seen[-1]["layers"][1]["quantiles"][-1] = None
     return seen
 
 

@@ -10,8 +10,10 @@ from models.char_gpt import study
 BASE = replace(
     study.PROFILES["smoke"].base, steps=30, layers=1, width=8, context=8, checkpoint_every=1, evaluation_windows=4
 )
+METHODS = {name: study.METHODS[name] for name in ("ce", "margin@layers")}
+PROFILE = study.Profile((0, 1), (0,), BASE)
 
 if __name__ == "__main__":
-    study.METHODS = {name: study.METHODS[name] for name in ("ce", "margin@layers")}
-    study.PROFILES["tiny"] = study.Profile((0, 1), (0,), BASE)
+    study.METHODS = METHODS
+    study.PROFILES["tiny"] = PROFILE
     cli.run(lambda: command.main(["sweep", "--profile", "tiny", *sys.argv[1:]]))

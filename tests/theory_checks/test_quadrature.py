@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 
 from models.scalar import scalar_attention
-from theory_checks.normalisation import masses, scalar_residual, signed_density
+from theory_checks.normalisation import masses, scalar_residual
 from theory_checks.quadrature import expected_roots, expected_roots_plane, integrate
 
 
@@ -67,7 +67,7 @@ def test_empty_or_infinite_box_is_refused(lower, upper):
 
 
 def test_mass_without_attention_is_one():
-    (mass, signed), _, _ = masses(signed_density(0.5), scalar_attention(0.0), [[-1.0], [1.0], [0.3]], 0.5)
+    (mass, signed), _, _ = masses(scalar_attention(0.0), [[-1.0], [1.0], [0.3]], 0.5)
     assert mass == pytest.approx(1.0, abs=1e-10)
     assert signed == pytest.approx(1.0, abs=1e-10)
 
