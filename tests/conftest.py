@@ -16,8 +16,8 @@ def _drop_oldest_compiled():
             entry.unlink(missing_ok=True)
 
 
-# Most of the suite's time is compiling. Environment variables, because processes that tests start inherit them; JAX reads
-# them when it is imported. XLA_FLAGS= in the environment asks for code as users run it: XLA's own choices, optimised.
+# Most of the suite's time is compiling. JAX reads these environment variables when it is imported, and processes that
+# tests start inherit them. XLA_FLAGS= in the environment asks for code as users run it: XLA's own choices, optimised.
 if "XLA_FLAGS" not in os.environ:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
