@@ -2,33 +2,18 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-COMPILED = ROOT / ".compiled"
-MOST_BYTES_COMPILED = 2**30
-
-
-def _drop_oldest_compiled():
-    """Keep the newest entries of the compilation cache, up to a size."""
-    size = 0
-    for entry in sorted(COMPILED.glob("*"), key=lambda entry: -entry.stat().st_mtime):
-        size += entry.stat().st_size
-        if size > MOST_BYTES_COMPILED:
-            entry.unlink(missing_ok=True)
-
-
-# Most of the suite's time is compiling. JAX reads these environment variables when it is imported, and processes that
-# tests start inherit them. XLA_FLAGS= in the environment asks for code as users run it: XLA's own choices, optimised.
+# Most of the suite's time is compiling. These are environment variables as processes that tests start inherit them.
+# JAX reads them when it is imported. An empty XLA_FLAGS asks for code as users run it, optimised by XLA.
 if "XLA_FLAGS" not in os.environ:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
     if version("jaxlib").startswith("0.10."):
-        # The older of two code generators, which compiles twice as fast; later versions have one, and refuse the flag.
+        # The older of two code generators compiles twice as fast; later versions have one and refuse the flag.
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
-# What was compiled once serves every test, process and later run.
+# What is compiled once serves all tests, all processes and later runs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _drop_oldest_compiled()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -40,21 +25,38 @@ import models  # noqa: F401  (sets up JAX's CPU thread pool before JAX starts it
 # The reference is checked in float64; tests of the fast path pass float32 arrays explicitly.
 jax.config.update("jax_enable_x64", True)
 
-# Linux gives a process 65,530 memory maps, and every compiled function holds some.
-MOST_MAPS = 40_000
+COMPILED = Path(__file__).parents[1] / ".compiled"
+MOST_BYTES_COMPILED = 2**30
+# Linux gives a process 65,530 memory maps, of which every compiled function holds some.
+MOST_MAPS, MOST_RESIDENT_BYTES = 40_000, 2**31
+
+
+def pytest_sessionfinish(session):
+    """Drop the oldest entries of our own compilation cache beyond a size."""
+    if hasattr(session.config, "workerinput"):
+        return
+    size = 0
+    for entry in sorted(COMPILED.glob("*"), key=lambda entry: -entry.stat().st_mtime):
+        size += entry.stat().st_size
+        if size > MOST_BYTES_COMPILED:
+            entry.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_compiled_functions_before_memory_maps_run_out():
+def _forget_compiled_functions_when_memory_runs_short():
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
-        jax.clear_caches()
+    process = Path("/proc/self")
+    if process.exists():
+        maps = (process / "maps").read_bytes().count(b"\n")
+        resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if maps > MOST_MAPS or resident > MOST_RESIDENT_BYTES:
+            jax.clear_caches()
 
 
 @pytest.fixture
 def optimised():
-    """Compiles what the test traces first with XLA's optimisations: for tests that mostly run."""
+    """Compile with XLA's optimisations what the test traces first, in tests that run longer than they compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -10,12 +10,12 @@ from numpyro.diagnostics import effective_sample_size
 
 from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, conjugate_model
 from benchmarks.inference.sizes import Sizes
-from benchmarks.inference.truth import BUMPS, SCALES, TOKENS, conjugate_truth, gaussian_posterior
 from benchmarks.section import Column, Section, at_most
 from prob_transformer import Attention
 from prob_transformer.inference import find_map, particle_filter
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.nuts import nuts
+from theory_checks.token_truth import BUMPS, SCALES, TOKENS, conjugate_truth, gaussian_posterior
 
 LENGTH, WIDTH = 4, 2
 

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from benchmarks.inference.sizes import Sizes
-from benchmarks.inference.truth import SCALES, EvidenceCase, cases
 from benchmarks.section import Column, Section, at_most
 from prob_transformer.inference import ParticleStatus, particle_filter
 from prob_transformer.inference.proposals import ProposalName
+from theory_checks.token_truth import SCALES, EvidenceCase, cases
 
 
 @eqx.filter_jit

@@ -10,10 +10,10 @@ from scipy.stats import multivariate_normal
 from benchmarks.inference import laplace_nuts, page
 from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, Problem, plane_attention
 from benchmarks.inference.models import plane_model as model_of_the_plane
-from benchmarks.inference.truth import gaussian_posterior
 from benchmarks.laplace_torch import page as laplace_torch
 from benchmarks.section import is_met
 from prob_transformer import jacobian_block
+from theory_checks.token_truth import gaussian_posterior
 
 
 def test_the_conjugate_truth_is_that_of_the_joint_gaussian_of_embeddings_and_data():

@@ -5,7 +5,9 @@ from functools import partial
 import jax
 import numpy as np
 
-from benchmarks.inference.truth import (
+from prob_transformer import LinearDecoder
+from prob_transformer.inference import particle_filter
+from theory_checks.token_truth import (
     BIAS,
     BUMPS,
     FIRST_SCALE,
@@ -22,8 +24,6 @@ from benchmarks.inference.truth import (
     scalar_truth,
     token_probability,
 )
-from prob_transformer import LinearDecoder
-from prob_transformer.inference import particle_filter
 
 __all__ = [
     "BIAS",
