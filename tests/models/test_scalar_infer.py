@@ -114,6 +114,7 @@ def test_map_in_unconstrained_coordinates_includes_the_jacobian(tmp_path):
     np.testing.assert_allclose(-tree["sample_stats/objective"].item(), joint + np.log(-a * scale), atol=1e-9)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_laplace_draws_have_the_covariance_of_finite_differences_at_the_mode(tmp_path, capsys):
     data = data_of()
     status, tree = run("laplace", tmp_path / "laplace.nc", "--draws", "4000")

@@ -41,6 +41,16 @@ def forget_compiled() -> None:
                 found.clear_cache()
 
 
+# Their quadratures and samples run longer than their functions take to compile.
+LONG_RUNNING = {"normalisation", "sampler-law"}
+
+
+@pytest.fixture
+def optimised_if_long(request):
+    if request.getfixturevalue("identifier") in LONG_RUNNING:
+        request.getfixturevalue("optimised")
+
+
 @pytest.fixture
 def replaced(monkeypatch):
     """Replaces what a module calls by something else until the end of the test."""
@@ -54,6 +64,7 @@ def replaced(monkeypatch):
     forget_compiled()
 
 
+@pytest.mark.usefixtures("optimised_if_long")
 @pytest.mark.parametrize("identifier", IDS)
 def test_library_comes_out_as_stated(identifier):
     assert result(identifier, seed=1).as_stated
@@ -197,6 +208,7 @@ MISTAKES: list[tuple[str, str, Callable[..., Any]]] = [
 @pytest.mark.parametrize(
     ("identifier", "name", "mistake"), MISTAKES, ids=[f"{mistake[0]}-{mistake[2].__name__}" for mistake in MISTAKES]
 )
+@pytest.mark.usefixtures("optimised_if_long")
 def test_mistake_is_caught(replaced, identifier, name, mistake):
     replaced(importlib.import_module(f"theory_checks.{identifier.replace('-', '_')}"), name, mistake)
     assert not result(identifier).as_stated
@@ -213,6 +225,7 @@ def test_nothing_counted_is_not_as_stated(monkeypatch):
     assert (found.verdict, found.counterexample_verdict) == ("fails", "holds")
 
 
+@pytest.mark.usefixtures("optimised")
 def test_token_probabilities_notice_a_wrong_embedding_density(replaced):
     # The package exports a function of the same name, which hides the module from attribute access.
     replaced(importlib.import_module("prob_transformer.token_model"), "EmbeddingProcess", WithoutLogDet)
