@@ -12,6 +12,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import hypothesis
 import jax
 import pytest
 
@@ -19,6 +20,18 @@ import models  # noqa: F401  (sets up JAX's CPU thread pool before JAX starts it
 
 # The reference is checked in float64; tests of the fast path pass float32 arrays explicitly.
 jax.config.update("jax_enable_x64", True)
+
+# What a property draws is a function of the command: no database of earlier failures, no clock.
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="module", autouse=True)

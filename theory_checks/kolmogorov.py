@@ -35,26 +35,31 @@ EXTENSION_TOLERANCE = 1e-10
 
 
 def ratio_function(integrated: int, fast: bool = True) -> Callable[..., jax.Array]:
-    """Compiled p(kept, tail) / p(kept) of many tails: (attention, kept (k, d), offsets (m, integrated * d)) -> (m,).
-
-    A tail is given by its offset from the mean of everything before it, a shear that keeps volumes and makes the box
-    to integrate over small.
-    """
+    """Compiled p(kept, tail) / p(kept) of many `sheared` tails: (attention, kept, offsets) -> (m,)."""
 
     def ratio(attention: Attention, kept: Any, offsets: Any) -> jax.Array:
-        length, width = kept.shape
+        length = len(kept)
         longer = EmbeddingProcess(attention, length + integrated, NOISE_SCALE, FIRST_SCALE)
         if length == 1:
             shorter = norm.logpdf(kept, 0.0, FIRST_SCALE).sum()
         else:
             shorter = EmbeddingProcess(attention, length, NOISE_SCALE, FIRST_SCALE).log_prob(kept)
-        embeddings = jnp.broadcast_to(kept, (offsets.shape[0], length, width))
-        for offset in jnp.moveaxis(offsets.reshape(-1, integrated, width), 1, 0):
-            tail = embeddings.mean(axis=1) + offset
-            embeddings = jnp.concatenate([embeddings, tail[:, None]], axis=1)
-        return jnp.exp(longer.log_prob(embeddings) - shorter)
+        return jnp.exp(longer.log_prob(sheared(kept, offsets)) - shorter)
 
     return quick_jit(ratio) if fast else jax.jit(ratio)
+
+
+def sheared(kept: Any, offsets: Any) -> jax.Array:
+    """kept (k, d) followed by tails given by offsets (m, integrated * d), each from the mean of what precedes it.
+
+    A shear, which keeps volumes, and makes the box to integrate over small.
+    """
+    length, width = kept.shape
+    embeddings = jnp.broadcast_to(kept, (offsets.shape[0], length, width))
+    for offset in jnp.moveaxis(offsets.reshape(offsets.shape[0], -1, width), 1, 0):
+        tail = embeddings.mean(axis=1) + offset
+        embeddings = jnp.concatenate([embeddings, tail[:, None]], axis=1)
+    return embeddings
 
 
 def marginal_ratio(
