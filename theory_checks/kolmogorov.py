@@ -68,18 +68,17 @@ def marginal_ratio(
     """int p(kept, tail) d(tail) / p(kept), kept (k, d), over every tail that noise is likely to reach."""
     width = kept.shape[1]
     dimension = integrated * width
-    edge = np.repeat(reach(attention, kept, integrated, EXTENT[dimension]), width)
+    edge = np.repeat(reach(attention, kept, integrated, EXTENT[dimension] * NOISE_SCALE), width)
     integrand = functools.partial(ratio, attention, kept)
     return integrate(integrand, -edge, edge, tolerance=QUADRATURE[dimension], confirm=dimension < 3)
 
 
-def reach(attention: Attention, kept: NDArray[np.float64], integrated: int, extent: float) -> NDArray[np.float64]:
-    """Largest distance of each integrated tail from the mean of what precedes it, with `extent` deviations of noise.
+def reach(attention: Attention, kept: NDArray[np.float64], integrated: int, noise: float) -> NDArray[np.float64]:
+    """Largest distance of each integrated tail from the mean of what precedes it, where no noise is above `noise`.
 
     With identity values mu_i and that mean both lie within the past, so they are apart by at most (1 - 1/m) of the
     diameter of its m tokens; with values |mu_i| <= sum_h |V_h|_2 max |u_s|.
     """
-    noise = extent * NOISE_SCALE
     largest = float(np.linalg.norm(kept, axis=1).max())
     diameter = float(np.linalg.norm(kept[:, None] - kept, axis=-1).max())
     bounds = []

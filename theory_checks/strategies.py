@@ -125,6 +125,10 @@ class Case:
         """A_h = W_K^T W_Q / sqrt(p), shape (H, d, d)."""
         return np.einsum("hpa,hpb->hab", self.key, self.query) / np.sqrt(self.shape.head_size)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # What Hypothesis prints; without it every field would be shown.
+        printer.text(repr(self))
+
     def __repr__(self) -> str:
         if self.seed is None:
             query, key, value, embeddings = (None if array is None else array.tolist() for array in self.arrays)
@@ -148,9 +152,10 @@ class _SimpleNumbers:
     """Simple numbers in the place of normal ones, drawn one by one by Hypothesis, so that each shrinks."""
 
     draw: st.DrawFn
+    elements: st.SearchStrategy[float] = SIMPLE_NUMBERS
 
     def normal(self, *, size: Any) -> NDArray[np.float64]:
-        return self.draw(arrays(np.float64, size, elements=SIMPLE_NUMBERS, fill=st.nothing()))
+        return self.draw(arrays(np.float64, size, elements=self.elements, fill=st.nothing()))
 
     def integers(self, low: int, high: int, *, size: Any) -> NDArray[np.int64]:
         return self.draw(arrays(np.int64, size, elements=st.integers(low, high - 1), fill=st.nothing()))
@@ -229,15 +234,20 @@ def semidefinite_interaction(numbers: _Numbers, width: int) -> NDArray[np.float6
 
 
 @st.composite
-def safe_cases(draw: st.DrawFn, shapes: tuple[Shape, ...]) -> Case:
-    """Cases with det J > 0 at every embedding: A + A^T negative semidefinite, or with values d = 1 and a_h v_h <= 0."""
+def safe_cases(draw: st.DrawFn, shapes: tuple[Shape, ...], attended: st.SearchStrategy[float] = SIMPLE_NUMBERS) -> Case:
+    """Cases with det J > 0 at every embedding: A + A^T negative semidefinite, or with values d = 1 and a_h v_h <= 0.
+
+    `attended` gives the numbers of embeddings and values.
+    """
     shape, numbers = draw(st.sampled_from(shapes)), _SimpleNumbers(draw)
-    embeddings = numbers.normal(size=(shape.length, shape.width))
+    tokens = _SimpleNumbers(draw, attended)
+    embeddings = tokens.normal(size=(shape.length, shape.width))
     if not shape.with_values:
         interaction = semidefinite_interaction(numbers, shape.width)
         query = np.sqrt(shape.width) * interaction
         return Case.given(query[None], np.eye(shape.width)[None], None, embeddings)
-    query, value, size = numbers.normal(size=(3, shape.heads, 1, 1))
+    query, size = numbers.normal(size=(2, shape.heads, 1, 1))
+    value = tokens.normal(size=(shape.heads, 1, 1))
     return Case.given(query, -np.sign(query * value) * np.abs(size), value, embeddings)
 
 

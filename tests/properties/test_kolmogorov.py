@@ -16,11 +16,15 @@ from scipy.stats import norm
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
 from theory_checks import plain
 from theory_checks.compiling import quick_jit
-from theory_checks.kolmogorov import FIRST_SCALE, NOISE_SCALE, reach, sheared
+from theory_checks.kolmogorov import reach, sheared
 from theory_checks.normalisation import masses, roots, signed_density
 from theory_checks.quadrature import integrate
 from theory_checks.strategies import SIMPLE_NUMBERS, Case, Shape, safe_cases
 
+# Between tokens many deviations of the noise apart the density is a narrow peak in a box where it is zero otherwise, which
+# the first nodes of a quadrature would miss: embeddings and values are therefore at most one deviation from 0.
+NOISE_SCALE, FIRST_SCALE = 1.0, 1.5
+NEAR_ZERO = st.integers(-4, 4).map(lambda quarters: quarters / 4)
 SCALES = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
 TOLERANCE = 1e-6
 QUADRATURE = 1e-8
@@ -33,7 +37,7 @@ ONE = [[[1.0]]]
 
 def kept_and_integrated(kept, integrated, width=1, heads=1, with_values=False):
     """Safe cases of `kept` embeddings, with the number of positions to integrate out."""
-    return st.tuples(safe_cases((Shape(heads, 1, width, kept, with_values),)), st.just(integrated))
+    return st.tuples(safe_cases((Shape(heads, 1, width, kept, with_values),), NEAR_ZERO), st.just(integrated))
 
 
 # Every split of two to four positions on the line, and of two and three in the plane, smallest first.
@@ -74,7 +78,7 @@ def joint(attention: Attention, weight: jax.Array, sequences: jax.Array, embeddi
 
 def marginal(function, case: Case, integrated: int, shorter: float):
     """Integral of function(embeddings) over every likely tail of the case over exp(shorter), and its error estimate."""
-    edge = np.repeat(reach(case.attention, case.embeddings, integrated, EXTENT), case.shape.width)
+    edge = np.repeat(reach(case.attention, case.embeddings, integrated, EXTENT * NOISE_SCALE), case.shape.width)
 
     def ratio(offsets):
         return function(with_tails(case.embeddings, offsets)) * np.exp(-shorter)
@@ -83,9 +87,9 @@ def marginal(function, case: Case, integrated: int, shorter: float):
     return found.value.sum(), found.error.sum()
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(split=SPLITS)
-@example(split=(Case.given([[[-9.0]]], ONE, None, [[-3.0], [3.0], [0.25]]), 1))
+@example(split=(Case.given([[[-9.0]]], ONE, None, [[-1.0], [1.0], [0.25]]), 1))
 def test_integrating_out_the_last_embeddings_leaves_the_density_of_the_first(split):
     case, integrated = split
     shorter = plain.log_density(case, NOISE_SCALE, FIRST_SCALE)
@@ -110,7 +114,7 @@ def test_summing_out_the_last_tokens_with_their_embeddings_leaves_the_joint_law_
 
 
 @settings(max_examples=15)
-@given(case=safe_cases((Shape(1, 1, 1, 2, False),)), weight=DECODERS)
+@given(case=safe_cases((Shape(1, 1, 1, 2, False),), NEAR_ZERO), weight=DECODERS)
 def test_token_probabilities_of_two_positions_sum_to_those_of_one(case, weight):
     weight = np.array(weight)[:, None]
     sequences = np.array(list(itertools.product(range(VOCABULARY), repeat=2)))
@@ -130,7 +134,8 @@ def test_token_probabilities_of_two_positions_sum_to_those_of_one(case, weight):
         assert abs(found.value[sequences[:, 0] == first].sum() - expected) + found.error.sum() < TOLERANCE
 
 
-LAST_DENSITY = signed_density(NOISE_SCALE)
+PAST_THE_BOUNDARY_NOISE = 0.5
+LAST_DENSITY = signed_density(PAST_THE_BOUNDARY_NOISE)
 
 
 @given(
@@ -143,6 +148,6 @@ LAST_DENSITY = signed_density(NOISE_SCALE)
 def test_at_every_strength_the_mass_is_the_expected_number_of_roots_and_the_signed_mass_is_one(strength, past):
     column = np.array(past)[:, None]
     attention = Attention(np.full((1, 1, 1), strength), np.ones((1, 1, 1)))
-    (mass, signed), error, _ = masses(LAST_DENSITY, attention, column, NOISE_SCALE, tolerance=QUADRATURE)
-    assert abs(mass - roots(strength, past, NOISE_SCALE)) + error.max() < TOLERANCE
+    (mass, signed), error, _ = masses(LAST_DENSITY, attention, column, PAST_THE_BOUNDARY_NOISE, QUADRATURE)
+    assert abs(mass - roots(strength, past, PAST_THE_BOUNDARY_NOISE)) + error.max() < TOLERANCE
     assert abs(signed - 1) + error.max() < TOLERANCE
