@@ -21,8 +21,8 @@ from theory_checks.normalisation import masses, roots, signed_density
 from theory_checks.quadrature import integrate
 from theory_checks.strategies import SIMPLE_NUMBERS, Case, Shape, safe_cases
 
-# Between tokens many deviations of the noise apart the density is a narrow peak in a box where it is zero otherwise, which
-# the first nodes of a quadrature would miss: embeddings and values are therefore at most one deviation from 0.
+# Between tokens many deviations of the noise apart the density is a narrow peak, which the first nodes of a quadrature
+# would miss: embeddings and values are therefore at most one deviation from 0.
 NOISE_SCALE, FIRST_SCALE = 1.0, 1.5
 NEAR_ZERO = st.integers(-4, 4).map(lambda quarters: quarters / 4)
 SCALES = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
