@@ -65,7 +65,7 @@ SHRINKING_SHAPES: tuple[Shape, ...] = (
     Shape(1, 1, 1, 3, True),
     Shape(1, 1, 2, 3, False),
     Shape(2, 1, 2, 3, True),
-    Shape(2, 2, 2, 4, True),
+    Shape(2, 2, 2, 3, True),
     Shape(1, 2, 3, 4, False),
 )
 

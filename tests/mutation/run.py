@@ -104,6 +104,8 @@ def run_tests(clone: Path, files: list[str], durations: dict[str, float], timeou
                 os.chdir(clone)
                 sys.path[:] = [str(clone), *(entry for entry in sys.path if entry not in (str(ROOT), ""))]
                 sys.dont_write_bytecode = True
+                for name in [name for name in sys.modules if name.partition(".")[0] in COPIED]:
+                    del sys.modules[name]
                 import pytest
 
                 order = _CheapestFirst(durations)
@@ -129,7 +131,7 @@ def run_tests(clone: Path, files: list[str], durations: dict[str, float], timeou
         text = report.read()
     failed, measured = json.loads(text) if text else (f"tests ended with status {code}", {})
     if failed.startswith("imported "):
-        raise RuntimeError(f"{failed}; nothing can be said of the mutant.")
+        raise ValueError(f"{failed}; nothing can be said of the mutant.")
     return "passed" if code == 0 else "failed", {"failed": failed, "measured": measured}
 
 
