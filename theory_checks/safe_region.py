@@ -13,7 +13,7 @@ from prob_transformer import Attention, stability_margin
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.normalisation import PAST, interaction_attention, scalar_attention
-from theory_checks.strategies import Shape, make_case
+from theory_checks.strategies import Shape, make_case, semidefinite_interaction
 
 TOLERANCE = 1e-9
 # The search: random starts over scales of u, the best of them moved by random steps that shrink.
@@ -66,12 +66,9 @@ def smallest_determinant(attention: Attention, past: Any, key: Any) -> tuple[jax
 
 def negative_semidefinite(shape: Shape, kind: str, seed: int, strength: float) -> tuple[Attention, NDArray[Any]]:
     """A = -(positive semidefinite) + (antisymmetric) with identity values, and a past (n - 1, d)."""
-    case = make_case(shape, kind, seed)
-    rng = np.random.default_rng(seed)
-    factor, turn = rng.normal(size=(2, shape.width, shape.width))
-    factor = factor[:, : rng.integers(1, shape.width + 1)]
-    interaction = strength * (turn - turn.T - factor @ factor.T)
-    return interaction_attention(interaction), case.embeddings[:-1]
+    past = make_case(shape, kind, seed).embeddings[:-1]
+    interaction = strength * semidefinite_interaction(np.random.default_rng(seed), shape.width)
+    return interaction_attention(interaction), past
 
 
 def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[Attention, NDArray[Any], float]:

@@ -1,16 +1,21 @@
 """Hypothesis strategies for attention problems with friendly and adversarial geometry, shared with the tests.
 
 Shapes come from a short fixed list, so that a comparison compiled once a shape serves every case of that shape.
-Numbers come from a NumPy generator with a drawn seed: a case is reproduced by `make_case` from what its repr shows.
+
+A check draws thousands of cases and keeps the worst, so `attention_cases` takes its numbers from a NumPy generator with
+a drawn seed. A property stops at a failure and shrinks it, so `shrinking_cases` lets Hypothesis draw each number, and a
+failure becomes a short sequence of simple numbers. Both build their cases by the same code, and the repr of a case
+rebuilds it.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from hypothesis.extra.numpy import arrays
+from numpy.typing import ArrayLike, NDArray
 
 from prob_transformer import Attention
 
@@ -52,6 +57,21 @@ SHAPES: tuple[Shape, ...] = (
 # Two of them for quick plans: identity values, and several heads with values, both long enough for a covariance.
 FEW_SHAPES: tuple[Shape, ...] = (Shape(1, 2, 2, 5, False), Shape(2, 2, 3, 6, True))
 
+# What shrinks, smallest first: the shortest sequence, the shortest with a covariance, then values, width and heads. The
+# values of these shapes are scaled by 1 or 1/2, so that their numbers stay short when printed.
+SHRINKING_SHAPES: tuple[Shape, ...] = (
+    Shape(1, 1, 1, 2, False),
+    Shape(1, 1, 1, 3, False),
+    Shape(1, 1, 1, 3, True),
+    Shape(1, 1, 2, 3, False),
+    Shape(2, 1, 2, 3, True),
+    Shape(2, 2, 2, 3, True),
+    Shape(1, 2, 3, 4, False),
+)
+
+# Multiples of 1/4 are exact in float32 and float64 and short when printed; 0 is the simplest of them.
+SIMPLE_NUMBERS = st.integers(-12, 12).map(lambda quarters: quarters / 4)
+
 KINDS: tuple[str, ...] = (
     "gaussian",
     "ties",
@@ -66,17 +86,34 @@ KINDS: tuple[str, ...] = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Case:
-    """One attention problem as NumPy arrays of one dtype: query and key (H, p, d), value (H, d, d) or None, (n, d)."""
+    """One attention problem as NumPy arrays of one dtype: query and key (H, p, d), value (H, d, d) or None, (n, d).
+
+    `seed` is None where the numbers came from no generator; the repr then shows the arrays themselves.
+    """
 
     shape: Shape
     kind: str
-    seed: int
+    seed: int | None
     strength: float
     extremity: float
     query: NDArray[Any]
     key: NDArray[Any]
     value: NDArray[Any] | None
     embeddings: NDArray[Any]
+
+    @classmethod
+    def given(cls, query: ArrayLike, key: ArrayLike, value: ArrayLike | None, embeddings: ArrayLike) -> "Case":
+        """The case with these arrays, in float64."""
+        query, key, embeddings = (np.asarray(array, np.float64) for array in (query, key, embeddings))
+        heads, head_size, width = query.shape
+        shape = Shape(heads, head_size, width, len(embeddings), value is not None)
+        value = None if value is None else np.asarray(value, np.float64)
+        return cls(shape, "given", None, 1.0, 0.5, query, key, value, embeddings)
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None, NDArray[Any]]:
+        """Query, key, value and embeddings, the arguments of a compiled comparison."""
+        return self.query, self.key, self.value, self.embeddings
 
     @property
     def attention(self) -> Attention:
@@ -89,51 +126,76 @@ class Case:
         """A_h = W_K^T W_Q / sqrt(p), shape (H, d, d)."""
         return np.einsum("hpa,hpb->hab", self.key, self.query) / np.sqrt(self.shape.head_size)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # What Hypothesis prints; without it every field would be shown.
+        printer.text(repr(self))
+
     def __repr__(self) -> str:
+        if self.seed is None:
+            query, key, value, embeddings = (None if array is None else array.tolist() for array in self.arrays)
+            return f"Case.given(query={query}, key={key}, value={value}, embeddings={embeddings})"
         return (
             f"make_case({self.shape!r}, {self.kind!r}, seed={self.seed}, strength={self.strength!r}, "
             f"extremity={self.extremity!r}, dtype=np.{self.query.dtype})"
         )
 
 
+class _Numbers(Protocol):
+    """Where the numbers of a case come from: a NumPy generator, or Hypothesis."""
+
+    def normal(self, *, size: Any) -> NDArray[np.float64]: ...
+
+    def integers(self, low: int, high: int, *, size: Any) -> NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True)
+class _SimpleNumbers:
+    """Simple numbers in the place of normal ones, drawn one by one by Hypothesis, so that each shrinks."""
+
+    draw: st.DrawFn
+    elements: st.SearchStrategy[float] = SIMPLE_NUMBERS
+
+    def normal(self, *, size: Any) -> NDArray[np.float64]:
+        return self.draw(arrays(np.float64, size, elements=self.elements, fill=st.nothing()))
+
+    def integers(self, low: int, high: int, *, size: Any) -> NDArray[np.int64]:
+        return self.draw(arrays(np.int64, size, elements=st.integers(low, high - 1), fill=st.nothing()))
+
+
 def _geometry(
-    rng: np.random.Generator, kind: str, shape: Shape, extremity: float, single: bool
+    numbers: _Numbers, kind: str, shape: Shape, extremity: float, single: bool
 ) -> tuple[NDArray[np.float64], float]:
     """Embeddings (n, d), and the factor on A that keeps their attention neither uniform nor one-hot."""
-    points = rng.normal(size=(shape.length, shape.width))
+    points = numbers.normal(size=(shape.length, shape.width))
     if kind == "ties":
-        return points[rng.integers(0, 2, size=shape.length)], 1.0
+        return points[numbers.integers(0, 2, size=shape.length)], 1.0
     if kind == "near-duplicates":
-        copies = points[rng.integers(0, 2, size=shape.length)]
+        copies = points[numbers.integers(0, 2, size=shape.length)]
         return copies + 10.0 ** (-2 - 6 * extremity) * points, 1.0
     if kind == "collinear":
-        return np.outer(points[:, 0], rng.normal(size=shape.width)), 1.0
+        return np.outer(points[:, 0], numbers.normal(size=shape.width)), 1.0
     if kind == "offset":
         distance = 10.0 ** (1 + extremity * (0.5 if single else 2))
-        return points + distance * rng.normal(size=shape.width) / np.sqrt(shape.width), distance**-0.5
+        return points + distance * numbers.normal(size=shape.width) / np.sqrt(shape.width), distance**-0.5
     if kind in ("large", "small"):
         scale = 10.0 ** ((2 + 4 * extremity) * (1 if kind == "large" else -1))
         return scale * points, scale**-2.0
     if kind == "sharp":
         # Logits of hundreds: most weights underflow to zero, and ties share what is left.
-        return points[rng.integers(0, shape.length, size=shape.length)], 10.0 ** (1 + 2 * extremity)
+        return points[numbers.integers(0, shape.length, size=shape.length)], 10.0 ** (1 + 2 * extremity)
     return points, 1.0
 
 
-def make_case(
-    shape: Shape, kind: str, seed: int, strength: float = 1.0, extremity: float = 0.5, dtype: Any = np.float64
+def _build(
+    numbers: _Numbers, shape: Shape, kind: str, seed: int | None, strength: float, extremity: float, dtype: Any
 ) -> Case:
-    """The case with these drawn numbers; `strength` scales A, `extremity` in [0, 1] how far the geometry goes."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(KINDS)}.")
-    rng = np.random.default_rng(seed)
     single = np.dtype(dtype) == np.float32
-    embeddings, factor = _geometry(rng, kind, shape, extremity, single)
+    embeddings, factor = _geometry(numbers, kind, shape, extremity, single)
     heads, head_size, width = shape.heads, shape.head_size, shape.width
     scale = np.sqrt(strength * factor)
-    query = scale * rng.normal(size=(heads, head_size, width))
-    key = scale * rng.normal(size=(heads, head_size, width))
-    value = rng.normal(size=(heads, width, width)) / np.sqrt(width * heads) if shape.with_values else None
+    query = scale * numbers.normal(size=(heads, head_size, width))
+    key = scale * numbers.normal(size=(heads, head_size, width))
+    value = numbers.normal(size=(heads, width, width)) / np.sqrt(width * heads) if shape.with_values else None
     return Case(
         shape,
         kind,
@@ -145,6 +207,49 @@ def make_case(
         None if value is None else value.astype(dtype),
         embeddings.astype(dtype),
     )
+
+
+def make_case(
+    shape: Shape, kind: str, seed: int, strength: float = 1.0, extremity: float = 0.5, dtype: Any = np.float64
+) -> Case:
+    """The case with these drawn numbers; `strength` scales A, `extremity` in [0, 1] how far the geometry goes."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(KINDS)}.")
+    return _build(np.random.default_rng(seed), shape, kind, seed, strength, extremity, dtype)
+
+
+@st.composite
+def shrinking_cases(
+    draw: st.DrawFn, shapes: tuple[Shape, ...] = SHRINKING_SHAPES, kinds: tuple[str, ...] = KINDS
+) -> Case:
+    """Cases in float64 that shrink to the first of the shapes and kinds, and to numbers near 0."""
+    shape, kind = draw(st.sampled_from(shapes)), draw(st.sampled_from(kinds))
+    return _build(_SimpleNumbers(draw), shape, kind, None, 1.0, 0.5, np.float64)
+
+
+def semidefinite_interaction(numbers: _Numbers, width: int) -> NDArray[np.float64]:
+    """A (d, d), an antisymmetric matrix minus a positive semidefinite one: A + A^T is negative semidefinite."""
+    factor, turn = numbers.normal(size=(2, width, width))
+    factor = factor[:, : numbers.integers(1, width + 1, size=())]
+    return turn - turn.T - factor @ factor.T
+
+
+@st.composite
+def safe_cases(draw: st.DrawFn, shapes: tuple[Shape, ...], attended: st.SearchStrategy[float] = SIMPLE_NUMBERS) -> Case:
+    """Cases with det J > 0 at every embedding: A + A^T negative semidefinite, or with values d = 1 and a_h v_h <= 0.
+
+    `attended` gives the numbers of embeddings and values.
+    """
+    shape, numbers = draw(st.sampled_from(shapes)), _SimpleNumbers(draw)
+    tokens = _SimpleNumbers(draw, attended)
+    embeddings = tokens.normal(size=(shape.length, shape.width))
+    if not shape.with_values:
+        interaction = semidefinite_interaction(numbers, shape.width)
+        query = np.sqrt(shape.width) * interaction
+        return Case.given(query[None], np.eye(shape.width)[None], None, embeddings)
+    query, size = numbers.normal(size=(2, shape.heads, 1, 1))
+    value = tokens.normal(size=(shape.heads, 1, 1))
+    return Case.given(query, -np.sign(query * value) * np.abs(size), value, embeddings)
 
 
 def attention_cases(

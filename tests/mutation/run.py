@@ -1,10 +1,10 @@
-"""Mutation testing of the core files: `python tests/mutation/run.py [--module NAME] [--own-tests-only] --out FILE`.
+"""Mutation testing of the core files: `make mutation`, or `python tests/mutation/run.py [options] --out FILE`.
 
-Needs cosmic-ray (`pip install cosmic-ray`), which is not in the lock file: it finds the mutants and applies them, in a
-temporary copy of the checkout. Each mutant first meets the tests of its own file, cheapest first, and if it survives
-those, the tests of the other core files. The tests run in a fork of this process, in which JAX is imported but not
-started, so that a mutant costs seconds. Exit status 1 if less than 90 % of a file's mutants are killed, 2 for bad
-input.
+Needs cosmic-ray, which `make mutation` installs: it finds the mutants and applies them, in a temporary copy of the
+checkout for each of several workers. Each mutant first meets the tests of its own file, cheapest first; if it survives
+those, the properties; and if it survives these as well, the tests of the other core files. All of them are tests that
+`make test` runs. The tests run in a fork of the worker, in which JAX is imported but not started, so that a mutant
+costs seconds. Exit status 1 if less than 90 % of a file's mutants are killed, 2 for bad input.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import ast
 import difflib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,20 +20,26 @@ import signal
 import sys
 import tempfile
 import time
-import tomllib
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGURATION = Path(__file__).with_name("cosmic_ray.toml")
+MODULES = ("attention", "change_of_variables", "barrier", "margin", "process")
 TESTED_BY = ("barrier", "attention", "margin", "change_of_variables", "process", "transform", "token_model")
 SHARE = 0.9
+# Seconds that the tests of one mutant may take before it counts as timed out.
+TIMEOUT = 600.0
 # Imported before forking; none of them starts a JAX backend, whose threads a fork would not survive.
 SHARED_IMPORTS = ("hypothesis", "jax", "numpyro.infer", "optimistix", "pytest", "scipy.integrate", "scipy.stats")
+
+# What a worker copies, and what must come from its copy when the tests run.
+COPIED = ("prob_transformer", "models", "theory_checks", "tests")
 
 sys.path.insert(0, str(ROOT))
 
@@ -71,6 +78,15 @@ class _CheapestFirst:
             self.failed = self.failed or report.nodeid
 
 
+def foreign_module(clone: Path) -> str:
+    """A module of the checkout that was imported from elsewhere than the copy; empty if there is none."""
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if name.partition(".")[0] in COPIED and path is not None and clone not in Path(path).parents:
+            return f"imported {path} and not the copy"
+    return ""
+
+
 def run_tests(clone: Path, files: list[str], durations: dict[str, float], timeout: float) -> tuple[str, dict[str, Any]]:
     """("passed", "failed" or "timeout", what the tests reported) of test files run in a fork, inside the copy."""
     with tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") as report:
@@ -88,15 +104,17 @@ def run_tests(clone: Path, files: list[str], durations: dict[str, float], timeou
                 os.chdir(clone)
                 sys.path[:] = [str(clone), *(entry for entry in sys.path if entry not in (str(ROOT), ""))]
                 sys.dont_write_bytecode = True
+                for name in [name for name in sys.modules if name.partition(".")[0] in COPIED]:
+                    del sys.modules[name]
                 import pytest
 
                 order = _CheapestFirst(durations)
                 # pytest warns that plugins imported before the fork cannot have their assertions rewritten.
                 options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-                status = pytest.main([*options, *files], plugins=[order])
-                mutated = Path(getattr(sys.modules.get("prob_transformer"), "__file__", None) or clone)
-                if clone not in (mutated, *mutated.parents):
-                    status, order.failed = 3, f"imported {mutated} and not the copy"
+                status = pytest.main([*options, "-m", "not slow", *files], plugins=[order])
+                foreign = foreign_module(clone)
+                if foreign:
+                    status, order.failed = 3, foreign
                 Path(report.name).write_text(json.dumps([order.failed, order.measured]), encoding="utf-8")
             finally:
                 os._exit(int(status))
@@ -112,6 +130,8 @@ def run_tests(clone: Path, files: list[str], durations: dict[str, float], timeou
             time.sleep(0.02)
         text = report.read()
     failed, measured = json.loads(text) if text else (f"tests ended with status {code}", {})
+    if failed.startswith("imported "):
+        raise ValueError(f"{failed}; nothing can be said of the mutant.")
     return "passed" if code == 0 else "failed", {"failed": failed, "measured": measured}
 
 
@@ -142,61 +162,117 @@ def _changed_lines(before: str, after: str) -> str:
     return "\n".join(line[0] + line[1:].strip() for line in lines if re.match(r"[+-](?![+-])\s*\S", line))
 
 
+class Worker:
+    """A copy of the checkout with compiled code of its own, and the durations of the unchanged code's tests in it."""
+
+    def __init__(self, folder: Path):
+        home = folder / str(os.getpid())
+        self.clone = home / "clone"
+        self.durations: dict[tuple[str, ...], dict[str, float]] = {}
+        for part in COPIED:
+            shutil.copytree(ROOT / part, self.clone / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copy(ROOT / "pyproject.toml", self.clone)
+        # JAX does not write its cache atomically: two workers sharing one would fail tests now and then.
+        settings = {"DIR": home / "compiled", "MIN_COMPILE_TIME_SECS": 0, "MIN_ENTRY_SIZE_BYTES": -1}
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(settings.pop("DIR")))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+        for name, value in settings.items():
+            jax.config.update(f"jax_persistent_cache_{name.lower()}", value)
+            os.environ[f"JAX_PERSISTENT_CACHE_{name}"] = str(value)
+
+    def run(self, files: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+        return run_tests(self.clone, list(files), self.durations.get(files, {}), TIMEOUT)
+
+    def prepare(self, module: Path, files: tuple[str, ...]) -> None:
+        """Measures the tests on the unchanged code, once, and refuses code that fails them."""
+        if files not in self.durations:
+            outcome, report = run_tests(self.clone, list(files), {}, 3 * TIMEOUT)
+            if outcome != "passed":
+                raise ValueError(f"{module}: the unchanged code fails {report['failed'] or outcome}; mend that first.")
+            self.durations[files] = report["measured"]
+
+    def judge(self, module: Path, code: str, stages: list[tuple[str, ...]]) -> tuple[str, str]:
+        """Outcome of a mutant, and the first test that failed: stage after stage until one fails."""
+        source = (self.clone / module).read_text(encoding="utf-8")
+        for files in stages:
+            self.prepare(module, files)
+            (self.clone / module).write_text(code, encoding="utf-8")
+            try:
+                outcome, report = self.run(files)
+            finally:
+                (self.clone / module).write_text(source, encoding="utf-8")
+            if outcome != "passed":
+                return "killed" if outcome == "failed" else outcome, report["failed"]
+        return "survived", ""
+
+
+_worker: Worker
+
+
+def _start_worker(folder: Path) -> None:
+    global _worker
+    _worker = Worker(folder)
+
+
+def _judge(task: tuple[Path, str, list[tuple[str, ...]]]) -> tuple[str, str]:
+    return _worker.judge(*task)
+
+
+def stages_of(module: Path, own_only: bool) -> list[tuple[str, ...]]:
+    """The test files that a mutant of the module meets, in this order until one of them kills it."""
+    own = (f"tests/test_{module.stem}.py",)
+    others = tuple(f"tests/test_{name}.py" for name in TESTED_BY if name != module.stem)
+    return [own] if own_only else [own, ("tests/properties",), others]
+
+
 def run_module(
-    module: Path, clone: Path, timeout: float, earlier: dict[tuple[str, int], Mutant], own_only: bool
+    module: Path,
+    judge: Callable[[list[Any]], Iterator[tuple[str, str]]],
+    earlier: dict[tuple[str, int], Mutant],
+    own_only: bool,
 ) -> Iterator[Mutant]:
-    """Every mutant of one file with its outcome: excluded, killed, timeout or survived."""
+    """Every mutant of one file with its outcome: excluded, killed, timeout or survived; `judge` runs their tests."""
     from cosmic_ray.commands import init
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
     from cosmic_ray.work_db import WorkDB
 
-    source = (clone / module).read_text(encoding="utf-8")
+    source = (ROOT / module).read_text(encoding="utf-8")
     annotations = annotation_spans(source)
-    session = WorkDB(clone.parent / f"{module.stem}.sqlite", WorkDB.Mode.create)
-    init([clone / module], session, {})
-    specifications = [mutation for item in session.work_items for mutation in item.mutations]
-    session.close()
+    with tempfile.TemporaryDirectory() as folder:
+        session = WorkDB(Path(folder) / "session.sqlite", WorkDB.Mode.create)
+        init([ROOT / module], session, {})
+        specifications = [mutation for item in session.work_items for mutation in item.mutations]
+        session.close()
 
-    def stage(names: list[str]) -> Any:
-        files = [f"tests/test_{name}.py" for name in names]
-        outcome, report = run_tests(clone, files, {}, 3 * timeout)
-        if outcome != "passed":
-            raise ValueError(f"{module}: the unchanged code fails {report['failed'] or outcome}; mend that first.")
-        return lambda: run_tests(clone, files, report["measured"], timeout)
-
-    stages: list[Any] = [None] if own_only else [None, None]
-    plan = [[module.stem], [name for name in TESTED_BY if name != module.stem]]
+    known: list[Mutant | None] = []
+    mutants, codes = [], []
     for mutation in sorted(specifications, key=lambda m: (m.start_pos, m.operator_name, m.occurrence)):
-        line, operator = mutation.start_pos[0], mutation.operator_name.removeprefix("core/")
-
-        def judged(outcome: str, detail: str = "", line=line, operator=operator, mutation=mutation) -> Mutant:
-            return Mutant(line, operator, mutation.occurrence, outcome, detail)
-
         code = mutate_code(source, get_operator(mutation.operator_name)(), mutation.occurrence)
-        before = earlier.get((operator, mutation.occurrence))
+        mutant = Mutant(
+            mutation.start_pos[0], mutation.operator_name.removeprefix("core/"), mutation.occurrence, "", ""
+        )
+        before = earlier.get(mutant.name)
         if any(begin <= mutation.start_pos and mutation.end_pos <= end for begin, end in annotations):
-            yield judged("excluded", "annotation")
+            known.append(replace(mutant, outcome="excluded", detail="annotation"))
         elif not _compiles(code):
-            yield judged("excluded", "syntax error")
+            known.append(replace(mutant, outcome="excluded", detail="syntax error"))
         elif before is not None and before.outcome == "killed":
-            yield before
+            known.append(before)
         else:
-            for index in range(len(stages)):
-                stages[index] = stages[index] or stage(plan[index])
-                (clone / module).write_text(code, encoding="utf-8")
-                try:
-                    outcome, report = stages[index]()
-                finally:
-                    (clone / module).write_text(source, encoding="utf-8")
-                if outcome != "passed":
-                    break
-            if outcome == "passed":
-                yield judged("survived", _changed_lines(source, code))
-            elif outcome == "timeout":
-                yield judged("timeout", _changed_lines(source, code))
-            else:
-                yield judged("killed", report["failed"])
+            known.append(None)
+            mutants.append(mutant)
+            codes.append(code)
+    stages = stages_of(module, own_only)
+    judged = zip(mutants, codes, judge([(module, code, stages) for code in codes]), strict=True)
+    for mutant_known in known:
+        if mutant_known is not None:
+            yield mutant_known
+            continue
+        mutant, code, (outcome, failed) = next(judged)
+        yield replace(mutant, outcome=outcome, detail=failed if outcome == "killed" else _changed_lines(source, code))
 
 
 def table(found: dict[str, list[Mutant]]) -> str:
@@ -228,44 +304,44 @@ def _earlier(path: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    configuration = tomllib.loads(CONFIGURATION.read_text(encoding="utf-8"))["cosmic-ray"]
-    modules = {Path(path).stem: Path(path) for path in configuration["module-path"]}
+    modules = {name: Path("prob_transformer") / f"{name}.py" for name in MODULES}
     parser = argparse.ArgumentParser(prog="python tests/mutation/run.py", description="Mutation testing of the core.")
     parser.add_argument("--module", action="append", choices=modules, help="only this file; may be repeated")
     parser.add_argument("--own-tests-only", action="store_true", help="leave out the tests of the other core files")
+    parser.add_argument("--jobs", type=int, default=2, help="workers, one a core (default 2)")
     parser.add_argument("--survivors-of", type=Path, help="JSON of an earlier run; only its survivors are run again")
     parser.add_argument("--out", type=Path, required=True, help="JSON of counts and survivors")
     options = parser.parse_args(arguments)
     try:
         version = metadata.version("cosmic-ray")
     except metadata.PackageNotFoundError:
-        raise ValueError("cosmic-ray: not installed; pip install cosmic-ray.") from None
+        raise ValueError("cosmic-ray: is not installed; run `make mutation`, which installs it.") from None
+    if options.jobs < 1:
+        raise ValueError(f"--jobs: got {options.jobs}; pass 1 or more.")
     earlier = _earlier(options.survivors_of) if options.survivors_of else {"mutants": {}, "sha256": {}}
     found: dict[str, list[Mutant]] = {}
     digests: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        clone = Path(folder).resolve() / "clone"
-        cache = {"DIR": str(clone.parent / "compiled"), "MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache["DIR"])
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", cache["MIN_COMPILE_TIME_SECS"])
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", cache["MIN_ENTRY_SIZE_BYTES"])
-        for package in SHARED_IMPORTS:
-            import_module(package)
-        assert "prob_transformer" not in sys.modules
-        for part in ("prob_transformer", "models", "tests"):
-            shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        shutil.copy(ROOT / "pyproject.toml", clone)
+    for package in SHARED_IMPORTS:
+        import_module(package)
+    assert "prob_transformer" not in sys.modules
+    # A fork, so that workers have what is imported above; JAX is started in forks of theirs alone.
+    context = multiprocessing.get_context("fork")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(options.jobs, context, _start_worker, (Path(folder).resolve(),)) as pool,
+    ):
         for name in options.module or modules:
-            digests[name] = hashlib.sha256((clone / modules[name]).read_bytes()).hexdigest()
+            start = time.monotonic()
+            digests[name] = hashlib.sha256((ROOT / modules[name]).read_bytes()).hexdigest()
             if earlier["sha256"].get(name, digests[name]) != digests[name]:
                 raise ValueError(f"{options.survivors_of}: {name}.py has changed since; run it without --survivors-of.")
             before = {mutant.name: mutant for mutant in (Mutant(**entry) for entry in earlier["mutants"].get(name, []))}
             found[name] = []
-            for mutant in run_module(modules[name], clone, configuration["timeout"], before, options.own_tests_only):
+            for mutant in run_module(modules[name], partial(pool.map, _judge), before, options.own_tests_only):
                 found[name].append(mutant)
                 if mutant.outcome in ("survived", "timeout"):
                     print(f"{name}.py:{mutant.line} {mutant.outcome} {mutant.operator}\n{mutant.detail}", flush=True)
-            print(f"{name}: {_share(found[name]):.1%} killed", flush=True)
+            print(f"{name}: {_share(found[name]):.1%} killed, {time.monotonic() - start:.0f} s", flush=True)
     from prob_transformer.provenance import provenance, write_json
 
     record = provenance(None, {"own_tests_only": options.own_tests_only})

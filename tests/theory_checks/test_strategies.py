@@ -2,9 +2,20 @@
 
 import numpy as np
 import pytest
+from hypothesis import find
 
+from theory_checks import plain
 from theory_checks.check import for_each_drawn
-from theory_checks.strategies import KINDS, SHAPES, Case, Shape, attention_cases, make_case
+from theory_checks.strategies import (
+    KINDS,
+    SHAPES,
+    SHRINKING_SHAPES,
+    Case,
+    Shape,
+    attention_cases,
+    make_case,
+    shrinking_cases,
+)
 
 SHAPE = Shape(2, 2, 3, 6, True)
 
@@ -44,6 +55,24 @@ def test_repr_rebuilds_the_case():
     again = eval(repr(case), {"make_case": make_case, "Shape": Shape, "np": np})
     np.testing.assert_array_equal(case.embeddings, again.embeddings)
     np.testing.assert_array_equal(case.query, again.query)
+
+
+def test_a_case_of_drawn_numbers_shows_them_and_rebuilds_itself():
+    case = find(shrinking_cases(), lambda case: case.value is not None and case.shape.heads == 2)
+    assert repr(case).startswith("Case.given(query=[[[0.0, 0.0]], [[0.0, 0.0]]], key=")
+    again = eval(repr(case), {"Case": Case})
+    for array, other in zip(case.arrays, again.arrays, strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+def test_cases_shrink_to_the_first_shape_and_to_as_few_numbers_as_show_a_fault():
+    assert repr(find(shrinking_cases(), lambda case: True)) == (
+        "Case.given(query=[[[0.0]]], key=[[[0.0]]], value=None, embeddings=[[0.0], [0.0]])"
+    )
+    # det J < 0 needs an interaction and two tokens that differ, which may lie at 0 and at another number.
+    on_the_line = shrinking_cases(SHRINKING_SHAPES[1:2])
+    crossed = find(on_the_line, lambda case: plain.determinants(case, case.embeddings[-1:])[0] < 0)
+    assert sum(np.count_nonzero(array) for array in (crossed.query, crossed.key, crossed.embeddings)) == 3
 
 
 def test_only_asked_kinds_and_shapes_are_drawn():
