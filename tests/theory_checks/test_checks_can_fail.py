@@ -225,7 +225,6 @@ def test_nothing_counted_is_not_as_stated(monkeypatch):
     assert (found.verdict, found.counterexample_verdict) == ("fails", "holds")
 
 
-@pytest.mark.usefixtures("optimised")
 def test_token_probabilities_notice_a_wrong_embedding_density(replaced):
     # The package exports a function of the same name, which hides the module from attribute access.
     replaced(importlib.import_module("prob_transformer.token_model"), "EmbeddingProcess", WithoutLogDet)
