@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -68,6 +69,14 @@ def replaced(monkeypatch):
 @pytest.mark.parametrize("identifier", IDS)
 def test_library_comes_out_as_stated(identifier):
     assert result(identifier, seed=1).as_stated
+
+
+@pytest.mark.parametrize("identifier", ["low-rank-identity", "conditioning", "support-tokens", "boundedness"])
+def test_another_run_of_the_same_shapes_compiles_nothing(identifier, caplog):
+    result(identifier, seed=1)
+    with jax.log_compiles():
+        result(identifier, seed=2)
+    assert [record.message for record in caplog.records if record.message.startswith("Compiling ")] == []
 
 
 def flipped_log_det(attention, embeddings):
@@ -225,7 +234,6 @@ def test_nothing_counted_is_not_as_stated(monkeypatch):
     assert (found.verdict, found.counterexample_verdict) == ("fails", "holds")
 
 
-@pytest.mark.usefixtures("optimised")
 def test_token_probabilities_notice_a_wrong_embedding_density(replaced):
     # The package exports a function of the same name, which hides the module from attribute access.
     replaced(importlib.import_module("prob_transformer.token_model"), "EmbeddingProcess", WithoutLogDet)
