@@ -2,6 +2,7 @@
 #   make reproduce [PROFILE=smoke|quick|full]     checks, training, figures, results/report.html
 #   make test                                     the test suite but for what is long by nature
 #   make test-all                                 the whole test suite
+#   make test-shapes                              the core with the shapes of its annotations checked at every call
 #   make benchmark [BENCHMARK=FILE]               time and memory of the accelerated path; killed, it goes on where it was
 #   make benchmark-inference                      MAP, Laplace, NUTS and particles against the truth
 #   make benchmark-laplace                        Laplace of a character GPT next to laplace-torch
@@ -24,8 +25,8 @@ LAPLACE_TORCH ?= .venv-laplace-torch
 
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: reproduce test test-all test-deep benchmark benchmark-inference benchmark-laplace benchmark-smollm2 lint types \
-	lock clean
+.PHONY: reproduce test test-all test-shapes test-deep benchmark benchmark-inference benchmark-laplace benchmark-smollm2 \
+	lint types lock clean
 
 reproduce: $(INSTALLED)
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
@@ -40,6 +41,11 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(RUN) -m pytest -n 2 $(TESTS)
+
+# Refusals are left out: here a wrong shape is refused before our own message.
+test-shapes: $(INSTALLED)
+	$(RUN) -m pytest -n 2 -p tests.shapes --jaxtyping-packages=prob_transformer,beartype.beartype -k "not refused" \
+		tests/test_*.py tests/accelerated
 
 test-deep: $(INSTALLED)
 	$(RUN) -m theory_checks --seed $(SEED) --only finite --cases 100000 --json $(RESULTS)/deep/finite.json

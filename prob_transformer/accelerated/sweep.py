@@ -48,7 +48,7 @@ def _transposed(x: Float[Array, "... a b"]) -> Float[Array, "... b a"]:
     return jnp.swapaxes(x, -1, -2)
 
 
-def _at(x: Float[Array, "... n"], start: Int[Array, ""], size: int) -> Float[Array, "... size"]:
+def _at(x: Float[Array, "... n"], start: Int[Array, ""] | int, size: int) -> Float[Array, "... size"]:
     return lax.dynamic_slice_in_dim(x, start, size, x.ndim - 1)
 
 
@@ -96,7 +96,7 @@ class _Block(NamedTuple):
         chunks = (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
         return cls(weights, centre, mean - centre * total, chunks)
 
-    def chunk(self, tiling: Tiling, rows: Rows, begin: Int[Array, ""]):
+    def chunk(self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int):
         """Centred rows of one chunk, and its weights."""
         attended = _at(rows.attended, begin, tiling.chunk) - self.centre
         return attended, lax.dynamic_slice_in_dim(self.weights, begin, tiling.chunk, 2)

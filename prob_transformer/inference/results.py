@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Num
+from jaxtyping import Shaped
 
 from prob_transformer.provenance import atomic_path
 
@@ -44,14 +44,16 @@ def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
     return tuple(f"{name}_dim_{axis}" for axis in range(ndim))
 
 
-def _numbers(label: str, value: Num[Any, "..."]) -> np.ndarray:
+def _numbers(label: str, value: Shaped[Any, "..."]) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.name not in _DTYPES:
         raise ValueError(f"{label}: has dtype {array.dtype}; pass one of {', '.join(_DTYPES)}.")
     return array
 
 
-def _dataset(group: str, arrays: Mapping[str, Num[Any, "..."]], observed: Mapping[str, Any], dims: Dims) -> xr.Dataset:
+def _dataset(
+    group: str, arrays: Mapping[str, Shaped[Any, "..."]], observed: Mapping[str, Any], dims: Dims
+) -> xr.Dataset:
     outer = () if group == "observed_data" else ("chain", "draw")
     variables, sizes = {}, dict[str, int]()
     for name, value in arrays.items():
@@ -83,7 +85,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def datatree(
-    groups: Mapping[str, Mapping[str, Num[Any, "..."]]], dims: Dims | None, attrs: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, Shaped[Any, "..."]]], dims: Dims | None, attrs: Mapping[str, Any]
 ) -> xr.DataTree:
     """The tree of the given groups of arrays by site, all shaped (chain, draw, ...) but those of `observed_data`.
 
