@@ -42,6 +42,11 @@ test: $(INSTALLED) ## the tests but those that are long by nature [TESTS=FILES]
 test-all: $(INSTALLED) ## every test [TESTS=FILES]
 	$(RUN) -m pytest -n 2 $(TESTS)
 
+# Refusals are left out: here a wrong shape is refused before our own message.
+test-shapes: $(INSTALLED) ## the core with the shapes of its annotations checked at every call
+	$(RUN) -m pytest -n 2 -p tests.shapes --jaxtyping-packages=prob_transformer,beartype.beartype -k "not refused" \
+		tests/test_*.py tests/accelerated
+
 test-deep: $(INSTALLED) ## every drawn check on far more cases, for a long night, with a new seed each day [SEED=N]
 	$(RUN) -m theory_checks --seed $(SEED) --only finite --cases 100000 --json $(RESULTS)/deep/finite.json
 	$(RUN) -m theory_checks --seed $(SEED) --only change-of-variables --only low-rank-identity --only invariance \

@@ -15,6 +15,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer._validation import require_finite, require_floating
@@ -106,7 +107,7 @@ class Past(eqx.Module):
         return cls(keys, values, query_values, visible)
 
     @classmethod
-    def empty(cls, attention: Attention, length: int, dtype: jnp.dtype | None = None) -> "Past":
+    def empty(cls, attention: Attention, length: int, dtype: DTypeLike | None = None) -> "Past":
         """A cache with room for `length` positions, none of them visible yet."""
         blank = jnp.zeros((length, attention.width), attention.query.dtype if dtype is None else dtype)
         return cls.of(attention, blank, jnp.zeros(length, bool))

@@ -161,7 +161,7 @@ def test_bad_input_is_refused_by_name_in_model_and_objective(change, message):
         log_density(token_model, (attention, decoder, tokens), change, {"embeddings": embeddings})
 
 
-def test_bad_input_of_one_of_the_two_only():
+def test_bad_input_of_one_of_the_two_only_is_refused():
     attention, decoder, embeddings = parts()
     with pytest.raises(ValueError, match=r"tokens: has shape \(3,\); pass \(4,\)"):
         map_objective(attention, decoder, embeddings, TOKENS[:3])

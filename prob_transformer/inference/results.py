@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Shaped
 
 from prob_transformer._extras import require
 from prob_transformer.provenance import atomic_path
@@ -48,7 +48,7 @@ def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
     return tuple(f"{name}_dim_{axis}" for axis in range(ndim))
 
 
-def _numbers(label: str, value: Num[Any, "..."]) -> np.ndarray:
+def _numbers(label: str, value: Shaped[Any, "..."]) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.name not in _DTYPES:
         raise ValueError(f"{label}: has dtype {array.dtype}; pass one of {', '.join(_DTYPES)}.")
@@ -56,7 +56,7 @@ def _numbers(label: str, value: Num[Any, "..."]) -> np.ndarray:
 
 
 def _dataset(
-    group: str, arrays: Mapping[str, Num[Any, "..."]], observed: Mapping[str, Any], dims: Dims
+    group: str, arrays: Mapping[str, Shaped[Any, "..."]], observed: Mapping[str, Any], dims: Dims
 ) -> "xr.Dataset":
     import xarray as xr
 
@@ -91,7 +91,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def datatree(
-    groups: Mapping[str, Mapping[str, Num[Any, "..."]]], dims: Dims | None, attrs: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, Shaped[Any, "..."]]], dims: Dims | None, attrs: Mapping[str, Any]
 ) -> "xr.DataTree":
     """The tree of the given groups of arrays by site, all shaped (chain, draw, ...) but those of `observed_data`.
 
