@@ -58,11 +58,10 @@ SHAPES: tuple[Shape, ...] = (
 FEW_SHAPES: tuple[Shape, ...] = (Shape(1, 2, 2, 5, False), Shape(2, 2, 3, 6, True))
 
 # What shrinks, smallest first: the shortest sequence, the shortest with a covariance, then values, width and heads. The
-# values of these shapes are scaled by 1 or 1/2, so that their numbers stay short when printed.
-SHRINKING_SHAPES: tuple[Shape, ...] = (
-    Shape(1, 1, 1, 2, False),
-    Shape(1, 1, 1, 3, False),
-    Shape(1, 1, 1, 3, True),
+# values of these shapes are scaled by 1 or 1/2, so that their numbers stay short when printed. Hypothesis does not
+# always find its way from a wide case to one on the line, so the main properties are tested on each by itself.
+LINE_SHAPES: tuple[Shape, ...] = (Shape(1, 1, 1, 2, False), Shape(1, 1, 1, 3, False), Shape(1, 1, 1, 3, True))
+WIDE_SHAPES: tuple[Shape, ...] = (
     Shape(1, 1, 2, 3, False),
     Shape(2, 1, 2, 3, True),
     Shape(2, 2, 2, 3, True),
@@ -220,7 +219,7 @@ def make_case(
 
 @st.composite
 def shrinking_cases(
-    draw: st.DrawFn, shapes: tuple[Shape, ...] = SHRINKING_SHAPES, kinds: tuple[str, ...] = KINDS
+    draw: st.DrawFn, shapes: tuple[Shape, ...] = LINE_SHAPES + WIDE_SHAPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
     """Cases in float64 that shrink to the first of the shapes and kinds, and to numbers near 0."""
     shape, kind = draw(st.sampled_from(shapes)), draw(st.sampled_from(kinds))

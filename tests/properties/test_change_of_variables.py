@@ -11,7 +11,7 @@ from prob_transformer.attention import Past, attention_weights
 from tests.support.dense import dense_truth
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import log_det_tolerance
-from theory_checks.strategies import Case, shrinking_cases
+from theory_checks.strategies import LINE_SHAPES, WIDE_SHAPES, Case, shrinking_cases
 
 ONE = [[[1.0]]]
 SECOND_POSITION = Case.given(ONE, ONE, None, [[1.0], [2.0]])
@@ -35,15 +35,7 @@ def library(query, key, value, embeddings):
     return residual_and_log_det(attention, embeddings), jacobian_block(attention, embeddings), weights
 
 
-@given(case=shrinking_cases())
-@example(case=SECOND_POSITION)
-@example(case=ON_THE_BOUNDARY)
-@example(case=PAST_THE_BOUNDARY)
-@example(case=WEIGHTS_UNDERFLOW)
-@example(case=LOGITS_FAR_BELOW_ZERO)
-@example(case=FAR_FROM_THE_ORIGIN)
-@example(case=TWO_HEADS)
-def test_log_det_is_that_of_the_whole_autodiff_jacobian(case):
+def assert_is_the_log_det_of_the_whole_autodiff_jacobian(case):
     expected, blocks, (sign, log_det) = dense_truth(*case.arrays)
     got, _, _ = library(*case.arrays)
     np.testing.assert_allclose(got.residual, expected, rtol=0, atol=1e-9 * np.abs(case.embeddings).max())
@@ -54,6 +46,23 @@ def test_log_det_is_that_of_the_whole_autodiff_jacobian(case):
     if np.isfinite(tolerance):
         assert got.sign.prod() == sign
         assert abs(got.log_det.sum() - log_det) <= tolerance
+
+
+@given(case=shrinking_cases(LINE_SHAPES))
+@example(case=SECOND_POSITION)
+@example(case=ON_THE_BOUNDARY)
+@example(case=PAST_THE_BOUNDARY)
+@example(case=WEIGHTS_UNDERFLOW)
+@example(case=LOGITS_FAR_BELOW_ZERO)
+def test_log_det_is_that_of_the_whole_autodiff_jacobian_on_the_line(case):
+    assert_is_the_log_det_of_the_whole_autodiff_jacobian(case)
+
+
+@given(case=shrinking_cases(WIDE_SHAPES))
+@example(case=FAR_FROM_THE_ORIGIN)
+@example(case=TWO_HEADS)
+def test_log_det_is_that_of_the_whole_autodiff_jacobian_with_width_and_heads(case):
+    assert_is_the_log_det_of_the_whole_autodiff_jacobian(case)
 
 
 @given(case=shrinking_cases())

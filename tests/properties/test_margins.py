@@ -11,7 +11,7 @@ from tests.support.dense import dense_truth
 from theory_checks.certified_radius import distance_found
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import log_det_tolerance
-from theory_checks.strategies import SHRINKING_SHAPES, SIMPLE_NUMBERS, Case, Shape, safe_cases, shrinking_cases
+from theory_checks.strategies import LINE_SHAPES, SIMPLE_NUMBERS, WIDE_SHAPES, Case, Shape, safe_cases, shrinking_cases
 
 ONE = [[[1.0]]]
 SECOND_POSITION = Case.given(ONE, ONE, None, [[1.0], [2.0]])
@@ -30,7 +30,7 @@ NEGATIVE_VALUES = Case.given([[[-9.0]]], ONE, [[[-1.0]]], [[1.0], [-1.0], [0.25]
 
 # From three positions on there is a covariance. Multiples of 1/4 make no A + A^T that is indefinite by less than
 # rounding, for which the radius is infinite today though the boundary can be reached.
-RADIUS_SHAPES = tuple(shape for shape in SHRINKING_SHAPES if shape.length > 2)
+RADIUS_SHAPES = tuple(shape for shape in LINE_SHAPES + WIDE_SHAPES if shape.length > 2)
 
 
 @quick_jit
@@ -49,12 +49,7 @@ def attended(blocks):
     return np.linalg.norm(np.eye(blocks.shape[-1]) - blocks, ord=2, axis=(1, 2)).max()
 
 
-@given(case=shrinking_cases())
-@example(case=SECOND_POSITION)
-@example(case=ON_THE_BOUNDARY)
-@example(case=PAST_THE_BOUNDARY)
-@example(case=DETERMINANT_ONE)
-def test_margins_are_the_signed_determinant_and_the_smallest_singular_value_of_the_autodiff_block(case):
+def assert_margins_are_determinant_and_smallest_singular_value_of_the_autodiff_block(case):
     blocks = np.asarray(dense_truth(*case.arrays)[1])
     by_determinant, by_conditioning = margins(*case.arrays)
     size = 1 + attended(blocks)
@@ -65,6 +60,20 @@ def test_margins_are_the_signed_determinant_and_the_smallest_singular_value_of_t
     assert np.sign(by_determinant)[clear].tolist() == np.sign(expected)[clear].tolist()
     smallest = np.linalg.svd(blocks, compute_uv=False)[:, -1]
     np.testing.assert_allclose(by_conditioning, smallest, rtol=0, atol=1e-9 * size)
+
+
+@given(case=shrinking_cases(LINE_SHAPES))
+@example(case=SECOND_POSITION)
+@example(case=ON_THE_BOUNDARY)
+@example(case=PAST_THE_BOUNDARY)
+def test_margins_on_the_line_are_the_signed_determinant_of_the_autodiff_block_and_its_size(case):
+    assert_margins_are_determinant_and_smallest_singular_value_of_the_autodiff_block(case)
+
+
+@given(case=shrinking_cases(WIDE_SHAPES))
+@example(case=DETERMINANT_ONE)
+def test_margins_are_the_signed_determinant_and_the_smallest_singular_value_of_the_autodiff_block(case):
+    assert_margins_are_determinant_and_smallest_singular_value_of_the_autodiff_block(case)
 
 
 @given(case=safe_cases((Shape(1, 1, 1, 3, False), Shape(1, 1, 2, 3, False), Shape(1, 1, 3, 4, False))))

@@ -8,8 +8,8 @@ from theory_checks import plain
 from theory_checks.check import for_each_drawn
 from theory_checks.strategies import (
     KINDS,
+    LINE_SHAPES,
     SHAPES,
-    SHRINKING_SHAPES,
     Case,
     Shape,
     attention_cases,
@@ -70,7 +70,7 @@ def test_cases_shrink_to_the_first_shape_and_to_as_few_numbers_as_show_a_fault()
         "Case.given(query=[[[0.0]]], key=[[[0.0]]], value=None, embeddings=[[0.0], [0.0]])"
     )
     # det J < 0 needs an interaction and two tokens that differ, which may lie at 0 and at another number.
-    on_the_line = shrinking_cases(SHRINKING_SHAPES[1:2])
+    on_the_line = shrinking_cases(LINE_SHAPES[1:2])
     crossed = find(on_the_line, lambda case: plain.determinants(case, case.embeddings[-1:])[0] < 0)
     assert sum(np.count_nonzero(array) for array in (crossed.query, crossed.key, crossed.embeddings)) == 3
 
