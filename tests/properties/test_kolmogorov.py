@@ -137,7 +137,6 @@ def test_token_probabilities_of_two_positions_sum_to_those_of_one(case, weight):
 
 
 LAST_NOISE = 0.5
-LAST_DENSITY = signed_density(LAST_NOISE)
 
 
 def pieces(case: Case, low: float, high: float):
@@ -161,7 +160,7 @@ def pieces(case: Case, low: float, high: float):
 @example(strength=4.0, past=(-1.0, 1.0, 0.3))
 def test_at_every_strength_the_mass_is_the_expected_number_of_roots_and_the_signed_mass_is_one(strength, past):
     case = Case.given([[[strength]]], ONE, None, [*([token] for token in past), [0.0]])
-    next_density = functools.partial(LAST_DENSITY, case.attention, case.embeddings[:-1])
+    next_density = functools.partial(signed_density, case.attention, case.embeddings[:-1], LAST_NOISE)
     ends = pieces(case, min(past) - TAIL * LAST_NOISE, max(past) + TAIL * LAST_NOISE)
     found = [integrate(next_density, *piece, tolerance=QUADRATURE, confirm=False) for piece in itertools.pairwise(ends)]
     mass, signed = sum(integral.value for integral in found)
