@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from prob_transformer import Attention, certified_radius, jacobian_block
+from prob_transformer.certified_radius import _certified_radius
 from tests.support.dense import draw
 
 
@@ -123,3 +124,11 @@ def test_float32_batches_and_jit():
 def test_bad_input_is_refused_by_name(embeddings, message):
     with pytest.raises(ValueError, match=message):
         certified_radius(scalar_attention(1.0), embeddings)
+
+
+def test_one_compilation_for_one_shape():
+    query, key, value, embeddings = draw(1, (2, 2, 4, 7, True))
+    before = _certified_radius._cache_size()
+    for factor in (1.0, 2.0, 3.0):
+        certified_radius(Attention(factor * query, key, value), embeddings)
+    assert _certified_radius._cache_size() == before + 1

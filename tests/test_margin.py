@@ -5,6 +5,7 @@ import pytest
 from scipy.special import softmax
 
 from prob_transformer import Attention, barrier, stability_margin, support_tokens
+from prob_transformer.margin import _closest_positions
 from tests.support.dense import dense_truth, draw
 
 SHAPE = (2, 2, 3, 6, True)
@@ -99,6 +100,14 @@ def test_as_many_support_tokens_as_positions_exist_in_a_batch_and_no_more():
     assert np.sort(support_tokens(attention, batch, 6).positions).tolist() == [list(range(6))] * 2
     with pytest.raises(ValueError, match="k: got 7; pass at most n = 6"):
         support_tokens(attention, batch, 7)
+
+
+def test_one_compilation_for_one_shape():
+    attention, _, _ = case(0)
+    before = _closest_positions._cache_size()
+    for seed in range(3):
+        support_tokens(attention, np.random.default_rng(seed).normal(size=(11, 3)), 4)
+    assert _closest_positions._cache_size() == before + 1
 
 
 def test_batches_and_jit():

@@ -6,6 +6,7 @@ import pytest
 import prob_transformer as reference
 from prob_transformer import accelerated
 from prob_transformer.accelerated import Cells, Tiling
+from prob_transformer.accelerated.barrier import _mean_barrier, _subsampled_barrier
 from tests.support.long import SHAPES, TILINGS, draw
 
 TILING = Tiling(8, 16)
@@ -103,6 +104,16 @@ def test_at_least_two_cells_are_drawn_so_that_a_variance_can_be_given():
     found = accelerated.subsampled_barrier(jax.random.key(0), one, 0.5, TILING)
     np.testing.assert_allclose(found.mean, barrier.mean(), atol=1e-13)
     assert found.variance == 0
+
+
+def test_one_compilation_for_one_shape():
+    cells, _ = problem(count=3)
+    before = _mean_barrier._cache_size(), _subsampled_barrier._cache_size()
+    for seed in range(3):
+        scaled = Cells(*((1 + seed) * x for x in cells))
+        accelerated.mean_barrier(scaled, TILING)
+        accelerated.subsampled_barrier(jax.random.key(seed), scaled, 2 / 3, TILING)
+    assert (_mean_barrier._cache_size(), _subsampled_barrier._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan")])
