@@ -115,6 +115,12 @@ def test_past_the_wall_the_one_sided_penalty_leads_back_with_a_finite_slope():
     assert (np.asarray(slope(np.array([0.5, 0.7, 2.0]))) == 0).all()
 
 
+def test_the_threshold_is_one_half_unless_another_is_given():
+    attention = scalar_attention(at(0.3))
+    expected = -np.log(0.6) * np.exp(1 / np.log(0.6))
+    np.testing.assert_allclose(one_sided_barrier(attention, EMBEDDINGS)[-1], expected, rtol=1e-9)
+
+
 def test_a_threshold_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match=r"threshold: got 0.0; pass a value greater than 0"):
         one_sided(0.4, threshold=0.0)

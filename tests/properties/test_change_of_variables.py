@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prob_transformer import Attention, jacobian_block, residual_and_log_det
@@ -48,6 +48,7 @@ def assert_is_the_log_det_of_the_whole_autodiff_jacobian(case):
         assert abs(got.log_det.sum() - log_det) <= tolerance
 
 
+@settings(max_examples=400)
 @given(case=shrinking_cases(LINE_SHAPES))
 @example(case=SECOND_POSITION)
 @example(case=ON_THE_BOUNDARY)

@@ -62,6 +62,7 @@ def assert_margins_are_determinant_and_smallest_singular_value_of_the_autodiff_b
     np.testing.assert_allclose(by_conditioning, smallest, rtol=0, atol=1e-9 * size)
 
 
+@settings(max_examples=400)
 @given(case=shrinking_cases(LINE_SHAPES))
 @example(case=SECOND_POSITION)
 @example(case=ON_THE_BOUNDARY)
