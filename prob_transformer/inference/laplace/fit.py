@@ -12,7 +12,7 @@ each structure keeps of P:
     low-rank     the diagonal of the prior and the largest directions of the rest, without forming a matrix (low_rank)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from prob_transformer._validation import require_count
+from prob_transformer.inference.gauge import REMEDY, gauges
 from prob_transformer.inference.joint import require_data
 from prob_transformer.inference.laplace.blockwise import ScaledKroneckerPrecision, nearest_kronecker
 from prob_transformer.inference.laplace.curvature import (
@@ -37,6 +38,7 @@ from prob_transformer.inference.laplace.precision import (
     BlockPrecision,
     DensePrecision,
     DiagonalPrecision,
+    FlatDirectionsError,
     Precision,
     require_definite,
 )
@@ -172,6 +174,23 @@ def _require_sites(sites: Sequence[str] | None, known: Sequence[str]) -> tuple[s
     return tuple(sorted(chosen))
 
 
+def _require_identified(potential: Potential) -> None:
+    """Refuse a Hessian with directions that a rotation of two sites makes flat, in which no Gaussian exists."""
+
+    def value(point: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
+        return _value(eqx.tree_at(lambda p: p.mode, potential, dict(point)))
+
+    found = [gauge for gauge in gauges(value, potential.mode, potential.sites) if gauge.directions]
+    if found:
+        count = sum(gauge.directions for gauge in found)
+        raise FlatDirectionsError(
+            f"precision: not positive definite, with {count} flat directions, so the evidence is infinite: "
+            f"{', '.join(map(str, found))}: {REMEDY}. Or hold one of the sites at the mode, by `sites`, or use "
+            "curvature='ggn', which has the curvature of the prior there.",
+            count,
+        )
+
+
 def laplace(
     model: Callable,
     *args: Any,
@@ -191,7 +210,9 @@ def laplace(
 
     Raises ValueError for a mode that did not converge, is of another space or belongs to other data, for unknown names
     and empty data, and IndefiniteCurvatureError, with the smallest eigenvalue and a remedy, for a precision that is not
-    positive definite. "diagonal" and "kronecker" see no more of it than their entries or blocks.
+    positive definite; FlatDirectionsError, one of these, names and counts the directions that are flat because two
+    sites, W_Q and W_K, enter only up to a common rotation. "diagonal" and "kronecker" see no more of it than their
+    entries or blocks.
     """
     _require_mode(at)
     for option, given, choices in (("structure", structure, Structure), ("curvature", curvature, Curvature)):
@@ -211,6 +232,8 @@ def laplace(
             f"at: the model is at {objective:.6g} nats there, and {at.objective:.6g} when the mode was found; pass the "
             "same model, arguments and data as to find_map."
         )
+    if curvature == "hessian" and (structure == "full" or rank == size):
+        _require_identified(potential)
     precision = _BUILD[structure](potential, curvature, rank)
     log_evidence = -objective + 0.5 * size * np.log(2 * np.pi) - 0.5 * float(precision.log_det)
     return LaplaceResult(
