@@ -45,6 +45,8 @@ def with_particles():
     return data, found.to_datatree(draws=50)["posterior/embeddings"].values[..., 0]
 
 
+# ArviZ 0.23 with Matplotlib 3.11.
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
 @pytest.mark.filterwarnings("ignore:Shape validation failed")
 @pytest.mark.parametrize("method", [with_nuts, with_laplace, with_particles])
 def test_arviz_summarises_and_draws_every_result(method):

@@ -39,11 +39,16 @@ from prob_transformer.inference.laplace.precision import (
     DensePrecision,
     DiagonalPrecision,
     FlatDirectionsError,
+    IndefiniteCurvatureError,
     Precision,
     require_definite,
 )
 from prob_transformer.inference.laplace.result import LaplaceResult, require_small
 from prob_transformer.inference.map import MapResult
+
+# Powers of the rounding, as shares of the largest eigenvalue, below which the smallest may be that of a flat direction.
+# At a mode found to a tolerance the Hessian's is of the size of the gradient; the prior's part of the other is exact.
+_SUSPICIOUS: dict[Curvature, float] = {"hessian": 0.25, "ggn": 0.5}
 
 Structure = Literal["full", "diagonal", "low-rank", "kronecker"]
 
@@ -175,7 +180,7 @@ def _require_sites(sites: Sequence[str] | None, known: Sequence[str]) -> tuple[s
 
 
 def _require_identified(potential: Potential) -> None:
-    """Refuse a Hessian with directions that a rotation of two sites makes flat, in which no Gaussian exists."""
+    """Refuse a curvature with directions that a rotation of two sites makes flat, in which no Gaussian exists."""
 
     def value(point: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
         return _value(eqx.tree_at(lambda p: p.mode, potential, dict(point)))
@@ -185,8 +190,7 @@ def _require_identified(potential: Potential) -> None:
         count = sum(gauge.directions for gauge in found)
         raise FlatDirectionsError(
             f"precision: not positive definite, with {count} flat directions, so the evidence is infinite: "
-            f"{', '.join(map(str, found))}: {REMEDY}. Or hold one of the sites at the mode, by `sites`, or use "
-            "curvature='ggn', which has the curvature of the prior there.",
+            f"{', '.join(map(str, found))}: {REMEDY}. Or hold one of the sites at the mode, by `sites`.",
             count,
         )
 
@@ -232,9 +236,16 @@ def laplace(
             f"at: the model is at {objective:.6g} nats there, and {at.objective:.6g} when the mode was found; pass the "
             "same model, arguments and data as to find_map."
         )
-    if curvature == "hessian" and (structure == "full" or rank == size):
+    try:
+        precision = _BUILD[structure](potential, curvature, rank)
+    except IndefiniteCurvatureError:
         _require_identified(potential)
-    precision = _BUILD[structure](potential, curvature, rank)
+        raise
+    spectrum = getattr(precision, "eigenvalues", getattr(precision, "ratios", None))
+    if spectrum is not None and spectrum.size == size:
+        smallest = jnp.finfo(spectrum.dtype).eps ** _SUSPICIOUS[curvature]
+        if spectrum.min() <= smallest * spectrum.max():
+            _require_identified(potential)
     log_evidence = -objective + 0.5 * size * np.log(2 * np.pi) - 0.5 * float(precision.log_det)
     return LaplaceResult(
         potential=potential,
