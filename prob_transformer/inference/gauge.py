@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.stats import ortho_group
 
 _ROTATIONS = 2
 
@@ -42,8 +41,10 @@ def _rotations(shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "... p p"
     """A random orthogonal matrix for every head: a reflection where p is 1."""
     *leading, size = shape[:-1]
     heads = int(np.prod(leading, dtype=int))
-    drawn = -np.ones((heads, 1, 1)) if size == 1 else ortho_group.rvs(size, heads, random_state=seed)
-    return drawn.reshape(*leading, size, size)
+    if size == 1:
+        return -np.ones((*leading, 1, 1))
+    drawn = np.random.default_rng(seed).normal(size=(heads, size, size))
+    return np.linalg.qr(drawn).Q.reshape(*leading, size, size)
 
 
 def _directions(query: Float[np.ndarray, "... p d"], key: Float[np.ndarray, "... p d"]) -> int:

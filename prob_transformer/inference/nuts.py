@@ -20,7 +20,6 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer.util import constrain_fn
-from tqdm import tqdm
 
 from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.change_of_variables import residual_and_log_det
@@ -55,6 +54,8 @@ def _bar(transitions: int) -> Iterator[Callable[[int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    from tqdm import tqdm
+
     with tqdm(total=transitions, desc="nuts, compiling", unit="transition") as bar:
 
         def show(done: int) -> None:
