@@ -9,8 +9,8 @@ iterate counts as too long, and so does one to a point where the value or its gr
 a step are looked at: one that crosses two walls of the same determinant is not noticed.
 
 A vanishing gradient does not make a minimum: that of exp(x) vanishes as x -> -inf. So the end must also be curved: with
-the change of the gradient D_i = |g(x + s) - g(x)|_i / |s_i| over a short random s, every |g_i| <= 0.1 D_i. A
-g_i that is nothing but rounding changes by about |g_i| over any s, so D_i is then 100 |g_i| or more and nothing is flat.
+the change of the gradient D_i = |g(x + s) - g(x)|_i / |s_i| over a short random s, every |g_i| <= 0.1 D_i. A g_i that
+is nothing but rounding changes by about |g_i| over any s, so D_i is then about 100 |g_i|, and it is not called flat.
 
 Rounding bounds what a search can reach: a sum over many terms in float32 never has a gradient of 1e-6. The rounding of
 the value and of each g_i is measured by their changes R and r_i when every x_i moves by a unit of its last digit. A
