@@ -66,8 +66,8 @@ class Iterate(NamedTuple):
 class Minimum(NamedTuple):
     """Where the search ended, its `MapStatus` code, the steps made, and how many of them were cut short at a wall.
 
-    `predicted_decrease` is g.H g / 2 at the end, in nats; `at_rounding` says that rounding, and not the tolerance,
-    ended the search.
+    `predicted_decrease` is g.H g / 2 at the end, in nats, infinite where steps were still long; `at_rounding` says that
+    rounding, and not the tolerance, ended the search.
     """
 
     iterate: Iterate
@@ -218,8 +218,8 @@ def minimise(
         searched = jnp.where(stuck, failed, _RUNNING)
         ended = jnp.where(stalled, _STALLED, MapStatus.MAX_STEPS)
         status = jnp.where(settled, MapStatus.CONVERGED, jnp.where(stop, ended, searched))
-        # Where the search stands still without a point like that, its end is the only candidate.
-        lone = (stop | stuck) & jnp.isinf(best.predicted)
+        # Where the search ends without a point like that, its end is the only candidate, unless it had further to go.
+        lone = (stop | stuck) & short & jnp.isinf(best.predicted)
         return _State(
             search.best,
             memory,
