@@ -84,9 +84,9 @@ class MapResult(NamedTuple):
     `parameters` by site, in their supports, and the same point as `unconstrained`; `objective`, the negative log joint
     in nats in the chosen `space`; `gradient_norm`, its largest derivative in unconstrained coordinates; `crossings`,
     how many of the `steps` were cut short because they crossed det = 0; `signs` at the end, None if none were watched;
-    `predicted_decrease`, by how many nats a quasi-Newton step would lower the objective, infinite where steps were still
-    long; `at_rounding`, whether the rounding of the dtype ended the search before the gradient fell to the `tolerance`,
-    which `note` then says; `law`, whether the likelihood at the point is certified to be a probability law.
+    `predicted_decrease`, by how many nats a quasi-Newton step would lower the objective, infinite where steps were
+    still long; `at_rounding`, whether the rounding of the dtype ended the search before the gradient fell to the
+    `tolerance`, which `note` then says; `law`, whether the likelihood at the point is certified to be a probability law.
     """
 
     parameters: dict[str, Float[Array, "..."]]
