@@ -16,8 +16,14 @@ from prob_transformer.change_of_variables import (
 from prob_transformer.margin import SupportTokens, stability_margin, support_tokens
 from prob_transformer.objective import map_objective, weight_prior
 from prob_transformer.process import EmbeddingProcess
-from prob_transformer.token_model import LinearDecoder, token_model
-from prob_transformer.transform import CausalAttentionTransform, ImplicitSolveError, Solution, SolveStatus
+from prob_transformer.token_model import LinearDecoder, sampled_attention, token_model
+from prob_transformer.transform import (
+    CausalAttentionTransform,
+    ImplicitSolveError,
+    Solution,
+    SolveStatus,
+    named_solve_errors,
+)
 
 __version__ = "0.1.0"
 
@@ -37,9 +43,11 @@ __all__ = [
     "certified_radius",
     "jacobian_block",
     "map_objective",
+    "named_solve_errors",
     "one_sided_barrier",
     "one_sided_penalty",
     "residual_and_log_det",
+    "sampled_attention",
     "stability_margin",
     "support_tokens",
     "token_model",

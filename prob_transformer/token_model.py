@@ -45,6 +45,20 @@ class LinearDecoder(eqx.Module):
         return embeddings @ self.weight.T + self.bias
 
 
+def sampled_attention(
+    width: int, head_size: int, scale: Float[Array, ""] | float = 1.0, site: str = "interaction"
+) -> Attention:
+    """An attention with identity values inside a NumPyro model: "query" and "key" (p, d) with priors N(0, scale^2).
+
+    The posterior of "query" and "key" is the same after any rotation of the rows of both, so they are not identified.
+    Their interaction A = W_K^T W_Q / sqrt(p), (d, d), is: it is recorded as the deterministic site named.
+    """
+    prior = dist.Normal(0.0, scale).expand([head_size, width]).to_event(2)
+    attention = Attention(numpyro.sample("query", prior)[None], numpyro.sample("key", prior)[None])
+    numpyro.deterministic(site, attention.interaction[0])
+    return attention
+
+
 def require_objective(objective: str) -> None:
     if objective not in ("full", "margin"):
         raise ValueError(f"objective: got {objective!r}; pass 'full' or 'margin'.")

@@ -7,7 +7,9 @@ diffeomorphism (docs/theory.md section 3), so this path exists and ends at the o
 det J_i <= 0, which the status reports, or end at one of several roots with det J_i > 0, which it cannot see.
 """
 
+import contextlib
 import enum
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -53,11 +55,13 @@ _MEANING = {
 
 
 class ImplicitSolveError(RuntimeError):
-    """The implicit equation u - mu(u) = noise was not solved as asked; `status` names how."""
+    """The implicit equation u - mu(u) = noise was not solved as asked; `status` names how, and `position` where, which
+    is None for an equation that was solved inside jit."""
 
-    def __init__(self, status: SolveStatus, position: int):
+    def __init__(self, status: SolveStatus, position: int | None = None):
         self.status, self.position = status, position
-        super().__init__(f"{status.name.lower()} at position {position}: {_MEANING[status]}.")
+        where = "" if position is None else f" at position {position}"
+        super().__init__(f"{status.name.lower()}{where}: {_MEANING[status]}.")
 
 
 class Solution(NamedTuple):
@@ -162,9 +166,30 @@ def raise_unless_converged(solution: Solution) -> Float[Array, "... n d"]:
             position = int(np.argwhere(codes > 0)[0][-1])
             raise ImplicitSolveError(SolveStatus(int(codes[codes > 0][0])), position)
         return embeddings
-    for failure, meaning in _MEANING.items():
-        embeddings = eqx.error_if(embeddings, status == failure, f"{failure.name.lower()}: {meaning}.")
+    for failure in _MEANING:
+        embeddings = eqx.error_if(embeddings, status == failure, _inside_jit(failure))
     return embeddings
+
+
+def _inside_jit(failure: SolveStatus) -> str:
+    return f"{failure.name.lower()}: {_MEANING[failure]}."
+
+
+@contextlib.contextmanager
+def named_solve_errors() -> Iterator[None]:
+    """Raise what went wrong inside jit as the `ImplicitSolveError` that it is, whose first line names the status.
+
+    JAX reports an error of compiled code as a traceback of its callback, whose last lines say what it was. What runs
+    inside has to end inside, by jax.block_until_ready for one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        found = [failure for failure in _MEANING if _inside_jit(failure) in text]
+        if isinstance(error, ImplicitSolveError) or not found:
+            raise
+        raise ImplicitSolveError(found[0]) from error
 
 
 class CausalAttentionTransform(Transform):

@@ -1,6 +1,9 @@
 """The code on the pages runs as a reader runs it."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,22 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    ("page", "count"), [("docs/accelerated.md", 1), ("docs/inference.md", 2), ("docs/own_model.md", 3)]
-)
+PAGES = [("docs/accelerated.md", 1), ("docs/inference.md", 4), ("docs/own_model.md", 3)]
+
+
+@pytest.mark.parametrize(("page", "count"), PAGES)
 def test_the_code_on_a_page_runs_from_top_to_bottom(page, count, tmp_path, monkeypatch):
     # What the code writes goes under the current folder.
     monkeypatch.chdir(tmp_path)
     code = blocks(page, "python")
     assert len(code) == count
     exec(compile("\n".join(code), page, "exec"), {})
+
+
+@pytest.mark.parametrize("page", [page for page, _ in PAGES])
+def test_the_code_on_a_page_runs_in_the_default_precision_in_a_process_of_its_own(page, tmp_path):
+    code = "\n".join(blocks(page, "python"))
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
+    )
+    assert found.returncode == 0, found.stderr.decode()

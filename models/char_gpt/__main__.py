@@ -118,9 +118,11 @@ def _mesh(arguments: argparse.Namespace, config: Config) -> Mesh | None:
 def _report(console: Console, metrics: dict[str, Any], out: Path) -> None:
     clean = metrics["clean_loss"]
     layers = metrics["margins"]["layers"]
+    error = clean["standard_error"]
+    spread = "one window, so no standard error" if error is None else f"standard error over windows {error:.4f}"
     console.print(
         f"{metrics['method']}: {clean['nats_per_character']:.4f} nats per character on {clean['characters']:,} "
-        f"validation characters (standard error over windows {clean['standard_error']:.4f}); det J <= 0 at "
+        f"validation characters ({spread}); det J <= 0 at "
         f"{layers['negative_share']:.2%} of the layers' positions; {out / METRICS}"
     )
 

@@ -54,14 +54,16 @@ def evaluation_windows(
     return np.stack([characters[i * length : (i + 1) * length] for i in chosen])
 
 
-def _loss_summary(losses: Float[np.ndarray, " W"]) -> dict[str, float]:
-    return {
-        "nats_per_character": float(losses.mean()),
-        "standard_error": float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else 0.0,
-    }
+def standard_error(losses: Float[np.ndarray, " W"]) -> float | None:
+    """Standard error of the mean over windows; None for one window, which says nothing of the spread."""
+    return float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None
 
 
-def _clean_summary(losses: Float[np.ndarray, " W"], config: Config) -> dict[str, float]:
+def _loss_summary(losses: Float[np.ndarray, " W"]) -> dict[str, Any]:
+    return {"nats_per_character": float(losses.mean()), "standard_error": standard_error(losses)}
+
+
+def _clean_summary(losses: Float[np.ndarray, " W"], config: Config) -> dict[str, Any]:
     return {**_loss_summary(losses), "characters": len(losses) * config.context}
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from models.char_gpt.evaluation import standard_error
 from models.char_gpt.linear_maps import Matrices, with_matrices
 from models.char_gpt.model import CharGPT
 
@@ -20,10 +21,11 @@ BINS = 15
 
 
 class Score(NamedTuple):
-    """Mean loss in nats a character, its standard error over windows, and the expected calibration error."""
+    """Mean loss in nats a character, its standard error over windows (None for one), and the expected calibration
+    error."""
 
     nats_per_character: float
-    standard_error: float
+    standard_error: float | None
     calibration_error: float
 
 
@@ -69,5 +71,5 @@ def score(probabilities: Float[Any, "W n V"], targets: Int[np.ndarray, "W n"]) -
     """How well probabilities predict the targets of several windows."""
     p = np.asarray(probabilities, np.float64)
     losses = -np.log(np.take_along_axis(p, targets[..., None], -1))[..., 0].mean(-1)
-    error = losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    return Score(float(losses.mean()), float(error), calibration_error(p.reshape(-1, p.shape[-1]), np.ravel(targets)))
+    error = calibration_error(p.reshape(-1, p.shape[-1]), np.ravel(targets))
+    return Score(float(losses.mean()), standard_error(losses), error)

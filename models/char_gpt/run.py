@@ -14,7 +14,7 @@ from models.char_gpt.config import Config
 from models.char_gpt.evaluation import evaluate
 from models.char_gpt.model import CharGPT
 from models.char_gpt.sharding import is_first_process
-from models.char_gpt.training import train
+from models.char_gpt.training import seconds_per_step, train
 from models.corpus import Corpus
 from prob_transformer.provenance import atomic_path, provenance, write_json
 
@@ -51,7 +51,7 @@ def run(config: Config, corpus: Corpus, out: Path, mesh: Mesh | None = None) -> 
         "method": config.method,
         "parameters": parameter_count(state.model),
         "wall_seconds": record["wall_seconds"],
-        "seconds_per_step": record["wall_seconds"] / config.steps,
+        "seconds_per_step": seconds_per_step(record, config.steps),
         "corpus": corpus.describe(),
         **measured,
         "watch": record["watch"],

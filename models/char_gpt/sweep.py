@@ -117,6 +117,7 @@ def table(found: list[dict[str, Any]]) -> Table:
             for row in line["splits"]["test"]["perturbed"]
             if (row["kind"], row["level"]) == ("relative-embedding-noise", 1.0)
         ]
+        timed = [line["seconds_per_step"] for line in whole if line["seconds_per_step"] is not None]
         shown.add_row(
             method,
             f"{strength:g}",
@@ -124,6 +125,6 @@ def table(found: list[dict[str, Any]]) -> Table:
             f"{np.mean([line['splits']['test']['clean']['nats_per_character'] for line in whole]):.4f}",
             f"{np.mean(noisy):+.4f}",
             f"{np.mean([line['margins']['layers']['negative_share'] for line in whole]):.2%}",
-            f"{np.mean([line['seconds_per_step'] for line in whole]):.3f}",
+            f"{np.mean(timed):.3f}" if timed else "-",
         )
     return shown

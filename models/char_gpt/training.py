@@ -144,8 +144,19 @@ def initial_state(config: Config, vocabulary_size: int) -> State:
 
 
 def new_record() -> dict[str, Any]:
-    """What is noted of a run beside its state: crossings at each site, margins and loss over training, seconds."""
-    return {"crossings": new_crossings(), "watch": [], "history": [], "wall_seconds": 0.0}
+    """What is noted of a run beside its state: crossings at each site, margins and loss over training, seconds.
+
+    `starts` counts how often the run was started or resumed, `starting_seconds` is the time of the first step of each,
+    which compiles it.
+    """
+    seconds = {"wall_seconds": 0.0, "starting_seconds": 0.0, "starts": 0}
+    return {"crossings": new_crossings(), "watch": [], "history": [], **seconds}
+
+
+def seconds_per_step(record: dict[str, Any], steps: int) -> float | None:
+    """Seconds of a step, without those in which a start compiled it; None if there were no others."""
+    timed = steps - record["starts"]
+    return (record["wall_seconds"] - record["starting_seconds"]) / timed if timed > 0 else None
 
 
 def train(
@@ -168,6 +179,7 @@ def train(
     is_new = not path.exists()
     if not is_new:
         state, step, record = checkpoint.load(path, config, corpus.sha256, state)
+        record = new_record() | record
     # Also keeps the first process from writing before the others have looked.
     require_agreement(options=config.as_dict(), text=corpus.sha256, checkpoint=record)
     if is_new and is_first_process():
@@ -176,10 +188,12 @@ def train(
     fixed = placed(StepData.of(jnp.asarray(corpus.train), config, step), mesh)
     compiled_for = anonymous(config)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
-    started = time.perf_counter() - record["wall_seconds"]
+    started, compiling = time.perf_counter() - record["wall_seconds"], True
     name = f"{config.method} seed {config.seed}"
     hidden = quiet or not is_first_process()
-    with tqdm(total=config.steps, initial=step, desc=name, unit="step", mininterval=1, disable=hidden) as bar:
+    with tqdm(
+        total=config.steps, initial=step, desc=f"{name}, compiling", unit="step", mininterval=1, disable=hidden
+    ) as bar:
         while step < last:
             data = fixed._replace(step=placed(jnp.asarray(step), mesh))
             if step % config.watch_every == 0:
@@ -190,6 +204,11 @@ def train(
                     f"the loss is {float(terms.loss)} at step {step} of {config.method}, seed {config.seed}; lower "
                     f"--learning-rate or the strength. The last checkpoint is kept in {out}."
                 )
+            if compiling:
+                record["starting_seconds"] += time.perf_counter() - started - record["wall_seconds"]
+                record["starts"] += 1
+                compiling = False
+                bar.set_description(name)
             if step % HISTORY_EVERY == 0 or step == config.steps - 1:
                 values = {name: float(value) for name, value in terms._asdict().items()}
                 record["history"].append({"step": step, **values})

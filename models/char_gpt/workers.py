@@ -98,7 +98,7 @@ def _line(config: Config, text: Path | None, folder: Path, with_passage: bool, c
         "status": "finished",
         "parameters": parameter_count(state.model),
         "wall_seconds": record["wall_seconds"],
-        "seconds_per_step": record["wall_seconds"] / config.steps,
+        "seconds_per_step": training.seconds_per_step(record, config.steps),
         **measure(state.model, corpus, config, with_passage=with_passage),
         "watch": record["watch"],
         "crossings": record["crossings"],

@@ -48,7 +48,7 @@ def _map(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple
         tree = found.to_datatree()
     note = (
         f"converged in {found.space} coordinates: objective {found.objective:.4f} nats, gradient norm "
-        f"{found.gradient_norm:.1e}, {found.steps} steps; a < 0 has no wall to cross"
+        f"{found.gradient_norm:.1e}, {found.steps} steps; a < 0 has no wall to cross{found.note and '; '}{found.note}"
     )
     return tree, note
 
@@ -66,10 +66,18 @@ def _laplace(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> t
 def _nuts(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple[xr.DataTree, str]:
     sizes = {"warmup": options.warmup, "draws": options.draws, "chains": options.chains}
     # New data for every draw would need as many solutions of the implicit equation, and nothing here looks at them.
+    print(f"nuts: compiling, then {options.warmup + options.draws} transitions a chain", file=sys.stderr, flush=True)
     found = nuts(parameter_model, data.embeddings, key=key, predictive=False, **sizes)
     with _refusals_are_failures():
         tree = found.to_datatree()
-    return tree, f"{options.chains} chains of {options.draws} draws after {options.warmup} of warm-up"
+    diagnostics = ", ".join(
+        f"{name} {r_hat:.3f} and {found.ess[name]:.0f}" for name, r_hat in sorted(found.r_hat.items())
+    )
+    note = (
+        f"{options.chains} chains of {options.draws} draws after {options.warmup} of warm-up; R-hat and effective "
+        f"sample size: {diagnostics}; {int(found.sample_stats['diverging'].sum())} divergences"
+    )
+    return tree, note
 
 
 def _particles(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple[xr.DataTree, str]:
@@ -159,6 +167,7 @@ def main(argv: list[str]) -> int:
     console = Console()
     console.print(table(f"{options.method} given {given}", rows_of(tree, data)))
     console.print(note, highlight=False)
+    console.print(tree.attrs["law"], highlight=False)
     save(tree, out)
     console.print(f"written to {out}", highlight=False)
     return 0

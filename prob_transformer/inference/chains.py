@@ -14,6 +14,7 @@ from numpyro.infer.util import ParamInfo, constrain_fn, potential_energy
 
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.inference.joint import Sites, observed_data
+from prob_transformer.inference.law import statistics
 from prob_transformer.inference.reparam import embedding_process, status_name, through_noise
 from prob_transformer.transform import SolveStatus
 
@@ -60,9 +61,18 @@ def _report(run: Any, done: Any) -> None:
 
 
 def _describe(
-    model: Callable, args: tuple, kwargs: dict, settings: Settings, unconstrained: Sites, key: PRNGKeyArray
+    model: Callable,
+    plain: Callable,
+    args: tuple,
+    kwargs: dict,
+    settings: Settings,
+    unconstrained: Sites,
+    key: PRNGKeyArray,
 ) -> tuple[Sites, Sites, Sites, Sites]:
-    """Values by site, log-likelihood, predictive draws and troubled positions at one point of the chain."""
+    """Values by site, log-likelihood, predictive draws and statistics at one point of the chain.
+
+    `plain` is the model before its embeddings are sampled through their noise.
+    """
     constrained = constrain_fn(model, args, kwargs, unconstrained)
     trace = handlers.trace(handlers.substitute(model, data=constrained)).get_trace(*args, **kwargs)
     statuses = [trace[status_name(name)]["value"] for name in settings.noise_sites]
@@ -82,7 +92,8 @@ def _describe(
     drawn = [name for name in observed if settings.predictive and embedding_process(trace[name]) is None]
     keys = jax.random.split(key, len(drawn) + 1)
     predictive = {name: trace[name]["fn"].sample(k) for name, k in zip(drawn, keys, strict=False)}
-    return values, log_likelihood, predictive, {"past_boundary": past, "root_lost": lost}
+    law = statistics(handlers.trace(handlers.substitute(plain, data=values)).get_trace(*args, **kwargs))
+    return values, log_likelihood, predictive, {"past_boundary": past, "root_lost": lost} | law
 
 
 @eqx.filter_jit
@@ -97,6 +108,7 @@ def _run(
     run: Int[Array, ""],
 ) -> Kept:
     # One compilation a model, settings and shapes: all that changes between calls comes in as an argument.
+    plain = model
     model = through_noise(model) if settings.noise_sites else model
     warmup, draws, chains = settings.warmup, settings.draws, settings.chains
     start_key, chain_key, predictive_key = jax.random.split(key, 3)
@@ -160,7 +172,7 @@ def _run(
     # A few draws at a time: what describes one holds arrays of the size of the data and more.
     values, log_likelihood, predictive, troubled = jax.vmap(
         lambda chain: jax.lax.map(
-            lambda draw: _describe(model, args, kwargs, settings, *draw), chain, batch_size=_DESCRIBED_AT_ONCE
+            lambda draw: _describe(model, plain, args, kwargs, settings, *draw), chain, batch_size=_DESCRIBED_AT_ONCE
         )
     )((unconstrained, keys))
     return Kept(unconstrained, stats | troubled, values, log_likelihood, predictive, found.all())

@@ -32,8 +32,10 @@ from prob_transformer.inference.joint import (
     observed_data,
     starting_point,
 )
+from prob_transformer.inference.law import NO_LAW, Law, law_of, processes
 from prob_transformer.inference.minimise import Iterate, MapStatus, Minimum, minimise
-from prob_transformer.inference.results import Dims, datatree
+from prob_transformer.inference.results import Dims, datatree, for_arviz
+from prob_transformer.process import EmbeddingProcess
 from prob_transformer.provenance import provenance
 
 if TYPE_CHECKING:
@@ -84,7 +86,11 @@ class MapResult(NamedTuple):
 
     `parameters` by site, in their supports, and the same point as `unconstrained`; `objective`, the negative log joint
     in nats in the chosen `space`; `gradient_norm`, its largest derivative in unconstrained coordinates; `crossings`,
-    how many of the `steps` were cut short because they crossed det = 0; `signs` at the end, None if none were watched.
+    how many of the `steps` were cut short because they crossed det = 0; `signs` at the end, None if none were watched;
+    `predicted_decrease`, by how many nats a quasi-Newton step would lower the objective, infinite where steps were
+    still long; `at_rounding`, whether the rounding of the dtype ended the search before the gradient fell to the
+    `tolerance`, which `note` then says; `law`, whether the likelihood at the point is certified to be a probability
+    law.
     """
 
     parameters: dict[str, Float[Array, "..."]]
@@ -100,14 +106,30 @@ class MapResult(NamedTuple):
     observed_data: dict[str, Num[Array, "..."]]
     seed: int | None
     tolerance: float
+    predicted_decrease: float = 0.0
+    at_rounding: bool = False
+    law: Law = NO_LAW
 
     @property
     def converged(self) -> bool:
-        """Whether the gradient vanishes to within the tolerance at a point reached uphill, in a density curved there.
+        """Whether the gradient vanishes to within the tolerance or its rounding, at a point reached uphill, in a
+        density curved there.
 
         `status` names the reason if not. A saddle is not told from a maximum: the Hessian is, which `laplace` looks at.
         """
         return self.status == MapStatus.CONVERGED
+
+    @property
+    def note(self) -> str:
+        """What to know of a search that rounding ended, empty for any other."""
+        if not self.at_rounding:
+            return ""
+        dtypes = sorted({np.asarray(value).dtype.name for value in self.unconstrained.values()})
+        return (
+            f"converged at the resolution of {', '.join(dtypes)}: the gradient norm {self.gradient_norm:.1e} exceeds "
+            f"the tolerance {self.tolerance:.1e} by rounding alone, and the predicted decrease of "
+            f"{self.predicted_decrease:.1e} nats is below the rounding of the objective"
+        )
 
     def to_datatree(self, dims: Dims | None = None, *, allow_unconverged: bool = False) -> "xr.DataTree":
         """The point as one chain with one draw, in the groups posterior, log_likelihood, sample_stats, observed_data.
@@ -127,6 +149,8 @@ class MapResult(NamedTuple):
             "status": int(self.status),
             "steps": self.steps,
             "crossings": self.crossings,
+            "predicted_decrease": self.predicted_decrease,
+            "at_rounding": self.at_rounding,
         }
         if self.signs is not None:
             stats["negative_signs"] = int((np.asarray(self.signs) < 0).sum())
@@ -139,8 +163,14 @@ class MapResult(NamedTuple):
         attrs = provenance(self.seed, configuration) | {
             "objective": f"negative log joint in nats, density in {self.space} coordinates",
             "status": self.status.name.lower(),
+            "note": self.note,
+            "law": self.law.line,
         }
         return datatree({**drawn, "observed_data": self.observed_data}, dims, attrs)
+
+    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
+        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
+        return for_arviz(self.to_datatree(dims, **options))
 
 
 @eqx.filter_jit
@@ -153,7 +183,14 @@ def _search(
     start: Sites,
     tolerance: Float[Array, ""],
     max_steps: Int[Array, ""],
-) -> tuple[Minimum, dict[str, Array], dict[str, Array], dict[str, Array], dict[str, Array]]:
+) -> tuple[
+    Minimum,
+    dict[str, Array],
+    dict[str, Array],
+    dict[str, Array],
+    dict[str, Array],
+    dict[str, tuple[EmbeddingProcess, Array]],
+]:
     # One compilation a model, space and shapes: all that changes between calls comes in as an argument.
     flat, unravel = ravel_pytree(start)
 
@@ -169,7 +206,7 @@ def _search(
     parameters = constrain_fn(model, args, kwargs, unconstrained)
     trace = handlers.trace(handlers.substitute(model, data=parameters)).get_trace(*args, **kwargs)
     log_likelihood = {name: trace[name]["fn"].log_prob(value) for name, value in observed_data(trace).items()}
-    return found, parameters, unconstrained, log_likelihood, observed_data(trace)
+    return found, parameters, unconstrained, log_likelihood, observed_data(trace), processes(trace)
 
 
 def find_map(
@@ -188,7 +225,8 @@ def find_map(
 
     Latent sites start at their values in `init`, in their supports, and where it has none at a random point drawn from
     `key`, or from `jax.random.key(seed)`; `seed` is also what results are labelled with. The search ends when no
-    derivative exceeds `tolerance`, in nats per unit of the unconstrained coordinates, and steps have become short.
+    derivative exceeds `tolerance`, in nats per unit of the unconstrained coordinates, and steps have become short; or
+    at the best point that rounding lets it reach, where no step could show a lower objective (see `MapResult.note`).
     `signs` maps the sites to signs of determinants, such as `embedding_signs(attention)`: a step that changes one is
     cut short. The search stays on the side of each wall on which it starts, also where that is det < 0.
 
@@ -204,7 +242,7 @@ def find_map(
     require_positive("tolerance", tolerance)
     key = key_or_seed(key, seed, "the random start")
     start = starting_point(model, args, kwargs, {} if init is None else init, key)
-    found, parameters, unconstrained, log_likelihood, observed = _search(
+    found, parameters, unconstrained, log_likelihood, observed, embedding_processes = _search(
         model, args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
     )
     last = found.iterate
@@ -222,4 +260,7 @@ def find_map(
         observed_data=observed,
         seed=seed,
         tolerance=tolerance,
+        predicted_decrease=float(found.predicted_decrease),
+        at_rounding=bool(found.at_rounding),
+        law=law_of(embedding_processes, None),
     )

@@ -9,7 +9,13 @@ iterate counts as too long, and so does one to a point where the value or its gr
 a step are looked at: one that crosses two walls of the same determinant is not noticed.
 
 A vanishing gradient does not make a minimum: that of exp(x) vanishes as x -> -inf. So the end must also be curved: with
-the change of the gradient D_i = |g(x + s) - g(x)|_i / |s_i| over a short random s, every |g_i| <= 0.1 D_i.
+the change of the gradient D_i = |g(x + s) - g(x)|_i / |s_i| over a short random s, every |g_i| <= 0.1 D_i. A g_i that
+is nothing but rounding changes by about |g_i| over any s, so D_i is then about 100 |g_i|, and it is not called flat.
+
+Rounding bounds what a search can reach: a sum over many terms in float32 never has a gradient of 1e-6. The rounding of
+the value and of each g_i is measured by their changes R and r_i when every x_i moves by a unit of its last digit. A
+point at which the search stands still is CONVERGED where |g_i| <= 4 r_i (or the tolerance) for all i, and the decrease
+that H predicts, g.H g / 2, is at most 10 R: no step could show a lower value.
 """
 
 import enum
@@ -30,7 +36,11 @@ _LARGEST_FINAL_STEP = 1e-2
 # The look around the end: two random steps of about this length, so that no cancellation between coordinates misleads.
 _PROBES, _PROBE = 2, 1e-2
 _LARGEST_NEWTON_STEP = 0.1
-_RUNNING = -1
+# Multiples of the largest of a few measured changes, within which a gradient is nothing but rounding.
+_GRADIENT_ROUNDING, _ROUNDING_PROBES = 4, 4
+# Steps without a smaller predicted decrease, all of them below the rounding of the value, before the end is judged.
+_PATIENCE = 10
+_RUNNING, _STALLED = -1, -2
 
 
 class MapStatus(enum.IntEnum):
@@ -54,12 +64,18 @@ class Iterate(NamedTuple):
 
 
 class Minimum(NamedTuple):
-    """Where the search ended, its `MapStatus` code, the steps made, and how many of them were cut short at a wall."""
+    """Where the search ended, its `MapStatus` code, the steps made, and how many of them were cut short at a wall.
+
+    `predicted_decrease` is g.H g / 2 at the end, in nats, infinite where steps were still long; `at_rounding` says that
+    rounding, and not the tolerance, ended the search.
+    """
 
     iterate: Iterate
     status: Int[Array, ""]
     steps: Int[Array, ""]
     crossings: Int[Array, ""]
+    predicted_decrease: Float[Array, ""]
+    at_rounding: Bool[Array, ""]
 
 
 class _Search(NamedTuple):
@@ -73,12 +89,23 @@ class _Search(NamedTuple):
     not_finite: Bool[Array, ""]
 
 
+class _Candidate(NamedTuple):
+    """A point and the decrease predicted there."""
+
+    iterate: Iterate
+    predicted: Float[Array, ""]
+
+
 class _State(NamedTuple):
     iterate: Iterate
     memory: Any
     status: Int[Array, ""]
     steps: Int[Array, ""]
     crossings: Int[Array, ""]
+    # Of the points whose predicted decrease is below the rounding of the value, that with the smallest.
+    best: _Candidate
+    waited: Int[Array, ""]
+    at_rounding: Bool[Array, ""]
 
 
 def _is_finite(iterate: Iterate) -> Bool[Array, ""]:
@@ -118,18 +145,34 @@ def _line_search(
     return jax.lax.while_loop(lambda search: ~search.done & (search.trials < _TRIALS), trial, start)
 
 
-def _is_flat(
-    evaluate: Callable[[Float[Array, " k"]], Iterate], here: Iterate, tolerance: Float[Array, ""]
-) -> Bool[Array, ""]:
-    """Whether some coordinate has no curvature to speak of for its gradient, and so no minimum nearby."""
-    sign_key, size_key = jax.random.split(jax.random.key(0))
-    shape, dtype = (_PROBES, *here.point.shape), here.point.dtype
-    signs = jax.random.rademacher(sign_key, shape, dtype)
-    steps = _PROBE * signs * jax.random.uniform(size_key, shape, dtype, minval=0.5)
-    around = jax.lax.map(lambda step: evaluate(here.point + step).gradient, steps)
-    curvature = (jnp.abs(around - here.gradient) / jnp.abs(steps)).max(0)
+def _look_around(
+    evaluate: Callable[[Float[Array, " k"]], Iterate], end: _Candidate, tolerance: Float[Array, ""]
+) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether some coordinate has no curvature to speak of for its gradient, and whether that is only rounding."""
+    here = end.iterate
+    sign_key, size_key, last_digit_key = jax.random.split(jax.random.key(0), 3)
+    size, dtype = here.point.shape, here.point.dtype
+    signs = jax.random.rademacher(sign_key, (_PROBES, *size), dtype)
+    steps = _PROBE * signs * jax.random.uniform(size_key, signs.shape, dtype, minval=0.5)
+    digits = jnp.finfo(dtype).eps * jnp.maximum(jnp.abs(here.point), 1.0)
+    units = digits * jax.random.rademacher(last_digit_key, (_ROUNDING_PROBES, *size), dtype)
+    around = jax.lax.map(lambda step: evaluate(here.point + step), jnp.concatenate([steps, units]))
+    changes = jnp.abs(around.gradient - here.gradient)
+    gradient_rounding = _GRADIENT_ROUNDING * changes[_PROBES:].max(0)
+    value_rounding = jnp.maximum(
+        jnp.abs(around.value[_PROBES:] - here.value).max(), jnp.finfo(dtype).eps * (1 + jnp.abs(here.value))
+    )
+    largest = jnp.abs(here.gradient)
+    at_rounding = (
+        (largest <= jnp.maximum(gradient_rounding, tolerance)).all()
+        & (end.predicted <= _ROUNDING * value_rounding)
+        & jnp.isfinite(gradient_rounding).all()
+        & jnp.isfinite(value_rounding)
+    )
+    curvature = (changes[:_PROBES] / jnp.abs(steps)).max(0)
     # The square of the tolerance stands for zero: the gradient may have underflowed.
-    return (curvature <= jnp.maximum(jnp.abs(here.gradient) / _LARGEST_NEWTON_STEP, tolerance**2)).any()
+    flat = (curvature <= jnp.maximum(largest / _LARGEST_NEWTON_STEP, tolerance**2)).any()
+    return flat, at_rounding
 
 
 def minimise(
@@ -138,7 +181,8 @@ def minimise(
     tolerance: Float[Array, ""],
     max_steps: Int[Array, ""],
 ) -> Minimum:
-    """Minimise from `start` until the largest entry of the gradient is at most `tolerance` and steps have shortened.
+    """Minimise from `start` until the largest entry of the gradient is at most `tolerance` and steps have shortened,
+    or until rounding hides every further decrease.
 
     `evaluate` gives the `Iterate` at a point. Traceable, without exceptions: a start on a wall, a start or steps
     without a finite value and gradient, steps that cannot be shortened enough, and an end where nothing is curved give
@@ -156,22 +200,52 @@ def minimise(
     def advance(state: _State) -> _State:
         here = state.iterate
         direction, memory = direction_at(here, state.memory)
+        predicted = -0.5 * here.gradient @ direction
         # The first direction is the gradient, which says nothing of the distance to go.
         short = (state.steps > 0) & (jnp.abs(direction).max() <= _LARGEST_FINAL_STEP)
         largest = jnp.abs(here.gradient).max()
         settled = (largest == 0) | ((largest <= tolerance) & short)
-        stop = settled | (state.steps >= max_steps)
+        hidden = short & (predicted <= _ROUNDING * jnp.finfo(here.point.dtype).eps * (1 + jnp.abs(here.value)))
+        better = settled | (hidden & (predicted < state.best.predicted))
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), _Candidate(here, predicted), state.best)
+        waited = jnp.where(better | ~hidden, 0, state.waited + 1)
+        stalled = ~settled & (waited >= _PATIENCE)
+        stop = settled | stalled | (state.steps >= max_steps)
         search = _line_search(evaluate, here, direction, stop)
         moved = search.low > 0
         failed = jnp.where(search.not_finite, MapStatus.NOT_FINITE, MapStatus.LINE_SEARCH_FAILED)
-        searched = jnp.where(moved, _RUNNING, failed)
-        status = jnp.where(settled, MapStatus.CONVERGED, jnp.where(stop, MapStatus.MAX_STEPS, searched))
+        stuck = ~stop & ~moved
+        searched = jnp.where(stuck, failed, _RUNNING)
+        ended = jnp.where(stalled, _STALLED, MapStatus.MAX_STEPS)
+        status = jnp.where(settled, MapStatus.CONVERGED, jnp.where(stop, ended, searched))
+        # Where the search ends without a point like that, its end is the only candidate, unless it had further to go.
+        lone = (stop | stuck) & short & jnp.isinf(best.predicted)
         return _State(
             search.best,
             memory,
             status.astype(jnp.int32),
             state.steps + moved,
             state.crossings + search.crossed,
+            jax.tree.map(lambda new, old: jnp.where(lone, new, old), _Candidate(here, predicted), best),
+            waited,
+            state.at_rounding,
+        )
+
+    def search_and_judge(state: _State) -> _State:
+        end = jax.lax.while_loop(lambda state: state.status == _RUNNING, advance, state)
+        flat, at_rounding = _look_around(evaluate, end.best, tolerance)
+        settled, stalled = end.status == MapStatus.CONVERGED, end.status == _STALLED
+        at_rounding = at_rounding & ~settled & (end.status != MapStatus.NOT_FINITE)
+        status = jnp.where(
+            settled | at_rounding,
+            jnp.where(flat, MapStatus.FLAT, MapStatus.CONVERGED),
+            jnp.where(stalled, _RUNNING, end.status),
+        )
+        iterate = jax.tree.map(lambda new, old: jnp.where(at_rounding, new, old), end.best.iterate, end.iterate)
+        # What was judged and found wanting is no candidate any more.
+        again = end.best._replace(predicted=jnp.where(status == _RUNNING, jnp.inf, end.best.predicted))
+        return end._replace(
+            iterate=iterate, status=status.astype(jnp.int32), best=again, waited=0 * end.waited, at_rounding=at_rounding
         )
 
     here = evaluate(start)
@@ -179,8 +253,16 @@ def minimise(
     refused = jnp.where(
         on_wall, MapStatus.INFEASIBLE_START, jnp.where(_is_finite(here), _RUNNING, MapStatus.NOT_FINITE)
     )
-    none = jnp.zeros((), jnp.int32)
-    first = _State(here, lbfgs.init(start), refused.astype(jnp.int32), none, none)
-    last = jax.lax.while_loop(lambda state: state.status == _RUNNING, advance, first)
-    flat = (last.status == MapStatus.CONVERGED) & _is_flat(evaluate, last.iterate, tolerance)
-    return Minimum(last.iterate, jnp.where(flat, MapStatus.FLAT, last.status), last.steps, last.crossings)
+    none, unknown = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, here.value.dtype)
+    first = _State(
+        here,
+        lbfgs.init(start),
+        refused.astype(jnp.int32),
+        none,
+        none,
+        _Candidate(here, unknown),
+        none,
+        jnp.zeros((), bool),
+    )
+    last = jax.lax.while_loop(lambda state: state.status == _RUNNING, search_and_judge, first)
+    return Minimum(last.iterate, last.status, last.steps, last.crossings, last.best.predicted, last.at_rounding)

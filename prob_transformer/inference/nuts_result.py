@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Float, Num
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
+from prob_transformer.inference.gauge import REMEDY, Gauge
+from prob_transformer.inference.law import NO_LAW, Law
 from prob_transformer.inference.reparam import noise_name
-from prob_transformer.inference.results import Dims, datatree
+from prob_transformer.inference.results import Dims, datatree, for_arviz
 from prob_transformer.provenance import provenance
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ _ARVIZ = {"num_steps": "n_steps", "accept_prob": "acceptance_rate"}
 
 
 class Diagnostics(NamedTuple):
-    """Split R-hat and effective sample size of every unconstrained coordinate, by latent site."""
+    """Split R-hat and effective sample size of every coordinate, by site."""
 
     r_hat: dict[str, Float[np.ndarray, "..."]]
     ess: dict[str, Float[np.ndarray, "..."]]
@@ -78,8 +80,12 @@ class NutsResult(NamedTuple):
     """Draws by site (chain, draw, ...), latent sites in their supports and deterministic ones; look at `status` first.
 
     `sample_stats` (chain, draw): diverging, num_steps, accept_prob, energy and potential_energy in nats, step_size,
-    past_boundary and root_lost (numbers of positions). `r_hat` and `ess` by latent site, of unconstrained coordinates,
-    NaN where the draws are not finite. `log_likelihood` and `posterior_predictive` by observed site.
+    past_boundary and root_lost (numbers of positions), and for a model with an EmbeddingProcess whether the draw is
+    certified and the symmetric_eigenvalue that decides it. `r_hat` and `ess` by latent site, of unconstrained
+    coordinates, NaN where the draws are not finite; `deterministic` has those of deterministic sites, which do not
+    count for the status. `log_likelihood` and `posterior_predictive` by observed site. `law` says in which share of
+    draws the likelihood is certified to be a probability law, `gauges` which sites that have not mixed are not
+    identified.
     """
 
     draws: dict[str, Num[np.ndarray, "chain draw ..."]]
@@ -92,22 +98,31 @@ class NutsResult(NamedTuple):
     finite: bool
     configuration: dict[str, Any]
     seed: int | None
+    deterministic: Diagnostics = Diagnostics({}, {})
+    law: Law = NO_LAW
+    gauges: tuple[Gauge, ...] = ()
+
+    @property
+    def not_mixed(self) -> tuple[str, ...]:
+        """The latent sites of which some coordinate misses the thresholds of R-hat and effective sample size."""
+        least = SMALLEST_ESS_PER_CHAIN * self.sample_stats["diverging"].shape[0]
+        # Written so that NaN counts as not mixed.
+        return tuple(
+            name
+            for name, r_hat in self.r_hat.items()
+            if not ((r_hat <= LARGEST_R_HAT).all() and (self.ess[name] >= least).all())
+        )
 
     @property
     def problems(self) -> tuple[NutsStatus, ...]:
         """All that is wrong with the draws, the worst first; empty if nothing was seen."""
         stats = self.sample_stats
-        chains = stats["diverging"].shape[0]
-        # Written so that NaN counts as not mixed.
-        mixed = all((r_hat <= LARGEST_R_HAT).all() for r_hat in self.r_hat.values()) and all(
-            (ess >= SMALLEST_ESS_PER_CHAIN * chains).all() for ess in self.ess.values()
-        )
         seen: dict[NutsStatus, bool] = {
             NutsStatus.NOT_FINITE: not self.finite,
             NutsStatus.ROOT_LOST: bool(stats["root_lost"].any()),
             NutsStatus.DIVERGED: bool(stats["diverging"].any()),
             NutsStatus.PAST_BOUNDARY: bool(stats["past_boundary"].any()),
-            NutsStatus.NOT_MIXED: not mixed,
+            NutsStatus.NOT_MIXED: bool(self.not_mixed),
         }
         return tuple(status for status, is_seen in seen.items() if is_seen)
 
@@ -123,7 +138,10 @@ class NutsResult(NamedTuple):
         if problem == NutsStatus.NOT_MIXED:
             r_hat = max((float(np.max(x)) for x in self.r_hat.values()), default=np.nan)
             ess = min((float(np.min(x)) for x in self.ess.values()), default=np.nan)
-            return f"largest R-hat {r_hat:.3f}, smallest effective sample size {ess:.0f} of {draws} draws"
+            return (
+                f"largest R-hat {r_hat:.3f}, smallest effective sample size {ess:.0f} of {draws} draws; sites "
+                f"{', '.join(self.not_mixed)}"
+            )
         counted = {
             NutsStatus.PAST_BOUNDARY: "past_boundary",
             NutsStatus.DIVERGED: "diverging",
@@ -133,6 +151,16 @@ class NutsResult(NamedTuple):
             return f"{int((stats[counted[problem]] > 0).sum())} of {draws} draws"
         return "NaN or inf"
 
+    def _remedy(self, problem: NutsStatus) -> str:
+        if problem != NutsStatus.NOT_MIXED or not self.gauges:
+            return _REMEDY[problem]
+        pairs = ", ".join(map(str, self.gauges))
+        found = [
+            f"{name} has R-hat {np.max(r_hat):.3f} and effective sample size {np.min(self.deterministic.ess[name]):.0f}"
+            for name, r_hat in self.deterministic.r_hat.items()
+        ]
+        return f"{pairs}: {REMEDY}{'. Of the deterministic sites, ' if found else ''}{', '.join(found)}"
+
     def to_datatree(self, dims: Dims | None = None, *, allow: Collection[NutsStatus] = ()) -> "xr.DataTree":
         """All groups with dimensions chain and draw, the statistics under ArviZ's names.
 
@@ -141,7 +169,7 @@ class NutsResult(NamedTuple):
         """
         refused = [p for p in self.problems if p not in allow or p == NutsStatus.NOT_FINITE]
         if refused:
-            found = "; ".join(f"{p.name.lower()} ({self._extent(p)}): {_REMEDY[p]}" for p in refused)
+            found = "; ".join(f"{p.name.lower()} ({self._extent(p)}): {self._remedy(p)}" for p in refused)
             names = ", ".join(f"NutsStatus.{p.name}" for p in refused)
             keep = (
                 "" if NutsStatus.NOT_FINITE in refused else f". Pass allow=[{names}] to keep these draws all the same"
@@ -162,9 +190,14 @@ class NutsResult(NamedTuple):
         attrs = provenance(self.seed, {"method": "nuts", **self.configuration}) | {
             "objective": "negative log joint in nats, density in unconstrained coordinates",
             "status": ", ".join(p.name.lower() for p in self.problems) or "ok",
+            "law": self.law.line,
         }
         return datatree(
             {name: arrays for name, arrays in groups.items() if arrays},
             {**known, **({} if dims is None else dims)},
             attrs,
         )
+
+    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
+        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
+        return for_arviz(self.to_datatree(dims, **options))

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count
-from prob_transformer.inference.results import Dims, datatree
+from prob_transformer.inference.law import Law, law_of
+from prob_transformer.inference.results import Dims, datatree, for_arviz
 from prob_transformer.inference.smoothing import ancestral_indices, smoothing_indices
 from prob_transformer.process import EmbeddingProcess
 from prob_transformer.provenance import provenance
@@ -90,6 +91,12 @@ class ParticleResult(NamedTuple):
     tokens: Int[Array, " n"]
     key: PRNGKeyArray
 
+    @property
+    def law(self) -> Law:
+        """Whether the process is certified to be a probability law; the mass is given the heaviest particle's past."""
+        heaviest = self.embeddings[jnp.argmax(self.log_weights)]
+        return law_of({"embeddings": (self.process, heaviest)}, None)
+
     def to_datatree(
         self,
         dims: Dims | None = None,
@@ -129,6 +136,7 @@ class ParticleResult(NamedTuple):
         attrs = provenance(seed, {"method": "particles", "particles": self.log_weights.shape[0], "paths": paths}) | {
             "objective": "log p(embeddings, tokens) in nats, embeddings by the process",
             "status": status.name.lower(),
+            "law": self.law.line,
         }
         groups: dict[str, dict[str, Any]] = {
             "posterior": {"embeddings": self.filtered[rows, indices][None]},
@@ -140,3 +148,7 @@ class ParticleResult(NamedTuple):
             "observed_data": {"tokens": self.tokens},
         }
         return datatree(groups, {**_STATS_DIMS, **({} if dims is None else dims)}, attrs)
+
+    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
+        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
+        return for_arviz(self.to_datatree(dims, **options))

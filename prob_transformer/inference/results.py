@@ -3,9 +3,9 @@
     posterior, posterior_predictive, log_likelihood, sample_stats    dimensions chain, draw, then those of the site
     observed_data                                                    the dimensions of the site
 
-The tree is built, saved and loaded by xarray alone: ArviZ 0.23 takes it with `InferenceData.from_datatree`, ArviZ 1 as
-it is. Only numbers and text are stored, so nothing is pickled. Zarr stores have format 2, whose consolidated metadata
-every version reads without a warning.
+The tree is built, saved and loaded by xarray alone: ArviZ 0.23 takes it as `for_arviz` converts it, ArviZ 1 as it is.
+Only numbers and text are stored, so nothing is pickled. Zarr stores have format 2, whose consolidated metadata every
+version reads without a warning.
 """
 
 import json
@@ -118,6 +118,16 @@ def datatree(
     tree = xr.DataTree.from_dict({group: _dataset(group, arrays, observed, dims) for group, arrays in groups.items()})
     tree.attrs = {name: _text(name, value) for name, value in attrs.items()}
     return tree
+
+
+def for_arviz(tree: xr.DataTree) -> Any:
+    """A tree as the installed ArviZ takes it, without a file in between: an InferenceData for 0.x, itself for 1.x.
+
+    Raises ImportError if ArviZ is not installed.
+    """
+    import arviz
+
+    return tree if int(arviz.__version__.split(".")[0]) >= 1 else arviz.InferenceData.from_datatree(tree)
 
 
 def _engine(path: Path) -> Literal["h5netcdf", "zarr"]:

@@ -4,6 +4,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from rich.console import Console
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp
@@ -154,7 +155,17 @@ def test_nuts_has_the_moments_of_the_sum_over_a_grid(grid, tmp_path, capsys):
         # At least 100 of the 600 draws are worth an independent one.
         assert abs(draws.mean() - mean) < 4 * deviation / np.sqrt(100)
         np.testing.assert_allclose(draws.std(), deviation, rtol=0.35)
-    assert "nuts given 6 sequences" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "nuts given 6 sequences" in captured.out
+    assert captured.err.startswith("nuts: compiling, then 500 transitions a chain\n")
+    printed = " ".join(captured.out.split())
+    unconstrained = {name: np.log(found[name].values) for name in ("b", "noise_scale")}
+    diagnostics = ", ".join(
+        f"{name} {split_gelman_rubin(values):.3f} and {effective_sample_size(values):.0f}"
+        for name, values in unconstrained.items()
+    )
+    assert f"R-hat and effective sample size: {diagnostics}; 0 divergences" in printed
+    assert "law: certified in all 600 draws" in printed
 
 
 def test_particles_give_evidence_and_moments_of_the_sum_over_a_grid(tmp_path, capsys):

@@ -12,6 +12,7 @@ from prob_transformer.inference.laplace.precision import (
     BlockPrecision,
     DensePrecision,
     DiagonalPrecision,
+    FlatDirectionsError,
     IndefiniteCurvatureError,
     Precision,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "Curvature",
     "DensePrecision",
     "DiagonalPrecision",
+    "FlatDirectionsError",
     "IndefiniteCurvatureError",
     "LaplaceResult",
     "LinearisedPredictive",

@@ -12,7 +12,7 @@ each structure keeps of P:
     low-rank     the diagonal of the prior and the largest directions of the rest, without forming a matrix (low_rank)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from prob_transformer._validation import require_count
+from prob_transformer.inference.gauge import REMEDY, gauges
 from prob_transformer.inference.joint import require_data
 from prob_transformer.inference.laplace.blockwise import ScaledKroneckerPrecision, nearest_kronecker
 from prob_transformer.inference.laplace.curvature import (
@@ -37,11 +38,17 @@ from prob_transformer.inference.laplace.precision import (
     BlockPrecision,
     DensePrecision,
     DiagonalPrecision,
+    FlatDirectionsError,
+    IndefiniteCurvatureError,
     Precision,
     require_definite,
 )
 from prob_transformer.inference.laplace.result import LaplaceResult, require_small
 from prob_transformer.inference.map import MapResult
+
+# Powers of the rounding, as shares of the largest eigenvalue, below which the smallest may be that of a flat direction.
+# At a mode found to a tolerance the Hessian's is of the size of the gradient; the prior's part of the other is exact.
+_SUSPICIOUS: dict[Curvature, float] = {"hessian": 0.25, "ggn": 0.5}
 
 Structure = Literal["full", "diagonal", "low-rank", "kronecker"]
 
@@ -172,6 +179,22 @@ def _require_sites(sites: Sequence[str] | None, known: Sequence[str]) -> tuple[s
     return tuple(sorted(chosen))
 
 
+def _require_identified(potential: Potential) -> None:
+    """Refuse a curvature with directions that a rotation of two sites makes flat, in which no Gaussian exists."""
+
+    def value(point: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
+        return _value(eqx.tree_at(lambda p: p.mode, potential, dict(point)))
+
+    found = [gauge for gauge in gauges(value, potential.mode, potential.sites) if gauge.directions]
+    if found:
+        count = sum(gauge.directions for gauge in found)
+        raise FlatDirectionsError(
+            f"precision: not positive definite, with {count} flat directions, so the evidence is infinite: "
+            f"{', '.join(map(str, found))}: {REMEDY}. Or hold one of the sites at the mode, by `sites`.",
+            count,
+        )
+
+
 def laplace(
     model: Callable,
     *args: Any,
@@ -191,7 +214,9 @@ def laplace(
 
     Raises ValueError for a mode that did not converge, is of another space or belongs to other data, for unknown names
     and empty data, and IndefiniteCurvatureError, with the smallest eigenvalue and a remedy, for a precision that is not
-    positive definite. "diagonal" and "kronecker" see no more of it than their entries or blocks.
+    positive definite; FlatDirectionsError, one of these, names and counts the directions that are flat because two
+    sites, W_Q and W_K, enter only up to a common rotation. "diagonal" and "kronecker" see no more of it than their
+    entries or blocks.
     """
     _require_mode(at)
     for option, given, choices in (("structure", structure, Structure), ("curvature", curvature, Curvature)):
@@ -211,7 +236,16 @@ def laplace(
             f"at: the model is at {objective:.6g} nats there, and {at.objective:.6g} when the mode was found; pass the "
             "same model, arguments and data as to find_map."
         )
-    precision = _BUILD[structure](potential, curvature, rank)
+    try:
+        precision = _BUILD[structure](potential, curvature, rank)
+    except IndefiniteCurvatureError:
+        _require_identified(potential)
+        raise
+    spectrum = getattr(precision, "eigenvalues", getattr(precision, "ratios", None))
+    if spectrum is not None and spectrum.size == size:
+        smallest = jnp.finfo(spectrum.dtype).eps ** _SUSPICIOUS[curvature]
+        if spectrum.min() <= smallest * spectrum.max():
+            _require_identified(potential)
     log_evidence = -objective + 0.5 * size * np.log(2 * np.pi) - 0.5 * float(precision.log_det)
     return LaplaceResult(
         potential=potential,

@@ -24,6 +24,14 @@ class IndefiniteCurvatureError(ValueError):
     """The precision is not positive definite; the message names its smallest eigenvalue and a remedy."""
 
 
+class FlatDirectionsError(IndefiniteCurvatureError):
+    """The Hessian is exactly zero in `directions` directions; the message names the sites and a remedy."""
+
+    def __init__(self, message: str, directions: int):
+        super().__init__(message)
+        self.directions = directions
+
+
 @runtime_checkable
 class Precision(Protocol):
     """What a structure of the posterior precision P offers; `log_det` is log det P in nats.
@@ -64,9 +72,10 @@ def require_definite(
         message = f"precision: not positive definite, its {found} is not above rounding; {remedy}."
         return eqx.error_if(values, ~((smallest > limit) & (smallest > 0)), message)
     if not (smallest > limit and smallest > 0):
+        hidden = int((values <= jnp.maximum(limit, 0.0)).sum())
         raise IndefiniteCurvatureError(
             f"precision: not positive definite, its {found} is {float(smallest):.6g} with rounding at "
-            f"{float(limit):.1g}; {remedy}."
+            f"{float(limit):.1g} ({hidden} of {values.size} are not above that); {remedy}."
         )
     return values
 

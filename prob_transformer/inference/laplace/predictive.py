@@ -24,6 +24,7 @@ from numpyro.primitives import Messenger
 from prob_transformer.inference.joint import observed_data
 from prob_transformer.inference.laplace.potential import Potential
 from prob_transformer.inference.laplace.precision import Precision
+from prob_transformer.inference.law import statistics
 
 _WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 # The parameter that is linearised, for each distribution of the data.
@@ -116,6 +117,12 @@ def draw(potential: Potential, precision: Precision, key: PRNGKeyArray, draws: i
 def log_joint(potential: Potential, precision: Precision, key: PRNGKeyArray, draws: int) -> Float[Array, " draws"]:
     """-U in nats at the same draws as `draw` has for this key."""
     return -jax.vmap(potential.value)(potential.centre() + precision.sample(key, draws))
+
+
+@eqx.filter_jit
+def law_statistics(potential: Potential, precision: Precision, key: PRNGKeyArray, draws: int) -> dict[str, Array]:
+    """The `statistics` of the law at the same draws as `draw` has for this key."""
+    return jax.vmap(lambda z: statistics(potential.trace(z)))(potential.centre() + precision.sample(key, draws))
 
 
 @eqx.filter_jit

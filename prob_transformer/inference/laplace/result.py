@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -16,13 +17,16 @@ from prob_transformer.inference.laplace.predictive import (
     LinearisedPredictive,
     SampledPredictive,
     draw,
+    law_statistics,
     linearised,
     log_joint,
     sampled,
 )
+from prob_transformer.inference.law import NO_LAW, Law, law_of, processes
 from prob_transformer.inference.map import MapResult
-from prob_transformer.inference.results import Dims, datatree
+from prob_transformer.inference.results import Dims, datatree, for_arviz
 from prob_transformer.provenance import provenance
+from prob_transformer.transform import named_solve_errors
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -101,7 +105,8 @@ class LaplaceResult(NamedTuple):
         require_count("draws", draws, 1, "the number of draws")
         if not args and not kwargs:
             args, kwargs = self.potential.args, self.potential.kwargs
-        predicted = sampled(self.potential, self.precision, key, draws, args, kwargs)
+        with named_solve_errors():
+            predicted = jax.block_until_ready(sampled(self.potential, self.precision, key, draws, args, kwargs))
         _require_finite_draws(predicted.posterior)
         return predicted
 
@@ -114,6 +119,15 @@ class LaplaceResult(NamedTuple):
         if not args and not kwargs:
             args, kwargs = self.potential.args, self.potential.kwargs
         return linearised(self.potential, self.precision, site, args, kwargs)
+
+    def law(self, key: PRNGKeyArray, draws: int) -> Law:
+        """In which share of the draws that `sample` has for this key the likelihood is certified to be a law."""
+        require_count("draws", draws, 1, "the number of draws")
+        found = law_statistics(self.potential, self.precision, key, draws)
+        if not found:
+            return NO_LAW
+        z = self.potential.centre() + self.precision.sample(key, draws)[jnp.argmax(found["symmetric_eigenvalue"])]
+        return law_of(processes(self.potential.trace(z)), np.asarray(found["certified"]))
 
     def to_datatree(
         self,
@@ -153,5 +167,11 @@ class LaplaceResult(NamedTuple):
         attrs = provenance(seed, configuration) | {
             "objective": "negative log joint in nats, density in unconstrained coordinates, Gaussian at its mode",
             "log_evidence": self.log_evidence,
+            "note": self.at.note,
+            "law": self.law(key, draws).line,
         }
         return datatree({**drawn, "observed_data": self.at.observed_data}, dims, attrs)
+
+    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
+        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
+        return for_arviz(self.to_datatree(dims, **options))

@@ -1,0 +1,117 @@
+"""W_Q and W_K are identified up to a common rotation only: Laplace and NUTS count that, name it, and offer A."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax.flatten_util import ravel_pytree
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.infer.util import potential_energy
+
+from prob_transformer import Attention, EmbeddingProcess, sampled_attention
+from prob_transformer.inference import NutsStatus, find_map, nuts
+from prob_transformer.inference.laplace import FlatDirectionsError, laplace
+
+WIDTH = 3
+RNG = np.random.default_rng(0)
+KEYS, QUERIES = RNG.normal(size=(2, 60, WIDTH))
+LOGITS = np.einsum("na,ab,nb->n", KEYS, RNG.normal(size=(WIDTH, WIDTH)), QUERIES) + 0.3 * RNG.normal(size=60)
+
+
+def observed(attention, logits):
+    """Noisy attention logits, which attention enters as in the process: by its interaction alone."""
+    mean = jnp.einsum("na,ab,nb->n", KEYS, attention.interaction[0], QUERIES)
+    numpyro.sample("logits", dist.Normal(mean, 0.3).to_event(1), obs=logits)
+
+
+def one_head(logits, head_size):
+    observed(sampled_attention(WIDTH, head_size, 0.7), logits)
+
+
+def rows_of_different_scale(logits):
+    """No rotation of the rows leaves this prior as it is."""
+    prior = dist.Normal(0.0, jnp.array([[0.5], [1.0]])).expand([2, WIDTH]).to_event(2)
+    observed(Attention(numpyro.sample("query", prior)[None], numpyro.sample("key", prior)[None]), logits)
+
+
+def interaction_itself(logits):
+    interaction = numpyro.sample("interaction", dist.Normal(0.0, 0.5).expand([WIDTH, WIDTH]).to_event(2))
+    observed(Attention(jnp.sqrt(WIDTH) * interaction[None], jnp.eye(WIDTH)[None]), logits)
+
+
+def process(embeddings):
+    numpyro.sample("embeddings", EmbeddingProcess(sampled_attention(2, 2), len(embeddings)), obs=embeddings)
+
+
+def hessian_eigenvalues(model, *args, at):
+    flat, unravel = ravel_pytree(at.unconstrained)
+    return np.linalg.eigvalsh(jax.hessian(lambda z: potential_energy(model, args, {}, unravel(z)))(flat))
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-9])
+@pytest.mark.parametrize("head_size", [1, 2, 3])
+def test_laplace_counts_the_directions_that_the_hessian_has_none_of(head_size, tolerance):
+    at = find_map(one_head, LOGITS, head_size, space="unconstrained", seed=1, tolerance=tolerance)
+    assert at.converged
+    eigenvalues = hessian_eigenvalues(one_head, LOGITS, head_size, at=at)
+    flat = int((np.abs(eigenvalues) < 1e-6 * eigenvalues.max()).sum())
+    assert flat == head_size * (head_size - 1) // 2
+    if not flat:
+        found = laplace(one_head, LOGITS, head_size, at=at)
+        np.testing.assert_allclose(found.precision.log_det, np.log(eigenvalues).sum(), rtol=1e-8)
+        return
+    with pytest.raises(FlatDirectionsError, match=rf"^precision: .* with {flat} flat .*'key' and 'query'") as info:
+        laplace(one_head, LOGITS, head_size, at=at)
+    assert info.value.directions == flat
+    for remedy in ("numpyro.deterministic('interaction'", "sampled_attention", "`sites`"):
+        assert remedy in str(info.value)
+    assert np.isfinite(laplace(one_head, LOGITS, head_size, at=at, sites=("query",)).log_evidence)
+    # The Gauss-Newton matrix has the curvature of the prior, 1 / 0.7^2, wherever A stays: along W_Q -> G W_Q,
+    # W_K -> G^-T W_K for any invertible G.
+    ggn = laplace(one_head, LOGITS, head_size, at=at, curvature="ggn").precision.eigenvalues
+    assert (np.abs(ggn - 0.7**-2) < 1e-6).sum() == head_size**2
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_so_it_is_for_the_query_and_key_of_a_process(curvature):
+    walk = np.random.default_rng(1).normal(size=(5, 2))
+    at = find_map(process, walk, space="unconstrained", seed=1)
+    with pytest.raises(FlatDirectionsError, match="with 1 flat directions"):
+        laplace(process, walk, at=at, curvature=curvature)
+
+
+@pytest.mark.parametrize("model", [rows_of_different_scale, interaction_itself])
+def test_a_model_without_flat_directions_is_not_refused(model):
+    at = find_map(model, LOGITS, space="unconstrained", seed=1, tolerance=1e-9)
+    eigenvalues = hessian_eigenvalues(model, LOGITS, at=at)
+    assert eigenvalues.min() > 1e-6 * eigenvalues.max()
+    found = laplace(model, LOGITS, at=at)
+    np.testing.assert_allclose(found.precision.log_det, np.log(eigenvalues).sum(), rtol=1e-8)
+
+
+def test_nuts_names_what_is_not_identified_and_gives_the_diagnostics_of_what_is():
+    # 40 draws a chain are too few for an effective sample size of 100 a chain, whatever the chains do.
+    result = nuts(one_head, LOGITS, 2, seed=0, warmup=40, draws=40, predictive=False, max_tree_depth=4)
+    assert NutsStatus.NOT_MIXED in result.problems
+    assert set(result.not_mixed) == {"key", "query"}
+    ((sites, directions),) = result.gauges
+    assert (sites, directions) == (("key", "query"), 1)
+    query, key = result.draws["query"], result.draws["key"]
+    interaction = np.einsum("cnpa,cnpb->cnab", key, query) / np.sqrt(2)
+    np.testing.assert_allclose(result.draws["interaction"], interaction, atol=1e-12)
+    r_hat, ess = result.deterministic
+    np.testing.assert_allclose(r_hat["interaction"], split_gelman_rubin(interaction), rtol=1e-10)
+    np.testing.assert_allclose(ess["interaction"], effective_sample_size(interaction), rtol=1e-10)
+    with pytest.raises(ValueError, match=r"sites (query, key|key, query)\): 'key' and 'query' \(1 flat dir") as info:
+        result.to_datatree(allow=[p for p in result.problems if p != NutsStatus.NOT_MIXED])
+    assert f"interaction has R-hat {np.max(r_hat['interaction']):.3f}" in str(info.value)
+
+
+def test_nuts_does_not_blame_rotations_for_sites_that_are_identified():
+    result = nuts(rows_of_different_scale, LOGITS, seed=0, warmup=10, draws=10, predictive=False, max_tree_depth=2)
+    assert NutsStatus.NOT_MIXED in result.problems
+    assert result.gauges == ()
+    with pytest.raises(ValueError, match="draw more, warm up longer"):
+        result.to_datatree(allow=[p for p in result.problems if p != NutsStatus.NOT_MIXED])
