@@ -120,11 +120,12 @@ def datatree(
     return tree
 
 
-def for_arviz(tree: xr.DataTree) -> Any:
+def for_arviz(tree: "xr.DataTree") -> Any:
     """A tree as the installed ArviZ takes it, without a file in between: an InferenceData for 0.x, itself for 1.x.
 
-    Raises ImportError if ArviZ is not installed.
+    Raises MissingExtraError without ArviZ.
     """
+    require("inference", "arviz")
     import arviz
 
     return tree if int(arviz.__version__.split(".")[0]) >= 1 else arviz.InferenceData.from_datatree(tree)
