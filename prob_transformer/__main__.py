@@ -6,7 +6,7 @@ What it needs beyond the library itself is in the extra `inspect`; without it th
 import sys
 from collections.abc import Sequence
 
-_EXTRA = {"gguf", "rich", "safetensors", "tokenizers"}
+_EXTRA = {"gguf", "msgspec", "rich", "safetensors", "tokenizers"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

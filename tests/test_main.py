@@ -24,7 +24,7 @@ def run(*arguments):
 
 
 def test_a_missing_package_is_one_line_that_names_the_extra():
-    packages = ("gguf", "rich", "safetensors", "tokenizers")
+    packages = ("gguf", "msgspec", "rich", "safetensors", "tokenizers")
     done = run("-c", _WITHOUT, *packages)
     assert (done.returncode, done.stdout) == (0, "")
     remedy = 'pip install "prob-transformer[inspect]".'
