@@ -34,20 +34,23 @@ def _nats(value: float) -> str:
     return f"{value:z.2f}" if size < 999.995 else f"{value:z.0f}"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], last: str | None = None) -> Table:
-    """A table whose numbers are never cut; a column `last` is, where the terminal is too narrow for it."""
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """A table whose numbers are never cut; a column of tokens after them is, to the width that is left."""
     table = Table(title=title, title_justify="left")
+    used = 1
     for index, column in enumerate(columns):
-        width = max(map(len, (*column.split("\n"), *(row[index] for row in rows))))
-        table.add_column(column, justify="right", no_wrap=True, min_width=width)
-    if last is not None:
-        table.add_column(last, no_wrap=True, min_width=_TOKEN_WIDTH)
+        wide = max(map(len, (*column.split("\n"), *(row[index] for row in rows))))
+        table.add_column(column, justify="right", no_wrap=True, min_width=wide)
+        # A rule and two spaces.
+        used += wide + 3
+    if len(rows[0]) > len(columns):
+        table.add_column("at token", no_wrap=True, max_width=max(_TOKEN_WIDTH, width - used - 3))
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _layers(inspection: Inspection, found: Summary) -> Table:
+def _layers(inspection: Inspection, found: Summary, width: int) -> Table:
     rows = []
     for row, layer in enumerate(inspection.layers):
         barrier = -inspection.log_det[row, :, 1:]
@@ -64,7 +67,7 @@ def _layers(inspection: Inspection, found: Summary) -> Table:
             )
         )
     columns = ("layer", "det<0", "in heads", "cross-\nings", *_QUANTILES, "worst\nhead")
-    return _table("Layers: all heads together", columns, rows)
+    return _table("Layers: all heads together", columns, rows, width)
 
 
 def _worst_first(negative: np.ndarray, barrier: np.ndarray) -> np.ndarray:
@@ -79,7 +82,7 @@ def worst_heads(inspection: Inspection, found: Summary) -> list[tuple[int, int]]
     return [divmod(int(index), heads) for index in _worst_first(found.negative.ravel(), barrier)]
 
 
-def _heads(inspection: Inspection, found: Summary, count: int) -> Table:
+def _heads(inspection: Inspection, found: Summary, count: int, width: int) -> Table:
     rows = []
     for row, head in worst_heads(inspection, found)[:count]:
         closest = found.closest[row, head]
@@ -96,7 +99,7 @@ def _heads(inspection: Inspection, found: Summary, count: int) -> Table:
             )
         )
     columns = ("layer", "head", "det<0", "cross-\nings", *_QUANTILES, "max b")
-    return _table("Heads: most often past the boundary, then closest to it", columns, rows, "at token")
+    return _table("Heads: most often past the boundary, then closest to it", columns, rows, width)
 
 
 def print_tables(console: Console, inspection: Inspection, rows: int) -> None:
@@ -105,7 +108,7 @@ def print_tables(console: Console, inspection: Inspection, rows: int) -> None:
     A terminal that is too narrow for the numbers gets lines that are longer than it is, and wraps them.
     """
     found = summary(inspection)
-    for table in (_layers(inspection, found), _heads(inspection, found, rows)):
+    for table in (_layers(inspection, found, console.width), _heads(inspection, found, rows, console.width)):
         console.print(table, width=max(console.width, console.measure(table).minimum), crop=False)
     verdict = density_reading(found.negative, inspection.setting)
     console.print(escape(f"{map_in_words(inspection.setting)} b = -log|det J| in nats, the barrier.\n{verdict}"))

@@ -31,10 +31,6 @@ def inspect(model, folder):
     return main(["inspect", *given], load)
 
 
-def config(**changes):
-    return lambda folder: llama_folder(folder, changes)
-
-
 def raw(name, content, make=llama_folder):
     """A folder with one file replaced."""
 
@@ -54,6 +50,10 @@ def edited(name, change):
         (folder / name).write_text(json.dumps(values))
 
     return spoil
+
+
+def config(**changes):
+    return edited("config.json", lambda values: values.update(changes))
 
 
 def weights(change, changes=None):
@@ -103,10 +103,10 @@ REFUSED = {
     "heads with a point": (config(num_attention_heads=4.0), "Expected `int`, got `float`"),
     "heads are true": (config(num_attention_heads=True), "Expected `int`, got `bool`"),
     "no heads": (config(num_attention_heads=0), "Expected `int` >= 1"),
-    "huge number of layers": (config(num_hidden_layers=10**30), "no query of layer 2"),
+    "huge number of layers": (config(num_hidden_layers=10**30), "no output of layer 2"),
     "negative epsilon": (config(rms_norm_eps=-1e-5), "Expected `float` > 0.0 - at `$.rms_norm_eps`"),
     "infinite base": (
-        raw("config.json", json.dumps(LLAMA | {"rope_theta": 1}).replace("1}", "1e999}").encode()),
+        raw("config.json", json.dumps(LLAMA | {"rope_theta": 1}).replace(": 1,", ": 1e999,").encode()),
         "out of range",
     ),
     "base is null": (config(rope_theta=None), "Expected `float`, got `null` - at `$.rope_theta`"),
@@ -149,18 +149,18 @@ REFUSED = {
     "tied in words": (config(tie_word_embeddings="true"), "Expected `bool`, got `str`"),
     "adapter": (raw("adapter_config.json", b"{}"), "merge the adapter into the weights first"),
     "more tokens than embeddings": (
-        edited("config.json", lambda c: c.update(vocab_size=9)),
+        config(vocab_size=9),
         "260 embeddings, but the configuration gives vocab_size = 9",
     ),
-    "another width": (edited("config.json", lambda c: c.update(hidden_size=16)), "token embedding has shape (260, 8)"),
-    "another head size": (edited("config.json", lambda c: c.update(head_dim=2)), "output of layer 0 has shape"),
+    "another width": (config(hidden_size=16), "token embedding has shape (260, 8)"),
+    "another head size": (config(head_dim=2), "output of layer 0 has shape"),
     "fewer layers than stored": (
-        edited("config.json", lambda c: c.update(num_hidden_layers=1)),
+        config(num_hidden_layers=1),
         "holds model.layers.1.input_layernorm.weight, which",
     ),
-    "more layers than stored": (edited("config.json", lambda c: c.update(num_hidden_layers=3)), "no output of layer 2"),
+    "more layers than stored": (config(num_hidden_layers=3), "no output of layer 2"),
     "biases that are not stored": (
-        edited("config.json", lambda c: c.update(attention_bias=True)),
+        config(attention_bias=True),
         "attention_bias = true",
     ),
     "biases that config does not tell of": (
@@ -187,8 +187,8 @@ REFUSED = {
         "query of layer 0 has shape (4, 4, 8)",
     ),
     "not a number": (weights(one("model.norm.weight", lambda x: x * np.nan)), "final_norm contains NaN or inf"),
-    "overflow in float16": (
-        weights(lambda w: cast(np.float16)(one(QUERY, lambda x: x * 1e6)(w))),
+    "infinite in float16": (
+        weights(lambda w: cast(np.float16)(one(QUERY, lambda x: x * np.inf)(w))),
         "contains NaN or inf",
     ),
     "no norm": (weights(without("model.norm.weight")), "weights: no final_norm"),
@@ -228,7 +228,10 @@ REFUSED = {
         with_tokenizer(lambda t: t.add_tokens(["more"])),
         "has 261 tokens but the model 260",
     ),
-    "tokenizer of a smaller model": (config(vocab_size=600), "has 260 tokens but the model 600 embeddings"),
+    "tokenizer of a smaller model": (
+        lambda f: llama_folder(f, {"vocab_size": 600}),
+        "has 260 tokens but the model 600 embeddings",
+    ),
     "begins with a token without an embedding": (
         edited(
             "tokenizer.json",
@@ -350,7 +353,8 @@ def test_weights_alone_are_one_line(tmp_path, capsys):
 def test_a_refusal_and_an_output_that_cannot_be_encoded_in_processes_of_their_own(tmp_path):
     command = [sys.executable, "-m", "prob_transformer", "inspect", "--text", str(tmp_path / "text.txt")]
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    bad = config(rope_scaling="linear")(tmp_path / "bad")
+    bad = tmp_path / "bad"
+    config(rope_scaling="linear")(bad)
     done = subprocess.run(
         [*command, "--model", str(bad), "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
     )

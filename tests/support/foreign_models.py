@@ -116,7 +116,7 @@ def _frequencies(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "llama": llama_folder,
-    "unknown keys": lambda f: llama_folder(f, {"torch_dtype": "float32", "use_cache": None, "my_note": [1, {}]}),
+    "unknown keys": lambda f: llama_folder(f, {"torch_dtype": "float32", "use_cache": False, "my_note": [1, {}]}),
     "defaults": lambda f: llama_folder(
         f, {"num_key_value_heads": 4}, without=("num_key_value_heads", "rms_norm_eps", "rope_theta", "hidden_act")
     ),

@@ -58,10 +58,10 @@ def tensors(config: dict[str, Any] = LLAMA) -> dict[str, np.ndarray]:
 
 
 def byte_level() -> dict[str, Any]:
-    """One token a byte and no merges."""
+    """One token a byte, and one merge that the text does not have."""
     vocabulary = byte_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    return {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": [1] * len(tokens), "merges": ["a b"]}
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__)[:-1], "qq"]
+    return {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": [1] * len(tokens), "merges": ["q q"]}
 
 
 def write_gguf(
