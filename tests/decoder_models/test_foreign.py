@@ -24,8 +24,8 @@ def inspect(model, folder, *more):
     return main(["inspect", *given], load)
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * max(1, np.abs(expected).max()))
+def close(found, expected, tolerance):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max()))
 
 
 def compare(model, folder, case):
@@ -38,8 +38,9 @@ def compare(model, folder, case):
         # The first position has no past: J is the identity, or that of a position alone with itself.
         sign, log_det = truth["sign"][:, index, :, 1:], truth["log_det"][:, index, :, 1:]
         np.testing.assert_array_equal(tree["margins/sign"][..., 1:], sign)
-        close(tree["margins/log_det"][..., 1:].values, log_det)
-    close(np.asarray(load(str(model)).decoder(truth["tokens"]))[:, ::20], truth["logits"])
+        # The inputs of a layer come from a model in float32; a determinant near 0 makes more of their rounding.
+        close(tree["margins/log_det"][..., 1:].values, log_det, 1e-3)
+    close(np.asarray(load(str(model)).decoder(truth["tokens"]))[:, ::20], truth["logits"], 2e-4)
 
 
 @pytest.mark.parametrize("case", FOLDERS)
