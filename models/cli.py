@@ -3,9 +3,12 @@
 import sys
 from collections.abc import Callable
 
+from prob_transformer.output import replace_unencodable
+
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's main function and exit with its status, 2 for bad input, 130 when interrupted."""
+    replace_unencodable()
     try:
         status = main()
     except ValueError as error:

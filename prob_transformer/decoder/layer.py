@@ -10,13 +10,21 @@ part of the inputs. A bias of the values moves mu_i by a constant and no derivat
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from prob_transformer._validation import require_count, require_finite, require_floating, require_positive
+
+Tree = TypeVar("Tree")
+
+
+def at_least_float32(tree: Tree) -> Tree:
+    """The tree with its bfloat16 and float16 arrays in float32, the same numbers: determinants need the digits."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 class Rotary(eqx.Module):

@@ -3,8 +3,9 @@
 What is analysed is the map e_i = u_i - mu_i(u_i) of each head on the layer's own normalised inputs, not the residual
 block u + mu that the decoder computes. Theory section 8; the closed forms are in jacobian.py and determinant.py.
 
-Inputs of any dtype are worked on in float64, but for the sums of the covariances: a logit of 50 rounded in float32
-leaves c = 1 - alpha_ii six digits, and det J_i of a self-inclusive head has c^d in it.
+Inputs of any dtype are worked on in float64, but for the sums of the covariances, which are made in the dtype of the
+inputs, in float32 for narrower ones; so are the results given. A logit of 50 rounded in float32 leaves
+c = 1 - alpha_ii six digits, and det J_i of a self-inclusive head has c^d in it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from prob_transformer._validation import is_concrete, require_count, require_emb
 from prob_transformer.accelerated.sweep import LogDet
 from prob_transformer.decoder.determinant import block_log_det
 from prob_transformer.decoder.jacobian import factored_jacobian, smallest_singular_value
-from prob_transformer.decoder.layer import DecoderAttention
+from prob_transformer.decoder.layer import DecoderAttention, at_least_float32
 from prob_transformer.decoder.support import closest_positions
 from prob_transformer.decoder.view import Head, Reading, heads_of
 from prob_transformer.margin import MarginKind, SupportTokens
@@ -168,7 +169,7 @@ def layer_margins(
         raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")
     if joint and values == "identity":
         raise ValueError('joint: heads with identity values exist alone only; pass values="own".')
-    inputs = require_embeddings("inputs", inputs, layer.width)
+    inputs = at_least_float32(require_embeddings("inputs", inputs, layer.width))
     if inputs.ndim != 2:
         raise ValueError(f"inputs: has shape {inputs.shape}; pass one sequence (n, d) at a time.")
     chosen = _positions(positions, inputs.shape[0])

@@ -21,7 +21,7 @@ from prob_transformer._validation import require_embeddings
 from prob_transformer.accelerated.barrier import mean_barrier
 from prob_transformer.accelerated.cells import Cells
 from prob_transformer.accelerated.sweep import LogDet
-from prob_transformer.decoder.layer import DecoderAttention, Projected
+from prob_transformer.decoder.layer import DecoderAttention, Projected, at_least_float32
 from prob_transformer.decoder.moments import visible_past
 
 # Positions a step: (block, n, p) of centred keys and features are alive at once.
@@ -95,6 +95,7 @@ def barrier_penalty(layers: Iterable[tuple[DecoderAttention, Float[Array, "... n
     """Mean barrier of all heads of the layers, each with its normalised inputs (..., n, d), to be added to a loss.
 
     Differentiable in reverse mode in weights and inputs, under jit too; the gradient is not defined where det J_i = 0.
+    Layers and inputs in bfloat16 or float16 are worked on in float32, which the mean has; gradients keep their dtypes.
     Identity values and the strict past, each head alone; value maps that a layer has are not used. Raises ValueError
     for inputs that do not fit, naming the layer, and for no layers. Equation: the module docstring; docs/own_model.md.
     """
@@ -105,6 +106,7 @@ def barrier_penalty(layers: Iterable[tuple[DecoderAttention, Float[Array, "... n
             inputs = require_embeddings("inputs", given, layer.width)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from None
+        layer, inputs = at_least_float32((layer, inputs))
         places += inputs[..., 0].size * layer.heads
         if layer.rotary is None and layer.window is None:
             cells = _cells(layer, inputs)

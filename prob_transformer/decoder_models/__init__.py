@@ -6,4 +6,4 @@ huggingface and smollm2 (where weights come from), tokenizer, load.
 
 from prob_transformer._extras import require
 
-require("inspect", "gguf", "safetensors", "tokenizers")
+require("inspect", "gguf", "msgspec", "safetensors", "tokenizers")

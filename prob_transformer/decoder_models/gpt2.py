@@ -12,33 +12,30 @@ import numpy as np
 from jaxtyping import Array
 
 from prob_transformer.decoder import DecoderAttention
-from prob_transformer.decoder_models.llama import shaped
+from prob_transformer.decoder_models.llama import embeddings, shaped
 from prob_transformer.decoder_models.model import Block, Decoder, GeluPerceptron, LayerNorm
 
 
 class Gpt2Shape(NamedTuple):
-    """What a GPT-2 decoder's weights do not say of themselves."""
+    """Of a GPT-2 decoder: number of tokens, width, hidden width of its perceptrons, numbers of layers and heads."""
 
+    tokens: int
+    width: int
+    hidden: int
     layers: int
     heads: int
+    context: int
     epsilon: float
     approximate: bool
 
 
 def gpt2(shape: Gpt2Shape, weight: Callable[[str], np.ndarray | None]) -> Decoder:
     """The decoder in float32. Raises ValueError for weights that are missing or do not fit the shape."""
-    embedding, places = weight("wte.weight"), weight("wpe.weight")
-    if embedding is None or embedding.ndim != 2 or places is None or places.ndim != 2:
-        raise ValueError("weights: no wte.weight and wpe.weight of two axes; the file is not of the GPT-2 family.")
-    tokens, width = embedding.shape
-    context = places.shape[0]
-    heads = shape.heads
-    if width % heads:
-        raise ValueError(f"weights: width {width} does not divide into n_head = {heads} heads; check config.json.")
+    width, hidden, heads = shape.width, shape.hidden, shape.heads
     size = width // heads
 
     def stored(name: str, *expected: int) -> Array:
-        return shaped(name, weight(name), expected)
+        return shaped(name, weight(name), *expected)
 
     def norm(name: str) -> LayerNorm:
         return LayerNorm(stored(f"{name}.weight", width), stored(f"{name}.bias", width), shape.epsilon)
@@ -46,14 +43,13 @@ def gpt2(shape: Gpt2Shape, weight: Callable[[str], np.ndarray | None]) -> Decode
     def block(layer: int) -> Block:
         here = f"h.{layer}."
         # (in, 3, heads, size) to query, key and value, each (heads, size, in).
-        fused = stored(f"{here}attn.c_attn.weight", width, 3, heads, size).transpose(1, 2, 3, 0)
-        biases = stored(f"{here}attn.c_attn.bias", 3, heads, size)
-        output = stored(f"{here}attn.c_proj.weight", heads, size, width).transpose(0, 2, 1)
+        fused = stored(f"{here}attn.c_attn.weight", width, 3 * width).reshape(width, 3, heads, size)
+        fused = fused.transpose(1, 2, 3, 0)
+        biases = stored(f"{here}attn.c_attn.bias", 3 * width).reshape(3, heads, size)
+        output = stored(f"{here}attn.c_proj.weight", width, width).reshape(heads, size, width).transpose(0, 2, 1)
         attention = DecoderAttention(fused[0], fused[1], fused[2], output, query_bias=biases[0], key_bias=biases[1])
         # Weights sum to one, so each head passes the bias of its values on unchanged.
         constant = stored(f"{here}attn.c_proj.bias", width) + jnp.einsum("hdv,hv->d", output, biases[2])
-        first = weight(f"{here}mlp.c_fc.weight")
-        hidden = 0 if first is None else first.shape[-1]
         perceptron = GeluPerceptron(
             stored(f"{here}mlp.c_fc.weight", width, hidden).T,
             stored(f"{here}mlp.c_fc.bias", hidden),
@@ -63,13 +59,12 @@ def gpt2(shape: Gpt2Shape, weight: Callable[[str], np.ndarray | None]) -> Decode
         )
         return Block(norm(f"{here}ln_1"), attention, constant, norm(f"{here}ln_2"), perceptron)
 
-    table = shaped("wte.weight", embedding, (tokens, width))
-    head = weight("lm_head.weight")
+    table, head = embeddings(shape.tokens, width, weight("wte.weight"), weight("lm_head.weight"))
     return Decoder(
         token_embedding=table,
-        position_embedding=shaped("wpe.weight", places, (context, width)),
+        position_embedding=stored("wpe.weight", shape.context, width),
         blocks=tuple(block(layer) for layer in range(shape.layers)),
         final_norm=norm("ln_f"),
-        head=table if head is None else shaped("lm_head.weight", head, (tokens, width)),
-        context=context,
+        head=head,
+        context=shape.context,
     )

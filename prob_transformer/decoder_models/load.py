@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prob_transformer.decoder_models.gguf_file import read_gguf
 from prob_transformer.decoder_models.huggingface import read_folder
+from prob_transformer.decoder_models.safetensors_folder import weight_files
 from prob_transformer.decoder_models.smollm2 import WEIGHTS_SHA256, weights_path
 from prob_transformer.inspect import Loaded
 from prob_transformer.provenance import file_sha256
@@ -26,7 +27,11 @@ def load(model: str) -> Loaded:
     path = Path(model)
     if path.is_dir():
         decoder, tokenizer = read_folder(path)
-        return Loaded(decoder, tokenizer, path.resolve().name, _digest(sorted(path.glob("*.safetensors"))))
+        return Loaded(decoder, tokenizer, path.resolve().name, _digest(weight_files(path)))
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"--model: {model} holds weights alone; pass the folder with its config.json and tokenizer.json."
+        )
     if path.is_file():
         return Loaded(*read_gguf(path), path.name, _digest([path]))
     raise ValueError(f"--model: {model} is not there; pass smollm2, a GGUF file or a Hugging Face folder.")

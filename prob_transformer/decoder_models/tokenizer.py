@@ -1,56 +1,55 @@
-"""Byte-pair tokenizers of pretrained models, from a model's own vocabulary and merges."""
+"""The tokenizer of a Hugging Face folder, and what any tokenizer must have in common with its model."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-# Embedding tables are padded to round numbers of rows; a tokenizer that leaves more than this unused is not its own.
-_MOST_PADDING = 1024
-
-
-def digits_then_bytes(tokens: Sequence[str], merges: Sequence[tuple[str, str]], special: Sequence[str]) -> Tokenizer:
-    """The tokenizer of the SmolLM models: every digit apart, then byte-level without a prefix space, nothing added."""
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return tokenizer
+from tokenizers import Tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer.json at `path`. Raises ValueError if it cannot be read."""
+    """The tokenizer.json at `path`, cutting whole texts and always alike: what was saved of truncation, padding and
+    dropout while the model was trained is switched off. Raises ValueError if it cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"tokenizer: {path} cannot be read ({error}); pass a folder with a tokenizer.json.") from None
+        raise ValueError(
+            f"tokenizer: {path} cannot be read ({error}); save it there in the format of the tokenizers library."
+        ) from None
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     # The library raises plain Exception for a file it cannot parse.
     except Exception as error:
         raise ValueError(
             f"tokenizer: {path} is not a tokenizer of the tokenizers library ({error}); save it anew."
         ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def require_match(tokenizer: Tokenizer, rows: int) -> None:
-    """Raises ValueError unless every token has an embedding and few embeddings are without a token."""
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if not rows - _MOST_PADDING <= largest + 1 <= rows:
+    """Raises ValueError unless every token has an embedding and at least half of the embeddings have a token.
+
+    Embedding tables are padded to round numbers of rows, some by thousands.
+    """
+    count = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not rows <= 2 * count <= 2 * rows:
         raise ValueError(
-            f"tokenizer: numbers tokens up to {largest} but the model has {rows} embeddings; "
-            "pass the tokenizer that belongs to the model."
+            f"tokenizer: has {count} tokens but the model {rows} embeddings, fewer than the tokens or more than "
+            "twice as many; pass the tokenizer that belongs to the model."
         )
 
 
-def encode(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " n"]:
-    """Token numbers of a text, without any token added at its ends. Raises ValueError for an empty text."""
-    numbers = np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-    if numbers.size == 0:
+def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> Int[np.ndarray, " n"]:
+    """Token numbers of a text, with those that the tokenizer adds at its ends unless told not to.
+
+    Raises ValueError for an empty text.
+    """
+    numbers = np.asarray(tokenizer.encode(text, add_special_tokens=special_tokens).ids, np.int32)
+    if numbers.size == 0 or not text:
         raise ValueError("text: is empty; pass some text.")
     return numbers

@@ -21,6 +21,8 @@ from prob_transformer.inference.results import save
 from prob_transformer.inspect.inspection import Inspection, Setting, inspect_text, pieces_of
 from prob_transformer.inspect.page import MOST_TOKENS, page
 from prob_transformer.inspect.tree import tree
+from prob_transformer.inspect.wording import shown
+from prob_transformer.output import replace_unencodable
 from prob_transformer.provenance import provenance, write_text
 
 if TYPE_CHECKING:
@@ -102,9 +104,21 @@ def _whole_folder(out: Path, names: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _encoded(loaded: Loaded, text: str, limit: int | None) -> tuple[list[int], tuple[str, ...]]:
-    """Tokens and their pieces of the text, the first `limit` of them. Raises ValueError for too few or too many."""
-    encoding = loaded.tokenizer.encode(text, add_special_tokens=False)
+class _Encoded(NamedTuple):
+    """Tokens of a text with the piece of each, and the positions of those that the tokenizer added."""
+
+    tokens: list[int]
+    pieces: tuple[str, ...]
+    added: tuple[int, ...]
+
+    def in_words(self) -> str:
+        places = [f"{shown(self.pieces[place])} at {place}" for place in self.added]
+        return f"Tokens added by the tokenizer: {', '.join(places) or 'none'}."
+
+
+def _encoded(loaded: Loaded, text: str, limit: int | None, special_tokens: bool) -> _Encoded:
+    """The first `limit` tokens of the text. Raises ValueError for too few or too many."""
+    encoding = loaded.tokenizer.encode(text, add_special_tokens=special_tokens)
     most = min(loaded.decoder.context, MOST_TOKENS)
     if limit is not None and not 2 <= limit <= most:
         raise ValueError(f"--tokens: got {limit}; pass 2 to {most}.")
@@ -116,19 +130,22 @@ def _encoded(loaded: Loaded, text: str, limit: int | None) -> tuple[list[int], t
         )
     if count < 2:
         raise ValueError(f"--text: has {count} token; pass a longer one, for the first has no past to attend to.")
-    return encoding.ids[:count], pieces_of(text, (end for _, end in encoding.offsets[:count]))
+    added = tuple(place for place, mark in enumerate(encoding.special_tokens_mask[:count]) if mark)
+    pieces = list(pieces_of(text, (end for _, end in encoding.offsets[:count])))
+    for place in added:
+        pieces[place] = encoding.tokens[place]
+    return _Encoded(encoding.ids[:count], tuple(pieces), added)
 
 
-def _inspect(loaded: Loaded, text: str, arguments: argparse.Namespace, console: "Console") -> Inspection:
+def _inspect(loaded: Loaded, encoded: _Encoded, arguments: argparse.Namespace, console: "Console") -> Inspection:
     from rich.progress import Progress
 
-    tokens, pieces = _encoded(loaded, text, arguments.tokens)
     chosen = parse_layers(arguments.layers, len(loaded.decoder.blocks))
     setting = Setting(arguments.values, arguments.self_inclusive)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("layers", total=len(chosen))
-        walk = loaded.decoder.layers(tokens)
-        return inspect_text(walk, pieces, tokens, setting, chosen, lambda: progress.advance(bar))
+        walk = loaded.decoder.layers(encoded.tokens)
+        return inspect_text(walk, encoded.pieces, encoded.tokens, setting, chosen, lambda: progress.advance(bar))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,34 +161,42 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--layers", default="all", help="all, or as in 0-5,12 (default: %(default)s)")
     inspect.add_argument("--values", choices=("identity", "own"), default="identity", help="v = u, or the layer's own")
     inspect.add_argument("--self-inclusive", action="store_true", help="a position attends to itself too")
+    inspect.add_argument(
+        "--special-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="tokens that the model's tokenizer adds at the ends of a text, such as <s> (default: as it does)",
+    )
     inspect.add_argument("--tokens", type=int, help="look at the first TOKENS tokens only")
     inspect.add_argument("--rows", type=int, default=10, help="heads in the table (default: %(default)s)")
     return parser
 
 
 def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: str) -> None:
-    require("inspect", "gguf", "h5netcdf", "h5py", "rich", "safetensors", "tokenizers", "xarray")
+    require("inspect", "gguf", "h5netcdf", "h5py", "msgspec", "rich", "safetensors", "tokenizers", "xarray")
     from rich.console import Console
 
-    from prob_transformer.inspect.table import tables
+    from prob_transformer.inspect.table import print_tables
 
     if arguments.rows < 1:
         raise ValueError(f"--rows: got {arguments.rows}; pass at least 1.")
     _require_folder(arguments.out)
     text = read_text(arguments.text)
     loaded = load(arguments.model)
-    inspection = _inspect(loaded, text, arguments, Console(stderr=True))
+    encoded = _encoded(loaded, text, arguments.tokens, arguments.special_tokens)
+    inspection = _inspect(loaded, encoded, arguments, Console(stderr=True))
     configuration = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     attrs = {
         **provenance(None, configuration, command),
         "model": loaded.name,
         "model_sha256": loaded.sha256,
+        "added_tokens": list(encoded.added),
         "map": "e = u - mu(u) of each head at the layer's normalised inputs, not the residual block",
     }
     facts = {
         "Model": loaded.name,
         "sha256 of its weights": loaded.sha256,
-        "Text": f"{arguments.text.name}, {inspection.tokens.size} tokens",
+        "Text": f"{arguments.text.name}, {inspection.tokens.size} tokens. {encoded.in_words()}",
         "Command": command,
         "Version": f"prob-transformer {__version__}",
     }
@@ -183,7 +208,8 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: 
     except OSError as error:
         raise ValueError(f"--out: cannot be written ({error.strerror or error}); free some space there.") from None
     console = Console()
-    console.print(tables(inspection, arguments.rows))
+    print_tables(console, inspection, arguments.rows)
+    console.print(encoded.in_words(), markup=False)
     console.print(f"written: {arguments.out / PAGE}, {arguments.out / TREE}", soft_wrap=True, markup=False)
 
 
@@ -193,6 +219,7 @@ def main(argv: Sequence[str], load: Callable[[str], Loaded]) -> int:
     0 for success, 2 for bad input or a missing extra, 130 when interrupted.
     """
     arguments = _parser().parse_args(argv)
+    replace_unencodable()
     try:
         _run(arguments, load, shlex.join(["prob-transformer", *argv]))
     except (ValueError, MissingExtraError) as error:

@@ -28,8 +28,9 @@ class Inspection(NamedTuple):
     """What was found on n tokens in L layers of H heads.
 
     `pieces` is the text of each token, "" where it continues a character that an earlier token began; joined they are
-    the text. `sign` and `log_det` (in nats) are of det J_i; `carriers` are positions, heaviest first, with their
-    `shares` (0 where there are fewer). `layers` are the numbers of the layers in the model.
+    the text, with the names of the tokens that the tokenizer added. `sign` and `log_det` (in nats) are of det J_i;
+    `carriers` are positions, heaviest first, with their `shares` (0 where there are fewer). `layers` are the numbers of
+    the layers in the model.
     """
 
     pieces: tuple[str, ...]

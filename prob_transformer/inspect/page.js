@@ -57,7 +57,8 @@
   layers.forEach((layer, row) => (make("option", at("layer"), `${layer}`).value = row));
   make("option", at("head"), "closest").value = "-1";
   for (let head = 0; head < heads; head++) make("option", at("head"), `${head}`).value = head;
-  at("layer").value = at("head").value = "0";
+  at("layer").value = data.worst.row;
+  at("head").value = data.worst.head;
 
   const range = (value, length) => (value < 0 ? [...Array(length).keys()] : [value]);
   const place = (row, head, i) => (row * heads + head) * count + i;

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from prob_transformer.inspect.inspection import Inspection
-from prob_transformer.inspect.summary import summary
+from prob_transformer.inspect.summary import summary, worst_heads
 from prob_transformer.inspect.wording import density_reading, map_in_words
 
 # What a carrier's place in 16 bits can hold; a page with more tokens than this would be too large to read anyway.
@@ -29,7 +29,9 @@ def _base64(array: np.ndarray, dtype: str) -> str:
 
 def _data(inspection: Inspection) -> str:
     """The numbers and tokens as JSON that can stand in a script element."""
+    row, head = worst_heads(inspection, summary(inspection))[0]
     payload = {
+        "worst": {"row": row, "head": head},
         "pieces": inspection.pieces,
         "layers": inspection.layers,
         "heads": inspection.sign.shape[1],

@@ -38,3 +38,15 @@ def summary(inspection: Inspection) -> Summary:
         quantiles=np.moveaxis(quantiles, 0, -1),
         closest=1 + barrier.argmax(-1),
     )
+
+
+def worst_first(negative: np.ndarray, barrier: np.ndarray) -> np.ndarray:
+    """Heads by share of negative determinants, then by largest barrier."""
+    return np.lexsort((-barrier.max(-1), -negative))
+
+
+def worst_heads(inspection: Inspection, found: Summary) -> list[tuple[int, int]]:
+    """Row of the layer and head, the worst first: by share of negative determinants, then by largest barrier."""
+    heads = inspection.sign.shape[1]
+    barrier = -inspection.log_det[..., 1:].reshape(-1, inspection.tokens.size - 1)
+    return [divmod(int(index), heads) for index in worst_first(found.negative.ravel(), barrier)]

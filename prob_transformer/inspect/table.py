@@ -1,81 +1,97 @@
 """An inspection for the terminal: a line a layer, the heads most often past the boundary, and what it means."""
 
+from collections.abc import Sequence
+
 import numpy as np
-from rich.console import Group
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from prob_transformer.inspect.inspection import Inspection
-from prob_transformer.inspect.summary import QUANTILES, Summary, summary
-from prob_transformer.inspect.wording import density_reading, map_in_words
+from prob_transformer.inspect.summary import QUANTILES, Summary, summary, worst_first, worst_heads
+from prob_transformer.inspect.wording import density_reading, map_in_words, shown
 
 # Short, so that both tables fit 80 columns; b is the barrier.
 _QUANTILES = [f"b {q:.0%}" for q in QUANTILES]
-
-
-def shown(piece: str) -> str:
-    """A token in quotes on one line; control characters and line breaks are written out."""
-    return repr(piece) if piece else "(rest of a character)"
+# The least of a token that is shown in a narrow terminal.
+_TOKEN_WIDTH = 10
 
 
 def _share(value: float) -> str:
     return f"{value:.1%}" if value else "0"
 
 
-def _layers(inspection: Inspection, found: Summary) -> Table:
-    table = Table(title="Layers: all heads together", title_justify="left")
-    for column in ("layer", "det<0", "in heads", "crossings", *_QUANTILES, "worst head"):
-        table.add_column(column, justify="right")
+def _nats(value: float) -> str:
+    """A barrier in at most seven characters."""
+    size = abs(value)
+    if size >= 99999.5:
+        return f"{value:.1e}"
+    return f"{value:z.2f}" if size < 999.995 else f"{value:z.0f}"
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """A table whose numbers are never cut; a column of tokens after them is, to the width that is left."""
+    table = Table(title=title, title_justify="left")
+    used = 1
+    for index, column in enumerate(columns):
+        wide = max(map(len, (*column.split("\n"), *(row[index] for row in rows))))
+        table.add_column(column, justify="right", no_wrap=True, min_width=wide)
+        # A rule and two spaces.
+        used += wide + 3
+    if len(rows[0]) > len(columns):
+        table.add_column("at token", no_wrap=True, max_width=max(_TOKEN_WIDTH, width - used - 3))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _layers(inspection: Inspection, found: Summary, width: int) -> Table:
+    rows = []
     for row, layer in enumerate(inspection.layers):
         barrier = -inspection.log_det[row, :, 1:]
         quantiles = np.quantile(barrier, QUANTILES, method="inverted_cdf")
         negative = found.negative[row]
-        table.add_row(
-            str(layer),
-            _share(negative.mean()),
-            f"{(negative > 0).sum()} of {negative.size}",
-            str(found.crossings[row].sum()),
-            *(f"{value:z.2f}" for value in quantiles),
-            str(_worst_first(negative, barrier)[0]),
+        rows.append(
+            (
+                str(layer),
+                _share(negative.mean()),
+                f"{(negative > 0).sum()} of {negative.size}",
+                str(found.crossings[row].sum()),
+                *map(_nats, quantiles),
+                str(worst_first(negative, barrier)[0]),
+            )
         )
-    return table
+    columns = ("layer", "det<0", "in heads", "cross-\nings", *_QUANTILES, "worst\nhead")
+    return _table("Layers: all heads together", columns, rows, width)
 
 
-def _worst_first(negative: np.ndarray, barrier: np.ndarray) -> np.ndarray:
-    """Heads by share of negative determinants, then by largest barrier."""
-    return np.lexsort((-barrier.max(-1), -negative))
-
-
-def _heads(inspection: Inspection, found: Summary, rows: int) -> Table:
-    table = Table(title="Heads: most often past the boundary, then closest to it", title_justify="left")
-    for column in ("layer", "head", "det<0", "cross-\nings", *_QUANTILES, "max b"):
-        # In a narrow terminal the token gives way, not a heading.
-        table.add_column(column, justify="right", min_width=max(map(len, column.split("\n"))))
-    table.add_column("at token", no_wrap=True)
-    heads = inspection.sign.shape[1]
-    barrier = -inspection.log_det[..., 1:].reshape(-1, inspection.tokens.size - 1)
-    for index in _worst_first(found.negative.ravel(), barrier)[:rows]:
-        row, head = divmod(int(index), heads)
+def _heads(inspection: Inspection, found: Summary, count: int, width: int) -> Table:
+    rows = []
+    for row, head in worst_heads(inspection, found)[:count]:
         closest = found.closest[row, head]
-        table.add_row(
-            str(inspection.layers[row]),
-            str(head),
-            _share(found.negative[row, head]),
-            str(found.crossings[row, head]),
-            *(f"{value:z.2f}" for value in found.quantiles[row, head]),
-            f"{-inspection.log_det[row, head, closest]:z.2f}",
-            # A token may look like markup.
-            escape(f"{closest} {shown(inspection.pieces[closest])}"),
+        rows.append(
+            (
+                str(inspection.layers[row]),
+                str(head),
+                _share(found.negative[row, head]),
+                str(found.crossings[row, head]),
+                *map(_nats, found.quantiles[row, head]),
+                _nats(-inspection.log_det[row, head, closest]),
+                # A token may look like markup.
+                escape(f"{closest} {shown(inspection.pieces[closest])}"),
+            )
         )
-    return table
+    columns = ("layer", "head", "det<0", "cross-\nings", *_QUANTILES, "max b")
+    return _table("Heads: most often past the boundary, then closest to it", columns, rows, width)
 
 
-def tables(inspection: Inspection, rows: int) -> Group:
-    """Both tables and, below them, what was analysed and what the negative signs mean. `rows` heads are shown."""
+def print_tables(console: Console, inspection: Inspection, rows: int) -> None:
+    """Prints both tables, and what was analysed and what the negative signs mean. `rows` heads are shown.
+
+    A terminal that is too narrow for the numbers gets lines that are longer than it is, and wraps them.
+    """
     found = summary(inspection)
+    for table in (_layers(inspection, found, console.width), _heads(inspection, found, rows, console.width)):
+        console.print(table, width=max(console.width, console.measure(table).minimum), crop=False)
     verdict = density_reading(found.negative, inspection.setting)
-    return Group(
-        _layers(inspection, found),
-        _heads(inspection, found, rows),
-        escape(f"{map_in_words(inspection.setting)} b = -log|det J| in nats, the barrier.\n{verdict}"),
-    )
+    console.print(escape(f"{map_in_words(inspection.setting)} b = -log|det J| in nats, the barrier.\n{verdict}"))

@@ -40,3 +40,8 @@ def density_reading(negative: Float[np.ndarray, "L H"], setting: Setting) -> str
         "N(e) |det J| has a mass above 1 over u, so it is not a probability density there. Heads without negative "
         "signs may still have some elsewhere."
     )
+
+
+def shown(piece: str) -> str:
+    """A token in quotes on one line; control characters and line breaks are written out."""
+    return repr(piece) if piece else "(rest of a character)"

@@ -100,7 +100,8 @@ def check_keys(page: Page, data: dict[str, Any]) -> None:
             break
         page.press("Tab")
     start = token_in_focus(page)
-    order = np.argsort(data["logDet"][0, 0, 1:], kind="stable") + 1
+    worst = (data["worst"]["row"], data["worst"]["head"])
+    order = np.argsort(data["logDet"][worst][1:], kind="stable") + 1
     require(start == order[0], "Tab reaches the token closest to the boundary")
     page.press("ArrowDown")
     require(token_in_focus(page) == order[1], "arrow down goes to the next closest token")
@@ -128,9 +129,18 @@ def check_keys(page: Page, data: dict[str, Any]) -> None:
 
 def check_choice(page: Page, data: dict[str, Any]) -> None:
     heads = data["heads"]
+    worst = (data["worst"]["row"], data["worst"]["head"])
+    require(
+        shown_classes(page) == expected_classes(data["sign"][worst], data["logDet"][worst]),
+        "shades and frames are those of the worst layer and head",
+    )
+    for name in ("layer", "head"):
+        page.evaluate(f"document.getElementById('{name}').focus()")
+        page.press("Home")
+        page.press("ArrowDown")
     require(
         shown_classes(page) == expected_classes(data["sign"][0, 0], data["logDet"][0, 0]),
-        "shades and frames are those of layer and head 0",
+        "chosen by keys, shades and frames are those of layer and head 0",
     )
     for name, presses in (("layer", len(data["layers"]) - 1), ("head", heads - 1)):
         page.evaluate(f"document.getElementById('{name}').focus()")

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,6 +87,22 @@ def test_float32_layers_lose_no_more_than_their_sums(values, inclusive):
     np.testing.assert_array_equal(found.positions, there)
     assert found.log_det.dtype == found.support.margins.dtype == np.float32
     np.testing.assert_allclose(found.determinant, np.linalg.det(blocks)[:, there], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("values", "inclusive"), [("identity", False), ("identity", True), ("own", False)])
+def test_layers_in_half_precision_are_worked_on_as_the_numbers_they_are(dtype, values, inclusive):
+    plain, inputs = case("rotary")
+    narrow = jax.tree.map(lambda x: x.astype(dtype), layer_of(plain))
+    inputs = jnp.asarray(inputs, dtype)
+    wide = jax.tree.map(lambda x: x.astype(np.float64), narrow)
+    expected = layer_margins(wide, inputs.astype(np.float64), values=values, self_inclusive=inclusive)
+    found = layer_margins(narrow, inputs, values=values, self_inclusive=inclusive)
+    (listed,) = decoder_margins([(narrow, inputs)], values=values, self_inclusive=inclusive)
+    np.testing.assert_array_equal(listed.log_det, found.log_det)
+    assert found.log_det.dtype == found.support.margins.dtype == np.float32
+    np.testing.assert_array_equal(found.sign, expected.sign)
+    np.testing.assert_allclose(found.log_det, expected.log_det, rtol=1e-6, atol=2e-5)
 
 
 def test_long_texts_are_swept_in_blocks_and_chunks_without_a_seam():

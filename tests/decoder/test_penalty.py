@@ -61,6 +61,31 @@ def test_value_and_negative_share_are_those_of_the_autodiff_jacobian(name, dtype
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_worked_on_as_the_numbers_it_is(name, dtype):
+    plain, sequences = problem(name)
+
+    def penalty(given):
+        weights, inputs = given
+        return barrier_penalty([(layer_of(weights, plain), inputs)]).mean
+
+    narrow = jax.tree.map(lambda x: x.astype(dtype), (weights_of(plain), jnp.asarray(sequences)))
+    wide = jax.tree.map(lambda x: x.astype(np.float64), narrow)
+    found, gradient = jax.value_and_grad(penalty)(narrow)
+    expected, exact = jax.value_and_grad(penalty)(wide)
+    assert found.dtype == np.float32
+    # Close to the boundary float32 itself is this far from float64.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(exact))
+
+    def compare(ours, theirs):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.asarray(ours, float), theirs, rtol=jnp.finfo(dtype).eps, atol=2e-3 * largest)
+
+    jax.tree.map(compare, gradient, exact)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_gradient_in_weights_and_inputs_equals_finite_differences(name):
     plain, sequences = problem(name)
     given = (weights_of(plain), jnp.asarray(sequences))

@@ -172,51 +172,6 @@ def test_each_layer_is_handed_out_with_its_inputs_and_has_margins(tmp_path):
     np.testing.assert_allclose(inputs, embedded / size * np.asarray(decoder.blocks[0].attention_norm.gain), rtol=1e-5)
 
 
-def broken(folder, name, change):
-    path = folder / name
-    path.write_bytes(change(path.read_bytes()))
-
-
-def without(*names):
-    return {name: x for name, x in llama_weights(LLAMA).items() if name not in names}
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda f: (f / "config.json").unlink(), "model: .*config.json cannot be read"),
-        (lambda f: broken(f, "config.json", lambda b: b[:20]), "is not JSON"),
-        (lambda f: write(f, LLAMA | {"model_type": "mamba"}, {}), "is of type 'mamba'; supported are llama"),
-        (lambda f: write(f, LLAMA | {"hidden_act": "gelu"}, {}), "hidden_act = 'gelu'; only 'silu' is supported"),
-        (lambda f: write(f, LLAMA | {"num_attention_heads": 0}, {}), "num_attention_heads = 0; it must be a number"),
-        (
-            lambda f: write(f, LLAMA | {"rope_scaling": {"type": "yarn"}}, without()),
-            "scales rotary positions by 'yarn'",
-        ),
-        (lambda f: broken(f, "model.safetensors", lambda b: b[:-8]), "not a whole safetensors file"),
-        (lambda f: broken(f, "model.safetensors", lambda b: b"PK" + b[2:]), "not a whole safetensors file"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickled file that is not opened"),
-        (lambda f: write(f, LLAMA, without("lm_head.weight")), "no lm_head.weight"),
-        (lambda f: write(f, LLAMA, without("model.norm.weight")), "weights: no final_norm"),
-        (lambda f: write(f, LLAMA | {"head_dim": 2}, without()), "output of layer 0 has shape .* does not allow"),
-        (
-            lambda f: write(f, LLAMA | {"vocab_size": 9}, without()),
-            "260 embeddings, but config.json gives vocab_size = 9",
-        ),
-        (lambda f: broken(f, "tokenizer.json", lambda b: b[:-9]), "is not a tokenizer of the tokenizers library"),
-        (
-            lambda f: write(f, LLAMA | {"vocab_size": 100}, llama_weights(LLAMA | {"vocab_size": 100})),
-            "tokenizer: numbers tokens up to 259 but the model has 100 embeddings",
-        ),
-    ],
-)
-def test_damaged_and_foreign_folders_are_refused_by_name(tmp_path, spoil, message):
-    folder = write(tmp_path / "model", LLAMA, llama_weights(LLAMA))
-    spoil(folder)
-    with pytest.raises(ValueError, match=message):
-        read_folder(folder)
-
-
 def test_tokens_beyond_the_context_are_refused(tmp_path):
     decoder, _ = read_folder(write(tmp_path / "model", LLAMA, llama_weights(LLAMA)))
     with pytest.raises(ValueError, match="33 do not fit the context of 32; pass a shorter text"):

@@ -36,6 +36,10 @@ def test_the_page_holds_the_numbers(made_up):
     data = json.loads(Elements(page(made_up, "t", {})).scripts["data"])
     assert data["pieces"] == list(made_up.pieces)
     assert (data["layers"], data["heads"], data["carriersEach"]) == ([3, 7], 1, 3)
+    # The head that is most often past the boundary, where the page opens.
+    assert data["worst"] == {"row": 0, "head": 0}
+    flipped = made_up._replace(sign=made_up.sign[::-1], log_det=made_up.log_det[::-1])
+    assert json.loads(Elements(page(flipped, "t", {})).scripts["data"])["worst"] == {"row": 1, "head": 0}
     np.testing.assert_array_equal(decoded(data, "sign", "<i1", (2, 1, 5)), made_up.sign)
     np.testing.assert_array_equal(decoded(data, "logDet", "<f4", (2, 1, 5)), made_up.log_det)
     np.testing.assert_array_equal(decoded(data, "carriers", "<u2", (2, 1, 5, 3)), made_up.carriers)

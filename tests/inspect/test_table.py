@@ -1,15 +1,17 @@
 import io
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from prob_transformer.inspect.inspection import Setting
-from prob_transformer.inspect.table import tables
+from prob_transformer.inspect.summary import QUANTILES, summary
+from prob_transformer.inspect.table import print_tables
 
 
-def printed(inspection, rows=10):
-    console = Console(file=io.StringIO(), width=100)
-    console.print(tables(inspection, rows))
+def printed(inspection, rows=10, width=100):
+    console = Console(file=io.StringIO(), width=width)
+    print_tables(console, inspection, rows)
     return console.file.getvalue()
 
 
@@ -28,6 +30,40 @@ def test_layers_and_heads_with_their_figures_worst_head_first(made_up):
     heads = text[text.index("Heads") :]
     assert heads.index("│     3 ") < heads.index("│     7 ")
     assert "│     7 " not in printed(made_up, rows=1)[text.index("Heads") :]
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_no_number_is_cut_in_a_narrow_terminal(made_up, width):
+    # Two thousand tokens, a barrier of six digits, a layer and a head of two.
+    rng = np.random.default_rng(0)
+    log_det = -rng.uniform(1000, 100000, (40, 12, 2000)).astype(np.float32)
+    sign = rng.choice(np.array([-1, 1], np.int8), log_det.shape)
+    places = np.zeros((*log_det.shape, 3), int)
+    large = made_up._replace(
+        pieces=("of a long word",) * 2000,
+        tokens=np.arange(2000),
+        layers=tuple(range(40)),
+        sign=sign,
+        log_det=log_det,
+        carriers=places,
+        shares=places.astype(np.float32),
+    )
+    text = printed(large, width=width)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    layers, heads = [row for row in rows if len(row) == 8], [row for row in rows if len(row) == 9]
+    assert (len(layers), len(heads)) == (40, 10)
+    found = summary(large)
+    for row, shown in enumerate(layers):
+        barrier = -log_det[row, :, 1:]
+        np.testing.assert_array_equal(
+            [float(x) for x in shown[4:7]], np.rint(np.quantile(barrier, QUANTILES, method="inverted_cdf"))
+        )
+        assert shown[2:4] == ["12 of 12", str(found.crossings[row].sum())]
+    for shown in heads:
+        row, head = int(shown[0]), int(shown[1])
+        np.testing.assert_array_equal([float(x) for x in shown[4:7]], np.rint(found.quantiles[row, head]))
+        assert float(shown[7]) == np.rint(-log_det[row, head].min())
+    assert width < 80 or max(map(len, text.splitlines())) <= 80
 
 
 def test_tokens_that_look_like_markup_are_text(made_up):

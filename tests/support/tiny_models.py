@@ -38,7 +38,8 @@ def llama_weights(config, seed=0):
     width, hidden, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     rows, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
     weights = {"model.embed_tokens.weight": (config["vocab_size"], width), "model.norm.weight": (width,)}
-    weights["lm_head.weight"] = (config["vocab_size"], width)
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = (config["vocab_size"], width)
     for layer in range(config["num_hidden_layers"]):
         here = f"model.layers.{layer}."
         weights |= {
