@@ -69,13 +69,14 @@ def test_half_precision_is_worked_on_as_the_numbers_it_is(name, dtype):
         weights, inputs = given
         return barrier_penalty([(layer_of(weights, plain), inputs)]).mean
 
-    narrow = jax.tree.map(lambda x: x.astype(dtype), (weights_of(plain), jnp.asarray(sequences)))
+    # Weights half as large keep every position away from the boundary, near which float32 itself loses digits.
+    weights = jax.tree.map(lambda x: x / 2, weights_of(plain))
+    narrow = jax.tree.map(lambda x: x.astype(dtype), (weights, jnp.asarray(sequences)))
     wide = jax.tree.map(lambda x: x.astype(np.float64), narrow)
     found, gradient = jax.value_and_grad(penalty)(narrow)
     expected, exact = jax.value_and_grad(penalty)(wide)
     assert found.dtype == np.float32
-    # Close to the boundary float32 itself is this far from float64.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(exact))
 
     def compare(ours, theirs):
