@@ -53,7 +53,6 @@ def one_sided_penalty(
     require_positive("threshold", threshold)
     x = log_det - jnp.log(jnp.asarray(threshold, log_det.dtype))
     # From -1e-3 on exp(1 / x) is zero in float64 already, and the 1 / x^2 of its slope would overflow.
-    is_below = x < -1e-3
-    inside = jnp.where(is_below, x, -1.0)
-    positive = jnp.where(is_below, -inside * jnp.exp(1 / inside), 0.0)
+    inside = jnp.minimum(x, -1e-3)
+    positive = -inside * jnp.exp(1 / inside)
     return jnp.where(sign > 0, positive, jnp.logaddexp(x, 0.0))

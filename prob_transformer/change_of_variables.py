@@ -10,7 +10,7 @@ e_1..n is block lower triangular, so its log-determinant is sum_i log|det J_i|. 
     L_i = [Cov(v^h, k^h) / sqrt(p)]_h  (d x Hp),      R = [W_Q^h]_h  (Hp x d),
 
 J_i = I_d - L_i R, and Sylvester's identity gives det J_i = det(I_Hp - R L_i): the small determinant computed below.
-Derivations: docs/theory.md.
+Derivations: docs/theory.md. `EmbeddingProcess.position_log_prob` (process.py) adds up the third line.
 """
 
 import math
