@@ -98,7 +98,7 @@ class _Block(NamedTuple):
 
     def chunk(
         self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "c H Hp+p k"], Float[Array, "c H k b"]]:
+    ) -> tuple[Float[Array, "c H rows k"], Float[Array, "c H k b"]]:
         """Centred rows of one chunk, and its weights."""
         attended = _at(rows.attended, begin, tiling.chunk) - self.centre
         return attended, lax.dynamic_slice_in_dim(self.weights, begin, tiling.chunk, 2)
