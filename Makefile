@@ -42,9 +42,9 @@ test: $(INSTALLED) ## the tests but those that are long by nature [TESTS=FILES]
 test-all: $(INSTALLED) ## every test [TESTS=FILES]
 	$(RUN) -m pytest -n 2 $(TESTS)
 
-# Refusals are left out: here a wrong shape is refused before our own message.
+# Refusals are left out: here a wrong shape is refused before our own message. Pages run what is beyond the core.
 test-shapes: $(INSTALLED) ## the core with the shapes of its annotations checked at every call
-	$(RUN) -m pytest -n 2 -p tests.shapes --jaxtyping-packages=prob_transformer,beartype.beartype -k "not refused" \
+	$(RUN) -m pytest -n 2 -p tests.shapes --jaxtyping-packages=prob_transformer,beartype.beartype -k "not refused and not on_a_page" \
 		tests/test_*.py tests/accelerated
 
 test-deep: $(INSTALLED) ## every drawn check on far more cases, for a long night, with a new seed each day [SEED=N]

@@ -105,7 +105,7 @@ class _Block(NamedTuple):
 
 
 def _second_moments(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[Array, "c H Hp p b"]:
-    def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H Hp*p b"]:
+    def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H products b"]:
         attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk))
         outer = attended[:, :, :rank, None] * attended[:, :, None, rank:]
         return _product(tiling, outer.reshape(*outer.shape[:2], -1, tiling.chunk), weights)

@@ -153,7 +153,7 @@ def _run(
             rng_key=key,
         )
 
-    def step(states: HMCState, i: Int[Array, ""]) -> tuple[HMCState, tuple[Sites, Sites]]:
+    def step(states: HMCState, i: Int[Array, ""]) -> tuple[HMCState, tuple[Sites, dict[str, Array]]]:
         states = jax.vmap(transition)(states)
         if settings.reports:
             every = max(1, (warmup + draws) // _REPORTS)
