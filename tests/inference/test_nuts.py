@@ -164,7 +164,7 @@ def test_data_that_are_not_a_number_are_named_and_never_written():
         result.to_datatree(allow=list(NutsStatus))
 
 
-@pytest.mark.parametrize("embeddings", WAYS)
+@pytest.mark.parametrize("embeddings", ["direct", pytest.param("noise", marks=pytest.mark.slow)])
 def test_past_the_boundary_the_status_says_so(embeddings):
     # a = 6 and observations far apart: u_3 has several roots.
     y = np.array([[-1.5], [1.5], [0.2]])

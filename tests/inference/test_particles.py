@@ -117,6 +117,7 @@ def test_past_the_boundary_the_direct_proposal_targets_the_density_and_the_statu
     assert 0 < (crossed > 0).mean() < 1
 
 
+@pytest.mark.slow
 def test_past_the_boundary_the_process_proposal_reports_it_and_drops_lost_particles():
     result = filters(scalar(4.0), jax.random.split(jax.random.key(3), 400), 8, "process", 0.0)
     status, unsolved = np.asarray(result.status), np.asarray(result.unsolved)
