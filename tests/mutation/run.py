@@ -323,7 +323,6 @@ def main(arguments: list[str] | None = None) -> int:
     digests: dict[str, str] = {}
     for package in SHARED_IMPORTS:
         import_module(package)
-    assert "prob_transformer" not in sys.modules
     # A fork, so that workers have what is imported above; JAX is started in forks of theirs alone.
     context = multiprocessing.get_context("fork")
     with (
