@@ -113,7 +113,7 @@ def in_a_process(out, *arguments):
 def environment(devices):
     return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         # What random numbers are drawn depends on it, and this process has it on.
         "JAX_ENABLE_X64": "1",
         # The code runs twice, and compiling it is what takes time.
