@@ -118,7 +118,7 @@ def _report(console: Console, summary: dict[str, Any], scores: dict[str, Score],
     )
     table = Table("prediction", "nats per character", "standard error", "calibration error")
     for name, value in scores.items():
-        table.add_row(name, *(f"{x:.4f}" for x in value))
+        table.add_row(name, *("undefined" if x is None else f"{x:.4f}" for x in value))
     console.print(table)
     seconds = summary["seconds"]
     console.print(

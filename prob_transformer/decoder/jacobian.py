@@ -76,11 +76,17 @@ def factored_jacobian(
 
 
 def smallest_singular_value(factored: Factored) -> Float[Array, " b"]:
-    """sigma_min(J_i). Outside the span of left and right^T, 2r dimensions at most, J_i is its scale times identity."""
+    """sigma_min(J_i), found in the span of left and right^T, 2r dimensions, where 2r is less than the width.
+
+    Outside the span J_i is its scale times identity. sigma_min is not larger than that, so it is found inside: in a span
+    of fewer dimensions QR completes the basis with directions from outside, and in one of 2r dimensions
+    J^T J - I = M^T [[left^T left, -I], [-I, 0]] M (scale 1), where the rows of M are those of right and left^T, has r
+    negative eigenvalues by Sylvester's law of inertia.
+    """
     scale, left, right = factored
     rank, width = right.shape[1:]
     if 2 * rank >= width:
         return jnp.linalg.svd(factored.dense(), compute_uv=False)[:, -1]
     basis, _ = jnp.linalg.qr(jnp.concatenate([left, jnp.swapaxes(right, 1, 2)], 2))
     core = jnp.eye(2 * rank, dtype=left.dtype) - (jnp.swapaxes(basis, 1, 2) @ left) @ (right @ basis)
-    return scale * jnp.minimum(jnp.linalg.svd(core, compute_uv=False)[:, -1], 1)
+    return scale * jnp.linalg.svd(core, compute_uv=False)[:, -1]
