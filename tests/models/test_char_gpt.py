@@ -108,7 +108,7 @@ def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objecti
 @pytest.mark.parametrize("threshold", [0.5, 2.0])
 def test_the_one_sided_penalty_is_that_of_the_configured_threshold(site, threshold):
     model, windows = model_and_windows(scale=8.0)
-    model = aligned(model, 1.0)
+    model = aligned(model, 2.0)
     heads = [(block, inputs) for block, inputs in zip(model.blocks, layer_inputs(model, windows), strict=True)]
     if site == "embedding":
         heads = [(model.prior_stage, jax.vmap(model.embed)(windows[:, :-1]))]
