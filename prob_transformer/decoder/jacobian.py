@@ -76,12 +76,11 @@ def factored_jacobian(
 
 
 def smallest_singular_value(factored: Factored) -> Float[Array, " b"]:
-    """sigma_min(J_i), found in the span of left and right^T, 2r dimensions, where 2r is less than the width.
+    """sigma_min(J_i), found in the span of left and right^T where its 2r dimensions are fewer than d.
 
-    Outside the span J_i is its scale times identity. sigma_min is not larger than that, so it is found inside: in a span
-    of fewer dimensions QR completes the basis with directions from outside, and in one of 2r dimensions
-    J^T J - I = M^T [[left^T left, -I], [-I, 0]] M (scale 1), where the rows of M are those of right and left^T, has r
-    negative eigenvalues by Sylvester's law of inertia.
+    Outside the span J_i is its scale c times identity, and inside it sigma_min is at most c: if the span has 2r
+    dimensions, J^T J / c^2 - I is congruent there to [[left^T left, -I], [-I, 0]], which has r negative eigenvalues; if
+    it has fewer, QR completes the basis with directions from outside.
     """
     scale, left, right = factored
     rank, width = right.shape[1:]

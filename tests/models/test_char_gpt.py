@@ -122,8 +122,8 @@ def test_the_one_sided_penalty_is_that_of_the_configured_threshold(site, thresho
     )
     # Of both signs, and on both sides of either threshold.
     assert (determinants < 0).any()
-    assert ((0 < determinants) & (determinants < 0.5)).any()
-    assert ((0.5 < determinants) & (determinants < 2.0)).any()
+    assert ((determinants > 0) & (determinants < 0.5)).any()
+    assert ((determinants > 0.5) & (determinants < 2.0)).any()
     x = np.log(np.abs(determinants) / threshold)
     below = -x * np.exp(1 / np.minimum(x, -1e-9))
     penalty = np.where(determinants < 0, np.log1p(np.exp(x)), np.where(determinants < threshold, below, 0.0))
