@@ -95,7 +95,7 @@ def judged(tmp_path, truths, **options):
 
 
 def stepped_down(p_values):
-    """Holm's adjusted p-values by their definition: the smallest level at which the step-down procedure rejects each."""
+    """Holm's adjusted p-values by definition: the smallest level at which the step-down procedure rejects each."""
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     adjusted = [0.0] * len(p_values)
     for step, place in enumerate(order):
