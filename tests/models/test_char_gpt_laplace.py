@@ -9,7 +9,7 @@ from scipy.special import log_softmax, softmax
 
 from models import cli
 from models.char_gpt import __main__ as command
-from models.char_gpt import checkpoint, last_layer, linear_maps
+from models.char_gpt import checkpoint, laplace, last_layer, linear_maps
 from models.char_gpt.config import Config
 from models.char_gpt.evidence import Evidence, tuned_prior_precision
 from models.char_gpt.laplace import covered, curvature, evidence_of, tuned
@@ -18,6 +18,7 @@ from models.char_gpt.training import initial_state, new_record
 from models.corpus import load
 from prob_transformer.inference import results
 from prob_transformer.inference.laplace import Precision
+from prob_transformer.inference.laplace.kronecker import KroneckerPrecision
 from tests.support.tiny_gpt import compiled_logits, made_wide
 
 SMALL = Config(layers=2, width=4, heads=2, context=4, steps=2, batch=2, evaluation_windows=3)
@@ -261,6 +262,20 @@ def test_the_command_prints_a_table_and_writes_a_tree(trained, structure, capsys
     assert by_draw.shape == (1, 3, *tree["observed_data"]["tokens"].shape)
     mixture = np.log(np.exp(by_draw.to_numpy().astype(float)).mean((0, 1))).mean()
     np.testing.assert_allclose(summary["scores"]["linearised, 3 draws"]["nats_per_character"], -mixture, rtol=1e-4)
+
+
+def test_the_draws_do_not_come_from_the_key_of_the_signs(trained, monkeypatch):
+    used = []
+
+    def noting(function, place):
+        return lambda *arguments: used.append(jax.random.key_data(arguments[place]).tolist()) or function(*arguments)
+
+    monkeypatch.setattr(laplace, "combinations", noting(laplace.combinations, 1))
+    monkeypatch.setattr(KroneckerPrecision, "sample", noting(KroneckerPrecision.sample, 1))
+    out = trained / "keys.nc"
+    assert run_command(trained, "--structure", "kronecker", "--prior-precision", "2", "--out", out) == 0
+    signs, draws = used
+    assert signs != draws
 
 
 def test_of_one_window_the_command_says_that_the_standard_error_is_undefined(tmp_path, capsys):
