@@ -86,7 +86,7 @@ def test_where_attention_only_stretches_the_smallest_singular_value_is_that_of_t
     for i in (2, 3):
         weights = softmax(-0.8 * u[:i] * u[i])
         stretched = 1 + 0.8 * weights @ (u[:i] - weights @ u[:i]) ** 2
-        assert stretched > 1.5
+        assert stretched > 1.3
         np.testing.assert_allclose(found.determinant[0, i], stretched, rtol=1e-12)
     np.testing.assert_allclose(found.conditioning, 1, rtol=1e-12)
 
