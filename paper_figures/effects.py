@@ -31,8 +31,9 @@ def draw(runs: Path) -> Figure:
         panel.axvline(0.0, color=BLACK, linestyle=":", linewidth=1.0)
         for line, row in enumerate(rows):
             found = row["perturbations"][place]
-            if found["change_percent"] is not None:
+            if found["change_interval"] is not None:
                 panel.plot(found["change_interval"], [line, line], color=METHOD_STYLES[row["method"]]["color"])
+            if found["change_percent"] is not None:
                 panel.plot(found["change_percent"], line, **METHOD_STYLES[row["method"]])
         panel.set_xscale("symlog", linthresh=10.0)
         signed_ticks(panel.xaxis, _TICKS)

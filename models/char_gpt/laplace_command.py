@@ -69,7 +69,9 @@ def main(options: argparse.Namespace, console: Console) -> None:
 
     validation = evaluation_windows(text.validation, config)
     targets = validation[:, 1:]
-    draws = jnp.asarray(precision.sample(jax.random.key(options.seed), options.draws), jnp.float32)
+    # Apart from the key of the signs in the Kronecker factors.
+    key = jax.random.fold_in(jax.random.key(options.seed), 1)
+    draws = jnp.asarray(precision.sample(key, options.draws), jnp.float32)
     deviations = linear_maps.unflat(draws, at)
     averaged, log_p = sampled(model, at, deviations, jnp.asarray(validation))
     inputs, logits = last_layer.head_inputs(model, jnp.asarray(validation[:, :-1]))
@@ -118,7 +120,7 @@ def _report(console: Console, summary: dict[str, Any], scores: dict[str, Score],
     )
     table = Table("prediction", "nats per character", "standard error", "calibration error")
     for name, value in scores.items():
-        table.add_row(name, *(f"{x:.4f}" for x in value))
+        table.add_row(name, *("undefined" if x is None else f"{x:.4f}" for x in value))
     console.print(table)
     seconds = summary["seconds"]
     console.print(

@@ -65,7 +65,7 @@ def as_dict(one: Judged) -> dict[str, Any]:
         "reason": comparison.reason,
         "gains": None if gain is None else list(gain.values),
         "mean_gain": None if gain is None else gain.mean,
-        "bootstrap_interval": None if gain is None else list(gain.bootstrap),
+        "bootstrap_interval": None if gain is None or gain.bootstrap is None else list(gain.bootstrap),
         "t_interval": None if gain is None or gain.t_interval is None else list(gain.t_interval),
         "effect_size": None if gain is None else gain.effect_size,
         "family_size": one.family_size,

@@ -40,9 +40,13 @@ def _row(selection: Selection, baseline: list[Run], split: str) -> dict[str, Any
 
 
 def change(own: list[float], reference: list[float]) -> dict[str, Any]:
-    """Mean change in per cent of the mean of the reference, with its bootstrap interval; None where that is not positive."""
+    """Mean change in per cent of the mean of the reference, with its bootstrap interval.
+
+    Both are None where the mean of the reference is not positive; the interval is None for one seed.
+    """
     mean = float(np.mean(reference))
     if mean <= 0:
         return {"change_percent": None, "change_interval": None}
     paired = Paired.of(100 * (np.array(own) - np.array(reference)) / mean)
-    return {"change_percent": paired.mean, "change_interval": list(paired.bootstrap)}
+    interval = None if paired.bootstrap is None else list(paired.bootstrap)
+    return {"change_percent": paired.mean, "change_interval": interval}

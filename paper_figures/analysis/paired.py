@@ -18,26 +18,29 @@ _DRAWS, _SEED = 20_000, 20_260_222
 
 
 class Paired(NamedTuple):
-    """Differences of n seeds and what they say of their mean; intervals hold 95 %, d_z is mean / standard deviation."""
+    """Differences of n seeds and what they say of their mean; intervals hold 95 %, d_z is mean / standard deviation.
+
+    One seed has no spread, so neither interval and no effect size; seeds that all agree have no effect size either.
+    """
 
     values: tuple[float, ...]
     mean: float
-    bootstrap: tuple[float, float]
+    bootstrap: tuple[float, float] | None
     t_interval: tuple[float, float] | None
     effect_size: float | None
 
     @classmethod
     def of(cls, values: Float[np.ndarray, " n"]) -> "Paired":
-        """One seed has no spread, so no interval of the t distribution and no effect size; nor has a constant."""
-        mean, sd = float(np.mean(values)), spread(values)
-        half = None
-        if len(values) > 1:
-            half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * sd / np.sqrt(len(values)))
+        """The figures of the differences."""
+        n, mean, sd = len(values), float(np.mean(values)), spread(values)
+        if n == 1:
+            return cls((mean,), mean, None, None, None)
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * sd / np.sqrt(n))
         return cls(
             tuple(float(value) for value in values),
             mean,
             bootstrap_interval(values),
-            None if half is None else (mean - half, mean + half),
+            (mean - half, mean + half),
             mean / sd if sd > 0 else None,
         )
 

@@ -79,8 +79,10 @@ def _verdict(entry: dict[str, Any]) -> str:
 def _change(row: dict[str, Any], digits: int) -> str:
     if row["change_percent"] is None:
         return "not measurable"
-    low, high = row["change_interval"]
-    return f"{row['change_percent']:+.{digits}f} % ({low:+.{digits}f} to {high:+.{digits}f})"
+    interval = "one seed, no interval"
+    if row["change_interval"] is not None:
+        interval = " to ".join(f"{end:+.{digits}f}" for end in row["change_interval"])
+    return f"{row['change_percent']:+.{digits}f} % ({interval})"
 
 
 def _markdown_table(headings: tuple[str, ...], cells: list[list[str]]) -> str:

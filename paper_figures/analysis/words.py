@@ -30,9 +30,8 @@ def _one(finding: str, comparison: dict[str, Any]) -> str:
     if comparison["mean_gain"] is None:
         return f"Not measurable: {comparison['reason']}."
     what = _effect(finding, comparison)
-    low, high = _interval(finding, comparison)
     holm = f"p {_p(comparison['p'])}; after Holm over {comparison['family_size']} {_p(comparison['p_holm'])}"
-    return f"{what} (95 % of resampled seeds: {low} to {high}; {holm}).{_because(finding, comparison)}"
+    return f"{what} ({_interval(finding, comparison)}; {holm}).{_because(finding, comparison)}"
 
 
 def _effect(finding: str, comparison: dict[str, Any]) -> str:
@@ -55,13 +54,15 @@ def _effect(finding: str, comparison: dict[str, Any]) -> str:
     return f"Under {comparison['measure']} the loss rises {size} {way} than {comparison['against']}'s"
 
 
-def _interval(finding: str, comparison: dict[str, Any]) -> tuple[str, str]:
+def _interval(finding: str, comparison: dict[str, Any]) -> str:
     """The change, not the gain: a loss that rises less is a negative change, as in every table."""
+    if comparison["bootstrap_interval"] is None:
+        return "one seed, so no interval"
     low, high = comparison["bootstrap_interval"]
     if _in_own_unit(comparison):
-        return f"{low:+z.3f}", f"{high:+z.3f}"
+        return f"95 % of resampled seeds: {low:+z.3f} to {high:+z.3f}"
     digits = 2 if finding == "clean" else 1
-    return f"{-100 * high:+z.{digits}f} %", f"{-100 * low:+z.{digits}f} %"
+    return f"95 % of resampled seeds: {-100 * high:+z.{digits}f} % to {-100 * low:+z.{digits}f} %"
 
 
 def _in_own_unit(comparison: dict[str, Any]) -> bool:

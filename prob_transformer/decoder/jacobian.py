@@ -76,11 +76,16 @@ def factored_jacobian(
 
 
 def smallest_singular_value(factored: Factored) -> Float[Array, " b"]:
-    """sigma_min(J_i). Outside the span of left and right^T, 2r dimensions at most, J_i is its scale times identity."""
+    """sigma_min(J_i), found in the span of left and right^T where its 2r dimensions are fewer than d.
+
+    Outside the span J_i is its scale c times identity, and inside it sigma_min is at most c: if the span has 2r
+    dimensions, J^T J / c^2 - I is congruent there to [[left^T left, -I], [-I, 0]], which has r negative eigenvalues; if
+    it has fewer, QR completes the basis with directions from outside.
+    """
     scale, left, right = factored
     rank, width = right.shape[1:]
     if 2 * rank >= width:
         return jnp.linalg.svd(factored.dense(), compute_uv=False)[:, -1]
     basis, _ = jnp.linalg.qr(jnp.concatenate([left, jnp.swapaxes(right, 1, 2)], 2))
     core = jnp.eye(2 * rank, dtype=left.dtype) - (jnp.swapaxes(basis, 1, 2) @ left) @ (right @ basis)
-    return scale * jnp.minimum(jnp.linalg.svd(core, compute_uv=False)[:, -1], 1)
+    return scale * jnp.linalg.svd(core, compute_uv=False)[:, -1]

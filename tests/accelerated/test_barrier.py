@@ -58,6 +58,16 @@ def test_the_negative_share_is_that_of_the_reference():
     assert some.negative_share > 0
 
 
+@pytest.mark.parametrize("share", [1.0, 1 / 3])
+def test_a_position_on_the_boundary_itself_is_counted(share):
+    # The past -1 and 1 attended evenly has variance 1, so det J = 1 - 1 at the third of three positions.
+    ones = jnp.ones((1, 1, 1))
+    cells = Cells.of(reference.Attention(ones, ones), jnp.stack([jnp.array([[-1.0], [1.0], [0.0]])] * 6))
+    found = accelerated.subsampled_barrier(jax.random.key(0), cells, share, TILING)
+    np.testing.assert_allclose([found.mean, found.negative_share], [np.inf, 1 / 3], rtol=1e-12)
+    np.testing.assert_allclose(accelerated.mean_barrier(cells, TILING)[:2], [np.inf, 1 / 3], rtol=1e-12)
+
+
 def test_a_share_of_one_is_the_exact_mean_with_variance_zero():
     cells, barrier = problem()
     found = accelerated.subsampled_barrier(jax.random.key(0), cells, 1.0, TILING)

@@ -29,6 +29,18 @@ def test_enough_steps_give_the_smallest_singular_value_exactly(shape, steps):
     np.testing.assert_array_equal(found.lower, found.upper)
 
 
+@pytest.mark.parametrize("steps", [3, 4])
+def test_the_two_ends_are_apart_until_the_step_that_makes_them_exact(steps):
+    # H = 1 and p = 2: Hp + 1 = 3 and 2Hp = 4 steps are too few for the 5 eigenvalues of J^-1 J^-T.
+    attention, embeddings = draw(0, (1, 2, 12, 20, False), batch=(2,))
+    expected = smallest_singular_values(attention, embeddings)
+    found = accelerated.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+    assert found.upper.max() > 0
+    assert (found.upper - expected).max() > 1e-6
+    assert (found.lower <= expected * (1 + 1e-9)).all()
+    assert (found.lower < found.upper).all()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_two_ends_hold_the_smallest_singular_value_between_them(dtype):
     attention, embeddings = draw(0, (2, 8, 16, 40, True), dtype, scale=1.5, batch=(4,))

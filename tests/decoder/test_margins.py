@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from prob_transformer.decoder import DecoderAttention, Rotary, decoder_margins, layer_margins
 from tests.support.plain_decoder import draw, jacobians, weights_at
@@ -73,6 +74,21 @@ def test_margins_equal_those_of_the_autodiff_jacobian(name, values, inclusive):
         np.testing.assert_allclose(together, np.linalg.det(joint_blocks), rtol=1e-9)
         singular = np.linalg.svd(joint_blocks, compute_uv=False)[..., -1]
         np.testing.assert_allclose(found.joint_conditioning, singular, rtol=1e-9)
+
+
+def test_where_attention_only_stretches_the_smallest_singular_value_is_that_of_the_directions_it_leaves_alone():
+    # Past tokens on one axis, along which J = 1 + 0.8 Var and across which it is the identity; no two logits are equal.
+    query = jnp.zeros((1, 1, 5)).at[0, 0, 0].set(1.0)
+    inputs = np.zeros((4, 5))
+    inputs[:, 0] = [1.0, -2.0, 0.5, 1.5]
+    found = layer_margins(DecoderAttention(query, -0.8 * query), inputs, kinds=("determinant", "conditioning"))
+    u = inputs[:, 0]
+    for i in (2, 3):
+        weights = softmax(-0.8 * u[:i] * u[i])
+        stretched = 1 + 0.8 * weights @ (u[:i] - weights @ u[:i]) ** 2
+        assert stretched > 1.3
+        np.testing.assert_allclose(found.determinant[0, i], stretched, rtol=1e-12)
+    np.testing.assert_allclose(found.conditioning, 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("values", "inclusive"), [("identity", True), ("own", False)])

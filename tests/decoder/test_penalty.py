@@ -150,6 +150,14 @@ def test_what_does_not_fit_is_named():
         barrier_penalty([(layer, sequences[:, :1])])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_position_on_the_boundary_itself_is_counted(window):
+    # The past -1 and 1 attended evenly has variance 1, so det J = 1 - 1 at the third of three positions.
+    layer = DecoderAttention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), window=window)
+    found = barrier_penalty([(layer, jnp.array([[-1.0], [1.0], [0.0]]))])
+    np.testing.assert_allclose(found, (np.inf, 1 / 3), rtol=1e-12)
+
+
 def test_a_plain_layer_is_read_by_its_own_weights():
     # det(I - A Cov) by hand: one head, d = 1, past (0, 2), the third token at 0 attends evenly.
     layer = DecoderAttention(jnp.array([[[1.5]]]), jnp.array([[[1.0]]]))

@@ -129,3 +129,12 @@ def test_only_a_gradient_within_its_measured_rounding_counts_as_none():
     smooth = rough_bowl(jnp.float32([3.0, -2.0]), jnp.float32(1e3), jnp.float32(0.0))
     assert smooth.status == MapStatus.CONVERGED
     assert not smooth.at_rounding
+
+
+def test_of_the_points_that_rounding_does_not_tell_apart_the_one_with_the_smallest_gradient_is_returned():
+    # The errors of two entries have a norm of about the roughness at any one point; of ten or more points, which a
+    # search waits for, the best is well below it.
+    starts = np.float32(3 * np.random.default_rng(0).normal(size=(30, 2)))
+    found = [rough_bowl(start, jnp.float32(1e3), jnp.float32(1e-4)) for start in starts]
+    assert all(end.at_rounding for end in found)
+    assert np.median([jnp.linalg.norm(end.iterate.gradient) for end in found]) < 0.6e-4

@@ -12,6 +12,7 @@ from numpyro.infer.util import potential_energy
 
 from prob_transformer import Attention, EmbeddingProcess, sampled_attention
 from prob_transformer.inference import NutsStatus, find_map, nuts
+from prob_transformer.inference.gauge import gauges
 from prob_transformer.inference.laplace import FlatDirectionsError, laplace
 
 WIDTH = 3
@@ -72,6 +73,21 @@ def test_laplace_counts_the_directions_that_the_hessian_has_none_of(head_size, t
     # W_K -> G^-T W_K for any invertible G.
     ggn = laplace(one_head, LOGITS, head_size, at=at, curvature="ggn").precision.eigenvalues
     assert (np.abs(ggn - 0.7**-2) < 1e-6).sum() == head_size**2
+
+
+def test_directions_are_counted_in_every_head_and_are_fewer_where_a_head_has_a_low_rank():
+    # Orthogonal p x p matrices that leave r directions alone are those of the other p - r, so [W_Q W_K] of rank r has
+    # p (p - 1) / 2 - (p - r) (p - r - 1) / 2 flat directions: of p = 4, five with r = 2 and three with r = 1.
+    rng = np.random.default_rng(2)
+    query, key = rng.normal(size=(2, 2, 4, 1))
+    key[1] = 3 * query[1]
+
+    def potential(point):
+        interaction = jnp.einsum("hpa,hpb->hab", point["key"], point["query"])
+        return jnp.sin(interaction).sum() + jnp.square(point["query"]).sum()
+
+    (found,) = gauges(potential, {"query": jnp.asarray(query), "key": jnp.asarray(key)}, ("query", "key"))
+    assert found.directions == 5 + 3
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])

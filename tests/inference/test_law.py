@@ -76,15 +76,14 @@ def test_the_mode_says_it_and_so_does_its_tree(centre, certified):
 
 
 def test_laplace_gives_the_share_of_its_draws():
-    # Closer together, so that the mode is far from the wall.
-    embeddings = 0.5 * EMBEDDINGS
-    at = find_map(strength, embeddings, -0.5, space="unconstrained", seed=0)
-    fit, key = laplace(strength, embeddings, -0.5, at=at), jax.random.key(3)
+    # Of the two modes the one before the boundary, whose draws reach beyond it.
+    at = find_map(strength, EMBEDDINGS, 0.0, space="unconstrained", init={"a": -1.0})
+    fit, key = laplace(strength, EMBEDDINGS, 0.0, at=at), jax.random.key(3)
     a, law = np.asarray(fit.sample(key, 200)["a"]), fit.law(key, 200)
     assert 0 < law.share < 1
     np.testing.assert_allclose(law.share, (a <= 0).mean())
-    past = tuple(embeddings[:-1, 0])
-    np.testing.assert_allclose(law.excess, conditional_masses(a.max(), past)["absolute"] - 1, atol=1e-5)
+    assert law.excess > 0.1
+    np.testing.assert_allclose(law.excess, conditional_masses(a.max())["absolute"] - 1, atol=1e-5)
 
 
 def test_nuts_gives_the_share_of_its_draws():

@@ -35,6 +35,26 @@ def test_a_step_is_the_first_that_falls_and_flattens_enough(curvature, end):
     assert (found.status, found.steps, found.crossings) == (MapStatus.MAX_STEPS, 1, 0)
 
 
+@jax.jit
+def shallow(start, steps):
+    """Along f = 5e-8 x^2, whose gradient is below the tolerance for all |x| < 10."""
+
+    def evaluate(point):
+        return Iterate(point, 5e-8 * (point**2).sum(), 1e-7 * point, jnp.ones(()))
+
+    return minimise(evaluate, start, jnp.asarray(1e-6), steps)
+
+
+def test_a_small_gradient_is_not_taken_for_rounding_where_the_value_still_falls():
+    found = shallow(jnp.array([0.05]), jnp.asarray(1))
+    # The curvature is 1e-7, so the first step, along the gradient, is still doubled when it goes a tenth of the way.
+    assert 0.03 < found.iterate.point[0] < 0.05
+    assert (found.status, found.steps, found.at_rounding) == (MapStatus.MAX_STEPS, 1, False)
+    whole = shallow(jnp.array([0.05]), jnp.asarray(100))
+    np.testing.assert_allclose(whole.iterate.point, 0, atol=1e-9)
+    assert (whole.status, whole.at_rounding) == (MapStatus.CONVERGED, False)
+
+
 def test_a_wall_ends_a_step_that_would_still_be_too_short():
     found = one_step(0.01, 3.0)
     assert 2.99 < found.iterate.point[0] < 3

@@ -8,9 +8,12 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import norm
 
+from models.char_gpt import evaluation, training
 from models.char_gpt.config import Config
-from models.char_gpt.penalty import loss_terms, negatives_at, site_density
-from models.char_gpt.training import backtracked, draw_windows, initial_state
+from models.char_gpt.evaluation import margins
+from models.char_gpt.penalty import LossTerms, loss_terms, negatives_at, site_density
+from models.char_gpt.training import StepData, backtracked, draw_windows, initial_state, train_step
+from models.char_gpt.watch import look
 from prob_transformer import map_objective, weight_prior
 from tests.support.dense import dense_truth
 from tests.support.tiny_gpt import compiled_logits, compiled_loss_terms, made, made_wide
@@ -101,6 +104,81 @@ def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objecti
     )
 
 
+@pytest.mark.parametrize("site", ["embedding", "layers"])
+@pytest.mark.parametrize("threshold", [0.5, 2.0])
+def test_the_one_sided_penalty_is_that_of_the_configured_threshold(site, threshold):
+    model, windows = model_and_windows(scale=8.0)
+    model = aligned(model, 2.0)
+    heads = [(block, inputs) for block, inputs in zip(model.blocks, layer_inputs(model, windows), strict=True)]
+    if site == "embedding":
+        heads = [(model.prior_stage, jax.vmap(model.embed)(windows[:, :-1]))]
+    determinants = np.array(
+        [
+            np.linalg.det(dense_truth(stage.query[h : h + 1], stage.key[h : h + 1], None, sequence)[1])
+            for stage, sequences in heads
+            for sequence in sequences
+            for h in range(stage.query.shape[0])
+        ]
+    )
+    # Of both signs, and on both sides of either threshold.
+    assert (determinants < 0).any()
+    assert ((determinants > 0) & (determinants < 0.5)).any()
+    assert ((determinants > 0.5) & (determinants < 2.0)).any()
+    x = np.log(np.abs(determinants) / threshold)
+    below = -x * np.exp(1 / np.minimum(x, -1e-9))
+    penalty = np.where(determinants < 0, np.log1p(np.exp(x)), np.where(determinants < threshold, below, 0.0))
+    config = dataclasses.replace(
+        SMALL, objective="margin", barrier_site=site, barrier_form="one-sided", barrier_threshold=threshold
+    )
+    found = compiled_loss_terms(model, windows, config, 1000, jax.random.key(0))
+    np.testing.assert_allclose(found.penalty, penalty.mean(), rtol=1e-9)
+
+
+def model_on_the_boundary():
+    """A model whose prior stage has det J = 1, 1, 0 and 1/3 on the window 0, 1, 2, 2, and that window three times."""
+    config = dataclasses.replace(SMALL, context=4)
+    model = made_wide(config, 3)
+    axis = jnp.zeros(8).at[0].set(1.0)
+    # The past -1 and 1 attended evenly has variance 1, with a third token at 0 it has 2/3; p = 4 makes the scale 1/2.
+    where = lambda m: (m.token_embedding, m.position_embedding, m.prior_stage.query, m.prior_stage.key)  # noqa: E731
+    first = jnp.zeros((1, 4, 8)).at[0, 0].set(axis)
+    replaced = (jnp.array([-1.0, 1.0, 0.0])[:, None] * axis, jnp.zeros((4, 8)), 2 * first, first)
+    return eqx.tree_at(where, model, replaced), jnp.array([[0, 1, 2, 2, 0]] * 3), config
+
+
+def test_a_determinant_of_zero_counts_as_past_the_boundary():
+    model, windows, config = model_on_the_boundary()
+    for form in ("two-sided", "one-sided"):
+        chosen = dataclasses.replace(config, objective="margin", barrier_form=form)
+        assert compiled_loss_terms(model, windows, chosen, 1000, jax.random.key(0)).negative_share == 0.25
+    assert int(compiled_negatives_at(model, windows, "embedding")) == 3
+    seen = eqx.filter_jit(look)(model, windows)["embedding"]
+    assert (int(seen.negatives[0]), int(seen.positions), float(seen.smallest[0])) == (3, 6, 0.0)
+    summary, determinants = margins(model, np.asarray(windows))
+    np.testing.assert_allclose(determinants["embedding"], [[0, 1 / 3]] * 3, rtol=1e-6)
+    assert summary["embedding"]["negative_share"] == 0.5
+
+
+def test_a_determinant_of_zero_in_a_head_counts_as_past_the_boundary(monkeypatch):
+    model, windows, _ = model_on_the_boundary()
+    original = evaluation._site_density
+
+    def second_head_on_the_boundary(model, site, embeddings, inputs):
+        found = original(model, site, embeddings, inputs)
+        if site == "embedding":
+            return found
+        head = jnp.arange(2)[:, None, None]
+        return found._replace(
+            sign=jnp.broadcast_to(1.0 - head, found.sign.shape),
+            log_det=jnp.broadcast_to(jnp.where(head == 1, -jnp.inf, 0.0), found.log_det.shape),
+        )
+
+    monkeypatch.setattr(evaluation, "_site_density", second_head_on_the_boundary)
+    layers = margins(model, np.asarray(windows))[0]["layers"]
+    assert layers["negative_share"] == 0.5
+    assert layers["negative_share_per_layer_head"] == [[0, 1], [0, 1]]
+
+
 def test_the_gradient_of_the_loss_matches_finite_differences():
     model, windows = model_and_windows()
     config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", barrier_weight=1.0)
@@ -163,6 +241,24 @@ def test_batches_depend_on_seed_and_step_alone():
     assert (np.diff(one, axis=1) == 1).all()
     assert not np.array_equal(one, later)
     assert not np.array_equal(one, other)
+
+
+def test_no_key_of_a_step_is_that_of_its_windows_or_of_another_step(monkeypatch):
+    text = jnp.arange(40) % VOCABULARY
+    # A configuration of its own, because what is compiled for it stays compiled.
+    config = dataclasses.replace(SMALL, layers=1, learning_rate=1.25e-3)
+    state = initial_state(config, VOCABULARY)
+
+    def keys_for_terms(model, windows, config, characters, key, mesh, strength):
+        zero = 0.0 * model.head.sum()
+        return LossTerms(zero, zero, jax.random.key_data(key), jax.random.key_data(drawn_with.pop()), zero)
+
+    drawn_with, original = [], jax.random.randint
+    monkeypatch.setattr(training, "loss_terms", keys_for_terms)
+    monkeypatch.setattr(jax.random, "randint", lambda key, *rest: drawn_with.append(key) or original(key, *rest))
+    steps = [train_step(StepData.of(text, config, step), state, config)[1] for step in range(5)]
+    used = {tuple(np.asarray(key).tolist()) for terms in steps for key in (terms.penalty, terms.negative_share)}
+    assert len(used) == 10
 
 
 def test_different_seeds_start_from_different_weights():

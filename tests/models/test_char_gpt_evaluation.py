@@ -5,13 +5,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.special import log_softmax
 
-from models.char_gpt import evaluation
+from models.char_gpt import evaluation, lines, sweep
 from models.char_gpt.config import Config
 from models.char_gpt.perturbations import LEVELS
 from models.corpus import load
+from paper_figures import verdicts
+from paper_figures.analysis.tables import markdown
+from paper_figures.runs import load_runs
 from tests.support.dense import dense_truth
+from tests.support.synthetic_runs import write_runs
 from tests.support.tiny_gpt import compiled_logits, made
 from tests.support.words import write_words
 
@@ -56,6 +61,28 @@ def test_the_clean_loss_is_that_of_the_windows_by_hand(measured, model, corpus):
     clean = measured["splits"]["validation"]["clean"]
     np.testing.assert_allclose(clean["nats_per_character"], losses.mean(), rtol=1e-5)
     np.testing.assert_allclose(clean["standard_error"], losses.std(ddof=1) / np.sqrt(8), rtol=1e-4)
+
+
+def test_one_window_leaves_every_error_undefined_and_the_tables_and_verdicts_are_made_without(model, corpus, tmp_path):
+    measured = evaluation.measure(model, corpus, dataclasses.replace(TINY, evaluation_windows=1), with_passage=False)
+    for name, split in measured["splits"].items():
+        assert split["clean"]["characters"] == TINY.context
+        rows = [split["clean"], *split["perturbed"]]
+        assert len(rows) == (1 if name == "validation" else 1 + sum(map(len, LEVELS.values())))
+        errors = [value for row in rows for key, value in row.items() if key.endswith("standard_error")]
+        assert errors == [None] * (2 * len(rows) - 1)
+    folder = write_runs(tmp_path / "runs", {}, seeds=1)
+    made_up = lines.read(folder / lines.NAME)
+    (folder / lines.NAME).unlink()
+    for run in made_up:
+        lines.append(folder / lines.NAME, lines.shortened(run | measured))
+    record = verdicts.analyse(load_runs(folder))
+    text = json.dumps(record, allow_nan=False)
+    assert "standard_error" not in text
+    console = Console(record=True, width=200)
+    console.print(sweep.table(lines.read(folder / lines.NAME)))
+    for shown in (markdown(record), console.export_text(), *(entry["sentence"] for entry in record["findings"])):
+        assert "nan" not in shown.lower()
 
 
 def test_determinant_levels_are_quantiles_of_every_layer(measured, model, corpus):

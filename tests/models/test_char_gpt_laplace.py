@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ from scipy.special import log_softmax, softmax
 
 from models import cli
 from models.char_gpt import __main__ as command
-from models.char_gpt import checkpoint, last_layer, linear_maps
+from models.char_gpt import checkpoint, laplace, last_layer, linear_maps
 from models.char_gpt.config import Config
 from models.char_gpt.evidence import Evidence, tuned_prior_precision
 from models.char_gpt.laplace import covered, curvature, evidence_of, tuned
@@ -17,6 +18,7 @@ from models.char_gpt.training import initial_state, new_record
 from models.corpus import load
 from prob_transformer.inference import results
 from prob_transformer.inference.laplace import Precision
+from prob_transformer.inference.laplace.kronecker import KroneckerPrecision
 from tests.support.tiny_gpt import compiled_logits, made_wide
 
 SMALL = Config(layers=2, width=4, heads=2, context=4, steps=2, batch=2, evaluation_windows=3)
@@ -218,16 +220,19 @@ def test_probit_loss_and_calibration_error_by_hand():
     np.testing.assert_allclose(found.standard_error, losses.std(ddof=1) / 2, rtol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Folder and text of a run on a few words, stopped before its first step."""
-    folder = tmp_path_factory.mktemp("laplace")
+def stopped_before_its_first_step(folder, config):
+    """The folder, with a text of a few words and a run on it."""
     words = np.random.default_rng(0).choice(["attention", "is", "a", "change"], 200)
     (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
-    text = load(folder / "text.txt", SMALL.context + 1)
-    state = initial_state(SMALL, len(text.vocabulary))
-    checkpoint.save(folder / "run" / checkpoint.NAME, SMALL, text.sha256, state, 0, new_record())
+    text = load(folder / "text.txt", config.context + 1)
+    state = initial_state(config, len(text.vocabulary))
+    checkpoint.save(folder / "run" / checkpoint.NAME, config, text.sha256, state, 0, new_record())
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return stopped_before_its_first_step(tmp_path_factory.mktemp("laplace"), SMALL)
 
 
 def run_command(folder, *arguments):
@@ -257,6 +262,30 @@ def test_the_command_prints_a_table_and_writes_a_tree(trained, structure, capsys
     assert by_draw.shape == (1, 3, *tree["observed_data"]["tokens"].shape)
     mixture = np.log(np.exp(by_draw.to_numpy().astype(float)).mean((0, 1))).mean()
     np.testing.assert_allclose(summary["scores"]["linearised, 3 draws"]["nats_per_character"], -mixture, rtol=1e-4)
+
+
+def test_the_draws_do_not_come_from_the_key_of_the_signs(trained, monkeypatch):
+    used = []
+
+    def noting(function, place):
+        return lambda *arguments: used.append(jax.random.key_data(arguments[place]).tolist()) or function(*arguments)
+
+    monkeypatch.setattr(laplace, "combinations", noting(laplace.combinations, 1))
+    monkeypatch.setattr(KroneckerPrecision, "sample", noting(KroneckerPrecision.sample, 1))
+    out = trained / "keys.nc"
+    assert run_command(trained, "--structure", "kronecker", "--prior-precision", "2", "--out", out) == 0
+    signs, draws = used
+    assert signs != draws
+
+
+def test_of_one_window_the_command_says_that_the_standard_error_is_undefined(tmp_path, capsys):
+    folder = stopped_before_its_first_step(tmp_path, dataclasses.replace(SMALL, evaluation_windows=1))
+    out = tmp_path / "one.nc"
+    assert run_command(folder, "--structure", "last-layer", "--prior-precision", "2", "--out", out) == 0
+    shown = [row for row in capsys.readouterr().out.splitlines() if "undefined" in row]
+    assert [row.split("│")[3].strip() for row in shown] == ["undefined"] * 3
+    scores = json.loads(results.load(out).attrs["laplace"])["scores"]
+    assert {score["standard_error"] for score in scores.values()} == {None}
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from scipy import stats
 
 from models.char_gpt import study
-from paper_figures import verdicts
+from paper_figures import effects, verdicts
 from paper_figures.analysis import selection
+from paper_figures.analysis.comparisons import Comparison, declared
 from paper_figures.analysis.holm import holm
 from paper_figures.analysis.paired import Paired, bootstrap_interval
+from paper_figures.analysis.tables import markdown
 from paper_figures.analysis.tests_of_means import equivalence_p, p_value, power, sign_flip_p
+from paper_figures.analysis.verdicts import judge
 from paper_figures.runs import load_runs
 from tests.support.synthetic_runs import Truth, write_runs
 
@@ -40,7 +44,6 @@ def test_paired_figures_are_those_of_scipy():
     interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     np.testing.assert_allclose(found.t_interval, interval, rtol=1e-12)
     np.testing.assert_allclose(found.effect_size, values.mean() / values.std(ddof=1), rtol=1e-12)
-    assert Paired.of(np.array([0.2])).t_interval is None
     assert Paired.of(np.full(3, 0.1)).effect_size is None
 
 
@@ -89,6 +92,85 @@ def judged(tmp_path, truths, **options):
     record = verdicts.analyse(load_runs(write_runs(tmp_path / "runs", truths, **options)))
     found = {(f["method"], f["finding"], f["split"]): f for f in record["findings"]}
     return record, found
+
+
+def stepped_down(p_values):
+    """Holm's adjusted p-values by definition: the smallest level at which the step-down procedure rejects each."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted = [0.0] * len(p_values)
+    for step, place in enumerate(order):
+        earlier = [(len(p_values) - k) * p_values[order[k]] for k in range(step + 1)]
+        adjusted[place] = min(1.0, max(earlier))
+    return adjusted
+
+
+def test_holm_is_taken_over_all_methods_and_measures_of_a_finding_on_a_split():
+    rng = np.random.default_rng(0)
+    compared = [
+        Comparison(finding, split, method, "ce", measure, True, 0.05, rng.normal(0.1, 0.1, 5))
+        for finding, measures in (("robustness", "abc"), ("ours", "a"))
+        for split in ("test", "news")
+        for method in ("margin@layers", "map@layers")
+        for measure in measures
+    ]
+    found = judge(compared)
+    for finding, size in (("robustness", 6), ("ours", 2)):
+        for split in ("test", "news"):
+            family = [one for one in found if (one.comparison.finding, one.comparison.split) == (finding, split)]
+            gains = [one.comparison.gains for one in family]
+            for_it = [stats.ttest_1samp(g, 0).pvalue for g in gains]
+            against_it = [stats.ttest_1samp(g, 0.05, alternative="less").pvalue for g in gains]
+            assert [one.family_size for one in family] == [size] * size
+            np.testing.assert_allclose([one.p_holm for one in family], stepped_down(for_it), rtol=1e-9)
+            np.testing.assert_allclose([one.p_against_holm for one in family], stepped_down(against_it), rtol=1e-9)
+
+
+def test_gains_are_shares_of_the_mean_of_plain_cross_entropy_whatever_they_are_over(tmp_path):
+    truths = {"margin@layers": Truth(effect=-0.2), "jacobian": Truth(effect=0.5), "dropout": Truth(effect=-0.6)}
+    folder = write_runs(tmp_path / "runs", truths, seeds=3, strengths=(0.01,))
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+
+    def increases(method, split):
+        return np.array(
+            [
+                row["increase"]
+                for run in lines
+                for row in run["splits"][split]["perturbed"]
+                if run["method"] == method and (row["kind"], row["level"]) == ("relative-embedding-noise", 1.0)
+            ]
+        )
+
+    compared = [c for c in declared(selection.select_all(load_runs(folder))) if c.method == "margin@layers"]
+    for split in ("test", "news"):
+        plain, own = increases("ce", split), increases("margin@layers", split)
+        assert plain.shape == (3,)
+        over = {c.against: c.gains for c in compared if (c.finding, c.split) == ("ours", split)}
+        for other in ("jacobian", "dropout"):
+            np.testing.assert_allclose(over[other], (increases(other, split) - own) / plain.mean(), rtol=1e-12)
+        (robust,) = [c.gains for c in compared if (c.finding, c.split, c.decides) == ("robustness", split, True)]
+        np.testing.assert_allclose(robust, (plain - own) / plain.mean(), rtol=1e-12)
+
+
+def test_one_seed_has_no_interval_and_every_verdict_says_so(tmp_path):
+    assert Paired.of(np.array([0.2])) == ((0.2,), 0.2, None, None, None)
+    record, found = judged(tmp_path, {"margin@layers": Truth(effect=-0.9, crossings=0.0)}, seeds=1)
+    json.dumps(record, allow_nan=False)
+    assert {entry["verdict"] for name, entry in found.items() if name[1] != "ours"} == {"undecided"}
+    for entry in record["findings"]:
+        for comparison in entry["comparisons"]:
+            assert comparison["bootstrap_interval"] is comparison["t_interval"] is comparison["effect_size"] is None
+            assert (comparison["p"], comparison["power"]) == (1.0, 0.0)
+    assert (
+        "% less than ce's (one seed, so no interval; p = 1;" in found["margin@layers", "robustness", "test"]["sentence"]
+    )
+    (row,) = [row for row in record["overview"] if (row["method"], row["split"]) == ("margin@layers", "test")]
+    assert row["change_interval"] is row["perturbations"][0]["change_interval"] is None
+    assert f"{row['change_percent']:+.2f} % (one seed, no interval)" in markdown(record)
+    figure = effects.draw(tmp_path / "runs")
+    methods = len({run["method"] for run in load_runs(tmp_path / "runs").lines}) - 1
+    points = [line for panel in figure.axes for line in panel.lines if line.get_marker() not in ("", "None", None)]
+    assert len(points) == methods * len([panel for panel in figure.axes if panel.lines])
+    plt.close(figure)
 
 
 def test_verdicts_are_the_truth_that_was_put_in(tmp_path):
