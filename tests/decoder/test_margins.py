@@ -76,7 +76,7 @@ def test_margins_equal_those_of_the_autodiff_jacobian(name, values, inclusive):
         np.testing.assert_allclose(found.joint_conditioning, singular, rtol=1e-9)
 
 
-def test_where_attention_only_stretches_the_smallest_singular_value_is_that_of_the_directions_it_leaves_alone():
+def test_where_attention_only_stretches_the_smallest_singular_value_is_one():
     # Past tokens on one axis, along which J = 1 + 0.8 Var and across which it is the identity; no two logits are equal.
     query = jnp.zeros((1, 1, 5)).at[0, 0, 0].set(1.0)
     inputs = np.zeros((4, 5))
