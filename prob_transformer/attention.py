@@ -115,12 +115,9 @@ class Past(eqx.Module):
     def write(self, attention: Attention, position: Int[Array, ""] | int, embedding: Float[Array, " d"]) -> "Past":
         """The cache with one more embedding stored and visible at `position`."""
         row = Past.of(attention, embedding[None])
-        return Past(
-            self.keys.at[:, position].set(row.keys[:, 0]),
-            self.values.at[:, position].set(row.values[:, 0]),
-            self.query_values.at[:, position].set(row.query_values[:, 0]),
-            self.visible.at[position].set(True),
-        )
+        stored = ((self.keys, row.keys), (self.values, row.values), (self.query_values, row.query_values))
+        keys, values, query_values = (kept.at[:, position].set(new[:, 0]) for kept, new in stored)
+        return Past(keys, values, query_values, self.visible.at[position].set(True))
 
     def seen_by(self, visible: Bool[Array, " n"]) -> "Past":
         """The same cache under another visibility mask."""
@@ -132,11 +129,11 @@ def attention_weights(attention: Attention, past: Past, embedding: Float[Array, 
     queries = attention.query @ embedding
     logits = jnp.einsum("hp,hsp->hs", queries, past.keys) / math.sqrt(attention.head_size)
     # Both branches of every `where` stay finite, or the gradient of the branch not taken would be NaN.
-    largest = jnp.max(jnp.where(past.visible, logits, -jnp.inf), axis=-1, keepdims=True)
+    largest = jnp.max(jnp.where(past.visible, logits, -jnp.inf), axis=1, keepdims=True)
     largest = jax.lax.stop_gradient(jnp.where(past.visible.any(), largest, 0.0))
     exponent = jnp.where(past.visible, logits - largest, 0.0)
     unnormalised = jnp.where(past.visible, jnp.exp(exponent), 0.0)
-    total = unnormalised.sum(axis=-1, keepdims=True)
+    total = unnormalised.sum(axis=1, keepdims=True)
     return unnormalised / jnp.where(total > 0, total, 1.0)
 
 

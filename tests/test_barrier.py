@@ -29,6 +29,13 @@ def test_scalar_barrier_in_closed_form():
         np.testing.assert_allclose(barrier(scalar_attention(a), EMBEDDINGS)[-1], expected, atol=1e-13)
 
 
+def test_both_barriers_are_infinite_on_the_boundary_itself():
+    # Past (-1, 1) has variance 1 at query 0, in floating point too, so det J = 1 - 1.
+    embeddings = np.array([-1.0, 1.0, 0.0])[:, None]
+    assert barrier(scalar_attention(1.0), embeddings)[-1] == np.inf
+    assert one_sided_barrier(scalar_attention(1.0), embeddings)[-1] == np.inf
+
+
 def test_the_barrier_rises_without_limit_towards_the_wall_from_both_sides():
     wall = 1 / PAST.var()
     for side in (-1, 1):

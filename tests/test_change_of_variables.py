@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from prob_transformer import Attention, attention_mean, jacobian_block, residual_and_log_det
+from prob_transformer import change_of_variables as module
+from prob_transformer.change_of_variables import over_positions
 from tests.support.dense import SHAPES, dense_truth, draw
 
 
@@ -125,3 +127,21 @@ def test_on_the_boundary_the_sign_is_zero_and_the_log_det_minus_infinity():
 def test_bad_embeddings_are_refused_by_name(function, embeddings, message):
     with pytest.raises(ValueError, match=message):
         function(Attention(np.ones((1, 2, 2)), np.ones((1, 2, 2))), embeddings)
+
+
+@pytest.mark.parametrize("function", [residual_and_log_det, attention_mean, jacobian_block])
+def test_called_twice_alone_it_is_traced_once_and_in_a_compiled_function_it_adds_no_call(function, monkeypatch):
+    traced = []
+
+    def counted(*arguments):
+        traced.append(arguments)
+        return over_positions(*arguments)
+
+    monkeypatch.setattr(module, "over_positions", counted)
+    # A length that nothing else here has, so that nothing is traced before.
+    query, key, _, embeddings = draw(0, (1, 2, 3, 11, False))
+    attention = Attention(query, key)
+    for _ in range(2):
+        function(attention, embeddings)
+    assert len(traced) == 1
+    assert len(jax.make_jaxpr(function)(attention, embeddings).eqns) > 1
