@@ -1,8 +1,9 @@
-"""How every command ends: a ValueError becomes one line on standard error and exit status 2."""
+"""How every command ends: bad input and what cannot be drawn become one line on standard error and exit status 2."""
 
 import sys
 from collections.abc import Callable
 
+from prob_transformer import ImplicitSolveError
 from prob_transformer.output import replace_unencodable
 
 
@@ -11,7 +12,7 @@ def run(main: Callable[[], int | None]) -> None:
     replace_unencodable()
     try:
         status = main()
-    except ValueError as error:
+    except (ValueError, ImplicitSolveError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -28,6 +28,12 @@ def require_count(name: str, value: Any, smallest: int, why: str) -> None:
         raise ValueError(f"{name}: got {value!r}; pass an integer of at least {smallest}: {why}.")
 
 
+def require_seed(name: str, value: Any, purpose: str) -> None:
+    require_count(name, value, 0, f"the seed of {purpose}")
+    if value >= 2**32:
+        raise ValueError(f"{name}: got {value}; pass an integer below 2^32: only so much of it counts for {purpose}.")
+
+
 def require_floating(name: str, array: Any) -> jax.Array:
     """The argument as a floating JAX array; anything that is not numeric is refused by name."""
     try:

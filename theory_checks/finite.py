@@ -153,8 +153,8 @@ CHECK = Check(
     id="finite",
     claim="no NaN anywhere, gradients included",
     statement=(
-        "For finite arguments the residual, log|det J_i|, barrier, margins, log density, both objectives and their "
-        "gradients are finite, but for det J_i = 0 itself (sign 0, log-determinant -inf) and determinants beyond "
+        "For finite arguments with logits of up to a thousand the residual, log|det J_i|, barrier, margins, log "
+        "density, both objectives and their gradients are finite, but for det J_i = 0 itself (sign 0, log-determinant -inf) and determinants beyond "
         "the range of the dtype."
     ),
     mark="ours",

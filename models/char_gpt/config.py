@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+from prob_transformer._validation import require_seed
+
 Objective = Literal["ce", "margin", "map"]
 Site = Literal["embedding", "layers"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -65,6 +67,7 @@ class Config:
                 raise ValueError(f"{_option(name)}: got {value}; pass an integer of at least {smallest.get(name, 1)}.")
             if field.type is float and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{_option(name)}: got {value}; pass a finite number of at least 0.")
+        require_seed("--seed", self.seed, "a run")
         for name in ("learning_rate", "weight_prior_scale", "noise_scale", "first_scale", "barrier_threshold"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{_option(name)}: got 0; pass a number greater than 0.")

@@ -10,6 +10,10 @@ from rich.table import Table
 from models import cli
 from models.scalar import infer
 from models.scalar.density import NOISE_SCALE, PAST, conditional_masses, draw
+from prob_transformer._validation import require_seed
+
+# Four digits are shown.
+_SIGNED_MASS_ERROR = 1e-4
 
 
 def _show_density(argv: list[str]) -> None:
@@ -22,6 +26,7 @@ def _show_density(argv: list[str]) -> None:
     parser.add_argument("--draws", type=int, default=200, help="sequences to sample (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    require_seed("--seed", arguments.seed, "the draws")
     if arguments.draws < 1:
         raise ValueError(f"--draws: got {arguments.draws}; pass an integer of at least 1.")
     past = ", ".join(f"{value:g}" for value in PAST)
@@ -30,6 +35,11 @@ def _show_density(argv: list[str]) -> None:
         table.add_column(column, justify="right")
     for a in arguments.a:
         found = conditional_masses(a)
+        if not abs(found["signed"] - 1) < _SIGNED_MASS_ERROR:
+            raise ValueError(
+                f"a: got {a:g}; pass a smaller number: the signed mass, which is 1 for every a, came out as "
+                f"{found['signed']:.4g}, so the integrals are not resolved."
+            )
         figures = (found["smallest_determinant"], found["absolute"], found["signed"])
         _, solved = draw(a, jax.random.key(arguments.seed), arguments.draws)
         table.add_row(f"{a:g}", *(f"{figure:.4f}" for figure in figures), f"{solved:.1%}")

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from models.scalar.dataset import Dataset, decoder, generate, parameter_model
 from models.scalar.table import rows_of, table
-from prob_transformer._validation import require_count
+from prob_transformer._validation import require_count, require_seed
 from prob_transformer.inference import find_map, particle_filter, save
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.nuts import nuts
@@ -132,7 +132,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _SMALLEST = {
-    "seed": (0, "the seed of data and method"),
     "max_steps": (1, "the steps allowed"),
     "warmup": (1, "the steps of adaptation"),
     "chains": (1, "the number of chains"),
@@ -147,6 +146,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     for name, (smallest, why) in _SMALLEST.items():
         require_count("--" + name.replace("_", "-"), getattr(options, name), smallest, why)
+    require_seed("--seed", options.seed, "data and method")
     out = options.out or Path(f"results/scalar-{options.method}.nc")
     if out.suffix not in (".nc", ".zarr"):
         raise ValueError(f"--out: {out} ends in {out.suffix!r}; pass a path ending in .nc or .zarr.")

@@ -1,7 +1,7 @@
 """Stability margins of a trained decoder: sign, barrier, both margins and support tokens by layer, head and position.
 
 What is analysed is the map e_i = u_i - mu_i(u_i) of each head on the layer's own normalised inputs, not the residual
-block u + mu that the decoder computes. Theory section 8; the closed forms are in jacobian.py and determinant.py.
+block u + mu that the decoder computes. The closed forms are in jacobian.py and determinant.py.
 
 Inputs of any dtype are worked on in float64, but for the sums of the covariances, which are made in the dtype of the
 inputs, in float32 for narrower ones; so are the results given. A logit of 50 rounded in float32 leaves
@@ -161,7 +161,7 @@ def layer_margins(
     as the layer computes it, instead of to its strict past only. Kind "conditioning" costs a singular value
     decomposition a position and head: choose `positions` for it. Support tokens are ranked by determinant where it is
     among `kinds`. Raises ValueError for arguments that do not fit, and where the dtype cannot hold the numbers.
-    Equations: jacobian.py and determinant.py; theory section 8.
+    Equations: jacobian.py and determinant.py.
     """
     if isinstance(kinds, str) or not kinds or any(kind not in get_args(MarginKind) for kind in kinds):
         raise ValueError(f"kinds: got {kinds!r}; pass one or more of {', '.join(get_args(MarginKind))} in a tuple.")

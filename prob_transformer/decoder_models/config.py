@@ -3,6 +3,7 @@
 Names, defaults and the reading of older keys are those of transformers, so a key that is left out means the same here.
 """
 
+import codecs
 import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -169,7 +170,7 @@ _FAMILIES: dict[str, type[LlamaConfig | Gpt2Config]] = {
 def read_json(path: Path, schema: type[Read], remedy: str) -> Read:
     """The JSON file at `path` as `schema`. Raises ValueError, ending in `remedy`, if it is missing or does not fit."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=schema)
+        return msgspec.json.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), type=schema)
     except OSError as error:
         raise ValueError(f"model: {path} cannot be read ({error.strerror}); {remedy}.") from None
     except msgspec.ValidationError as error:

@@ -18,7 +18,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import constrain_fn, log_density, potential_energy
 
-from prob_transformer._validation import require_count, require_finite, require_floating
+from prob_transformer._validation import require_finite, require_floating, require_seed
 
 Space = Literal["constrained", "unconstrained"]
 Sites = Mapping[str, Float[Array, "..."]]
@@ -52,10 +52,10 @@ def require_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
 
 
 def key_or_seed(key: PRNGKeyArray | None, seed: int | None, purpose: str) -> PRNGKeyArray | None:
-    """The key, or else that of the seed, or None without either. Raises ValueError for a seed that is no count."""
+    """The key, or else that of the seed, or None without either. Raises ValueError for a seed beyond 0 to 2^32 - 1."""
     if seed is None:
         return key
-    require_count("seed", seed, 0, f"the seed of {purpose}")
+    require_seed("seed", seed, purpose)
     return jax.random.key(seed) if key is None else key
 
 

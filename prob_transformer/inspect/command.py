@@ -54,9 +54,9 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
         last = last if dash else first
         if not first.isdecimal() or not last.isdecimal() or int(first) > int(last):
             raise ValueError(f"--layers: got {text!r}; pass all, or numbers and ranges as in 0-5,12.")
+        if int(last) >= count:
+            raise ValueError(f"--layers: got {text!r}, but the model has layers 0 to {count - 1}; pass some of those.")
         chosen.update(range(int(first), int(last) + 1))
-    if max(chosen) >= count:
-        raise ValueError(f"--layers: got {text!r}, but the model has layers 0 to {count - 1}; pass some of those.")
     return tuple(sorted(chosen))
 
 
@@ -75,8 +75,17 @@ def read_text(path: Path) -> str:
 
 def _require_folder(out: Path) -> None:
     """Refuses, before any work is done, a place that could not be written to at the end."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: {out} is a file; pass a folder, new or of an earlier run.")
+    try:
+        str(out).encode()
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out: {out} is a file; pass a folder, new or of an earlier run.")
+    except UnicodeEncodeError:
+        raise ValueError(f"--out: got {os.fsencode(out)!r}, which is not UTF-8; pass another name.") from None
+    except OSError as error:
+        raise ValueError(f"--out: {out} cannot be a folder ({error.strerror}); pass another name.") from None
+    for name in (PAGE, TREE):
+        if (out / name).is_dir():
+            raise ValueError(f"--out: {out / name} is a folder where a file is to be written; remove it.")
     there = out.absolute()
     while not there.exists():
         there = there.parent
@@ -118,8 +127,14 @@ class _Encoded(NamedTuple):
 
 def _encoded(loaded: Loaded, text: str, limit: int | None, special_tokens: bool) -> _Encoded:
     """The first `limit` tokens of the text. Raises ValueError for too few or too many."""
-    encoding = loaded.tokenizer.encode(text, add_special_tokens=special_tokens)
     most = min(loaded.decoder.context, MOST_TOKENS)
+    if most < 2:
+        raise ValueError(f"--model: its context is {most} token; pass a model that sees 2 or more.")
+    try:
+        encoding = loaded.tokenizer.encode(text, add_special_tokens=special_tokens)
+    # The library raises plain Exception, as for a character that the vocabulary lacks where no token stands for it.
+    except Exception as error:
+        raise ValueError(f"--text: the model's tokenizer refuses it ({error}); pass another text or model.") from None
     if limit is not None and not 2 <= limit <= most:
         raise ValueError(f"--tokens: got {limit}; pass 2 to {most}.")
     count = len(encoding.ids) if limit is None else min(limit, len(encoding.ids))
@@ -208,9 +223,17 @@ def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: 
     except OSError as error:
         raise ValueError(f"--out: cannot be written ({error.strerror or error}); free some space there.") from None
     console = Console()
-    print_tables(console, inspection, arguments.rows)
-    console.print(encoded.in_words(), markup=False)
-    console.print(f"written: {arguments.out / PAGE}, {arguments.out / TREE}", soft_wrap=True, markup=False)
+    if console.width < 1:
+        console.width = 80
+    try:
+        print_tables(console, inspection, arguments.rows)
+        console.print(encoded.in_words(), markup=False)
+        console.print(f"written: {arguments.out / PAGE}, {arguments.out / TREE}", soft_wrap=True, markup=False)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more at its end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ValueError(f"standard output: cannot be written to ({error.strerror}); the files are written.") from None
 
 
 def main(argv: Sequence[str], load: Callable[[str], Loaded]) -> int:

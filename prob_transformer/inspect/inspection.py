@@ -1,7 +1,7 @@
 """The numbers of an inspection: sign and log|det J_i| of every layer, head and position of a text, and the carriers.
 
 The map analysed is e_i = u_i - mu_i(u_i) of each head on the layer's own normalised inputs, not the residual block
-u + mu that the decoder computes (theory section 8). Carriers are the tokens with the largest share of the weighted
+u + mu that the decoder computes (docs/inspect.md). Carriers are the tokens with the largest share of the weighted
 variance sum_s alpha_s |v_s - v_mean|^2 that a position attends to.
 """
 

@@ -89,3 +89,10 @@ def test_truncated_weights(tmp_path, folder, capsys):
 def test_pickled_weights_are_not_opened(tmp_path, folder, capsys):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "a pickled file that is not opened" in refused(folder, tmp_path, capsys)
+
+
+def test_a_configuration_with_a_byte_order_mark_is_read(folder):
+    plain = load(str(folder)).decoder
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(str(folder)).decoder.context == plain.context == 32

@@ -207,6 +207,12 @@ def test_one_compilation_for_a_model_and_shape(caplog):
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 1.0])
+def test_a_seed_that_another_one_would_stand_for_is_refused(seed):
+    with pytest.raises(ValueError, match=f"seed: got {seed}"):
+        find_map(coin, COINS, space="constrained", seed=seed)
+
+
 def test_a_seed_is_its_key_and_every_start_ends_at_the_mode():
     one = find_map(coin, COINS, space="constrained", seed=4)
     same = find_map(coin, COINS, space="constrained", key=jax.random.key(4))

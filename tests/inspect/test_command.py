@@ -5,9 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from prob_transformer.decoder import layer_margins
 from prob_transformer.decoder_models.load import load
@@ -115,6 +117,7 @@ def test_bad_texts(run, text, tmp_path, capsys, content, word):
     ("more", "word"),
     [
         (["--layers", "2"], "--layers: got '2', but the model has layers 0 to 1"),
+        (["--layers", "0-999999999999"], "--layers: got '0-999999999999', but the model has layers 0 to 1"),
         (["--layers", "x"], "--layers: got 'x'; pass all, or"),
         (["--tokens", "1"], "--tokens: got 1; pass 2 to 32"),
         (["--rows", "0"], "--rows: got 0"),
@@ -128,7 +131,52 @@ def test_places_that_are_not_there_or_not_to_be_written(run, text, tmp_path, cap
     refused(capsys, run(text=tmp_path / "none")[0], "--text", tmp_path)
     refused(capsys, run(out=text)[0], "--out", tmp_path)
     refused(capsys, run(out=text / "below")[0], "--out", tmp_path)
+    refused(capsys, run(out=tmp_path / ("long" * 100))[0], "File name too long", tmp_path)
+    refused(capsys, run(out=tmp_path / os.fsdecode(b"\xff"))[0], "is not UTF-8", tmp_path)
     refused(capsys, run(model=tmp_path / "none")[0], "--model", tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_other_file_is_replaced(run, tmp_path, capsys):
+    (tmp_path / "out" / "inspect.nc").mkdir(parents=True)
+    (tmp_path / "out" / "inspect.html").write_text("old")
+    assert run()[0] == 2
+    assert "inspect.nc is a folder" in capsys.readouterr().err
+    assert (tmp_path / "out" / "inspect.html").read_text() == "old"
+
+
+def test_a_text_that_the_tokenizer_cannot_cut_is_refused(loaded, text, tmp_path, capsys):
+    words = Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
+    given = ["inspect", "--model", "tiny", "--text", str(text), "--out", str(tmp_path / "out")]
+    refused(
+        capsys,
+        command.main(given, lambda _: loaded._replace(tokenizer=words)),
+        "the model's tokenizer refuses",
+        tmp_path,
+    )
+
+
+def test_a_model_that_sees_one_token_is_refused(loaded, text, tmp_path, capsys):
+    given = ["inspect", "--model", "tiny", "--text", str(text), "--out", str(tmp_path / "out")]
+    blind = SimpleNamespace(context=1, blocks=loaded.decoder.blocks, layers=loaded.decoder.layers)
+    status = command.main(given, lambda _: loaded._replace(decoder=blind))
+    refused(capsys, status, "its context is 1 token", tmp_path)
+
+
+def test_an_output_that_takes_nothing_is_said_in_one_line_and_the_files_are_there(model, text, tmp_path):
+    given = ["inspect", "--model", str(model), "--text", str(text), "--out", str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "prob_transformer", *given], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
+    assert b"No space left on device" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inspect.html", "inspect.nc"]
+
+
+def test_an_impossible_width_of_the_terminal_is_not_taken(run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert run()[0] == 0
+    assert "written: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,12 @@ def test_prior_draws_of_the_model_inside_the_safe_region():
     assert set(np.unique(draws["tokens"])) <= {0, 1}
 
 
+def test_integrals_that_miss_the_density_are_refused():
+    # The signed mass is 1 for every a (docs/theory.md section 3).
+    with pytest.raises(ValueError, match=r"a: got 100000; .* signed mass"):
+        command.main(["100000", "--draws", "1"])
+
+
 def test_the_command_prints_the_table(capsys):
     command.main(["1.5", "--draws", "4"])
     printed = capsys.readouterr().out

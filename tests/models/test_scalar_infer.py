@@ -238,6 +238,8 @@ def test_a_method_that_fails_says_how_and_writes_nothing(method, tmp_path, capsy
         (["--warmup", "0"], "--warmup: got 0"),
         (["--chains", "0"], "--chains: got 0"),
         (["--seed", "-1"], "--seed: got -1"),
+        (["--seed", str(2**32)], f"--seed: got {2**32}; pass an integer below 2^32"),
+        (["--noise-scale", "1e30"], "not_converged at position"),
         (["--out", "result.csv"], "--out: result.csv ends in '.csv'"),
     ],
 )
