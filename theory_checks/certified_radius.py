@@ -4,14 +4,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prob_transformer import Attention, certified_radius
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.plain import determinants
-from theory_checks.strategies import Case, Shape, make_case
+from theory_checks.strategies import Case, Shape, drawn_problems, make_case
 
 # The radius is a bound in exact arithmetic; this is room for that of float64, and more of float32.
 TOLERANCE = 1.0 + 1e-9
@@ -106,8 +105,7 @@ def run(plan: Plan) -> Outcome:
         points.append([distance, radius])
 
     shapes = plan.pick(_SHAPES, _SHAPES[1:2])
-    drawn = st.tuples(st.sampled_from(shapes), st.sampled_from(_KINDS), st.integers(0, 2**31 - 1), st.floats(-0.5, 1.5))
-    for_each_drawn(drawn, cases, compare, plan.seed)
+    for_each_drawn(drawn_problems(shapes, _KINDS, -0.5, 1.5), cases, compare, plan.seed)
     ratios = [ratio for found in tightness.values() for ratio in found]
     too_far = float(np.mean(np.array(estimates) > 1.01)) if estimates else 0.0
     return Outcome(
