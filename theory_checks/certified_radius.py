@@ -76,7 +76,8 @@ def _radius(query: Any, key: Any, value: Any, embeddings: Any) -> jax.Array:
 
 def run(plan: Plan) -> Outcome:
     """Compare the radius with the nearest crossing found by search, for the last embedding of drawn problems."""
-    cases = plan.count(240, 40)
+    # The bound is tight in few cases, about one in forty: fewer draws may miss a steepness that is too small.
+    cases = plan.count(600, 300)
     worst, worst32 = Worst(), Worst()
     estimates: list[float] = []
     tightness: dict[int, list[float]] = {}
@@ -104,7 +105,7 @@ def run(plan: Plan) -> Outcome:
         tightness.setdefault(shape.width, []).append(radius / distance)
         points.append([distance, radius])
 
-    shapes = plan.pick(_SHAPES, _SHAPES[1:2])
+    shapes = plan.pick(_SHAPES, _SHAPES[:2])
     for_each_drawn(drawn_problems(shapes, _KINDS, -0.5, 1.5), cases, compare, plan.seed)
     ratios = [ratio for found in tightness.values() for ratio in found]
     too_far = float(np.mean(np.array(estimates) > 1.01)) if estimates else 0.0
