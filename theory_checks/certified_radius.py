@@ -76,8 +76,8 @@ def _radius(query: Any, key: Any, value: Any, embeddings: Any) -> jax.Array:
 
 def run(plan: Plan) -> Outcome:
     """Compare the radius with the nearest crossing found by search, for the last embedding of drawn problems."""
-    # The bound is tight in few cases, about one in forty: fewer draws may miss a steepness that is too small.
-    cases = plan.count(600, 300)
+    # A radius with a third of the steepness is too large in about one case of a hundred: fewer draws may miss it.
+    cases = plan.count(1200, 600)
     worst, worst32 = Worst(), Worst()
     estimates: list[float] = []
     tightness: dict[int, list[float]] = {}
