@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
 
 from prob_transformer import Attention, LinearDecoder, map_objective
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
+from theory_checks.strategies import drawn_number, drawn_seed
 
 TOLERANCE = 1e-9
 SLOPE_TOLERANCE = 1e-6
@@ -113,7 +113,10 @@ def run(plan: Plan) -> Outcome:
         smallest = min(smallest, value)
         below.see((bound - value) / (1 + abs(bound)), drawn)
 
-    for_each_drawn(st.tuples(st.integers(0, 2**31 - 1), st.floats(-2.0, 3.0)), cases, compare, plan.seed)
+    def draw(generator: np.random.Generator) -> tuple[int, float]:
+        return drawn_seed(generator), drawn_number(generator, -2.0, 3.0)
+
+    for_each_drawn(draw, cases, compare, plan.seed)
 
     def value_and_gradient(flat: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return jax.tree.map(np.asarray, _value_and_gradient(flat, embeddings, decoder, tokens))

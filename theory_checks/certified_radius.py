@@ -4,14 +4,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prob_transformer import Attention, certified_radius
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.plain import determinants
-from theory_checks.strategies import Case, Shape, make_case
+from theory_checks.strategies import Case, Shape, drawn_problems, make_case
 
 # The radius is a bound in exact arithmetic; this is room for that of float64, and more of float32.
 TOLERANCE = 1.0 + 1e-9
@@ -77,7 +76,8 @@ def _radius(query: Any, key: Any, value: Any, embeddings: Any) -> jax.Array:
 
 def run(plan: Plan) -> Outcome:
     """Compare the radius with the nearest crossing found by search, for the last embedding of drawn problems."""
-    cases = plan.count(240, 40)
+    # A radius with a third of the steepness is too large in about one case of a hundred: fewer draws may miss it.
+    cases = plan.count(1200, 600)
     worst, worst32 = Worst(), Worst()
     estimates: list[float] = []
     tightness: dict[int, list[float]] = {}
@@ -105,9 +105,8 @@ def run(plan: Plan) -> Outcome:
         tightness.setdefault(shape.width, []).append(radius / distance)
         points.append([distance, radius])
 
-    shapes = plan.pick(_SHAPES, _SHAPES[1:2])
-    drawn = st.tuples(st.sampled_from(shapes), st.sampled_from(_KINDS), st.integers(0, 2**31 - 1), st.floats(-0.5, 1.5))
-    for_each_drawn(drawn, cases, compare, plan.seed)
+    shapes = plan.pick(_SHAPES, _SHAPES[:2])
+    for_each_drawn(drawn_problems(shapes, _KINDS, -0.5, 1.5), cases, compare, plan.seed)
     ratios = [ratio for found in tightness.values() for ratio in found]
     too_far = float(np.mean(np.array(estimates) > 1.01)) if estimates else 0.0
     return Outcome(

@@ -12,7 +12,7 @@ from prob_transformer import Attention, CausalAttentionTransform, ResidualAndLog
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import amplification
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, attention_cases, make_case
+from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases, make_case
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 # The largest kappa (theory_checks.rounding) at which the raw error is held to the tolerance.
@@ -137,7 +137,7 @@ def run(plan: Plan) -> Outcome:
             precise = [None if array is None else array.astype(np.float64) for array in arrays]
             tally.see(case, precision, _expected(*precise), _library(*arrays))
 
-        drawn = attention_cases(np.dtype(precision), shapes=plan.pick(SHAPES, FEW_SHAPES))
+        drawn = drawn_cases(np.dtype(precision), shapes=plan.pick(SHAPES, FEW_SHAPES))
         for_each_drawn(drawn, cases, compare, plan.seed)
 
     log_dets = tallies["float64"].counted_log_dets

@@ -4,10 +4,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+import numpy as np
+
+Drawn = TypeVar("Drawn")
 
 Mark = Literal["paper", "second-hand", "derived", "ours"]
 
@@ -142,28 +143,17 @@ class Worst:
 
 
 def for_each_drawn(
-    strategy: st.SearchStrategy[Any], count: int, body: Callable[[Any], None], draw_seed: int = 0
+    draw: Callable[[np.random.Generator], Drawn], count: int, body: Callable[[Drawn], None], seed: int
 ) -> None:
-    """Call `body` on `count` examples of the strategy, the same ones for the same seed and source.
+    """Call `body` on the first `count` cases that `draw` takes from the generator of this seed.
 
-    Hypothesis also tries constants that it finds in the source, so an edit may change what is drawn.
+    Hypothesis would also try constants of the modules that are loaded, so the cases would depend on them.
 
     Nothing is shrunk: a check records its worst case and is judged by it, rather than stopping at the first failure.
     """
-
-    @seed(draw_seed)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def every_example(example: Any) -> None:
-        body(example)
-
-    every_example()
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        body(draw(generator))
 
 
 def _json_value(value: Any) -> Any:

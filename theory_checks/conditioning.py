@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from prob_transformer import Attention, stability_margin
@@ -13,7 +12,7 @@ from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.plain import Array, determinants, jacobians, residuals
 from theory_checks.safe_region import contraction
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, Shape, attention_cases, make_case
+from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, Shape, drawn_cases, drawn_problems, make_case
 
 TOLERANCE = 1e-5
 # Below this margin a difference quotient has no digits left to compare; the approach to the boundary has its own steps.
@@ -109,11 +108,8 @@ def run(plan: Plan) -> Outcome:
         bound.see(measured_amplification(case, 1 - reached) * (1 - reached) - 1, drawn)
 
     shapes = plan.pick(SHAPES[3::4], FEW_SHAPES)
-    for_each_drawn(attention_cases(kinds=_KINDS, shapes=shapes), cases, compare, plan.seed)
-    safe = st.tuples(
-        st.sampled_from(shapes), st.sampled_from(_KINDS[:4]), st.integers(0, 2**31 - 1), st.floats(0.01, 0.99)
-    )
-    for_each_drawn(safe, cases // 2, compare_safe, plan.seed)
+    for_each_drawn(drawn_cases(kinds=_KINDS, shapes=shapes), cases, compare, plan.seed)
+    for_each_drawn(drawn_problems(shapes, _KINDS[:4], 0.01, 0.99), cases // 2, compare_safe, plan.seed)
     rows = approach(plan.seed)
     near = max(abs(row["amplification"] * row["margin"] - 1) for row in rows)
     mistaken = float(np.median(by_determinant)) if by_determinant else 0.0

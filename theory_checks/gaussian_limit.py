@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 
@@ -14,7 +13,7 @@ from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProce
 from theory_checks.change_of_variables import dense_residual
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, attention_cases, make_case
+from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases, drawn_number, make_case
 
 TOLERANCE = 1e-10
 SCALES = tuple(10.0**exponent for exponent in (-1.5, -2, -2.5, -3, -3.5, -4))
@@ -102,8 +101,12 @@ def run(plan: Plan) -> Outcome:
         with_interaction.append(abs(other - truth) / (1 + abs(truth)))
 
     shapes = plan.pick(SHAPES[::3], FEW_SHAPES)
-    scales = st.floats(0.1, 3.0)
-    for_each_drawn(st.tuples(attention_cases(kinds=_KINDS, shapes=shapes), scales, scales), cases, compare, plan.seed)
+    draw_case = drawn_cases(kinds=_KINDS, shapes=shapes)
+
+    def draw(generator: np.random.Generator) -> tuple[Case, float, float]:
+        return draw_case(generator), drawn_number(generator, 0.1, 3.0), drawn_number(generator, 0.1, 3.0)
+
+    for_each_drawn(draw, cases, compare, plan.seed)
     # The solver compiles for seconds: a quick plan looks at the density alone.
     for index, shape in enumerate(plan.pick(FEW_SHAPES, ())):
         case = make_case(shape, "gaussian", plan.seed + index)

@@ -11,7 +11,7 @@ from prob_transformer import Attention, EmbeddingProcess, jacobian_block, residu
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import amplification
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, attention_cases
+from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
 # The largest kappa (theory_checks.rounding) at which the raw error is held to the tolerance; beyond, the error times
@@ -105,7 +105,7 @@ def run(plan: Plan) -> Outcome:
 
     shapes = plan.pick((SHAPES[0], *FEW_SHAPES), FEW_SHAPES[1:])
     for precision in plan.pick(("float64", "float32"), ("float64",)):
-        for_each_drawn(attention_cases(np.dtype(precision), shapes=shapes), cases, compare, plan.seed)
+        for_each_drawn(drawn_cases(np.dtype(precision), shapes=shapes), cases, compare, plan.seed)
     figures = {
         precision: max((seen.figure for seen in by_name.values()), default=0.0) for precision, by_name in worst.items()
     }

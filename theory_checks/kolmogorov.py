@@ -17,7 +17,7 @@ from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.normalisation import TAIL, interaction_attention, roots
 from theory_checks.quadrature import Integral, integrate
-from theory_checks.strategies import FEW_SHAPES, KINDS, SHAPES, Case, attention_cases
+from theory_checks.strategies import FEW_SHAPES, KINDS, SHAPES, Case, drawn_cases
 
 TOLERANCE = 1e-6
 # The error that quadrature is asked for, by dimension; what it reaches is part of the figure.
@@ -192,9 +192,7 @@ def _extension(plan: Plan, cases: int) -> Worst:
         worst.see(abs(extended - whole) / (1 + abs(whole)), case)
 
     kinds = tuple(kind for kind in KINDS if kind != "offset")
-    for_each_drawn(
-        attention_cases(kinds=kinds, shapes=plan.pick(SHAPES[::7], FEW_SHAPES[1:])), cases, compare, plan.seed
-    )
+    for_each_drawn(drawn_cases(kinds=kinds, shapes=plan.pick(SHAPES[::7], FEW_SHAPES[1:])), cases, compare, plan.seed)
     return worst
 
 

@@ -10,7 +10,7 @@ from prob_transformer import Attention, ResidualAndLogDet, jacobian_block, resid
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import amplification
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, attention_cases
+from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases
 
 TOLERANCE = 1e-9
 # For the entries of J itself against I - L R, over kappa: rounding of a few products.
@@ -83,7 +83,7 @@ def run(plan: Plan) -> Outcome:
                 ]
                 decoupled.append(abs(sum(det.logabsdet for det in single) - dense.logabsdet))
 
-    for_each_drawn(attention_cases(shapes=plan.pick(SHAPES, FEW_SHAPES)), cases, compare, plan.seed)
+    for_each_drawn(drawn_cases(shapes=plan.pick(SHAPES, FEW_SHAPES)), cases, compare, plan.seed)
     apart = float(np.median(decoupled)) if decoupled else 0.0
     return Outcome(
         cases=cases,

@@ -8,7 +8,6 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 from numpyro.infer import SVI, Trace_ELBO, init_to_value
@@ -19,7 +18,7 @@ from scipy.optimize import minimize
 from prob_transformer import Attention, LinearDecoder, map_objective, residual_and_log_det, token_model
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
-from theory_checks.strategies import KINDS, Shape, make_case
+from theory_checks.strategies import KINDS, Shape, drawn_option, drawn_seed, make_case
 
 TOLERANCE = 1e-10
 OPTIMUM_TOLERANCE = 1e-6
@@ -220,8 +219,10 @@ def run(plan: Plan) -> Outcome:
             _, (mistaken, _) = _both_sides(parameters, tokens, scales / [1, 1, 1, tokens.shape[-1]], *choices)
             wrong.append(relative_difference(energy, mistaken))
 
-    problems = st.tuples(st.sampled_from(settings), st.sampled_from(KINDS), st.integers(0, 2**31 - 1))
-    for_each_drawn(problems, cases, compare, plan.seed)
+    def draw(generator: np.random.Generator) -> tuple[Setting, str, int]:
+        return drawn_option(generator, settings), drawn_option(generator, KINDS), drawn_seed(generator)
+
+    for_each_drawn(draw, cases, compare, plan.seed)
     # Both optimisers compile for seconds: a quick plan goes without them.
     best = optimum() if not plan.quick else {"relative_difference": 0.0, "log_det": 1.0}
     figure = max(values.figure, gradients.figure, cancelling.figure)

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prob_transformer import Attention, stability_margin
 from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
 from theory_checks.compiling import quick_jit
 from theory_checks.normalisation import PAST, interaction_attention, scalar_attention
-from theory_checks.strategies import Shape, make_case, semidefinite_interaction
+from theory_checks.strategies import Shape, drawn_problems, make_case, semidefinite_interaction
 
 TOLERANCE = 1e-9
 # The search: random starts over scales of u, the best of them moved by random steps that shrink.
@@ -106,12 +105,9 @@ def run(plan: Plan) -> Outcome:
             slacks.setdefault(shape.width, []).append(slack)
         popoviciu.see(-slack, drawn)
 
-    def draws(shapes: tuple[Shape, ...], numbers: st.SearchStrategy[float]) -> st.SearchStrategy[Any]:
-        return st.tuples(st.sampled_from(shapes), st.sampled_from(_KINDS), st.integers(0, 2**31 - 1), numbers)
-
     identity, general = plan.pick((_IDENTITY, _GENERAL), (_IDENTITY[:1], _IDENTITY[:1]))
-    for_each_drawn(draws(identity, st.floats(-2.0, 2.0)), cases, search_semidefinite, plan.seed)
-    for_each_drawn(draws(general, st.floats(0.01, 0.99)), cases, search_contraction, plan.seed)
+    for_each_drawn(drawn_problems(identity, _KINDS, -2.0, 2.0), cases, search_semidefinite, plan.seed)
+    for_each_drawn(drawn_problems(general, _KINDS, 0.01, 0.99), cases, search_contraction, plan.seed)
 
     past = np.array(PAST)[:, None]
     outside, where = smallest_determinant(scalar_attention(4.0), past, jax.random.key(0))

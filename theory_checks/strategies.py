@@ -1,15 +1,17 @@
-"""Hypothesis strategies for attention problems with friendly and adversarial geometry, shared with the tests.
+"""Attention problems with friendly and adversarial geometry, as the checks draw them and as Hypothesis strategies.
 
 Shapes come from a short fixed list, so that a comparison compiled once a shape serves every case of that shape.
 
-A check draws thousands of cases and keeps the worst, so `attention_cases` takes its numbers from a NumPy generator with
-a drawn seed. A property stops at a failure and shrinks it, so `shrinking_cases` lets Hypothesis draw each number, and a
-failure becomes a short sequence of simple numbers. Both build their cases by the same code, and the repr of a case
-rebuilds it.
+A check draws thousands of cases and keeps the worst. Its draws are a function of its seed alone, so `drawn_cases` and
+`drawn_problems` take them from a NumPy generator. A property stops at a failure and shrinks it, so `shrinking_cases`
+lets Hypothesis draw each number, and a failure becomes a short sequence of simple numbers; `attention_cases` lets it
+draw what `drawn_cases` draws. All build their cases by the same code, and the repr of a case rebuilds it.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import ArrayLike, NDArray
 
 from prob_transformer import Attention
+
+Option = TypeVar("Option")
 
 
 class Shape(NamedTuple):
@@ -81,6 +85,11 @@ KINDS: tuple[str, ...] = (
     "small",
     "sharp",
 )
+
+# Ranges of the strength and extremity of a case.
+_STRENGTHS, _EXTREMITIES = (0.1, 3.0), (0.0, 1.0)
+# How often a number drawn from a range is one of its special values.
+_SPECIAL_SHARE = 0.2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -260,7 +269,57 @@ def attention_cases(
         shape=st.sampled_from(shapes),
         kind=st.sampled_from(kinds),
         seed=st.integers(0, 2**32 - 1),
-        strength=st.floats(0.1, 3.0),
-        extremity=st.floats(0.0, 1.0),
+        strength=st.floats(*_STRENGTHS),
+        extremity=st.floats(*_EXTREMITIES),
         dtype=st.just(dtype),
     )
+
+
+def drawn_option(generator: np.random.Generator, options: Sequence[Option]) -> Option:
+    """One of the options, each as likely as the others."""
+    return options[int(generator.integers(len(options)))]
+
+
+def drawn_number(generator: np.random.Generator, low: float, high: float) -> float:
+    """A number in [low, high]: mostly uniform, and in one draw of five an end or an integer between the ends."""
+    if generator.random() < _SPECIAL_SHARE:
+        return float(drawn_option(generator, (low, high, *range(math.ceil(low), math.floor(high) + 1))))
+    return float(generator.uniform(low, high))
+
+
+def drawn_seed(generator: np.random.Generator) -> int:
+    """The seed of the numbers of one case."""
+    return int(generator.integers(2**31))
+
+
+def drawn_cases(
+    dtype: Any = np.float64, kinds: tuple[str, ...] = KINDS, shapes: tuple[Shape, ...] = SHAPES
+) -> Callable[[np.random.Generator], Case]:
+    """What draws a case of the given dtype, geometry kinds and shapes, all independently."""
+
+    def draw(generator: np.random.Generator) -> Case:
+        return make_case(
+            *_problem(generator, shapes, kinds),
+            strength=drawn_number(generator, *_STRENGTHS),
+            extremity=drawn_number(generator, *_EXTREMITIES),
+            dtype=dtype,
+        )
+
+    return draw
+
+
+def drawn_problems(
+    shapes: tuple[Shape, ...], kinds: tuple[str, ...], low: float, high: float
+) -> Callable[[np.random.Generator], tuple[Shape, str, int, float]]:
+    """What draws a shape, a kind, a seed and a number in [low, high]."""
+
+    def draw(generator: np.random.Generator) -> tuple[Shape, str, int, float]:
+        return *_problem(generator, shapes, kinds), drawn_number(generator, low, high)
+
+    return draw
+
+
+def _problem(
+    generator: np.random.Generator, shapes: tuple[Shape, ...], kinds: tuple[str, ...]
+) -> tuple[Shape, str, int]:
+    return drawn_option(generator, shapes), drawn_option(generator, kinds), drawn_seed(generator)

@@ -1,8 +1,9 @@
-"""What the shared strategies promise: reproducible cases, finite arrays, and the geometry that each kind names."""
+"""What the drawn cases promise: finite arrays, special values, and the geometry that each kind names."""
 
 import numpy as np
 import pytest
 from hypothesis import find
+from scipy import stats
 
 from theory_checks import plain
 from theory_checks.check import for_each_drawn
@@ -12,7 +13,8 @@ from theory_checks.strategies import (
     SHAPES,
     Case,
     Shape,
-    attention_cases,
+    drawn_cases,
+    drawn_number,
     make_case,
     shrinking_cases,
 )
@@ -35,7 +37,7 @@ def test_shapes_cover_what_they_promise():
 def test_drawn_cases_are_finite_of_the_asked_dtype_and_the_same_every_time(dtype):
     def draw() -> list[Case]:
         cases: list[Case] = []
-        for_each_drawn(attention_cases(dtype), 60, cases.append)
+        for_each_drawn(drawn_cases(dtype), 60, cases.append, seed=0)
         return cases
 
     first, second = draw(), draw()
@@ -80,7 +82,29 @@ def test_only_asked_kinds_and_shapes_are_drawn():
         assert case.kind == "ties"
         assert case.shape == SHAPE
 
-    for_each_drawn(attention_cases(kinds=("ties",), shapes=(SHAPE,)), 20, check)
+    for_each_drawn(drawn_cases(kinds=("ties",), shapes=(SHAPE,)), 20, check, seed=0)
+
+
+def test_every_shape_and_kind_and_the_ends_of_both_ranges_are_among_the_cases_of_a_check():
+    cases: list[Case] = []
+    for_each_drawn(drawn_cases(), 600, cases.append, seed=0)
+    assert {case.shape for case in cases} == set(SHAPES)
+    assert {case.kind for case in cases} == set(KINDS)
+    for numbers, low, high in (
+        ([case.strength for case in cases], 0.1, 3.0),
+        ([case.extremity for case in cases], 0.0, 1.0),
+    ):
+        assert (min(numbers), max(numbers)) == (low, high)
+
+
+def test_a_drawn_number_is_mostly_uniform_and_otherwise_an_end_or_an_integer():
+    generator = np.random.default_rng(0)
+    numbers = np.array([drawn_number(generator, -1.5, 2.0) for _ in range(4000)])
+    special = np.isin(numbers, [-1.5, -1.0, 0.0, 1.0, 2.0])
+    # 5 standard deviations of a share of one in five.
+    assert abs(special.mean() - 0.2) < 5 * np.sqrt(0.2 * 0.8 / 4000)
+    assert set(numbers[special]) == {-1.5, -1.0, 0.0, 1.0, 2.0}
+    assert stats.kstest(numbers[~special], stats.uniform(-1.5, 3.5).cdf).pvalue > 1e-6
 
 
 def test_kinds_have_the_geometry_they_name():
