@@ -7,8 +7,9 @@ u_i, for every u at distance t from u_i
     |M^h(u)|          <= min( D_v D_g / 4,    c exp(t D_g) )
     |M^h(u) - M^h(u_i)| <= integral_0^t min( D_v D_g^2 / 8,  c D_g exp(s D_g) ) ds
 
-det J = 0 needs sum_h |M^h| >= 1 (equality included) and sum_h |M^h(u) - M^h(u_i)| >= sigma_min(J_i). The radius is the larger of the two
-distances up to which one of these is excluded, and infinite where theory section 3 excludes both everywhere.
+det J = 0 needs sum_h |M^h| >= 1, equality included, and sum_h |M^h(u) - M^h(u_i)| >= sigma_min(J_i). The radius is the
+larger of the two distances up to which one of these is excluded, and infinite where theory section 3 excludes both
+everywhere.
 Proof: docs/claims/certified-radius.md.
 """
 
