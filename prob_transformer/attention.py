@@ -7,7 +7,7 @@ Everything in this library is built from these three. Position i looks at its st
     mu_i    = sum_h V_h sum_s alpha^h_is u_s                        `weighted_mean` of the values
     Cov_i(x, y) = sum_s alpha_is (x_s - x_mean)(y_s - y_mean)^T     `weighted_covariance`
 
-The past is strict because with s <= i the first position would give e_1 = u_1 - u_1 = 0 and no density would exist.
+The past is strict: with s <= i and identity values the first position has e_1 = u_1 - u_1 = 0, and so no density.
 """
 
 import math

@@ -6,14 +6,20 @@ As a prior it is the improper prod_i |det J_i|^lambda. It is infinite at the bou
 below: on either side of the wall it rewards growing |det J_i| without limit, so an objective that uses it alone
 needs a weight prior (docs/theory.md section 5).
 
-One-sided, our own: with x = log(det J_i / threshold),
+One-sided, our own: with t the threshold and x = log(det J_i / t),
 
-    phi_i = -x exp(1 / x)   for 0 < det J_i < threshold,     0   from the threshold on,     +inf   for det J_i <= 0
+    phi_i = -x exp(1 / x)   for 0 < det J_i < t,     0   from t on,     +inf   for det J_i <= 0
 
-It has derivatives of every order, behaves like -log det J_i at the wall, and stops paying once the margin is wide
-enough. Where an optimiser has to come back from det J_i <= 0, `one_sided_penalty` puts log(1 + |det J_i| / threshold)
-in place of the infinity: its slope in det J_i is finite and points to the wall. Source: ours, theory section 5.
+It has derivatives of every order, behaves like -log det J_i at the wall, and is zero once the margin is wide enough.
+An optimiser that has crossed the wall needs a finite way back. For det J_i <= 0 `one_sided_penalty` is
+
+    phi_i = K (1 + log(1 + |det J_i| / t)),          K = log(t / s),     s the smallest positive number of the dtype
+
+Before the wall phi_i < -x, and det J_i >= s in this dtype, so phi_i < K there: crossing is never rewarded. Past the
+wall the slope in det J_i is -K / (t + |det J_i|), finite and leading back. Source: ours, theory section 5.
 """
+
+import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -45,14 +51,16 @@ def one_sided_barrier(
 def one_sided_penalty(
     sign: Float[Array, "*S"], log_det: Float[Array, "*S"], threshold: Float[Array, ""] | float = 0.5
 ) -> Float[Array, "*S"]:
-    """phi_i from sign and log|det J_i|, with log(1 + |det J_i| / threshold) where the sign is not positive.
+    """phi_i of the module docstring from sign and log|det J_i|: finite everywhere, and at least K where sign <= 0.
 
-    For training, where a step may have crossed the wall: watch the signs beside it. Raises ValueError unless
-    threshold > 0. Source: ours, theory section 5.
+    A determinant smaller than s counts as s. For training, where a step may have crossed the wall: watch the signs
+    beside it. Raises ValueError unless threshold > 0. Source: ours, theory section 5.
     """
     require_positive("threshold", threshold)
-    x = log_det - jnp.log(jnp.asarray(threshold, log_det.dtype))
+    log_threshold = jnp.log(jnp.asarray(threshold, log_det.dtype))
+    largest = log_threshold - math.log(float(jnp.finfo(log_det.dtype).smallest_subnormal))
+    x = log_det - log_threshold
     # From -1e-3 on exp(1 / x) is zero in float64 already, and the 1 / x^2 of its slope would overflow.
-    inside = jnp.minimum(x, -1e-3)
-    positive = -inside * jnp.exp(1 / inside)
-    return jnp.where(sign > 0, positive, jnp.logaddexp(x, 0.0))
+    inside = jnp.clip(x, -largest, -1e-3)
+    before = -inside * jnp.exp(1 / inside)
+    return jnp.where(sign > 0, before, largest * (1 + jnp.logaddexp(x, 0.0)))

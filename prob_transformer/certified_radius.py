@@ -7,8 +7,9 @@ u_i, for every u at distance t from u_i
     |M^h(u)|          <= min( D_v D_g / 4,    c exp(t D_g) )
     |M^h(u) - M^h(u_i)| <= integral_0^t min( D_v D_g^2 / 8,  c D_g exp(s D_g) ) ds
 
-det J = 0 needs sum_h |M^h| >= 1 and sum_h |M^h(u) - M^h(u_i)| >= sigma_min(J_i). The radius is the larger of the two
-distances up to which one of these is excluded, and infinite where theory section 3 excludes both everywhere.
+det J = 0 needs sum_h |M^h| >= 1, equality included, and sum_h |M^h(u) - M^h(u_i)| >= sigma_min(J_i). The radius is the
+larger of the two distances up to which one of these is excluded, and infinite where theory section 3 excludes both
+everywhere.
 Proof: docs/claims/certified-radius.md.
 """
 
@@ -26,6 +27,8 @@ from prob_transformer.change_of_variables import jacobian_block_at, over_positio
 
 # Halvings of the interval that holds the radius; the lower end is returned.
 _HALVINGS = 60
+# Rounding errors of a product of diameters and of an eigenvalue of A + A^T, in units of eps, d + p and |W_Q| |W_K|.
+_ROUNDING = 8
 
 
 def _diameter(points: Float[Array, "n d"], visible: Bool[Array, " n"]) -> Float[Array, ""]:
@@ -79,11 +82,14 @@ def certified_radius_at(attention: Attention, past: Past, embedding: Float[Array
     by_norm = _last_below(norm_bound, 1.0, jnp.where(moves, saturated, 0.0).max())
     farthest = jnp.where(moves, turning + smallest / steepest, jnp.inf).min()
     by_change = _last_below(change_bound, smallest, jnp.where(moves.any(), farthest, 0.0))
-    never = jnp.where(moves, largest, 0.0).sum() < 1
+    # Both conditions for "never" are decided up to rounding, and what rounding leaves open is not certified.
+    rounding = _ROUNDING * (attention.width + attention.head_size) * jnp.finfo(weights.dtype).eps
+    never = jnp.where(moves, largest, 0.0).sum() < 1 - rounding
     if attention.value is None:
         # Identity values and x^T A x <= 0: det J >= 1 everywhere (docs/claims/safe-region.md).
         interaction = attention.interaction[0]
-        never |= jnp.linalg.eigvalsh(interaction + interaction.T)[-1] <= 0
+        entered = jnp.linalg.norm(attention.query) * jnp.linalg.norm(attention.key) / math.sqrt(attention.head_size)
+        never |= jnp.linalg.eigvalsh(interaction + interaction.T)[-1] <= -rounding * entered
     return jnp.where(never, jnp.inf, jnp.maximum(by_norm, by_change))
 
 
@@ -96,8 +102,9 @@ def certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) 
     """Lower bound of the distance from u_i to the nearest u with det J_i(u) = 0, at every position (..., n).
 
     inf where it is proven that no u reaches the boundary: at the first two positions, where sum_h D_v D_g / 4 < 1
-    (Popoviciu), for identity values where A + A^T is negative semidefinite. 0 on the boundary itself. In the unit of
-    the embeddings; a bound in exact arithmetic, computed in that of the embeddings.
+    (Popoviciu), for identity values where A + A^T is negative definite (both by more than rounding; a singular A + A^T
+    is certified only where A = 0). 0 on the boundary itself. In the unit of the embeddings; a bound in exact
+    arithmetic, computed in that of the embeddings.
     Raises as `residual_and_log_det`. Equation: module docstring; ours, theory section 4 asks for it.
     """
     return _certified_radius(attention, require_embeddings("embeddings", embeddings, attention.width))

@@ -6,7 +6,8 @@
 plus the weight prior, if any. Scaling: these are negative log joint densities, sums in nats. Divided by the number T of
 predicted tokens, "margin" is the training loss mean(CE) + lambda mean_i(b_i) with lambda = barrier_weight * N / T for N
 positions with a barrier; here N = T, so lambda = barrier_weight. Undoing the mean instead, the multiplier of
-mean_i(b_i) is lambda * T, the lambda' of docs/theory.md section 5.
+mean_i(b_i) is lambda * T, the lambda' of docs/theory.md section 5. Over embeddings, these are densities in embedding
+coordinates; in noise coordinates "full" has no b_i of its own. The barrier's factor is a penalty, and no part of a law.
 """
 
 import math

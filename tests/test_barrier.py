@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prob_transformer import Attention, barrier, one_sided_barrier, one_sided_penalty
+from prob_transformer import Attention, barrier, one_sided_barrier, one_sided_penalty, residual_and_log_det
 from tests.support.dense import dense_truth, draw
 
 
@@ -110,16 +110,68 @@ def test_every_derivative_of_the_one_sided_penalty_dies_out_at_the_threshold():
         derivative = jax.grad(derivative)
 
 
-def test_past_the_wall_the_one_sided_penalty_leads_back_with_a_finite_slope():
-    def penalty(determinant):
-        return one_sided_penalty(jnp.sign(determinant), jnp.log(jnp.abs(determinant)))
+def penalty_at(determinant, threshold=0.5):
+    return one_sided_penalty(jnp.sign(determinant), jnp.log(jnp.abs(determinant)), threshold)
 
-    slope = jax.vmap(jax.grad(penalty))
-    past = -np.array([1e-12, 1e-3, 1.0, 1e3])
-    np.testing.assert_allclose(slope(past), -1 / (0.5 + np.abs(past)), rtol=1e-9)
+
+def largest_before(dtype, threshold):
+    """K = log(threshold / smallest positive number), through powers of two."""
+    return np.log(threshold) + {"float32": 149, "float64": 1074}[dtype] * np.log(2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("threshold", [1e-3, 0.5, 30.0])
+def test_no_value_past_the_wall_is_below_one_before_it(dtype, threshold):
+    # Down to determinants that no number of the dtype can hold: a log-determinant is a sum and can be smaller still.
+    log_det = jnp.asarray(np.log(threshold) - np.logspace(-6, 6, 400), dtype)
+    before = np.asarray(one_sided_penalty(jnp.ones_like(log_det), log_det, threshold))
+    past = np.asarray(one_sided_penalty(-jnp.ones_like(log_det), log_det, threshold))
+    at_wall = one_sided_penalty(jnp.zeros((), dtype), jnp.asarray(-jnp.inf, dtype), threshold)
+    assert before.dtype == past.dtype == at_wall.dtype == dtype
+    largest = largest_before(dtype, threshold)
+    np.testing.assert_allclose(at_wall, largest, rtol=1e-5)
+    assert before.max() < at_wall <= past.min()
+    # The whole range is used: one nat below K, the -1 of -x - 1 + O(1/x).
+    np.testing.assert_allclose(before.max(), largest - 1, atol=1 / largest)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_crossing_is_dearer_at_the_determinants_that_once_rewarded_it(dtype):
+    before, past = jnp.array([1e-2, 1e-6], dtype), jnp.array([-1e-6, -1e-2], dtype)
+    np.testing.assert_allclose(penalty_at(before), [3.0296, 12.1595], rtol=1e-4)
+    assert penalty_at(past).min() > penalty_at(before).max()
+    # Closer to the wall is cheaper: the way back is downhill.
+    assert np.diff(penalty_at(past)) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_past_the_wall_the_one_sided_penalty_is_its_derivation_and_leads_back(dtype):
+    slope = jax.vmap(jax.grad(penalty_at))
+    past = -jnp.array([1e-12, 1e-3, 1.0, 1e3], dtype)
+    largest = largest_before(dtype, 0.5)
+    tolerance = 1e-5 if dtype == "float32" else 1e-12
+    np.testing.assert_allclose(penalty_at(past), largest * (1 + np.log1p(-2 * np.float64(past))), rtol=tolerance)
+    np.testing.assert_allclose(slope(past), -largest / (0.5 - np.float64(past)), rtol=tolerance)
     # On the allowed side it pushes away from the wall, and not at all once the margin is wide enough.
-    assert (np.asarray(slope(np.array([1e-6, 0.1, 0.3]))) < 0).all()
-    assert (np.asarray(slope(np.array([0.5, 0.7, 2.0]))) == 0).all()
+    assert (np.asarray(slope(jnp.array([1e-6, 0.1, 0.3], dtype))) < 0).all()
+    assert (np.asarray(slope(jnp.array([0.5, 0.7, 2.0], dtype))) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_at_the_wall_itself_the_one_sided_penalty_and_its_slope_in_log_det_are_finite(dtype):
+    value, slope = jax.value_and_grad(one_sided_penalty, 1)(jnp.zeros((), dtype), jnp.asarray(-jnp.inf, dtype))
+    np.testing.assert_allclose(value, largest_before(dtype, 0.5), rtol=1e-5)
+    assert slope == 0
+
+
+def test_descent_from_past_the_wall_comes_back():
+    slope = jax.jit(
+        jax.grad(lambda a: one_sided_penalty(*residual_and_log_det(scalar_attention(a), EMBEDDINGS)[1:])[-1])
+    )
+    a = at(-0.3)
+    for _ in range(100):
+        a = a - 1e-3 * float(slope(jnp.asarray(a)))
+    assert one_sided(a) < np.inf
 
 
 def test_the_threshold_is_one_half_unless_another_is_given():

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,55 @@ def test_infinite_where_the_boundary_is_proven_out_of_reach():
     radius = np.asarray(certified_radius(strong, embeddings))
     assert np.isinf(radius[:2]).all()
     assert np.isfinite(radius[2:]).all()
+
+
+def exactly(number):
+    return Fraction(float(number))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_boundary_within_reach_by_less_than_rounding_is_not_certified_away(dtype):
+    # Past (-x, x): det J(0) = 1 - a x^2 exactly. Drawn so that a x^2 is 1 up to rounding, on either side.
+    reached = 0
+    for x in np.random.default_rng(0).uniform(0.5, 2, 100).astype(dtype):
+        a = dtype(1) / (x * x)
+        radius = certified_radius(scalar_attention(a), np.array([[-x], [x], [0.1]], dtype))[-1]
+        if exactly(a) * exactly(x) ** 2 >= 1:
+            reached += 1
+            assert np.isfinite(radius)
+    assert reached > 20
+
+
+def test_the_equality_case_of_the_norm_bound_meets_the_boundary():
+    # d = 1, past (-1, 1), a = 1: D_v D_g / 4 = 1 exactly, and det J = 0 at u = 0.
+    radius = float(certified_radius(scalar_attention(1.0), np.array([[-1.0], [1.0], [0.5]]))[-1])
+    assert scalar_determinants(1.0, np.array([-1.0, 1.0]), np.zeros(1))[0] == 0
+    assert 0 < radius <= 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_indefinite_interaction_is_certified_however_small_its_positive_eigenvalue(dtype):
+    # A positive eigenvalue below the rounding of A: a past far apart in its direction meets the boundary.
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        basis = np.linalg.qr(rng.normal(size=(2, 2)))[0]
+        interaction = basis @ np.diag([-1e7, 1e-10]) @ basis.T
+        key = np.linalg.qr(rng.normal(size=(2, 2)))[0] if seed % 2 else np.eye(2)
+        attention = Attention((np.sqrt(2) * key @ interaction)[None].astype(dtype), key[None].astype(dtype))
+        assert np.isfinite(certified_radius(attention, rng.normal(size=(4, 2)).astype(dtype))[-1])
+
+
+def test_an_interaction_that_cancels_to_rounding_is_not_certified():
+    # A = K^T (Q + R) with K^T Q antisymmetric and large: what is left of A + A^T is rounding alone.
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        key, turn, small = rng.normal(size=(3, 2, 2))
+        query = np.linalg.solve(key.T, 1e9 * (turn - turn.T) + 1e-9 * small @ small.T)
+        assert np.isfinite(certified_radius(Attention(query[None], key[None]), rng.normal(size=(4, 2)))[-1])
+
+
+def test_without_interaction_the_boundary_is_out_of_reach():
+    assert np.isinf(certified_radius(Attention(np.zeros((1, 2, 2)), np.eye(2)[None]), np.eye(4, 2))).all()
 
 
 def test_values_take_the_first_condition_away():

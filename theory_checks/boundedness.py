@@ -181,9 +181,10 @@ CHECK = Check(
     id="boundedness",
     claim="margin-only training is unbounded below without a weight prior, bounded with it",
     statement=(
-        "CE + lambda sum_i b_i -> -inf like -lambda rank(Sigma_i A) log t along A -> t A where u_i = 0, on either "
-        "side of the wall; with N(0, s^2) on the weights and fixed embeddings it is at least min_x [x / (2 s^2) - "
-        "lambda d sum_i log(1 + x diam_i^2 / (8 sqrt(p)))] + constants, x = |W_Q|^2 + |W_K|^2."
+        "CE + lambda sum_i b_i -> -inf like -lambda r log t along A -> t A where A u_i = 0, with r the number of "
+        "eigenvalues of Sigma_i A that are not 0, on either side of the wall; with N(0, s^2) on the weights and "
+        "fixed embeddings it is at least min_x [x / (2 s^2) - lambda d sum_i log(1 + x diam_i^2 / (8 sqrt(p)))] + "
+        "constants, x = |W_Q|^2 + |W_K|^2."
     ),
     mark="derived",
     regime=(

@@ -135,9 +135,9 @@ CHECK = Check(
     id="certified-radius",
     claim="a proven lower bound of the distance to the boundary",
     statement=(
-        "det J_i(u) has the sign of det J_i(u_i) for |u - u_i| < r, with r the larger solution of sum_h min(D_v D_g"
-        " / 4, c exp(r D_g)) = 1 and sum_h int_0^r min(D_v D_g^2 / 8, c D_g exp(t D_g)) dt = sigma_min(J_i), c = "
-        "sqrt(|Cov(v)| |Cov(g)|)."
+        "det J_i(u) has the sign of det J_i(u_i) for |u - u_i| < r, with r the larger supremum of all t with sum_h "
+        "min(D_v D_g / 4, c exp(t D_g)) < 1 and of those with sum_h int_0^t min(D_v D_g^2 / 8, c D_g exp(s D_g)) ds "
+        "< sigma_min(J_i), c = sqrt(|Cov(v)| |Cov(g)|)."
     ),
     mark="ours",
     regime=(

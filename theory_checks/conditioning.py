@@ -140,8 +140,9 @@ CHECK = Check(
     id="conditioning",
     claim="noise is amplified by 1 / sigma_min(J_i)",
     statement=(
-        "max over small delta of |u(eps + delta) - u(eps)| / |delta| = 1 / sigma_min(J_i) at position i: without "
-        "limit as det J_i -> 0, and at most 1 / (1 - c) where c = sum_h |V_h| |A_h| diam^2 / 4 < 1."
+        "From noise to embedding, with the past fixed: max over small delta of |u(eps + delta) - u(eps)| / |delta| "
+        "= 1 / sigma_min(J_i) at position i, without limit as det J_i -> 0, and at most 1 / (1 - c) where c = sum_h "
+        "|V_h| |A_h| diam^2 / 4 < 1."
     ),
     mark="paper",
     regime=(

@@ -231,8 +231,8 @@ CHECK = Check(
     id="kolmogorov",
     claim="marginals of the process are the shorter process",
     statement=(
-        "int p(u_1..n) du_m+1..n = p(u_1..m), sum over x_m+1..n of p(x_1..n) = p(x_1..m), and adding positions one "
-        "at a time gives the density of the whole."
+        "For the |det J| formula, int p(u_1..n) du_m+1..n = p(u_1..m), sum over x_m+1..n of p(x_1..n) = p(x_1..m), "
+        "and adding positions one at a time gives the density of the whole."
     ),
     mark="paper",
     regime=(

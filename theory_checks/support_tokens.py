@@ -187,7 +187,8 @@ CHECK = Check(
     claim="multipliers of the central path concentrate on the support tokens",
     statement=(
         "For A(lambda) = argmin |A - A*|^2 / 2 - lambda sum_i log m_i the multipliers lambda / m_i tend to those of"
-        " min |A - A*|^2 / 2 subject to m_i >= 0: zero, like lambda, off the positions of smallest margin."
+        " min |A - A*|^2 / 2 subject to m_i >= 0, where active gradients are linearly independent: zero, like "
+        "lambda, where m_i stays positive."
     ),
     mark="paper",
     regime=(

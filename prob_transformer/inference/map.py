@@ -228,7 +228,8 @@ def find_map(
     derivative exceeds `tolerance`, in nats per unit of the unconstrained coordinates, and steps have become short; or
     at the best point that rounding lets it reach, where no step could show a lower objective (see `MapResult.note`).
     `signs` maps the sites to signs of determinants, such as `embedding_signs(attention)`: a step that changes one is
-    cut short. The search stays on the side of each wall on which it starts, also where that is det < 0.
+    cut short. The search stays on the side of each wall on which it starts, also where that is det < 0. A mode of
+    latent embeddings is one in embedding coordinates: in noise coordinates there is no barrier term (theory section 5).
 
     Compiled once for a model, the shapes of its arrays and the values of what is not an array: pass the same function
     again, not a new closure. A search that fails is returned with its `MapStatus`. Raises ValueError for an unknown

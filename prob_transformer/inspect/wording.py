@@ -2,7 +2,7 @@
 
 For the strict past, e_i is proper and has degree 1, so det J_i < 0 at one point u means that noise near e_i(u) has at
 least three embeddings that it maps from, and |det J_i| N(e_i) integrates to more than 1 over u_i (theory section 3).
-With the position itself included the mean is not bounded, that argument does not hold, and no density is claimed.
+With the position itself included the first position has e = 0, that argument does not apply, and no density is claimed.
 """
 
 import numpy as np
@@ -27,8 +27,8 @@ def density_reading(negative: Float[np.ndarray, "L H"], setting: Setting) -> str
     counted = f"det J < 0 at {negative.mean():.2%} of all places after the first, in {some} of {negative.size} heads."
     if setting.self_inclusive:
         return (
-            f"{counted} Positions attend to themselves here, as in the model: a diagnostic of the layer, never a "
-            "density (the first position has e = 0 whatever u)."
+            f"{counted} Positions attend to themselves here, as in the model: a diagnostic of the layer. "
+            "No density is claimed: the first position has e = 0 whatever u, and the others may or may not have one."
         )
     if not some:
         return (
