@@ -42,15 +42,19 @@ def attention_mean_at(attention: Attention, past: Past, embedding: Float[Array, 
     return jnp.einsum("hs,hsd->d", weights, past.values)
 
 
+def low_rank_at(attention: Attention, past: Past, weights: Float[Array, "H n"]) -> Float[Array, "Hp Hp"]:
+    """R L_i under the weights of one position: the values seen through all queries against the keys of each head."""
+    blocks = jax.vmap(weighted_covariance)(weights, past.query_values, past.keys) / math.sqrt(attention.head_size)
+    rank = attention.heads * attention.head_size
+    return jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)
+
+
 def residual_and_log_det_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> ResidualAndLogDet:
     """Residual (d,), sign () and log|det J_i| () of one position given its past."""
     weights = attention_weights(attention, past, embedding)
     residual = embedding - jnp.einsum("hs,hsd->d", weights, past.values)
-    # R L_i: the covariance of the values seen through all queries with the keys of each head, (H, Hp, p) -> (Hp, Hp).
-    blocks = jax.vmap(weighted_covariance)(weights, past.query_values, past.keys) / math.sqrt(attention.head_size)
-    rank = attention.heads * attention.head_size
-    low_rank = jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)
-    sign, log_det = jnp.linalg.slogdet(jnp.eye(rank, dtype=low_rank.dtype) - low_rank)
+    low_rank = low_rank_at(attention, past, weights)
+    sign, log_det = jnp.linalg.slogdet(jnp.eye(low_rank.shape[0], dtype=low_rank.dtype) - low_rank)
     return ResidualAndLogDet(residual, sign, log_det)
 
 

@@ -20,7 +20,7 @@ from models.char_gpt.training import TrainingDivergedError
 _HELP = {
     "objective": "ce: plain cross-entropy; margin: plus the barrier; map: plus the full embedding prior",
     "barrier_site": "embedding: one prior head over the input embeddings; layers: the heads of every layer",
-    "barrier_form": "two-sided: -log|det J|; one-sided: zero from the threshold on (margin)",
+    "barrier_form": "two-sided: -log|det J|; one-sided: 0 from the threshold on; trace: tr M; frobenius: |RL|^2",
     "barrier_threshold": "the det J from which the one-sided barrier is zero",
     "regulariser": "what stands in for the barrier, with ce",
     "regulariser_strength": "the strength of that regulariser (see models/char_gpt/regularisers.py)",

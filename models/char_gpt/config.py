@@ -9,7 +9,7 @@ from prob_transformer._validation import require_seed
 Objective = Literal["ce", "margin", "map"]
 Site = Literal["embedding", "layers"]
 SITES: tuple[Site, ...] = get_args(Site)
-BarrierForm = Literal["two-sided", "one-sided"]
+BarrierForm = Literal["two-sided", "one-sided", "trace", "frobenius"]
 Regulariser = Literal["none", "dropout", "weight-decay", "embedding-noise", "jacobian", "spectral"]
 Path = Literal["reference", "accelerated"]
 ProductDtype = Literal["float32", "bfloat16"]
@@ -75,9 +75,9 @@ class Config:
             raise ValueError(f"--barrier-share: got {self.barrier_share}; pass a share greater than 0 and at most 1.")
         if self.barrier_share < 1 and (self.path, self.objective) != ("accelerated", "margin"):
             raise ValueError("--barrier-share: below 1 needs --path accelerated and --objective margin.")
-        if self.barrier_form == "one-sided" and self.objective != "margin":
-            raise ValueError(f"--barrier-form: one-sided needs --objective margin, got {self.objective}.")
-        if self.barrier_share < 1 and self.barrier_form == "one-sided":
+        if self.barrier_form != "two-sided" and self.objective != "margin":
+            raise ValueError(f"--barrier-form: {self.barrier_form} needs --objective margin, got {self.objective}.")
+        if self.barrier_share < 1 and self.barrier_form != "two-sided":
             raise ValueError("--barrier-share: below 1 needs --barrier-form two-sided.")
         if self.regulariser != "none" and self.objective != "ce":
             raise ValueError(f"--regulariser: {self.regulariser} needs --objective ce, got {self.objective}.")

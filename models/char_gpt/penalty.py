@@ -14,13 +14,15 @@ each head analysed alone on its layer's normalised inputs with identity values; 
 process density a head, a penalty and not the likelihood of any one model.
 
 With `barrier_form` "one-sided" the penalty of margin is `prob_transformer.one_sided_penalty`, zero from
-`barrier_threshold` on. A regulariser in place of the barrier changes ce alone (`models.char_gpt.regularisers`).
+`barrier_threshold` on; with "trace" and "frobenius" one of `models.char_gpt.product_penalties`, without a determinant.
+A regulariser in place of the barrier changes ce alone (`models.char_gpt.regularisers`).
 
 `path` picks the implementation: the reference, or the accelerated one, which can also estimate the barrier from a
 share of sequences, heads and layers drawn anew every step.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,11 +33,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Site
 from models.char_gpt.model import Attended, Block, CharGPT
+from models.char_gpt.product_penalties import PENALTY_AT
 from models.char_gpt.regularisers import regularised
 from models.char_gpt.sharding import SITE_SPECS, Tree, at_site
 from prob_transformer import Attention, accelerated, one_sided_penalty, residual_and_log_det, weight_prior
 from prob_transformer.accelerated import DEFAULT_TILING, Cells, MeanBarrier, Tiling
-from prob_transformer.change_of_variables import ResidualAndLogDet
+from prob_transformer.change_of_variables import ResidualAndLogDet, over_positions
 
 
 class LossTerms(NamedTuple):
@@ -60,9 +63,7 @@ def forward(
     return logits, embeddings, attended
 
 
-def _at_every_head(
-    density: Callable[..., ResidualAndLogDet], block: Block, attended: Float[Array, "B n d"]
-) -> ResidualAndLogDet:
+def _at_every_head(density: Callable[..., Tree], block: Block, attended: Float[Array, "B n d"]) -> Tree:
     """`density(attention, embeddings)` for every head of a layer, alone and with identity values."""
     return jax.vmap(lambda query, key: density(Attention(query[None], key[None]), attended))(block.query, block.key)
 
@@ -79,14 +80,27 @@ def site_density(
     path: Path = "reference",
 ) -> ResidualAndLogDet:
     """Residual, sign and log|det J_i| at a site: (B, n, ...) for "embedding", (L, H, B, n, ...) for "layers"."""
-    density = residual_and_log_det if path == "reference" else accelerated.residual_and_log_det
+    if path == "reference":
+        return _everywhere(residual_and_log_det, site, model, embeddings, inputs)
+    density = accelerated.residual_and_log_det
     if site == "embedding":
         return density(model.prior_stage, embeddings)
-    if path == "reference":
-        layers = zip(model.blocks, inputs, strict=True)
-        return _stacked([_at_every_head(density, block, attended) for block, attended in layers])
     # All layers in one call: its tiles are compiled once, and take their sequences from any layer.
     return jax.vmap(lambda block, attended: _at_every_head(density, block, attended))(_stacked(model.blocks), inputs)
+
+
+def _everywhere(
+    density: Callable[..., Tree],
+    site: Site,
+    model: CharGPT,
+    embeddings: Float[Array, "B n d"],
+    inputs: Float[Array, "L B n d"],
+) -> Tree:
+    """`density(attention, embeddings)` of the prior stage, or of every head of every layer."""
+    if site == "embedding":
+        return density(model.prior_stage, embeddings)
+    layers = zip(model.blocks, inputs, strict=True)
+    return _stacked([_at_every_head(density, block, attended) for block, attended in layers])
 
 
 def _density_at(site: Site, path: Path, mesh: Mesh | None) -> Callable[..., ResidualAndLogDet]:
@@ -176,7 +190,15 @@ def _cross_entropy_terms(
 def _site_penalty(
     model: CharGPT, config: Config, embeddings: Float[Array, "B n d"], attended: Attended, mesh: Mesh | None
 ) -> MeanBarrier:
-    """The mean penalty of margin or map at the site, from the densities of all positions."""
+    """The mean penalty of margin or map at the site, from the densities of all positions.
+
+    Without a determinant the share past the boundary is not known, and given as 0 like that of plain training.
+    """
+    if config.barrier_form in PENALTY_AT:
+        penalty_of = partial(over_positions, PENALTY_AT[config.barrier_form])
+        everywhere = at_site(partial(_everywhere, penalty_of, config.barrier_site), config.barrier_site, mesh)
+        mean = everywhere(model, embeddings, attended.inputs).mean()
+        return MeanBarrier(mean, jnp.zeros_like(mean), jnp.zeros_like(mean))
     residual, sign, log_det = _density_at(config.barrier_site, config.path, mesh)(model, embeddings, attended.inputs)
     if config.barrier_form == "one-sided":
         penalty = one_sided_penalty(sign, log_det, config.barrier_threshold)

@@ -38,6 +38,11 @@ BARRIERS = {
     "one-sided@embedding": _barrier("margin", "embedding", "one-sided"),
     "one-sided@layers": _barrier("margin", "layers", "one-sided"),
 }
+# What the barrier is to first order, and what makes M small outright.
+PRODUCT_PENALTIES = {
+    "trace@layers": _barrier("margin", "layers", "trace"),
+    "frobenius@layers": _barrier("margin", "layers", "frobenius"),
+}
 # Ranges laid by single runs with seed 100, which no profile uses, so that clean loss suffers by 0 to some 10 %.
 COMPETITORS = {
     "dropout": _regulariser("dropout", 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
@@ -47,7 +52,12 @@ COMPETITORS = {
     "spectral": _regulariser("spectral", 0.03, 0.1, 0.2, 0.3, 0.5, 1.0),
 }
 # Plain cross-entropy has no strength to choose.
-METHODS = {BASELINE: Method({"objective": "ce"}, "regulariser_strength", (0.0,)), **BARRIERS, **COMPETITORS}
+METHODS = {
+    BASELINE: Method({"objective": "ce"}, "regulariser_strength", (0.0,)),
+    **BARRIERS,
+    **COMPETITORS,
+    **PRODUCT_PENALTIES,
+}
 
 
 class Profile(NamedTuple):

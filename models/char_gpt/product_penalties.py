@@ -1,0 +1,42 @@
+"""Penalties of M_i = I - J_i itself, to tell what the barrier's logarithm adds to the size of M_i.
+
+    trace       tr M_i, the first order of the barrier: -log det(I - M_i) = tr M_i + tr M_i^2 / 2 + ...
+    frobenius   |R L_i|_F^2: small where every product of queries and keys varies little over the attended past
+
+M_i = L_i R and R L_i have the same trace, in the names of prob_transformer/change_of_variables.py. The trace is summed
+without either of them, from the values seen through the queries of their own head x_s = W_Q V u_s, at the cost of
+attention itself:
+
+    tr M_i = sum_h sum_s alpha^h_is (x^h_s - mean x^h)^T k^h_s / sqrt(p)
+
+Both are 0 at the first two positions. Source: ours.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from prob_transformer.attention import Attention, Past, attention_weights
+from prob_transformer.change_of_variables import low_rank_at
+
+
+def trace_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, ""]:
+    """tr M_i of one position given its past."""
+    weights = attention_weights(attention, past, embedding)
+    heads, head_size = attention.heads, attention.head_size
+    values = jnp.einsum("hshp->hsp", past.query_values.reshape(heads, -1, heads, head_size))
+    centred = values - jnp.einsum("hs,hsp->hp", weights, values)[:, None]
+    return jnp.einsum("hs,hsp,hsp->", weights, centred, past.keys) / math.sqrt(head_size)
+
+
+def squared_norm_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, ""]:
+    """|R L_i|_F^2 of one position given its past."""
+    return jnp.square(low_rank_at(attention, past, attention_weights(attention, past, embedding))).sum()
+
+
+PENALTY_AT: dict[str, Callable[[Attention, Past, Float[Array, " d"]], Float[Array, ""]]] = {
+    "trace": trace_at,
+    "frobenius": squared_norm_at,
+}
