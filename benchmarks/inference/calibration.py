@@ -41,7 +41,7 @@ def rank_law(width: float, draws: int) -> Float[np.ndarray, " bins"]:
 
 
 def power(width: float, replicates: int, draws: int, level: float) -> float:
-    """Share of simulated studies in which the chi-square test at `level` rejects draws of `width` times the deviation."""
+    """Share of simulated studies whose chi-square test at `level` rejects draws `width` times as wide as right."""
     law = rank_law(width, draws)
     counts = np.random.default_rng(0).multinomial(replicates, law / law.sum(), _SIMULATED_STUDIES)
     return float((chisquare(counts, axis=1).pvalue < level).mean())
