@@ -14,7 +14,7 @@ NAME = "effects"
 SOURCE = "runs"
 CAPTION = (
     "Change of the loss increase against plain cross-entropy on test text, every method at its strength, for the seven "
-    "perturbations that the verdicts look at (the first decides). Means over paired seeds with 95 % bootstrap intervals; "
+    "perturbations that the verdicts look at (the first decides). Means over paired seeds with 95 % intervals of the t distribution; "
     "grey band: changes smaller than the 5 % declared to matter. Left of the band is better. The axis is linear within 10 % "
     "and logarithmic beyond."
 )
@@ -31,8 +31,9 @@ def draw(runs: Path) -> Figure:
         panel.axvline(0.0, color=BLACK, linestyle=":", linewidth=1.0)
         for line, row in enumerate(rows):
             found = row["perturbations"][place]
-            if found["change_percent"] is not None:
+            if found["change_interval"] is not None:
                 panel.plot(found["change_interval"], [line, line], color=METHOD_STYLES[row["method"]]["color"])
+            if found["change_percent"] is not None:
                 panel.plot(found["change_percent"], line, **METHOD_STYLES[row["method"]])
         panel.set_xscale("symlog", linthresh=10.0)
         signed_ticks(panel.xaxis, _TICKS)
