@@ -2,13 +2,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from scipy import stats
 
 from models import cli
 from models.char_gpt import study
 from paper_figures import __main__ as command
 from paper_figures import report, runs, style, verdicts
+from paper_figures.analysis.comparisons import PERTURBATIONS
+from paper_figures.analysis.equal_cost import at_equal_cost
 from tests.support.synthetic_runs import Truth, write_runs
 
 ROOT = Path(report.__file__).resolve().parent.parent
@@ -117,6 +121,45 @@ def test_the_findings_show_the_tables_and_answers_of_the_committed_verdicts():
     assert verdicts.markdown(record) in page
     for answer in record["answers"]:
         assert answer in page
+
+
+def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts():
+    record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/findings.md", "README.md"))
+
+    def shown(values):
+        """The mean and its 95 % interval, by SciPy from the gains of the seeds; a change is the negative of a gain."""
+        changes = -100 * np.array(values)
+        low, high = stats.ttest_1samp(changes, 0).confidence_interval(0.95)
+        return f"{changes.mean():+.1f} % ({low:+.1f} to {high:+.1f})"
+
+    found = {(f["finding"], f["method"], f["split"]): f for f in record["findings"]}
+    robust = found["robustness", "margin@layers", "test"]
+    assert f"the increase changes by {shown(robust['comparisons'][0]['gains'])}" in page
+    assert f"embedding noise by {100 * robust['comparisons'][0]['mean_gain']:.0f} % on average" in readme
+    # "do not establish" and "is ruled out" are said as long as the verdicts are these.
+    assert robust["verdict"] == "undecided"
+    assert all(found["ours", "margin@layers", split]["verdict"] == "not supported" for split in ("test", "news"))
+    for split in ("test", "news"):
+        assert {c["verdict"] for c in found["ours", "margin@layers", split]["comparisons"]} == {"not supported"}
+    ours = {c["against"]: c for c in found["ours", "margin@layers", "test"]["comparisons"]}
+    worse = {name for name, c in ours.items() if c["p_holm"] < 0.05 and c["mean_gain"] < 0}
+    assert worse == {"jacobian", "weight-decay"}
+    geometry = found["geometry", "margin@layers", "validation"]
+    assert geometry["verdict"] == "supported"
+    assert f"by {100 * geometry['comparisons'][0]['mean_gain']:.1f} % on average" in page
+    sweep = runs.load_runs(REFERENCE / "runs" / "full")
+    plain = np.array([runs.increase(run, "test", *PERTURBATIONS[0]) for run in sweep.baseline])
+
+    def gains(increases):
+        return (plain - increases) / plain.mean()
+
+    next_strength = [runs.increase(run, "test", *PERTURBATIONS[0]) for run in sweep.of("margin@layers", 0.02)]
+    assert f"changes by {shown(gains(np.array(next_strength)))}" in page
+    for cost, method in ((0.005, "margin@layers"), (0.017, "margin@layers"), (0.017, "dropout")):
+        assert shown(gains(at_equal_cost(sweep, method, cost).increases("test", *PERTURBATIONS[0]))) in page
+    one_sided = found["robustness", "one-sided@layers", "test"]["comparisons"][0]["gains"]
+    assert f"changes by {shown(one_sided)}" in page
 
 
 def test_the_committed_verdicts_are_those_of_the_committed_runs():
