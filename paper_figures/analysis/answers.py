@@ -89,13 +89,13 @@ def _ours(entry: Row) -> str:
 
 
 def _first_order(entry: Row) -> str:
+    one = entry["comparisons"][0]
     words = {
         "supported": "is distinguishable from",
-        "not supported": "is, within 5 %, equivalent to",
+        "not supported": f"is, within {100 * one['smallest_effect']:g} %, equivalent to",
         "undecided": "is neither shown to differ from nor to be equivalent to",
         "not tested": "is not compared with",
     }
-    one = entry["comparisons"][0]
     told = entry["note"] if one["mean_gain"] is None else change_of("first order", one)
     return (
         f"On {entry['split']} text, at a clean cost of {100 * COST:g} %, {entry['method']} {words[entry['verdict']]} its "
