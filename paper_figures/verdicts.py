@@ -22,6 +22,7 @@ RULES = {
     "budget": selection.BUDGET,
     "first_budget": FIRST_BUDGET,
     "equal_cost": equal_cost.COST,
+    "widest_gap": equal_cost.WIDEST_GAP,
     "primary": comparisons.PRIMARY,
     "level": verdicts.ALPHA,
     "intervals": paired.LEVEL,

@@ -107,7 +107,7 @@ def declared(runs: Runs, selections: dict[str, Selection]) -> list[Comparison]:
     for barrier in barriers:
         found += [_share(barrier, baseline), _quantile(barrier, baseline)]
     excluded = {method: _excluded(selection, baseline) for method, selection in selections.items()}
-    # At one clean cost the strength chosen plays no part.
+    # At one clean cost the strength chosen plays no part; what is excluded there is so by its own rule.
     return [
         one if one.finding in ("ours", "first order") else one._replace(excluded=excluded[one.method]) for one in found
     ]
@@ -149,14 +149,17 @@ def _ours(
 ) -> Comparison:
     kind, level = PERTURBATIONS[0]
     own, theirs = priced[method], priced[against]
-    gains, reason = None, "; ".join(f"{m} {priced[m]}" for m in (method, against) if isinstance(priced[m], str))
-    if isinstance(own, EqualCost) and isinstance(theirs, EqualCost):
+    gains, excluded = None, ""
+    if isinstance(own, str) or isinstance(theirs, str):
+        reason = f"{method} {own}" if isinstance(own, str) else f"{against} {theirs}"
+    else:
         difference = theirs.increases(split, kind, level) - own.increases(split, kind, level)
         reference = _increases(baseline, split, kind, level)
         gains, reason = _over_mean(difference, reference, f"{kind} does not raise the loss of {BASELINE}")
+        excluded = f"{method} {own.gap}" if own.gap else f"{against} {theirs.gap}" if theirs.gap else ""
     claim: Claim = "different" if finding == "first order" else "better"
     return Comparison(
-        finding, split, method, against, f"{kind} {level:g}", True, SMALLEST_INCREASE, gains, reason, claim
+        finding, split, method, against, f"{kind} {level:g}", True, SMALLEST_INCREASE, gains, reason, claim, excluded
     )
 
 

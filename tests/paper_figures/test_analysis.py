@@ -172,7 +172,7 @@ def test_p_values_of_a_family_are_corrected_and_equivalence_too():
 
 
 # Every competitor costs something, so that all can be had at one clean cost.
-COSTLY = {method: Truth(cost=0.05) for method in COMPETITORS}
+COSTLY = {method: Truth(cost=0.06) for method in COMPETITORS}
 
 
 def judged(tmp_path, truths, **options):
@@ -183,10 +183,10 @@ def judged(tmp_path, truths, **options):
 
 def test_verdicts_are_the_truth_that_was_put_in(tmp_path):
     truths = COSTLY | {
-        "margin@layers": Truth(effect=-0.2, crossings=0.0, cost=0.05),
-        "margin@embedding": Truth(cost=0.05),
+        "margin@layers": Truth(effect=-0.2, crossings=0.0, cost=0.06),
+        "margin@embedding": Truth(cost=0.06),
         "map@layers": Truth(effect=0.3),
-        "dropout": Truth(effect=-0.1, cost=0.05),
+        "dropout": Truth(effect=-0.1, cost=0.06),
     }
     record, found = judged(tmp_path, truths)
     for split in ("test", "news"):
@@ -214,9 +214,9 @@ def test_seeds_that_scatter_leave_it_undecided_with_the_power_reached(tmp_path):
 
 def test_a_barrier_that_one_competitor_beats_is_not_more_than_a_regulariser(tmp_path):
     truths = COSTLY | {
-        "margin@layers": Truth(effect=-0.2, cost=0.05),
-        "jacobian": Truth(effect=-0.4, cost=0.05),
-        "dropout": Truth(effect=-0.2, cost=0.05),
+        "margin@layers": Truth(effect=-0.2, cost=0.06),
+        "jacobian": Truth(effect=-0.4, cost=0.06),
+        "dropout": Truth(effect=-0.2, cost=0.06),
     }
     record, found = judged(tmp_path, truths)
     assert found["margin@layers", "robustness", "test"]["verdict"] == "supported"
@@ -279,7 +279,7 @@ def test_shares_past_the_boundary_are_compared_within_a_seed(tmp_path):
 
 def test_one_clean_cost_is_reached_between_two_strengths(tmp_path):
     folder = write_runs(
-        tmp_path / "runs", {"dropout": Truth(cost=0.05), "jacobian": Truth(cost=-0.01)}, strengths=(0.02, 0.2)
+        tmp_path / "runs", {"dropout": Truth(cost=0.06), "jacobian": Truth(cost=-0.01)}, strengths=(0.02, 0.2)
     )
     runs = load_runs(folder)
     found = at_equal_cost(runs, "dropout")
@@ -301,10 +301,21 @@ def test_one_clean_cost_is_reached_between_two_strengths(tmp_path):
     assert "never reaches a clean cost of 0.5 % (at most" in at_equal_cost(runs, "jacobian")
 
 
+def test_a_line_between_strengths_far_apart_is_described_and_not_tested(tmp_path):
+    # No strength of jacobian costs less than 5 %, and a long line alone leaves little of any effect.
+    truths = COSTLY | {"margin@layers": Truth(effect=-0.2, cost=0.06), "jacobian": Truth(effect=-0.9, cost=5.0)}
+    _, found = judged(tmp_path, truths)
+    entry = found["margin@layers", "ours", "test"]
+    verdicts_on = {c["against"]: c["verdict"] for c in entry["comparisons"]}
+    assert verdicts_on.pop("jacobian") == "not tested"
+    assert set(verdicts_on.values()) == {"supported"}
+    assert "jacobian is interpolated between strengths whose clean costs lie 5.0" in entry["note"]
+
+
 def test_methods_of_the_first_order_have_questions_of_their_own_where_a_sweep_holds_them(tmp_path):
     truths = COSTLY | {
-        "margin@layers": Truth(effect=-0.2, cost=0.05),
-        "trace@layers": Truth(effect=-0.2, cost=0.05),
+        "margin@layers": Truth(effect=-0.2, cost=0.06),
+        "trace@layers": Truth(effect=-0.2, cost=0.06),
         "frobenius@layers": Truth(effect=0.1, cost=-0.01),
     }
     record, found = judged(tmp_path, truths, more_methods=CONTROLS)
@@ -319,7 +330,7 @@ def test_methods_of_the_first_order_have_questions_of_their_own_where_a_sweep_ho
     for method in CONTROLS:
         assert method in verdicts.markdown(record)
     record, found = judged(
-        tmp_path / "apart", truths | {"trace@layers": Truth(effect=-0.1, cost=0.05)}, more_methods=CONTROLS
+        tmp_path / "apart", truths | {"trace@layers": Truth(effect=-0.1, cost=0.06)}, more_methods=CONTROLS
     )
     assert found["margin@layers", "first order", "test"]["verdict"] == "supported"
     record, found = judged(tmp_path / "without", truths)
