@@ -149,7 +149,7 @@ def run_calibration(sizes: Sizes) -> dict[str, Any]:
         smallest = min(1.0, len(own) * min(own))
         powers = {w: power(w, sizes.replicates, sizes.ranked_draws, LEVEL / len(own)) for w in TOO_NARROW}
         found = ", ".join(f"{1 - width:.0%} too small with power {share:.2f}" for width, share in powers.items())
-        notes.append(f"{method}: of a normal posterior the test finds a standard deviation {found}.")
+        notes.append(f"{method}: where the posterior is normal, the test of one quantity finds a deviation {found}.")
         targets.append(at_least(f"calibration, {method}: smallest p-value times their number", smallest, LEVEL))
     return {
         "setting": (
@@ -170,8 +170,7 @@ SECTION = Section(
     "Parameters drawn from the prior, a dataset drawn with them, and their rank among posterior draws: uniform if "
     "the posterior is right (Talts et al. 2018). p is that of a chi-square test in 20 bins. Shift and width are in "
     "standard errors: a shift above 0 means posterior draws too small, a width above 0 a posterior too narrow. Every "
-    "dataset counts, whatever the status of the method on it. A method is judged by its smallest p times the number of "
-    "its quantities; the power of that test for one quantity is given below the table.",
+    "dataset counts, whatever the status of the method on it.",
     (
         Column("method", "method", "text"),
         Column("quantity", "quantity", "text"),

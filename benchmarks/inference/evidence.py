@@ -56,7 +56,10 @@ def run_evidence(sizes: Sizes) -> dict[str, Any]:
         for row in rows
     ]
     return {
-        "setting": f"{sizes.repeats} independent runs of {sizes.particles} particles, three tokens, float64",
+        "setting": (
+            f"{sizes.repeats} independent runs of {sizes.particles} particles, three tokens, float64; every row has a "
+            "random key of its own"
+        ),
         "rows": rows,
         "targets": targets,
         "notes": [],
@@ -67,8 +70,8 @@ SECTION = Section(
     "evidence",
     "The evidence by particles, against quadrature",
     "Models inside the safe region. The estimate Z is unbiased, so the mean of Z over runs is compared; its standard "
-    "error is that of log Z by the delta method. No two rows share a random key. "
-    "The mass is that of the density by the same quadrature, and must be 1.",
+    "error is that of log Z by the delta method. The mass is that of the density by the same quadrature, and must be "
+    "1.",
     (
         Column("model", "model", "text"),
         Column("proposal", "proposal", "text"),

@@ -1,6 +1,7 @@
 """The inference benchmark: its truths against other ways to compute them, its page against its result."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,15 @@ def test_the_power_is_near_that_of_the_noncentral_chi_square_law(replicates, wid
     expected = ncx2.sf(chi2.isf(0.0125, 19), 19, distance)
     np.testing.assert_allclose(calibration.power(width, replicates, 99, 0.0125), expected, atol=0.02)
     np.testing.assert_allclose(calibration.power(1.0, replicates, 99, 0.0125), 0.0125, atol=0.004)
+
+
+def test_the_power_of_the_calibration_on_the_page_is_that_of_its_test():
+    text = " ".join((page.PAGE.parent / "findings.md").read_text(encoding="utf-8").split())
+    datasets = page.load(page.RESULT)["sections"]["calibration"]["rows"][0]["replicates"]
+    assert f"In {datasets:,} simulated datasets" in text
+    for too_small, shown in re.findall(r"that is (\d+) % too small with a power of (\d\.\d+)", text):
+        found = calibration.power(1 - int(too_small) / 100, datasets, 99, 0.05)
+        np.testing.assert_allclose(float(shown), found, atol=0.006)
 
 
 def test_no_two_rows_of_the_evidence_share_a_key(monkeypatch):

@@ -115,6 +115,7 @@ def test_a_verdict_on_one_comparison_is_what_its_interval_says(claim):
     assert seen == {"supported", "not supported", "undecided"}
 
 
+@pytest.mark.slow
 # No gain anywhere; a real gain of the primary method alone; gains of exactly the smallest effect.
 @pytest.mark.parametrize(
     ("means", "wrong"),
@@ -146,6 +147,19 @@ def test_nothing_is_tested_before_the_primary_comparison_is_decided():
     assert found[1].untested == "the primary comparison is undecided or not tested"
     decided = undecided._replace(gains=random.normal(30, 1, 5))
     assert [one.verdict for one in judge([decided, *others])] == ["supported"] * 3
+
+
+def test_what_is_significantly_worse_is_never_supported():
+    random = np.random.default_rng(6)
+    first, second, third = simulated(3, [30, 30, 0], 5, random)
+    spread_out = random.normal(0, 1, 5)
+    # p = 0.04 by a mean below 0; against the smallest effect Holm's factor of 2 leaves more than 5 %.
+    t = stats.t.isf(0.02, 4)
+    worse = spread_out - spread_out.mean() - t * spread_out.std(ddof=1) / np.sqrt(5)
+    *_, found = judge([first, second, third._replace(gains=worse, smallest_effect=1e-3)])
+    np.testing.assert_allclose(found.p_holm, 0.04)
+    assert found.p_against_holm > 0.05
+    assert found.verdict == "not supported"
 
 
 def test_what_is_not_tested_makes_no_family_larger():
@@ -227,11 +241,16 @@ def test_a_barrier_that_one_competitor_beats_is_not_more_than_a_regulariser(tmp_
 
 
 def test_a_gain_by_larger_embeddings_is_described_and_is_no_verdict(tmp_path):
-    truth = Truth(kinds={"embedding-noise": -0.3}, rescale=2.0)
-    record, found = judged(tmp_path, {"margin@embedding": truth})
+    truths = {
+        "margin@embedding": Truth(kinds={"embedding-noise": -0.3}, rescale=2.0),
+        "map@embedding": Truth(effect=-0.3, rescale=2.0),
+        "map@layers": Truth(effect=0.6, kinds={"embedding-noise": 0.3}, rescale=2.0),
+    }
+    record, found = judged(tmp_path, truths)
     assert found["margin@embedding", "robustness", "test"]["verdict"] == "not supported"
     assert any("margin@embedding gains more under noise of fixed size" in answer for answer in record["answers"])
-    assert not any("margin@layers gains more" in answer for answer in record["answers"])
+    for method in ("margin@layers", "map@embedding", "map@layers"):
+        assert not any(f"{method} gains more" in answer for answer in record["answers"])
 
 
 def test_methods_over_the_budget_or_without_an_effect_on_any_model_are_not_tested(tmp_path):
