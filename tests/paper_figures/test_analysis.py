@@ -3,13 +3,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from scipy import stats
 
 from models.char_gpt import study
-from paper_figures import verdicts
+from paper_figures import effects, verdicts
 from paper_figures.analysis import selection
 from paper_figures.analysis import verdicts as rules
-from paper_figures.analysis.comparisons import PRIMARY, Comparison
+from paper_figures.analysis.comparisons import PRIMARY, Comparison, declared
 from paper_figures.analysis.equal_cost import at_equal_cost
 from paper_figures.analysis.holm import holm
 from paper_figures.analysis.paired import Paired, spread
@@ -69,6 +70,37 @@ def test_equivalence_is_the_larger_of_two_one_sided_tests():
 def test_holm_on_an_example_by_hand():
     np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(holm(np.array([0.9, 0.8])), [1.0, 1.0])
+
+
+def stepped_down(p_values):
+    """Holm's adjusted p-values by definition: the smallest level at which the step-down procedure rejects each."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted = [0.0] * len(p_values)
+    for step, place in enumerate(order):
+        earlier = [(len(p_values) - k) * p_values[order[k]] for k in range(step + 1)]
+        adjusted[place] = min(1.0, max(earlier))
+    return adjusted
+
+
+def test_holm_in_one_family_is_taken_over_all_methods_and_measures_of_a_finding_on_a_split():
+    rng = np.random.default_rng(0)
+    compared = [
+        Comparison(finding, split, method, "ce", measure, True, 0.05, rng.normal(0.1, 0.1, 5))
+        for finding, measures in (("robustness", "abc"), ("ours", "a"))
+        for split in ("test", "news")
+        for method in ("margin@layers", "map@layers")
+        for measure in measures
+    ]
+    found = judge(compared, primary_first=False)
+    for finding, size in (("robustness", 6), ("ours", 2)):
+        for split in ("test", "news"):
+            family = [one for one in found if (one.comparison.finding, one.comparison.split) == (finding, split)]
+            gains = [one.comparison.gains for one in family]
+            for_it = [stats.ttest_1samp(g, 0).pvalue for g in gains]
+            against_it = [min(1, 2 * stats.ttest_1samp(g, 0.05, alternative="less").pvalue) for g in gains]
+            assert [one.family_size for one in family] == [size] * size
+            np.testing.assert_allclose([one.p_holm for one in family], stepped_down(for_it), rtol=1e-9)
+            np.testing.assert_allclose([one.p_against_holm for one in family], stepped_down(against_it), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("effect", "level", "sides"), [(1.0, 0.05, 2), (2.0, 0.01, 1), (0.5, 0.05, 1)])
@@ -178,11 +210,9 @@ def test_p_values_of_a_family_are_corrected_and_equivalence_too():
     by_hand = []
     for one in comparisons[1:]:
         sides = [stats.ttest_1samp(one.gains, edge, alternative=a).pvalue for edge, a in ((-1, "greater"), (1, "less"))]
-        by_hand.append(2 * max(sides))
+        by_hand.append(min(1, 2 * max(sides)))
     np.testing.assert_allclose([one.equivalence_p for one in found], by_hand, rtol=1e-10)
-    ordered = sorted(by_hand)
-    expected = {p: min(1, max((3 - k) * ordered[k] for k in range(rank + 1))) for rank, p in enumerate(ordered)}
-    np.testing.assert_allclose([one.equivalence_p_holm for one in found], [expected[p] for p in by_hand], rtol=1e-10)
+    np.testing.assert_allclose([one.equivalence_p_holm for one in found], stepped_down(by_hand), rtol=1e-10)
 
 
 # Every competitor costs something, so that all can be had at one clean cost.
@@ -214,6 +244,56 @@ def test_verdicts_are_the_truth_that_was_put_in(tmp_path):
     assert found["margin@layers", "geometry", "validation"]["verdict"] == "supported"
     assert "On test text robustness at a clean cost below 1 % is supported for margin@layers" in record["answers"][0]
     assert "the loss of margin@layers rises less than that of dropout" in record["answers"][1]
+
+
+def test_gains_are_shares_of_the_mean_of_plain_cross_entropy_whatever_they_are_over(tmp_path):
+    truths = {
+        "margin@layers": Truth(effect=-0.2, cost=0.6),
+        "jacobian": Truth(effect=0.5, cost=0.6),
+        "dropout": Truth(effect=-0.6, cost=0.6),
+    }
+    runs = load_runs(write_runs(tmp_path / "runs", truths, seeds=3, strengths=(0.01,)))
+
+    def values(method, split):
+        """Increases by seed, and the mean clean loss on validation text."""
+        members = runs.of(method, runs.strengths(method)[0])
+        clean = np.mean([run["splits"]["validation"]["clean"]["nats_per_character"] for run in members])
+        return np.array([increase(run, split, "relative-embedding-noise", 1.0) for run in members]), clean
+
+    compared = [c for c in declared(runs, selection.select_all(runs)) if c.method == "margin@layers"]
+    for split in ("test", "news"):
+        plain, reference = values("ce", split)
+
+        def at_cost(method, split=split, plain=plain, reference=reference):
+            own, clean = values(method, split)
+            weight = 0.005 / (clean / reference - 1)
+            return (1 - weight) * plain + weight * own
+
+        over = {c.against: c.gains for c in compared if (c.finding, c.split) == ("ours", split)}
+        for other in ("jacobian", "dropout"):
+            expected = (at_cost(other) - at_cost("margin@layers")) / plain.mean()
+            np.testing.assert_allclose(over[other], expected, rtol=1e-9)
+        (robust,) = [c.gains for c in compared if (c.finding, c.split, c.decides) == ("robustness", split, True)]
+        np.testing.assert_allclose(robust, (plain - values("margin@layers", split)[0]) / plain.mean(), rtol=1e-9)
+
+
+def test_one_seed_has_no_interval_and_every_verdict_says_so(tmp_path):
+    record, found = judged(tmp_path, COSTLY | {"margin@layers": Truth(effect=-0.9, crossings=0.0, cost=0.06)}, seeds=1)
+    json.dumps(record, allow_nan=False)
+    assert {entry["verdict"] for entry in found.values()} == {"undecided", "not tested"}
+    for entry in record["findings"]:
+        for comparison in entry["comparisons"]:
+            assert comparison["t_interval"] is comparison["effect_size"] is None
+            assert (comparison["p"], comparison["power"]) == (1.0, 0.0)
+    assert "(one seed, no interval), p = 1" in found["margin@layers", "robustness", "test"]["sentence"]
+    (row,) = [row for row in record["overview"] if (row["method"], row["split"]) == ("margin@layers", "test")]
+    assert row["change_interval"] is row["perturbations"][0]["change_interval"] is None
+    assert "one seed, no interval" in verdicts.markdown(record)
+    figure = effects.draw(tmp_path / "runs")
+    methods = len(load_runs(tmp_path / "runs").methods) - 1
+    points = [line for panel in figure.axes for line in panel.lines if line.get_marker() not in ("", "None", None)]
+    assert len(points) == methods * len([panel for panel in figure.axes if panel.lines])
+    plt.close(figure)
 
 
 def test_seeds_that_scatter_leave_it_undecided_with_the_power_reached(tmp_path):
