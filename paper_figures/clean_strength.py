@@ -14,7 +14,7 @@ NAME = "clean_strength"
 SOURCE = "runs"
 CAPTION = (
     "Clean validation loss against the strength of each method (lambda for the barriers), as a change from plain "
-    "cross-entropy of the same seeds; small points are seeds, the line is their mean. Dotted: the budget of 1 %. Ring: the "
+    "cross-entropy of the same seeds; small points are seeds, the line is their mean. Dotted: the budget of 0.5 %. Ring: the "
     "strength chosen, the largest whose mean keeps the budget. A strength without a point diverged on some seed. The axis "
     "is linear within 1 % and logarithmic beyond."
 )

@@ -14,7 +14,7 @@ NAME = "effects"
 SOURCE = "runs"
 CAPTION = (
     "Change of the loss increase against plain cross-entropy on test text, every method at its strength, for the seven "
-    "perturbations that the verdicts look at (the first decides). Means over paired seeds with 95 % bootstrap intervals; "
+    "perturbations of the study (the first decides, the others are only described). Means over paired seeds with 95 % intervals of the t distribution; "
     "grey band: changes smaller than the 5 % declared to matter. Left of the band is better. The axis is linear within 10 % "
     "and logarithmic beyond."
 )

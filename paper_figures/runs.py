@@ -10,8 +10,12 @@ from models.char_gpt import lines as saved_lines
 from models.char_gpt import study
 from models.char_gpt.study import BASELINE
 
-BARRIERS, COMPETITORS = tuple(study.BARRIERS), tuple(study.COMPETITORS)
-METHODS = tuple(study.METHODS)
+# Not barriers and not competitors: the mean of tr M_i, and the mean of |C_i|^2, with questions of their own.
+FIRST_ORDER, SMALL_MOMENTS = "trace@layers", "frobenius@layers"
+CONTROLS = (FIRST_ORDER, SMALL_MOMENTS)
+BARRIERS = tuple(method for method in study.BARRIERS if method not in CONTROLS)
+COMPETITORS = tuple(study.COMPETITORS)
+METHODS = (study.BASELINE, *BARRIERS, *CONTROLS, *COMPETITORS)
 Run = dict[str, Any]
 
 
@@ -88,10 +92,12 @@ def _require_complete(path: Path, number: int, line: Run) -> None:
 
 def _complete_seeds(lines: list[Run]) -> tuple[int, ...]:
     profile = study.PROFILES.get(lines[0]["profile"]) if lines else None
-    if profile is None:
-        wanted = {(line["method"], line["strength"]) for line in lines}
-    else:
-        wanted = {(config.method, config.strength) for config in study.configurations(profile)}
+    wanted = {(line["method"], line["strength"]) for line in lines}
+    begun = {method for method, _ in wanted}
+    if profile is not None:
+        # A sweep from before the controls is whole without them.
+        configs = (config for config in study.configurations(profile) if config.method not in {*CONTROLS} - begun)
+        wanted |= {(config.method, config.strength) for config in configs}
     by_seed: dict[int, set[tuple[str, float]]] = {}
     for line in lines:
         by_seed.setdefault(line["seed"], set()).add((line["method"], line["strength"]))

@@ -24,6 +24,8 @@ SKY, AMBER, INDIGO, WINE, OLIVE, GREY, TEAL, ROSE, BROWN = (
     "#56B4E9", "#E69F00", "#332288", "#882255", "#999933", "#777777", "#44AA99", "#CC6677", "#663300",
 )  # fmt: skip
 
+RUST, NAVY = "#994F00", "#1F3A93"
+
 
 def _hollow(color: str, linestyle: Any, marker: str) -> dict[str, Any]:
     return {"color": color, "linestyle": linestyle, "marker": marker, "markerfacecolor": "white"}
@@ -37,6 +39,8 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "map@layers": {"color": PURPLE, "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
     "one-sided@embedding": {"color": SKY, "linestyle": (0, (7, 2)), "marker": "P"},
     "one-sided@layers": {"color": AMBER, "linestyle": (0, (7, 1.5, 2, 1.5)), "marker": "X"},
+    "trace@layers": {"color": RUST, "linestyle": (0, (1, 1)), "marker": "*"},
+    "frobenius@layers": {"color": NAVY, "linestyle": (0, (5, 3, 1, 3)), "marker": "H"},
     "dropout": _hollow(INDIGO, (0, (3, 1)), "<"),
     "weight-decay": _hollow(WINE, (0, (1, 2.5)), ">"),
     "embedding-noise": _hollow(OLIVE, (0, (4, 1, 1, 1)), "h"),

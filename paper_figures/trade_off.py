@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from paper_figures.analysis.comparisons import PERTURBATIONS
-from paper_figures.analysis.selection import BUDGET, cost_of, select
+from paper_figures.analysis.selection import BUDGET, costs_of, select
 from paper_figures.runs import BASELINE, Runs, increase, load_runs
 from paper_figures.style import BLACK, METHOD_STYLES, signed_ticks
 
@@ -17,7 +17,7 @@ CAPTION = (
     "What robustness costs, on test text: loss increase under noise as large as the embeddings (standard deviation 1.0 times "
     "their RMS) against clean loss, both as changes from plain cross-entropy, means over seeds. A line joins the strengths of "
     "a method, from plain cross-entropy (the origin) on; rings: the strengths chosen on clean validation loss. Down and to the left is better. "
-    "Dotted: the budget of 1 % and no change. Both axes are linear near 0 (1 % and 10 %) and logarithmic beyond."
+    "Dotted: the budget of 0.5 % and no change. Both axes are linear near 0 (1 % and 10 %) and logarithmic beyond."
 )
 
 _CLEAN_TICKS = (-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50)
@@ -57,9 +57,7 @@ def _points(sweep: Runs, method: str) -> dict[float, tuple[float, float]]:
     kind, level = PERTURBATIONS[0]
     reference = np.mean([increase(run, "test", kind, level) for run in sweep.baseline])
     found = {}
-    for strength in sweep.strengths(method):
-        cost = cost_of(sweep, method, strength, "test")
-        if cost is not None:
-            raised = np.mean([increase(run, "test", kind, level) for run in sweep.finished(method, strength)])
-            found[strength] = (100 * cost, float(100 * (raised / reference - 1)))
+    for strength, cost in costs_of(sweep, method, "test").items():
+        raised = np.mean([increase(run, "test", kind, level) for run in sweep.finished(method, strength)])
+        found[strength] = (100 * cost, float(100 * (raised / reference - 1)))
     return found

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from models import cli
-from paper_figures.analysis import comparisons, paired, selection, verdicts
+from paper_figures.analysis import comparisons, equal_cost, paired, selection, verdicts
 from paper_figures.analysis.answers import answers
 from paper_figures.analysis.comparisons import declared
 from paper_figures.analysis.findings import FINDINGS, findings
-from paper_figures.analysis.overview import described
-from paper_figures.analysis.selection import select_all
+from paper_figures.analysis.overview import at_one_cost, described
+from paper_figures.analysis.selection import FIRST_BUDGET, Selection, select_all
 from paper_figures.analysis.tables import markdown
 from paper_figures.analysis.verdicts import judge
 from paper_figures.runs import Runs, load_runs
@@ -20,6 +20,10 @@ from prob_transformer.provenance import provenance, write_json
 RULES = {
     "selection": "largest strength whose mean clean validation loss is at most the budget above that of ce",
     "budget": selection.BUDGET,
+    "first_budget": FIRST_BUDGET,
+    "equal_cost": equal_cost.COST,
+    "widest_gap": equal_cost.WIDEST_GAP,
+    "primary": comparisons.PRIMARY,
     "level": verdicts.ALPHA,
     "intervals": paired.LEVEL,
     "smallest_effects": {
@@ -27,6 +31,7 @@ RULES = {
         "share of det J <= 0": comparisons.SMALLEST_SHARE,
         "1 % quantile of det J": comparisons.SMALLEST_MARGIN,
         "clean": comparisons.CLEAN_MARGIN,
+        "lower clean loss": comparisons.SMALLEST_CLEAN_GAIN,
     },
     "perturbations": [list(perturbation) for perturbation in comparisons.PERTURBATIONS],
     "findings": dict(FINDINGS),
@@ -36,7 +41,8 @@ RULES = {
 def analyse(runs: Runs) -> dict[str, Any]:
     """Selections, an overview of the methods, findings with sentences and the answers, ready for JSON."""
     selections = select_all(runs)
-    entries = findings(judge(declared(selections)), selections)
+    entries = _findings(runs, selections)
+    kept = ("finding", "split", "method", "strength", "within_budget", "verdict", "one_family_verdict")
     overview = [row for split in comparisons.SPLITS for row in described(selections, split)]
     return {
         "provenance": provenance(None, {"profile": runs.profile, "seeds": list(runs.seeds)}),
@@ -51,15 +57,24 @@ def analyse(runs: Runs) -> dict[str, Any]:
         "never_finished": [method for method in runs.methods if method not in selections],
         "rules": RULES,
         "overview": overview,
+        "equal_cost": [row for split in comparisons.SPLITS for row in at_one_cost(runs, split)],
         "findings": entries,
+        "first_budget": [
+            {key: entry[key] for key in kept} for entry in _findings(runs, select_all(runs, FIRST_BUDGET))
+        ],
         "answers": answers(entries, overview),
     }
+
+
+def _findings(runs: Runs, selections: dict[str, Selection]) -> list[dict[str, Any]]:
+    compared = declared(runs, selections)
+    return findings(judge(compared), judge(compared, primary_first=False), selections)
 
 
 def load_verdicts(path: Path) -> dict[str, Any]:
     """A saved record. Raises ValueError naming the command that makes it if there is none."""
     command = "python -m paper_figures.verdicts --runs DIR --out"
-    return load_record(path, ("findings", "overview", "answers"), "no verdicts", command)
+    return load_record(path, ("findings", "overview", "equal_cost", "first_budget", "answers"), "no verdicts", command)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Section "evidence": the evidence of tokens by particles, against quadrature."""
 
+import itertools
 from typing import Any, get_args
 
 import equinox as eqx
@@ -28,8 +29,8 @@ def _runs(
     return jax.vmap(run)(keys)
 
 
-def _row(case: EvidenceCase, proposal: ProposalName, sizes: Sizes) -> dict[str, Any]:
-    keys = jax.random.split(jax.random.key(sizes.seed), sizes.repeats)
+def _row(case: EvidenceCase, proposal: ProposalName, key: PRNGKeyArray, sizes: Sizes) -> dict[str, Any]:
+    keys = jax.random.split(key, sizes.repeats)
     log_evidences, status = map(np.asarray, _runs(case._replace(name=""), keys, sizes.particles, proposal))
     relative = np.exp(log_evidences - np.log(case.evidence))
     error = relative.std(ddof=1) / np.sqrt(sizes.repeats)
@@ -46,14 +47,19 @@ def _row(case: EvidenceCase, proposal: ProposalName, sizes: Sizes) -> dict[str, 
 
 
 def run_evidence(sizes: Sizes) -> dict[str, Any]:
-    """Both proposals on every case with a known evidence."""
-    rows = [_row(case, proposal, sizes) for case in cases() for proposal in get_args(ProposalName)]
+    """Both proposals on every case with a known evidence, each row with a key of its own."""
+    pairs = list(itertools.product(cases(), get_args(ProposalName)))
+    keys = jax.random.split(jax.random.key(sizes.seed), len(pairs))
+    rows = [_row(case, proposal, key, sizes) for (case, proposal), key in zip(pairs, keys, strict=True)]
     targets = [
         at_most(f"evidence, {row['model']}, proposal {row['proposal']}: standard errors", row["deviation"], 3.0)
         for row in rows
     ]
     return {
-        "setting": f"{sizes.repeats} independent runs of {sizes.particles} particles, three tokens, float64",
+        "setting": (
+            f"{sizes.repeats} independent runs of {sizes.particles} particles, three tokens, float64; every row has a "
+            "random key of its own"
+        ),
         "rows": rows,
         "targets": targets,
         "notes": [],

@@ -21,7 +21,7 @@ class Sizes:
     repeats: int = 400
     particles: int = 500
     # Simulation-based calibration: datasets, and the draws that each truth is ranked among.
-    replicates: int = 200
+    replicates: int = 1000
     calibration_sequences: int = 20
     calibration_positions: int = 4
     ranked_draws: int = 99

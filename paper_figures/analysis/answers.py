@@ -1,76 +1,118 @@
-"""The two questions of the study, answered from the findings: does any barrier come free, and is it more than a regulariser?"""
+"""The questions of the study, answered from the findings: does any barrier come free, and is it more than a regulariser?"""
 
 from typing import Any
 
-from paper_figures.analysis.comparisons import PERTURBATIONS, SPLITS
-from paper_figures.analysis.words import wins_by_rescaling
-from paper_figures.runs import BARRIERS, BASELINE, COMPETITORS
+from paper_figures.analysis.comparisons import PERTURBATIONS, PRIMARY, SPLITS
+from paper_figures.analysis.equal_cost import COST
+from paper_figures.analysis.verdicts import ALPHA
+from paper_figures.analysis.words import change_of, sentence
+from paper_figures.runs import BARRIERS, BASELINE
 
 Row = dict[str, Any]
 
 
 def answers(entries: list[Row], overview: list[Row]) -> list[str]:
-    """Sentences for each split: robustness at no clean cost, against the competitors, and what won by rescaling."""
+    """Sentences for each split: robustness at no clean cost, against the competitors, and what larger embeddings may explain."""
     return [text for split in SPLITS for text in _on_split(entries, overview, split)]
 
 
 def _on_split(entries: list[Row], overview: list[Row], split: str) -> list[str]:
-    def having(finding: str, verdict: str) -> list[str]:
-        return [e["method"] for e in entries if (e["finding"], e["split"], e["verdict"]) == (finding, split, verdict)]
-
+    found = {(e["finding"], e["method"]): e for e in entries if e["split"] == split}
     rows = {row["method"]: row for row in overview if row["split"] == split}
-    robust, kept = having("robustness", "supported"), having("clean", "supported")
-    free = [method for method in robust if method in kept]
-    found = []
+    free = [
+        method
+        for method in BARRIERS
+        if {found[f, method]["verdict"] for f in ("robustness", "clean") if (f, method) in found} == {"supported"}
+    ]
     if free:
         named = "; ".join(_described(rows[method]) for method in free)
-        found.append(f"On {split} text robustness at a clean cost of at most 1 % is supported for {named}.")
+        told = [f"On {split} text robustness at a clean cost below 1 % is supported for {named}."]
     else:
-        found.append(
+        told = [
             f"On {split} text no barrier method has both robustness and clean accuracy supported.{_trade_off(rows)}"
-        )
-    beats, fails = having("ours", "supported"), having("ours", "not supported")
-    open_ = having("ours", "undecided")
-    if beats:
-        found.append(
-            f"On {split} text the barrier is more than one more regulariser: {', '.join(beats)} beats them all."
-        )
-    else:
-        parts = [f"not supported for {', '.join(fails)}"] if fails else []
-        parts += [f"undecided for {', '.join(open_)}"] if open_ else []
-        found.append(
-            f"On {split} text it is not shown that the barrier is more than one more regulariser"
-            f"{': ' + '; '.join(parts) if parts else ''}.{_best_competitor(rows)}"
-        )
-    rescaled = [e for e in entries if e["finding"] == "robustness" and e["split"] == split and wins_by_rescaling(e)]
-    if rescaled:
-        named = ", ".join(
-            f"{e['method']} (embeddings {rows[e['method']]['embedding_rms'] / rows[BASELINE]['embedding_rms']:.2f} times as large)"
-            for e in rescaled
-        )
-        found.append(f"On {split} text these win under noise of fixed size by rescaling alone: {named}.")
-    return found
+        ]
+    if ("ours", PRIMARY) in found:
+        told.append(f"On {split} text, at a clean cost of {100 * COST:g} %, {_ours(found['ours', PRIMARY])}")
+    if ("first order", PRIMARY) in found:
+        told.append(_first_order(found["first order", PRIMARY]))
+    told += [sentence(entry) for (finding, _), entry in found.items() if finding.startswith("small moments")]
+    return told + [text for method in BARRIERS if method in rows and (text := _rescaled(rows[method], rows[BASELINE]))]
 
 
 def _described(row: Row) -> str:
     deciding = row["perturbations"][0]
-    increase = "unknown" if deciding["change_percent"] is None else f"{deciding['change_percent']:+.1f} %"
-    return (
-        f"{row['method']} at {row['strength']:g} (loss increase {increase}, clean loss {row['change_percent']:+.2f} %)"
-    )
+    clean = f"clean loss {row['change_percent']:+.2f} %"
+    if deciding["change_percent"] is None:
+        return f"{row['method']} at {row['strength']:g} (loss increase unknown, {clean})"
+    return f"{row['method']} at {row['strength']:g} (loss increase {_change(deciding)}, {clean})"
 
 
-def _largest_gain(rows: dict[str, Row], methods: tuple[str, ...]) -> Row | None:
-    measured = [rows[m] for m in methods if m in rows and rows[m]["perturbations"][0]["change_percent"] is not None]
-    return min(measured, key=lambda row: row["perturbations"][0]["change_percent"], default=None)
+def _change(row: Row) -> str:
+    interval = row["change_interval"]
+    shown = "" if interval is None else f", {interval[0]:+.1f} to {interval[1]:+.1f}"
+    return f"{row['change_percent']:+.1f} %{shown}"
 
 
 def _trade_off(rows: dict[str, Row]) -> str:
-    best = _largest_gain(rows, BARRIERS)
+    measured = [
+        rows[m]
+        for m in BARRIERS
+        if m in rows and rows[m]["within_budget"] and rows[m]["perturbations"][0]["change_percent"] is not None
+    ]
+    best = min(measured, key=lambda row: row["perturbations"][0]["change_percent"], default=None)
     kind, level = PERTURBATIONS[0]
-    return "" if best is None else f" The largest mean gain under {kind} {level:g} was that of {_described(best)}."
+    return (
+        ""
+        if best is None
+        else f" The largest mean gain under {kind} {level:g} within the budget was that of {_described(best)}."
+    )
 
 
-def _best_competitor(rows: dict[str, Row]) -> str:
-    best = _largest_gain(rows, COMPETITORS)
-    return "" if best is None else f" The best competitor by mean was {_described(best)}."
+def _ours(entry: Row) -> str:
+    """Against which competitors an advantage that matters is shown, ruled out, or neither, and which cannot be compared."""
+    effect = f"{100 * entry['comparisons'][0]['smallest_effect']:g} %"
+    kinds: dict[str, list[str]] = {}
+    for one in entry["comparisons"]:
+        worse = one["verdict"] == "not supported" and one["mean_gain"] < 0 and one["p_holm"] < ALPHA
+        told = "" if one["mean_gain"] is None else f" {change_of('ours', one)}"
+        kinds.setdefault("worse" if worse else one["verdict"], []).append(one["against"] + told)
+    words = {
+        "supported": "the loss of {} rises less than that of",
+        "worse": "the loss of {} rises more than that of",
+        "not supported": f"an advantage of {{}} of {effect} or more is ruled out against",
+        "undecided": "the seeds decide nothing about {} against",
+        "not tested": "{} is not tested against",
+    }
+    parts = [f"{words[kind].format(entry['method'])} {', '.join(kinds[kind])}" for kind in words if kind in kinds]
+    note = f" ({entry['note']})" if entry["note"] else ""
+    return f"{'; '.join(parts)}{note}."
+
+
+def _first_order(entry: Row) -> str:
+    one = entry["comparisons"][0]
+    words = {
+        "supported": "is distinguishable from",
+        "not supported": f"is, within {100 * one['smallest_effect']:g} %, equivalent to",
+        "undecided": "is neither shown to differ from nor to be equivalent to",
+        "not tested": "is not compared with",
+    }
+    told = entry["note"] if one["mean_gain"] is None else change_of("first order", one)
+    return (
+        f"On {entry['split']} text, at a clean cost of {100 * COST:g} %, {entry['method']} {words[entry['verdict']]} its "
+        f"first order {one['against']} ({told})."
+    )
+
+
+def _rescaled(row: Row, plain: Row) -> str:
+    """Where a gain under noise of fixed size has its interval below that under relative noise, and embeddings are larger."""
+    relative, fixed = row["perturbations"][:2]
+    ratio = row["embedding_rms"] / plain["embedding_rms"]
+    if ratio <= 1 or not fixed["change_interval"] or not relative["change_interval"]:
+        return ""
+    if fixed["change_interval"][1] >= min(0, relative["change_interval"][0]):
+        return ""
+    return (
+        f"On {row['split']} text {row['method']} gains more under noise of fixed size ({_change(fixed)}) than under noise "
+        f"relative to its embeddings ({_change(relative)}), and its embeddings are {ratio:.2f} times as large as those of "
+        f"{plain['method']}, which alone makes noise of fixed size weaker."
+    )

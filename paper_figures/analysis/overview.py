@@ -1,13 +1,14 @@
-"""Every method at its strength next to plain cross-entropy, described by means and intervals; nothing is tested here."""
+"""Every method at its strength, and at one clean cost, next to plain cross-entropy; nothing is tested here."""
 
 from typing import Any
 
 import numpy as np
 
 from paper_figures.analysis.comparisons import MARGINS_SPLIT, PERTURBATIONS
+from paper_figures.analysis.equal_cost import at_equal_cost
 from paper_figures.analysis.paired import Paired
 from paper_figures.analysis.selection import Selection
-from paper_figures.runs import BASELINE, Run, clean_loss, increase
+from paper_figures.runs import BASELINE, Run, Runs, clean_loss, increase
 
 
 def described(selections: dict[str, Selection], split: str) -> list[dict[str, Any]]:
@@ -39,8 +40,25 @@ def _row(selection: Selection, baseline: list[Run], split: str) -> dict[str, Any
     }
 
 
+def at_one_cost(runs: Runs, split: str) -> list[dict[str, Any]]:
+    """A row a method at the declared clean cost: between which strengths, the increase there and its change from that of ce."""
+    kind, level = PERTURBATIONS[0]
+    plain = [increase(run, split, kind, level) for run in runs.baseline]
+    found: list[dict[str, Any]] = []
+    for method in runs.methods:
+        priced = at_equal_cost(runs, method)
+        row = {"method": method, "split": split}
+        if isinstance(priced, str):
+            found.append({**row, "reason": priced})
+            continue
+        own = priced.increases(split, kind, level).tolist()
+        between = {"strengths": list(priced.strengths), "costs": list(priced.costs)}
+        found.append({**row, **between, "increase": float(np.mean(own)), **change(own, plain)})
+    return [row for row in found if row["method"] != BASELINE]
+
+
 def change(own: list[float], reference: list[float]) -> dict[str, Any]:
-    """Mean change in per cent of the mean of the reference, with its bootstrap interval.
+    """Mean change in per cent of the mean of the reference, with its 95 % interval of the t distribution.
 
     Both are None where the mean of the reference is not positive; the interval is None for one seed.
     """
@@ -48,5 +66,7 @@ def change(own: list[float], reference: list[float]) -> dict[str, Any]:
     if mean <= 0:
         return {"change_percent": None, "change_interval": None}
     paired = Paired.of(100 * (np.array(own) - np.array(reference)) / mean)
-    interval = None if paired.bootstrap is None else list(paired.bootstrap)
-    return {"change_percent": paired.mean, "change_interval": interval}
+    return {
+        "change_percent": paired.mean,
+        "change_interval": None if paired.t_interval is None else list(paired.t_interval),
+    }

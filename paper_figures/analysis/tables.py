@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from paper_figures.analysis.comparisons import PERTURBATIONS
+from paper_figures.analysis.comparisons import PERTURBATIONS, PRIMARY
+from paper_figures.analysis.findings import FINDINGS
+from paper_figures.analysis.selection import BUDGET, FIRST_BUDGET
+from paper_figures.analysis.words import AT_EQUAL_COST, change_of
 from paper_figures.runs import BASELINE
 
 OVERVIEW_HEADINGS = (
@@ -16,12 +19,31 @@ OVERVIEW_HEADINGS = (
     "RMS of embeddings",
     "det J <= 0 in layers",
 )
-VERDICT_HEADINGS = ("method", "strength", "robustness", "geometry", "clean accuracy", "better than every competitor")
-_FINDINGS = ("robustness", "geometry", "clean", "ours")
+EQUAL_COST_HEADINGS = (
+    "method",
+    "between strengths",
+    "their clean cost",
+    "increase",
+    "change",
+    f"{PRIMARY} less this method",
+    "p",
+    "p after Holm",
+    "verdict",
+)
+VERDICT_HEADINGS = (
+    "finding",
+    "method",
+    f"strength, budget {100 * FIRST_BUDGET:g} %",
+    "one family",
+    "primary first",
+    f"strength, budget {100 * BUDGET:g} %",
+    "one family",
+    "primary first",
+)
 
 
 def overview_cells(record: dict[str, Any], split: str = "test") -> list[list[str]]:
-    """A row a method, at its strength: means over seeds, changes against ce in per cent with 95 % bootstrap intervals."""
+    """A row a method, at its strength: means over seeds, changes against ce in per cent with 95 % t intervals."""
     found = []
     for row in record["overview"]:
         if row["split"] != split:
@@ -44,23 +66,56 @@ def overview_cells(record: dict[str, Any], split: str = "test") -> list[list[str
     return found
 
 
-def verdict_cells(record: dict[str, Any], split: str = "test") -> list[list[str]]:
-    """A row a barrier method: its strength and the verdicts of the four findings; geometry is of validation text."""
-    rows: dict[str, dict[str, Any]] = {}
-    for entry in record["findings"]:
-        if entry["finding"] == "geometry" or entry["split"] == split:
-            rows.setdefault(entry["method"], {})[entry["finding"]] = entry
+def equal_cost_cells(record: dict[str, Any], split: str = "test") -> list[list[str]]:
+    """A row a method at the declared clean cost, and the primary barrier against it, as changes in per cent of ce's increase."""
+    against = {
+        comparison["against"]: comparison
+        for entry in record["findings"]
+        if entry["finding"] in AT_EQUAL_COST and (entry["method"], entry["split"]) == (PRIMARY, split)
+        for comparison in entry["comparisons"]
+    }
     found = []
-    for method, entries in rows.items():
-        some = next(iter(entries.values()))
-        verdicts = [_verdict(entries[finding]) if finding in entries else "" for finding in _FINDINGS]
-        found.append([method, strength_of(some), *verdicts])
+    for row in record["equal_cost"]:
+        if row["split"] != split:
+            continue
+        if "reason" in row:
+            found.append([row["method"], row["reason"], *[""] * 7])
+            continue
+        between = " and ".join("ce" if strength == 0 else f"{strength:g}" for strength in row["strengths"])
+        costs = " and ".join(f"{100 * cost:+z.2f} %" for cost in row["costs"])
+        cells = [row["method"], between, costs, f"{row['increase']:.4f}", _change(row, 1)]
+        one = against.get(row["method"])
+        if one is None or one["mean_gain"] is None:
+            found.append([*cells, "", "", "", ""])
+            continue
+        after = "" if one["p_holm"] is None else f"{one['p_holm']:.2g}"
+        found.append([*cells, change_of("ours", one), f"{one['p']:.2g}", after, one["verdict"]])
     return found
 
 
+def verdict_cells(record: dict[str, Any], split: str = "test") -> list[list[str]]:
+    """A row a finding and method: verdicts by budget and by family, side by side; geometry is of validation text."""
+    first = {(e["finding"], e["method"], e["split"]): e for e in record["first_budget"]}
+    found = []
+    for entry in record["findings"]:
+        if entry["finding"] != "geometry" and entry["split"] != split:
+            continue
+        old = first[entry["finding"], entry["method"], entry["split"]]
+        row = [entry["finding"], entry["method"]]
+        for one in (old, entry):
+            strength = "interpolated" if entry["finding"] in AT_EQUAL_COST else strength_of(one)
+            row += [strength, one["one_family_verdict"], one["verdict"]]
+        found.append([*row[:-1], row[-1] + _power(entry)])
+    return sorted(found, key=lambda row: list(FINDINGS).index(row[0]))
+
+
 def markdown(record: dict[str, Any], split: str = "test") -> str:
-    """Both tables in Markdown, for docs/findings.md: what was measured, and the verdicts."""
-    tables = ((OVERVIEW_HEADINGS, overview_cells(record, split)), (VERDICT_HEADINGS, verdict_cells(record, split)))
+    """The tables in Markdown, for docs/findings.md: what was measured, what it is at one clean cost, and the verdicts."""
+    tables = (
+        (OVERVIEW_HEADINGS, overview_cells(record, split)),
+        (EQUAL_COST_HEADINGS, equal_cost_cells(record, split)),
+        (VERDICT_HEADINGS, verdict_cells(record, split)),
+    )
     return "\n\n".join(_markdown_table(headings, cells) for headings, cells in tables)
 
 
@@ -68,12 +123,10 @@ def strength_of(row: dict[str, Any]) -> str:
     return f"{row['strength']:g}" + ("" if row["within_budget"] else " (over budget)")
 
 
-def _verdict(entry: dict[str, Any]) -> str:
-    """The verdict; an undecided one with the power reached, at the level that its family leaves."""
-    powers = [c["power_in_family"] for c in entry["comparisons"] if c["decides"] and c["verdict"] == "undecided"]
-    if entry["verdict"] != "undecided" or not powers:
-        return entry["verdict"]
-    return f"undecided (power {min(powers):.2f})"
+def _power(entry: dict[str, Any]) -> str:
+    """The power that the family leaves, behind an undecided verdict."""
+    powers = [c["power_in_family"] for c in entry["comparisons"] if c["verdict"] == "undecided"]
+    return f" (power {min(powers):.2f})" if entry["verdict"] == "undecided" else ""
 
 
 def _change(row: dict[str, Any], digits: int) -> str:

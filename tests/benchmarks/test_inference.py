@@ -1,18 +1,22 @@
 """The inference benchmark: its truths against other ways to compute them, its page against its result."""
 
 import json
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal
+from scipy.stats import chi2, chisquare, multivariate_normal, ncx2
 
-from benchmarks.inference import laplace_nuts, page
+from benchmarks.inference import calibration, evidence, laplace_nuts, page
 from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, Problem, plane_attention
 from benchmarks.inference.models import plane_model as model_of_the_plane
+from benchmarks.inference.sizes import QUICK
 from benchmarks.laplace_torch import page as laplace_torch
 from benchmarks.section import is_met
 from prob_transformer import jacobian_block
+from prob_transformer.inference.calibration import ranks, uniformity
 from theory_checks.token_truth import gaussian_posterior
 
 
@@ -71,6 +75,44 @@ def test_a_gaussian_is_no_distance_from_itself_and_a_shifted_one_is():
     narrow = laplace_nuts._row("model", "x", (2.0, 2.4), draws)
     np.testing.assert_allclose(narrow["sd_difference"], 0.2, atol=0.03)
     assert len(laplace_nuts._beyond([narrow])) == 1
+
+
+@pytest.mark.parametrize("width", [0.85, 1.0])
+def test_the_law_of_ranks_is_that_of_drawn_posteriors(width):
+    rng = np.random.default_rng(3)
+    truths, draws = rng.normal(size=40_000), width * rng.normal(size=(40_000, 99))
+    seen = uniformity(ranks(truths, draws), 99, calibration.BINS).counts
+    assert chisquare(seen, 40_000 * calibration.rank_law(width, 99)).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("replicates", "width"), [(200, 0.9), (1000, 0.9), (1000, 0.85)])
+def test_the_power_is_near_that_of_the_noncentral_chi_square_law(replicates, width):
+    distance = replicates * ((calibration.rank_law(width, 99) - 0.05) ** 2 / 0.05).sum()
+    expected = ncx2.sf(chi2.isf(0.0125, 19), 19, distance)
+    np.testing.assert_allclose(calibration.power(width, replicates, 99, 0.0125), expected, atol=0.02)
+    np.testing.assert_allclose(calibration.power(1.0, replicates, 99, 0.0125), 0.0125, atol=0.004)
+
+
+def test_the_power_of_the_calibration_on_the_page_is_that_of_its_test():
+    text = " ".join((page.PAGE.parent / "findings.md").read_text(encoding="utf-8").split())
+    datasets = page.load(page.RESULT)["sections"]["calibration"]["rows"][0]["replicates"]
+    assert f"In {datasets:,} simulated datasets" in text
+    for too_small, shown in re.findall(r"that is (\d+) % too small with a power of (\d\.\d+)", text):
+        found = calibration.power(1 - int(too_small) / 100, datasets, 99, 0.05)
+        np.testing.assert_allclose(float(shown), found, atol=0.006)
+
+
+def test_no_two_rows_of_the_evidence_share_a_key(monkeypatch):
+    keys = []
+
+    def row(case, proposal, key, sizes):
+        keys.append(tuple(np.asarray(jax.random.key_data(key))))
+        return {"model": case, "proposal": proposal, "deviation": 0.0}
+
+    monkeypatch.setattr(evidence, "_row", row)
+    monkeypatch.setattr(evidence, "cases", lambda: list("abcd"))
+    evidence.run_evidence(QUICK)
+    assert len(set(keys)) == len(keys) == 8
 
 
 def test_the_page_is_that_of_the_committed_result():

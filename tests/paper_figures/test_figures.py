@@ -2,13 +2,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from scipy import stats
 
 from models import cli
 from models.char_gpt import study
 from paper_figures import __main__ as command
 from paper_figures import report, runs, style, verdicts
+from paper_figures.analysis.comparisons import PERTURBATIONS
+from paper_figures.analysis.equal_cost import at_equal_cost
 from tests.support.synthetic_runs import Truth, write_runs
 
 ROOT = Path(report.__file__).resolve().parent.parent
@@ -36,8 +40,11 @@ def test_every_figure_is_drawn_as_png_and_pdf(results):
 
 
 def test_the_analysis_knows_the_methods_of_the_study_and_tells_them_apart_in_grey():
-    assert tuple(study.METHODS) == runs.METHODS
-    assert (tuple(study.BARRIERS), tuple(study.COMPETITORS)) == (runs.BARRIERS, runs.COMPETITORS)
+    assert set(study.METHODS) | set(runs.CONTROLS) == set(runs.METHODS)
+    assert (set(study.BARRIERS) - set(runs.CONTROLS), set(study.COMPETITORS)) == (
+        set(runs.BARRIERS),
+        set(runs.COMPETITORS),
+    )
     looks = {method: style.METHOD_STYLES[method] for method in runs.METHODS}
     assert len({(str(look["linestyle"]), look["marker"]) for look in looks.values()}) == len(looks)
 
@@ -65,7 +72,7 @@ def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results
     assert all((results / link).is_file() for link in re.findall(r'src="([^"]*)"', html))
     assert "://" not in html
     assert "14 of 14 checks came out as stated" in html
-    for method in runs.METHODS:
+    for method in study.METHODS:
         assert method in html
     record = json.loads((results / "verdicts.json").read_text())
     for question in ("What was asked", "What was done", "What was found", "What remains open"):
@@ -116,8 +123,51 @@ def test_the_findings_show_the_tables_and_answers_of_the_committed_verdicts():
         assert answer in page
 
 
+def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts():
+    record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/findings.md", "README.md"))
+
+    def shown(values):
+        """The mean and its 95 % interval, by SciPy from the gains of the seeds; a change is the negative of a gain."""
+        changes = -100 * np.array(values)
+        low, high = stats.ttest_1samp(changes, 0).confidence_interval(0.95)
+        return f"{changes.mean():+.1f} % ({low:+.1f} to {high:+.1f})"
+
+    found = {(f["finding"], f["method"], f["split"]): f for f in record["findings"]}
+    robust = found["robustness", "margin@layers", "test"]
+    assert f"the increase changes by {shown(robust['comparisons'][0]['gains'])}" in page
+    assert f"embedding noise by {100 * robust['comparisons'][0]['mean_gain']:.0f} % on average" in readme
+    # "do not establish" and "is ruled out" are said as long as the verdicts are these.
+    assert robust["verdict"] == "undecided"
+    for split in ("test", "news"):
+        ours = {c["against"]: c for c in found["ours", "margin@layers", split]["comparisons"]}
+        tested = {name: c["verdict"] for name, c in ours.items() if not c["untested"]}
+        assert tested == dict.fromkeys(("dropout", "embedding-noise", "jacobian", "spectral"), "not supported")
+        worse = {name for name, c in ours.items() if not c["untested"] and c["p_holm"] < 0.05 and c["mean_gain"] < 0}
+        assert worse == {"jacobian"}
+    low, high = stats.ttest_1samp(
+        found["ours", "margin@layers", "test"]["comparisons"][3]["gains"], 0
+    ).confidence_interval()
+    assert f"by 6.9 % of the increase of plain training ({-100 * high:.1f} to {-100 * low:.1f} %)" in page
+    geometry = found["geometry", "margin@layers", "validation"]
+    assert geometry["verdict"] == "supported"
+    assert f"by {100 * geometry['comparisons'][0]['mean_gain']:.1f} % on average" in page
+    sweep = runs.load_runs(REFERENCE / "runs" / "full")
+    plain = np.array([runs.increase(run, "test", *PERTURBATIONS[0]) for run in sweep.baseline])
+
+    def gains(increases):
+        return (plain - increases) / plain.mean()
+
+    next_strength = [runs.increase(run, "test", *PERTURBATIONS[0]) for run in sweep.of("margin@layers", 0.02)]
+    assert f"changes by {shown(gains(np.array(next_strength)))}" in page
+    for cost, method in ((0.005, "margin@layers"), (0.017, "margin@layers"), (0.017, "dropout")):
+        assert shown(gains(at_equal_cost(sweep, method, cost).increases("test", *PERTURBATIONS[0]))) in page
+    one_sided = found["robustness", "one-sided@layers", "test"]["comparisons"][0]["gains"]
+    assert f"changes by {shown(one_sided)}" in page
+
+
 def test_the_committed_verdicts_are_those_of_the_committed_runs():
     record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
     again = verdicts.analyse(runs.load_runs(REFERENCE / "runs" / "full"))
-    for part in ("seeds", "overview", "findings", "answers"):
+    for part in ("seeds", "rules", "overview", "equal_cost", "findings", "first_budget", "answers"):
         assert json.loads(json.dumps(again[part])) == record[part]
