@@ -10,11 +10,9 @@ from models.char_gpt import lines as saved_lines
 from models.char_gpt import study
 from models.char_gpt.study import BASELINE
 
-# Not barriers and not competitors: the mean of tr M_i, and the mean of |C_i|^2, with questions of their own.
-FIRST_ORDER, SMALL_MOMENTS = "trace@layers", "frobenius@layers"
-CONTROLS = (FIRST_ORDER, SMALL_MOMENTS)
-BARRIERS = tuple(method for method in study.BARRIERS if method not in CONTROLS)
-COMPETITORS = tuple(study.COMPETITORS)
+# Neither barriers nor competitors, with questions of their own.
+CONTROLS = FIRST_ORDER, SMALL_MOMENTS = tuple(study.CONTROLS)
+BARRIERS, COMPETITORS = tuple(study.BARRIERS), tuple(study.COMPETITORS)
 METHODS = (study.BASELINE, *BARRIERS, *CONTROLS, *COMPETITORS)
 Run = dict[str, Any]
 

@@ -20,8 +20,8 @@ mpl.use("Agg")
 # Okabe-Ito colours, and six others for the competitors, safe for colour-blind readers; line styles and markers repeat
 # the distinction in grey. Barriers have filled markers, competitors hollow ones.
 BLACK, BLUE, ORANGE, GREEN, PURPLE = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-SKY, AMBER, INDIGO, WINE, OLIVE, GREY, TEAL, ROSE, BROWN = (
-    "#56B4E9", "#E69F00", "#332288", "#882255", "#999933", "#777777", "#44AA99", "#CC6677", "#663300",
+SKY, AMBER, INDIGO, WINE, OLIVE, GREY, TEAL = (
+    "#56B4E9", "#E69F00", "#332288", "#882255", "#999933", "#777777", "#44AA99",
 )  # fmt: skip
 
 RUST, NAVY = "#994F00", "#1F3A93"
@@ -46,8 +46,6 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "embedding-noise": _hollow(OLIVE, (0, (4, 1, 1, 1)), "h"),
     "jacobian": _hollow(GREY, (0, (9, 2, 1, 2)), "p"),
     "spectral": _hollow(TEAL, (0, (2, 1, 2, 3)), "d"),
-    "trace@layers": _hollow(ROSE, (0, (6, 1, 2, 1)), "^"),
-    "frobenius@layers": _hollow(BROWN, (0, (1, 1)), "s"),
 }
 
 

@@ -39,9 +39,11 @@ BARRIERS = {
     "one-sided@layers": _barrier("margin", "layers", "one-sided"),
 }
 # What the barrier is to first order, and what makes M small outright.
-PRODUCT_PENALTIES = {
-    "trace@layers": _barrier("margin", "layers", "trace"),
-    "frobenius@layers": _barrier("margin", "layers", "frobenius"),
+CONTROLS = {
+    "trace@layers": _barrier("margin", "layers", "trace")._replace(strengths=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)),
+    "frobenius@layers": _barrier("margin", "layers", "frobenius")._replace(
+        strengths=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    ),
 }
 # Ranges laid by single runs with seed 100, which no profile uses, so that clean loss suffers by 0 to some 10 %.
 COMPETITORS = {
@@ -56,7 +58,7 @@ METHODS = {
     BASELINE: Method({"objective": "ce"}, "regulariser_strength", (0.0,)),
     **BARRIERS,
     **COMPETITORS,
-    **PRODUCT_PENALTIES,
+    **CONTROLS,
 }
 
 
