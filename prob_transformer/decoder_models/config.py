@@ -14,7 +14,8 @@ from jaxtyping import Float
 from msgspec import UNSET, UnsetType
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+# GGUF can hold an infinity, and the decoders compute in float32.
+Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e38)]
 Read = TypeVar("Read")
 
 

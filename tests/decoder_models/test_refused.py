@@ -104,6 +104,7 @@ REFUSED = {
     "heads are true": (config(num_attention_heads=True), "Expected `int`, got `bool`"),
     "no heads": (config(num_attention_heads=0), "Expected `int` >= 1"),
     "huge number of layers": (config(num_hidden_layers=10**30), "no output of layer 2"),
+    "huge epsilon": (config(rms_norm_eps=1e300), "Expected `float` < 1e+38"),
     "negative epsilon": (config(rms_norm_eps=-1e-5), "Expected `float` > 0.0 - at `$.rms_norm_eps`"),
     "infinite base": (
         raw("config.json", json.dumps(LLAMA | {"rope_theta": 1}).replace(": 1,", ": 1e999,").encode()),
@@ -305,6 +306,8 @@ REFUSED_FILES = {
     "context in words": (file({"llama.context_length": "32"}), "Expected `int`, got `str` - at `$.context_length`"),
     "no context": (file({"llama.context_length": None}), "missing required field `context_length`"),
     "no heads": (file({"llama.attention.head_count": 0}), "Expected `int` >= 1"),
+    "infinite base": (file({"llama.rope.freq_base": np.inf}), "Expected `float` < 1e+38 - at `$.rope.freq_base`"),
+    "infinite factor": (file({"llama.rope.scaling.factor": np.inf}), "`$.rope.scaling.factor`"),
     "rotary positions wider than a head": (
         file({"llama.rope.dimension_count": 6}),
         "rope.dimension_count is 6 for heads of size 4",
