@@ -26,6 +26,11 @@ def require_only(name: str, value: Any, *supported: Any) -> None:
         raise ValueError(f"{name} = {value!r}; only {allowed} is supported")
 
 
+def rotary_frequencies(base: float, size: int) -> Float[np.ndarray, " r"]:
+    """base^(-2j / size) for each of the size / 2 coordinate pairs j, in radians a position."""
+    return base ** (-np.arange(0, size, 2) / size)
+
+
 class Rope(msgspec.Struct):
     """`rope_parameters`, called `rope_scaling` in older files, of any type."""
 
@@ -99,7 +104,7 @@ class LlamaConfig(msgspec.Struct):
         rope = self.rope_scaling or self.rope_parameters or Rope()
         require_only("partial_rotary_factor", rope.partial_rotary_factor, 1.0)
         base = self.rope_theta if rope.rope_theta is UNSET else rope.rope_theta
-        frequencies = base ** (-np.arange(0, self.head_size, 2) / self.head_size)
+        frequencies = rotary_frequencies(base, self.head_size)
         kind = rope.type if rope.rope_type is UNSET else rope.rope_type
         require_only("rope_type", kind, "default", "linear", "llama3")
         if kind == "default":

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from prob_transformer.decoder import Rotary
-from prob_transformer.decoder_models.config import Count, Positive, require_only
+from prob_transformer.decoder_models.config import Count, Positive, require_only, rotary_frequencies
 from prob_transformer.decoder_models.gguf_tokenizer import GgufTokenizer, tokenizer_of
 from prob_transformer.decoder_models.llama import LlamaShape, llama
 from prob_transformer.decoder_models.model import Decoder
@@ -134,7 +134,7 @@ class _Llama(msgspec.Struct, forbid_unknown_fields=True, rename=_dotted):
 
     def frequencies(self, factors: np.ndarray | None) -> np.ndarray:
         """Rotary frequencies in radians a position, divided by the factor of all and by those of each pair."""
-        plain = self.rope__freq_base ** (-np.arange(0, self.turned, 2) / self.turned)
+        plain = rotary_frequencies(self.rope__freq_base, self.turned)
         if factors is not None:
             if factors.shape != plain.shape or not (factors > 0).all():
                 raise ValueError(f"weights: {_FACTORS} has shape {factors.shape}; {plain.shape} numbers above 0 fit.")

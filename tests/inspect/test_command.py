@@ -33,7 +33,7 @@ def text(tmp_path):
 def run(loaded, text, tmp_path):
     """The command on the tiny model, read once; gives the exit status and the output folder."""
 
-    def run(*more, text=text, out=tmp_path / "out", model="tiny"):
+    def run(*more, text=text, out=tmp_path / "out", model="tiny", loaded=loaded):
         given = ["inspect", "--model", str(model), "--text", str(text), "--out", str(out), *more]
         return command.main(given, (lambda _: loaded) if model == "tiny" else load), out
 
@@ -144,21 +144,15 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_the_other_file_is_rep
     assert (tmp_path / "out" / "inspect.html").read_text() == "old"
 
 
-def test_a_text_that_the_tokenizer_cannot_cut_is_refused(loaded, text, tmp_path, capsys):
+def test_a_text_that_the_tokenizer_cannot_cut_is_refused(run, loaded, tmp_path, capsys):
     words = Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
-    given = ["inspect", "--model", "tiny", "--text", str(text), "--out", str(tmp_path / "out")]
-    refused(
-        capsys,
-        command.main(given, lambda _: loaded._replace(tokenizer=words)),
-        "the model's tokenizer refuses",
-        tmp_path,
-    )
+    status, _ = run(loaded=loaded._replace(tokenizer=words))
+    refused(capsys, status, "the model's tokenizer refuses", tmp_path)
 
 
-def test_a_model_that_sees_one_token_is_refused(loaded, text, tmp_path, capsys):
-    given = ["inspect", "--model", "tiny", "--text", str(text), "--out", str(tmp_path / "out")]
+def test_a_model_that_sees_one_token_is_refused(run, loaded, tmp_path, capsys):
     blind = SimpleNamespace(context=1, blocks=loaded.decoder.blocks, layers=loaded.decoder.layers)
-    status = command.main(given, lambda _: loaded._replace(decoder=blind))
+    status, _ = run(loaded=loaded._replace(decoder=blind))
     refused(capsys, status, "its context is 1 token", tmp_path)
 
 
