@@ -75,8 +75,8 @@ def _open(record: dict[str, Any], runs: Runs) -> list[str]:
     if len(record["seeds"]) < 5:
         found.insert(
             0,
-            f"Only {len(record['seeds'])} whole seeds (of {len(wanted)} begun) are behind these verdicts; the full "
-            "profile has five, and most verdicts need them.",
+            f"Seeds that every method has finished: {len(record['seeds'])} of {len(wanted)} begun. These verdicts rest on no "
+            "others; the full profile has five, and most verdicts need them.",
         )
     if record["diverged"]:
         found.append(f"{len(record['diverged'])} runs diverged and count as a strength not to be chosen.")

@@ -1,7 +1,7 @@
 """Whether the likelihood behind a result is a probability law, and if not, by how much its mass exceeds 1.
 
-    certified    identity values and, up to rounding, A + A^T negative semidefinite: then det J_i >= 1 for every
-                 embedding (docs/limits.md)
+    certified    identity values and A + A^T negative semidefinite, from which det J_i >= 1 for every embedding follows
+                 (docs/limits.md); the sign is decided up to rounding, so a positive eigenvalue below it passes too
     mass         integral of N(e(u); 0, sigma^2) |de/du| du = total variation of Phi(e(u) / sigma),    d = 1
 
 With value maps nothing certifies a process: the condition |V| |A| diam^2 / 4 < 1 bounds one conditional given one past.

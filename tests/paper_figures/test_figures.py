@@ -94,8 +94,8 @@ def test_a_report_on_few_seeds_says_so(tmp_path, results):
     for name in ("theory_checks.json", "figures"):
         (tmp_path / name).symlink_to(results / name)
     verdicts.main(["--runs", str(tmp_path / "runs" / "few"), "--out", str(tmp_path / "verdicts.json")])
-    assert "Only 2 whole seeds (of 2 begun) are behind these verdicts" in report.build(tmp_path, "few")
-    assert "whole seeds (of" not in report.build(results, "made-up")
+    assert "Seeds that every method has finished: 2 of 2 begun." in report.build(tmp_path, "few")
+    assert "Seeds that every method has finished" not in report.build(results, "made-up")
 
 
 @pytest.mark.parametrize(

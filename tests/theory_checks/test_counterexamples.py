@@ -1,4 +1,4 @@
-"""Examples against sentences that said more than the theory proves; docs/changes_of_claims.md lists the sentences."""
+"""Examples against sentences that said more than the theory proves; docs/changes.md lists the sentences."""
 
 import itertools
 

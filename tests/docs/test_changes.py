@@ -1,4 +1,4 @@
-"""docs/changes_of_claims.md: no page contains an old sentence, each new one is where it says, each guard exists."""
+"""docs/changes.md: no page contains an old sentence, each new one is where it says, each guard exists."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "changes_of_claims.md"
+PAGE = ROOT / "docs" / "changes.md"
 COUNTEREXAMPLES = "tests/theory_checks/test_counterexamples.py"
 
 
