@@ -104,9 +104,9 @@ def build(results: Path, profile: str, inference: Path = INFERENCE) -> str:
 <title>Attention as a stochastic process: what was checked and measured</title><style>{STYLE}</style></head><body>
 <h1>Attention as a stochastic process: what was checked and measured</h1>
 <p>Causal self-attention read as a generator, u_i = &mu;_i(u_i; u_&lt;i) + &epsilon;_i, has by a change of
-variables the log-density log N(e_i) + log|det J_i|, exact as long as det J_i &gt; 0 for every embedding. Where det J_i = 0 the map
-from noise to embedding is not invertible: the degeneracy boundary. A log-barrier keeps training away from it. This page shows whether the mathematics holds, claim by claim, and what the
-barrier did to small models trained on real text. Background: arXiv 2602.22271 and docs/theory.md.</p>
+variables the log-density log N(e_i) + log|det J_i|, exact as long as det J_i &gt; 0 for every embedding. Where det J_i = 0 the
+map from noise to embedding is not invertible: the degeneracy boundary. A log-barrier keeps training away from it. This page
+shows whether the mathematics holds, claim by claim, and what the barrier did to small models trained on real text. Background: arXiv 2602.22271 and docs/theory.md.</p>
 <h2>1. Is the theory right?</h2>{_checks_section(checks)}
 <h2>2. What did training with the barrier do?</h2>{study_section(verdicts, runs)}
 <h2>3. Does inference find the truth?</h2>{_inference_section(inference)}
