@@ -33,12 +33,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Site
 from models.char_gpt.model import Attended, Block, CharGPT
-from models.char_gpt.product_penalties import PENALTY_AT
+from models.char_gpt.product_penalties import PENALTY_AT, product_penalty
 from models.char_gpt.regularisers import regularised
 from models.char_gpt.sharding import SITE_SPECS, Tree, at_site
 from prob_transformer import Attention, accelerated, one_sided_penalty, residual_and_log_det, weight_prior
 from prob_transformer.accelerated import DEFAULT_TILING, Cells, MeanBarrier, Tiling
-from prob_transformer.change_of_variables import ResidualAndLogDet, over_positions
+from prob_transformer.change_of_variables import ResidualAndLogDet
 
 
 class LossTerms(NamedTuple):
@@ -195,7 +195,7 @@ def _site_penalty(
     Without a determinant the share past the boundary is not known, and given as 0 like that of plain training.
     """
     if config.barrier_form in PENALTY_AT:
-        penalty_of = partial(over_positions, PENALTY_AT[config.barrier_form])
+        penalty_of = partial(product_penalty, config.barrier_form)
         everywhere = at_site(partial(_everywhere, penalty_of, config.barrier_site), config.barrier_site, mesh)
         mean = everywhere(model, embeddings, attended.inputs).mean()
         return MeanBarrier(mean, jnp.zeros_like(mean), jnp.zeros_like(mean))
