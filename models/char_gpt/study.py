@@ -40,7 +40,7 @@ BARRIERS = {
 }
 # What the barrier is to first order, and what makes M small outright.
 CONTROLS = {
-    "trace@layers": _barrier("margin", "layers", "trace")._replace(strengths=(0.0003, 0.001, 0.003, 0.01, 0.02, 0.03)),
+    "trace@layers": _barrier("margin", "layers", "trace")._replace(strengths=(0.001, 0.003, 0.004, 0.005, 0.006, 0.01)),
     "frobenius@layers": _barrier("margin", "layers", "frobenius")._replace(
         strengths=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     ),
