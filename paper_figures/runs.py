@@ -91,11 +91,8 @@ def _require_complete(path: Path, number: int, line: Run) -> None:
 def _complete_seeds(lines: list[Run]) -> tuple[int, ...]:
     profile = study.PROFILES.get(lines[0]["profile"]) if lines else None
     wanted = {(line["method"], line["strength"]) for line in lines}
-    begun = {method for method, _ in wanted}
     if profile is not None:
-        # A sweep from before the controls is whole without them.
-        configs = (config for config in study.configurations(profile) if config.method not in {*CONTROLS} - begun)
-        wanted |= {(config.method, config.strength) for config in configs}
+        wanted |= {(config.method, config.strength) for config in study.configurations(profile)}
     by_seed: dict[int, set[tuple[str, float]]] = {}
     for line in lines:
         by_seed.setdefault(line["seed"], set()).add((line["method"], line["strength"]))

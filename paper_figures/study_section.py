@@ -12,7 +12,7 @@ from paper_figures.analysis.tables import (
     verdict_cells,
 )
 from paper_figures.html import items, plain_table
-from paper_figures.runs import BARRIERS, COMPETITORS, Runs
+from paper_figures.runs import BARRIERS, COMPETITORS, FIRST_ORDER, SMALL_MOMENTS, Runs
 
 
 def study_section(record: dict[str, Any], runs: Runs) -> str:
@@ -56,7 +56,8 @@ def _done(record: dict[str, Any], runs: Runs) -> str:
 {", ".join(str(seed) for seed in record["seeds"])}. Text: {escape(run["corpus"]["name"])}, {characters["train"]:,}
 characters to train on. {len(BARRIERS)} barrier methods: margin (cross-entropy plus the two-sided barrier -log|det J|), map (the
 whole embedding prior), one-sided (ours: zero once det J exceeds {made["barrier_threshold"]:g}), each on one prior head over the input
-embeddings (@embedding) or on every head of every layer (@layers). {len(COMPETITORS)} competitors: {", ".join(COMPETITORS)}. All share
+embeddings (@embedding) or on every head of every layer (@layers). {len(COMPETITORS)} competitors: {", ".join(COMPETITORS)}. Two controls on every head (ours):
+{FIRST_ORDER}, the mean of tr M_i, which is the first order of the barrier, and {SMALL_MOMENTS}, the mean of |R L_i|^2. All share
 data, batches, steps, seeds, weight prior and optimiser, and have equally many strengths to choose from. Chosen for each: the
 largest strength whose mean clean loss on validation text is at most {100 * budget:g} % above that of ce. No perturbation is
 looked at for that choice, and nothing of the test and news text; embedding-noise and jacobian are built against noise on the

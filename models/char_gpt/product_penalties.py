@@ -1,4 +1,4 @@
-"""Penalties of M_i = I - J_i itself, to tell what the barrier's logarithm adds to the size of M_i.
+"""Penalties of what the determinant is taken of, to tell what the logarithm adds to the size of M_i = I - J_i = L_i R.
 
     trace       tr M_i, the first order of the barrier: -log det(I - M_i) = tr M_i + tr M_i^2 / 2 + ...
     frobenius   |R L_i|_F^2: small where every product of queries and keys varies little over the attended past

@@ -38,7 +38,7 @@ BARRIERS = {
     "one-sided@embedding": _barrier("margin", "embedding", "one-sided"),
     "one-sided@layers": _barrier("margin", "layers", "one-sided"),
 }
-# What the barrier is to first order, and what makes M small outright.
+# The first order of the barrier -log det(I - R L_i), and the size of its matrix R L_i.
 CONTROLS = {
     "trace@layers": _barrier("margin", "layers", "trace")._replace(strengths=(0.001, 0.003, 0.004, 0.005, 0.006, 0.01)),
     "frobenius@layers": _barrier("margin", "layers", "frobenius")._replace(

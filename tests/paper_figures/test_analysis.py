@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -475,19 +474,3 @@ def test_a_first_seed_cut_short_is_not_taken_for_a_whole_one(tmp_path):
     path.write_text("".join(json.dumps(run) + "\n" for run in runs[:-1]))
     with pytest.raises(ValueError, match="has no seed with all its runs"):
         load_runs(tmp_path)
-
-
-def test_a_sweep_without_the_controls_is_whole_and_one_with_half_of_their_runs_is_not(tmp_path, monkeypatch):
-    configs = [("ce", 0.0), ("dropout", 0.1), ("trace@layers", 0.1), ("trace@layers", 1.0)]
-    named = [SimpleNamespace(method=method, strength=strength) for method, strength in configs]
-    monkeypatch.setattr(study, "configurations", lambda profile: named)
-    example = json.loads((write_runs(tmp_path / "made-up", {}, seeds=1) / "runs.jsonl").read_text().splitlines()[0])
-    runs = [example | {"profile": "smoke", "method": method, "strength": strength} for method, strength in configs]
-    path = tmp_path / "runs.jsonl"
-    for count, seeds in ((2, (0,)), (3, None), (4, (0,))):
-        path.write_text("".join(json.dumps(run) + "\n" for run in runs[:count]))
-        if seeds is None:
-            with pytest.raises(ValueError, match="has no seed with all its runs"):
-                load_runs(tmp_path)
-        else:
-            assert load_runs(tmp_path).seeds == seeds

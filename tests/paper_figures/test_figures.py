@@ -40,11 +40,7 @@ def test_every_figure_is_drawn_as_png_and_pdf(results):
 
 
 def test_the_analysis_knows_the_methods_of_the_study_and_tells_them_apart_in_grey():
-    assert set(study.METHODS) | set(runs.CONTROLS) == set(runs.METHODS)
-    assert (set(study.BARRIERS) - set(runs.CONTROLS), set(study.COMPETITORS)) == (
-        set(runs.BARRIERS),
-        set(runs.COMPETITORS),
-    )
+    assert set(study.METHODS) == set(runs.METHODS)
     looks = {method: style.METHOD_STYLES[method] for method in runs.METHODS}
     assert len({(str(look["linestyle"]), look["marker"]) for look in looks.values()}) == len(looks)
 
