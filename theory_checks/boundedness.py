@@ -179,7 +179,7 @@ def run(plan: Plan) -> Outcome:
 
 CHECK = Check(
     id="boundedness",
-    claim="margin-only training is unbounded below without a weight prior, bounded with it",
+    claim="margin-only training can be unbounded below without a weight prior; fixed embeddings and the prior bound it",
     statement=(
         "CE + lambda sum_i b_i -> -inf like -lambda r log t along A -> t A where A u_i = 0, with r the number of "
         "eigenvalues of Sigma_i A that are not 0, on either side of the wall; with N(0, s^2) on the weights and "

@@ -138,13 +138,13 @@ def run(plan: Plan) -> Outcome:
 
 CHECK = Check(
     id="conditioning",
-    claim="noise is amplified by 1 / sigma_min(J_i)",
+    claim="a small change of the noise moves u_i by at most 1 / sigma_min(J_i) times as much",
     statement=(
         "From noise to embedding, with the past fixed: max over small delta of |u(eps + delta) - u(eps)| / |delta| "
         "= 1 / sigma_min(J_i) at position i, without limit as det J_i -> 0, and at most 1 / (1 - c) where c = sum_h "
         "|V_h| |A_h| diam^2 / 4 < 1."
     ),
-    mark="paper",
+    mark="derived",
     regime=(
         "Every attention: measured by solving e(u) = eps for noise moved both ways, where sigma_min > 0.01 (closer,"
         " only the margin itself is compared); towards the boundary down to 1e-4 of the strength at which it is "

@@ -190,7 +190,7 @@ CHECK = Check(
         " min |A - A*|^2 / 2 subject to m_i >= 0, where active gradients are linearly independent: zero, like "
         "lambda, where m_i stays positive."
     ),
-    mark="paper",
+    mark="derived",
     regime=(
         "d = 2, identity values, eight fixed embeddings, A free and A* past the boundary; lambda from 1 to 1e-8. "
         "The analogy with support vectors is the paper's; this form of it is derived here."

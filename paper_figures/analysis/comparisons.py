@@ -1,4 +1,4 @@
-"""What is compared with what, declared before anything is looked at: the findings, their measures and smallest effects.
+"""What is compared with what: the findings, their measures and smallest effects, changed once after the first runs had been seen.
 
 Every comparison is a gain a seed, positive where the claim holds:
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from paper_figures.analysis.comparisons import PERTURBATIONS, PRIMARY
+from paper_figures.analysis.comparisons import PERTURBATIONS, PRIMARY, SMALLEST_INCREASE
 from paper_figures.analysis.findings import FINDINGS
 from paper_figures.analysis.selection import BUDGET, FIRST_BUDGET
 from paper_figures.analysis.words import AT_EQUAL_COST, change_of
@@ -26,8 +26,8 @@ EQUAL_COST_HEADINGS = (
     "increase",
     "change",
     f"{PRIMARY} less this method",
-    "p",
-    "p after Holm",
+    "p, no difference (Holm)",
+    f"p, {100 * SMALLEST_INCREASE:g} % or more (Holm)",
     "verdict",
 )
 VERDICT_HEADINGS = (
@@ -88,8 +88,8 @@ def equal_cost_cells(record: dict[str, Any], split: str = "test") -> list[list[s
         if one is None or one["mean_gain"] is None:
             found.append([*cells, "", "", "", ""])
             continue
-        after = "" if one["p_holm"] is None else f"{one['p_holm']:.2g}"
-        found.append([*cells, change_of("ours", one), f"{one['p']:.2g}", after, one["verdict"]])
+        after = ["" if one[p] is None else f"{one[p]:.2g}" for p in ("p_holm", "p_against_holm")]
+        found.append([*cells, change_of("ours", one), *after, one["verdict"]])
     return found
 
 

@@ -9,8 +9,9 @@
 
 All are paired t tests, and p-values of one-sided tests are doubled, so that a verdict on one comparison alone is what its 95 %
 interval says. The primary comparisons of a finding are tested first, with Holm's correction among them. The others that decide
-something form one family for Holm's correction, and are tested only if the primary ones are decided. So the chance of any wrong
-"supported" in a finding is at most 5 %, 2.5 % in either step, and that of any wrong "not supported" too. What decides nothing,
+something form one family for Holm's correction, and are tested only if the primary ones are decided. For strengths and comparisons
+fixed beforehand, the chance of any wrong "supported" in a finding would so be at most 5 %, 2.5 % in either step (5 % in one where
+"different" is claimed), and that of any wrong "not supported" too. Here strengths are chosen on the same seeds. What decides nothing,
 cannot be had, changes no model or is over the budget is not tested and does not count in a family. The first version of the
 study instead had one family for all comparisons of a finding on a text: `judge(..., primary_first=False)`.
 

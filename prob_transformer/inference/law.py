@@ -4,7 +4,8 @@
                  (docs/limits.md); the sign is decided up to rounding, so a positive eigenvalue below it passes too
     mass         integral of N(e(u); 0, sigma^2) |de/du| du = total variation of Phi(e(u) / sigma),    d = 1
 
-With value maps nothing certifies a process: the condition |V| |A| diam^2 / 4 < 1 bounds one conditional given one past.
+With value maps no process is certified, although some are one (A = 0; d = 1 with a_h v_h <= 0; one head with
+V = -A^T): the condition |V| |A| diam^2 / 4 < 1 bounds one conditional given one past.
 The mass is that of the last conditional given the data's own past; for d > 1 it is not computed.
 """
 
@@ -28,6 +29,7 @@ _ROUNDING = 8
 _GRID = 8001
 # The attended mean stays inside the past, so this many standard deviations beyond it hold all the mass there is.
 _REACH = 12
+_POSITIVE = "A + A^T has a positive eigenvalue, so with three or more positions the likelihood's mass exceeds 1"
 # A mass this far above 1 is not told from 1 on the grid.
 _SMALLEST_EXCESS = 1e-6
 
@@ -81,7 +83,7 @@ class Law(NamedTuple):
     `sites` are those of embedding processes; `share` (0 to 1) of the draws, or of the one point, are certified, None
     for a model without such a site. `excess` is the mass above 1 of the last conditional, given the past of the first
     sequence, at the draw that is furthest from certified: None where all are certified or d > 1. `value_maps` says that
-    the process has value maps, which no condition certifies.
+    the process has value maps, for which no certificate is computed.
     """
 
     sites: tuple[str, ...]
@@ -98,17 +100,15 @@ class Law(NamedTuple):
         if self.share == 1:
             where = "" if self.draws == 1 else f" in all {self.draws} draws"
             return (
-                f"law: certified{where}: A + A^T is negative semidefinite, so the likelihood is a probability density"
+                f"law: certified up to rounding{where}: no eigenvalue of A + A^T exceeds its rounding, and where "
+                "none is positive the likelihood is a probability density"
             )
         if self.value_maps:
             start = "law: not certified: with value maps, Popoviciu's bound certifies single conditionals, no process"
         elif self.draws == 1:
-            start = "law: not certified: A + A^T has a positive eigenvalue, so the likelihood's mass exceeds 1"
+            start = f"law: not certified: {_POSITIVE}"
         else:
-            start = (
-                f"law: certified in {self.share:.1%} of {self.draws} draws; in the others A + A^T has a positive "
-                "eigenvalue, so the likelihood's mass exceeds 1"
-            )
+            start = f"law: certified in {self.share:.1%} of {self.draws} draws; in the others {_POSITIVE}"
         if self.excess is None:
             return f"{start}; by how much was not computed (docs/limits.md)"
         size = f"by {self.excess:.3g}" if self.excess > _SMALLEST_EXCESS else f"by less than {_SMALLEST_EXCESS:.0e}"

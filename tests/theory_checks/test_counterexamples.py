@@ -63,6 +63,29 @@ def test_a_large_determinant_needs_a_large_sensitivity_to_the_query():
         assert np.linalg.slogdet(block)[1] <= 3 * np.log1p(np.linalg.norm(np.eye(3) - block, 2)) + 1e-12
 
 
+def test_the_rank_bounds_the_determinant_closer_than_the_width():
+    # One head of size 1 in d = 4: J = I - M has one singular value of M at most, so |det J| <= 1 + |M|.
+    past = np.concatenate([np.eye(4), -np.eye(4)])
+    x = np.array([0.5, 0.5, 0.5, 0.5])
+    block = last_block(interaction_attention(-4 * np.expm1(19.0) * np.outer(x, x)), past, np.zeros(4))
+    np.testing.assert_allclose(np.linalg.slogdet(block)[1], 19, rtol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(np.eye(4) - block, 2), np.expm1(19.0), rtol=1e-9)
+    np.testing.assert_allclose(np.expm1(19 / 16), 2.28, atol=5e-3)
+
+
+@pytest.mark.parametrize("t", [10.0, 1000.0])
+def test_a_barrier_on_both_sides_bounds_no_sensitivity(t):
+    past = np.concatenate([np.eye(2), -np.eye(2)])
+    step = np.array([[0.0, 1.0], [0.0, 0.0]])
+    for interaction, barriers in ((2 * t * step, 0.0), (2 * t * (step - step.T), -2 * np.log1p(t**2))):
+        block = last_block(interaction_attention(interaction), past, np.zeros(2))
+        means = np.eye(2) - block
+        both = -np.linalg.slogdet(block)[1] - np.linalg.slogdet(np.eye(2) + means)[1]
+        np.testing.assert_allclose(both, barriers, atol=1e-9)
+        np.testing.assert_allclose(np.linalg.norm(means, 2), t, rtol=1e-9)
+        assert singular_values(block)[-1] < 1.1 * max(1 / t, t * (barriers < 0))
+
+
 # 2. Positions and the sequence
 
 
@@ -95,6 +118,22 @@ def test_inside_the_safe_region_the_conditioning_margin_has_no_bound(t):
     embeddings = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
     np.testing.assert_allclose(stability_margin(attention, embeddings)[-1], 1, rtol=1e-12)
     assert stability_margin(attention, embeddings, "conditioning")[-1] < 1 / t
+
+
+# 4. Certificates
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_some_processes_with_value_maps_are_laws(seed):
+    # V = -A^T: J = I + A^T Sigma A, whatever the past and u.
+    rng = np.random.default_rng(seed)
+    query, key = rng.normal(size=(2, 1, 3, 3))
+    attention = Attention(query, key, -(query.mT @ key) / np.sqrt(3))
+    for scale in (0.1, 1.0, 10.0):
+        past, u = scale * rng.normal(size=(6, 3)), scale * rng.normal(size=3)
+        block = last_block(attention, past, u)
+        np.testing.assert_allclose(block, block.T, atol=1e-9 * np.abs(block).max())
+        assert np.linalg.eigvalsh(block)[0] >= 1 - 1e-9 * np.abs(block).max()
 
 
 # 5. Self-inclusion
@@ -146,6 +185,17 @@ def test_the_margin_objective_is_unbounded_although_no_embedding_is_zero():
     slopes = np.diff([objective(t) for t in strengths]) / np.diff(np.log(strengths))
     # Weights at the last position stay uniform; A has rank 1.
     np.testing.assert_allclose(slopes, -1, atol=1e-5)
+
+
+def test_the_margin_objective_is_bounded_where_no_query_can_vanish():
+    # d = 1 and u = 0.5 after (-1, 1): weights leave the uniform ones as |a| grows, so |a Var| has a largest value.
+    past, u, strengths = np.array([-1.0, 1.0]), 0.5, np.linspace(-200, 200, 400_001)
+    weights = 1 / (1 + np.exp(np.clip(2 * strengths * u, -700, 700)))
+    moved = np.abs(strengths * 4 * weights * (1 - weights))
+    assert moved.max() < 0.9
+    assert moved[[0, -1]].max() < 1e-30
+    block = last_block(scalar_attention(2.0), past[:, None], [u])
+    np.testing.assert_allclose(1 - block[0, 0], 2 * 4 / (1 + np.exp(2.0)) / (1 + np.exp(-2.0)), rtol=1e-12)
 
 
 def full_objective_bound(squared_norms, length, width, *, prior_scale, noise_scale):
