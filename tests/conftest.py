@@ -1,3 +1,4 @@
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,9 @@ import jax
 import pytest
 
 import models  # noqa: F401  (sets up JAX's CPU thread pool before JAX starts it)
+
+# Tracing makes many objects that stay: looking for garbage as often as Python does takes a tenth of the time.
+gc.set_threshold(10_000)
 
 # The reference is checked in float64; tests of the fast path pass float32 arrays explicitly.
 jax.config.update("jax_enable_x64", True)

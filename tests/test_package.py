@@ -126,6 +126,7 @@ for module in pkgutil.walk_packages(prob_transformer.__path__, "prob_transformer
     )
 
 
+@pytest.mark.slow
 def test_map_laplace_and_nuts_work_with_the_core_alone(core):
     done = run(
         core,
@@ -210,6 +211,7 @@ _ORIGINS = {
 }
 
 
+@pytest.mark.slow
 def test_the_remedy_works_from_where_the_package_came(core):
     try:
         for origin, requirement in _ORIGINS.values():

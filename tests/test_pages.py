@@ -27,7 +27,10 @@ def test_the_code_on_a_page_runs_from_top_to_bottom(page, count, tmp_path, monke
     exec(compile("\n".join(code), page, "exec"), {})
 
 
-@pytest.mark.parametrize("page", [page for page, _ in PAGES])
+# The page of inference samples, which takes long.
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if "inference" in page else page for page, _ in PAGES]
+)
 def test_the_code_on_a_page_runs_in_the_default_precision_in_a_process_of_its_own(page, tmp_path):
     code = "\n".join(blocks(page, "python"))
     found = subprocess.run(

@@ -353,6 +353,7 @@ def test_weights_alone_are_one_line(tmp_path, capsys):
     refused(inspect(model, tmp_path), capsys.readouterr(), "holds weights alone; pass the folder", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_refusal_and_an_output_that_cannot_be_encoded_in_processes_of_their_own(tmp_path):
     command = [sys.executable, "-m", "prob_transformer", "inspect", "--text", str(tmp_path / "text.txt")]
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")

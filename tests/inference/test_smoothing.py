@@ -42,6 +42,7 @@ def test_smoothing_draws_paths_with_the_backward_probabilities_written_by_hand(t
     assert (np.abs(shares - expected) < 4.5 * error + 2 / 20_000).all()
 
 
+@pytest.mark.slow
 def test_smoothed_paths_have_the_posterior_mean_and_more_ancestors_than_the_genealogy():
     _, evidence, first, last, both = scalar_truth(-2.0)
     result = filters(scalar(-2.0), jax.random.split(jax.random.key(8), 16), 1000, "direct", 1.0)

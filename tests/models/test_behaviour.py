@@ -52,6 +52,7 @@ def test_correlations_are_those_of_scipy():
     assert partial_correlation(np.ones(50), y) == 0
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
     # Margin and outcome share nothing but what a passage has in common.
     missed = 0

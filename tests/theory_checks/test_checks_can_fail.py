@@ -20,6 +20,7 @@ from prob_transformer import (
     token_model,
     weight_prior,
 )
+from theory_checks import certified_radius as certified_radius_check
 from theory_checks import change_of_variables, kolmogorov, map_equivalence
 from theory_checks.check import Plan, Result, evaluate
 from theory_checks.registry import CHECKS
@@ -44,6 +45,8 @@ def forget_compiled() -> None:
 
 # Their quadratures and samples run longer than their functions take to compile.
 LONG_RUNNING = {"normalisation", "sampler-law"}
+# A whole check of these is long by nature, on the library as on a mistake.
+SLOW = {"normalisation", "kolmogorov", "sampler-law", "certified-radius"}
 
 
 @pytest.fixture
@@ -66,7 +69,9 @@ def replaced(monkeypatch):
 
 
 @pytest.mark.usefixtures("optimised_if_long")
-@pytest.mark.parametrize("identifier", IDS)
+@pytest.mark.parametrize(
+    "identifier", [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in IDS]
+)
 def test_library_comes_out_as_stated(identifier):
     assert result(identifier, seed=1).as_stated
 
@@ -214,13 +219,28 @@ MISTAKES: list[tuple[str, str, Callable[..., Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("identifier", "name", "mistake"), MISTAKES, ids=[f"{mistake[0]}-{mistake[2].__name__}" for mistake in MISTAKES]
-)
+# Every mistake runs a whole check again, which is long by nature: `make test` does so for the first mistake of each.
+# For the certified radius, whose only one takes longest, it has the test of few cases instead.
+QUICK = {identifier: mistake for identifier, _, mistake in reversed(MISTAKES) if identifier != "certified-radius"}
+
+
+def as_parameter(identifier: str, name: str, mistake: Callable[..., Any]) -> Any:
+    marks = () if QUICK.get(identifier) is mistake else pytest.mark.slow
+    return pytest.param(identifier, name, mistake, id=f"{identifier}-{mistake.__name__}", marks=marks)
+
+
+@pytest.mark.parametrize(("identifier", "name", "mistake"), [as_parameter(*mistake) for mistake in MISTAKES])
 @pytest.mark.usefixtures("optimised_if_long")
 def test_mistake_is_caught(replaced, identifier, name, mistake):
     replaced(importlib.import_module(f"theory_checks.{identifier.replace('-', '_')}"), name, mistake)
     assert not result(identifier).as_stated
+
+
+def test_few_cases_tell_a_certified_radius_from_twice_of_it(replaced):
+    few = Plan(quick=True, cases=30)
+    assert certified_radius_check.run(few).holds
+    replaced(certified_radius_check, "certified_radius", radius_twice_too_large)
+    assert not certified_radius_check.run(few).holds
 
 
 def test_every_check_has_a_mistake_that_it_catches():
@@ -234,6 +254,7 @@ def test_nothing_counted_is_not_as_stated(monkeypatch):
     assert (found.verdict, found.counterexample_verdict) == ("fails", "holds")
 
 
+@pytest.mark.slow
 def test_token_probabilities_notice_a_wrong_embedding_density(replaced, monkeypatch):
     # Two tokens show it as well as three do, in half the time.
     monkeypatch.setattr(kolmogorov, "VOCABULARY", 2)

@@ -115,6 +115,7 @@ def test_checks_run_in_other_processes_come_back_in_order(capsys):
     assert [(row["id"], row["as_stated"]) for row in rows] == [("invariance", True), ("boundedness", True)]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named_and_the_status_is_1(checks, capsys):
     checks(Check("dies", *TEXTS, kill_this_process), Check("dies too", *TEXTS, kill_this_process))
     assert main(["--jobs", "2"]) == 1

@@ -23,6 +23,9 @@ DRAWING = (
     "safe_region",
 )
 
+# Every test starts processes that import the library anew.
+pytestmark = pytest.mark.slow
+
 # Prints the first cases of every check, drawn by its own `run`, which is left once it has drawn.
 PROGRAM = """
 import importlib, json, pkgutil, sys

@@ -34,6 +34,7 @@ def test_a_mistake_that_no_longer_fits_is_named():
         sabotage.sabotaged(Mistake("old", (("barrier.py", "gone", "here"),)), "barrier.py", "return 1")
 
 
+@pytest.mark.slow
 def test_a_caught_mistake_and_a_harmless_one(monkeypatch, tmp_path, capsys):
     harmless = Mistake(
         "harmless",
