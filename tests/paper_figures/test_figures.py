@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 from pathlib import Path
@@ -127,11 +128,11 @@ def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts()
     record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
     page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/findings.md", "README.md"))
 
-    def shown(values):
+    def shown(values, digits=1):
         """The mean and its 95 % interval, by SciPy from the gains of the seeds; a change is the negative of a gain."""
         changes = -100 * np.array(values)
         low, high = stats.ttest_1samp(changes, 0).confidence_interval(0.95)
-        return f"{changes.mean():+.1f} % ({low:+.1f} to {high:+.1f})"
+        return f"{changes.mean():+.{digits}f} % ({low:+.{digits}f} to {high:+.{digits}f})"
 
     found = {(f["finding"], f["method"], f["split"]): f for f in record["findings"]}
     robust = found["robustness", "margin@layers", "test"]
@@ -164,6 +165,42 @@ def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts()
         assert shown(gains(at_equal_cost(sweep, method, cost).increases("test", *PERTURBATIONS[0]))) in page
     one_sided = found["robustness", "one-sided@layers", "test"]["comparisons"][0]["gains"]
     assert f"changes by {shown(one_sided)}" in page
+    clean_one_sided = found["clean", "one-sided@layers", "test"]["comparisons"][0]["gains"]
+    assert f"changes by {shown(clean_one_sided, 2)}" in page
+    first_order = {split: found["first order", "margin@layers", split] for split in ("test", "news")}
+    of_test, of_news = (first_order[split]["comparisons"][0] for split in ("test", "news"))
+    assert f"is {shown(of_test['gains'])} of the" in page.replace("\n  ", " ")
+    assert f"({shown(of_news['gains']).replace(' (', ', ')}" in page
+    assert of_test["equivalence_p_holm"] < 0.05 < of_news["equivalence_p_holm"]
+
+
+def test_small_covariances_lower_the_clean_loss_and_raise_the_increase_as_the_page_says():
+    sweep = runs.load_runs(REFERENCE / "runs" / "full")
+    page = (ROOT / "docs/findings.md").read_text(encoding="utf-8").replace("\n  ", " ")
+    measures = {"clean": runs.clean_loss, "noise": lambda run, split: runs.increase(run, split, *PERTURBATIONS[0])}
+    established = set()
+    for strength, split in itertools.product(sweep.strengths("frobenius@layers"), ("test", "news")):
+        tests, told = [], []
+        for name, measure in measures.items():
+            plain, own = (
+                np.array([measure(run, split) for run in some])
+                for some in (sweep.baseline, sweep.of("frobenius@layers", strength))
+            )
+            tested = stats.ttest_1samp(100 * (own - plain) / plain.mean(), 0)
+            low, high = tested.confidence_interval(0.95)
+            digits = 2 if name == "clean" else 1
+            told.append(f"{(low + high) / 2:+.{digits}f} % ({low:+.{digits}f} to {high:+.{digits}f})")
+            tests.append((np.sign(tested.statistic), 6 * tested.pvalue < 0.05))
+        if tests == [(-1, True), (1, True)]:
+            established.add((strength, split))
+        if (strength, split) == (0.01, "test"):
+            assert f"by {told[0]} and by {told[1]} on test text" in page
+    assert established == {(0.003, "test"), (0.01, "test"), (0.003, "news"), (0.01, "news"), (0.03, "news")}
+    quantiles = [
+        np.mean([run["margins"]["layers"]["determinant_quantiles"]["0.01"] for run in some])
+        for some in (sweep.baseline, sweep.of("frobenius@layers", 0.01))
+    ]
+    assert "from {:+.2f} to {:+.2f} (strength 0.01)".format(*quantiles) in page
 
 
 def test_the_committed_verdicts_are_those_of_the_committed_runs():
