@@ -99,10 +99,12 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake(
         "derivative of the weights dropped",
         _CHANGE,
-        "rank, dtype=low_rank.dtype) - low_rank",
-        "rank, dtype=low_rank.dtype) - 0 * low_rank",
+        "shape[0], dtype=low_rank.dtype) - low_rank",
+        "shape[0], dtype=low_rank.dtype) - 0 * low_rank",
     ),
-    _mistake("J = I + M", _CHANGE, "rank, dtype=low_rank.dtype) - low_rank", "rank, dtype=low_rank.dtype) + low_rank"),
+    _mistake(
+        "J = I + M", _CHANGE, "shape[0], dtype=low_rank.dtype) - low_rank", "shape[0], dtype=low_rank.dtype) + low_rank"
+    ),
     _mistake(
         "1/sqrt(p) missing in the derivative",
         _CHANGE,
@@ -112,8 +114,8 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake(
         "heads one by one",
         _CHANGE,
-        "low_rank = jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)",
-        "low_rank = jax.scipy.linalg.block_diag(*(b[h * b.shape[1] :][: b.shape[1]] for h, b in enumerate(blocks)))",
+        "return jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)",
+        "return jax.scipy.linalg.block_diag(*(b[h * b.shape[1] :][: b.shape[1]] for h, b in enumerate(blocks)))",
     ),
     _mistake(
         "heads in the wrong axis",

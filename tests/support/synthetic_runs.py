@@ -34,15 +34,14 @@ def write_runs(
     spread: float = 0.01,
     seeds: int = 5,
     strengths: tuple[float, ...] = STRENGTHS,
-    more_methods: tuple[str, ...] = (),
 ) -> Path:
-    """DIR/runs.jsonl of the study's and more methods over seeds; `spread` is the relative noise of increases."""
+    """DIR/runs.jsonl of the study's methods over seeds; `spread` is the relative noise of increases."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "runs.jsonl").open("w", encoding="utf-8") as stream:
         for seed in range(seeds):
             shared = random.normal()
-            for method in (*METHODS, *more_methods):
+            for method in METHODS:
                 for strength in (0.0,) if method == "ce" else strengths:
                     run = line(method, strength, seed, truths.get(method, Truth()), spread, shared, random)
                     stream.write(json.dumps(run, allow_nan=False) + "\n")
