@@ -6,7 +6,8 @@ Two margins that can rank positions differently when d > 1, so every report name
     conditioning  sigma_min(J_i): u_i moves by at most 1 / sigma_min times a small change of eps_i, its past fixed
 
 Both speak of the generator, noise to embedding, at one position. The sensitivity of u -> mu(u), which a decoder
-computes, is I - J_i and stays bounded at the boundary; neither margin is that of the sequence (theory section 4).
+computes, is I - J_i, bounded at the boundary with past and A fixed. Neither is a margin of the sequence (theory
+section 4).
 """
 
 from functools import partial
