@@ -195,6 +195,14 @@ def test_small_covariances_lower_the_clean_loss_and_raise_the_increase_as_the_pa
             established.add((strength, split))
         if (strength, split) == (0.01, "test"):
             assert f"by {told[0]} and by {told[1]} on test text" in page
+            under_noise = [
+                np.array([runs.clean_loss(run, split) + measures["noise"](run, split) for run in some])
+                for some in (sweep.baseline, sweep.of("frobenius@layers", strength))
+            ]
+            tested = stats.ttest_1samp(100 * (under_noise[1] - under_noise[0]) / under_noise[0].mean(), 0)
+            low, high = tested.confidence_interval(0.95)
+            assert f"changes by {(low + high) / 2:+.2f} % ({low:+.2f} to {high:+.2f}) on test text" in page
+            assert f"p = {6 * tested.pvalue:.2f} after multiplying by six" in page
     assert established == {(0.003, "test"), (0.01, "test"), (0.003, "news"), (0.01, "news"), (0.03, "news")}
     quantiles = [
         np.mean([run["margins"]["layers"]["determinant_quantiles"]["0.01"] for run in some])
