@@ -73,9 +73,9 @@ def map_objective(
         require_positive("noise_scale", noise_scale)
         require_positive("first_scale", first_scale)
         scale = jnp.where(jnp.arange(tokens.shape[-1]) == 0, first_scale, noise_scale)
-        squared = jnp.square(residual).sum(-1)
+        squared = jnp.square(residual / scale[:, None]).sum(-1)
         constants = attention.width * (jnp.log(scale) + 0.5 * math.log(2 * math.pi))
-        total = total + (0.5 * squared / scale**2 + constants - log_det).sum()
+        total = total + (0.5 * squared + constants - log_det).sum()
     if weight_scale is not None:
         total = total + weight_prior((attention, decoder), weight_scale)
     return total

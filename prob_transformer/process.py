@@ -42,8 +42,9 @@ _PATHS: dict[PathName, _Path] = {
 
 
 def _normal_log_density(residual: Float[Array, "... d"], scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    squared = jnp.square(residual).sum(-1)
-    return -0.5 * squared / scale**2 - residual.shape[-1] * (jnp.log(scale) + 0.5 * math.log(2 * math.pi))
+    # Divided before it is squared: scale^2 underflows in float32 from 1e-19 on.
+    squared = jnp.square(residual / scale[..., None]).sum(-1)
+    return -0.5 * squared - residual.shape[-1] * (jnp.log(scale) + 0.5 * math.log(2 * math.pi))
 
 
 class EmbeddingProcess(dist.Distribution):
@@ -102,7 +103,8 @@ class EmbeddingProcess(dist.Distribution):
 
     def solve_sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Solution:
         """Draws with a `SolveStatus` a position, for those who want the root found past the boundary as well."""
-        noise = jax.random.normal(key, self.shape(sample_shape), jnp.result_type(self.noise_scale))
+        dtype = jnp.result_type(self.noise_scale, self.attention.query)
+        noise = jax.random.normal(key, self.shape(sample_shape), dtype)
         return _PATHS[self.path].transform(self.attention).solve(noise * self._scales()[..., None])
 
     def sample(self, key: PRNGKeyArray | None, sample_shape: tuple[int, ...] = ()) -> Float[Array, "... n d"]:

@@ -47,6 +47,27 @@ def test_the_default_scales_are_one():
     np.testing.assert_allclose(log_prob, norm.logpdf(noise).sum(1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("noise_scale", [1e-15, 1e-19, 1e-30])
+def test_a_noise_scale_whose_square_underflows_has_the_density_of_float64(noise_scale):
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 2, 2), jnp.float32)
+    # Without interaction between far-off scales: the residuals of all but the first are of the size of the noise.
+    small = EmbeddingProcess(Attention(0 * query, key), 3, np.float32(noise_scale))
+    embeddings = jnp.array([[0.0, 0.0], [1.0, -2.0], [2.0, 0.5]], jnp.float32) * np.float32(noise_scale)
+    expected = norm.logpdf([0.0, 0.0], 0, 1).sum() + 4 * -np.log(np.float64(np.float32(noise_scale)))
+    expected += norm.logpdf([1.0, -2.0, 1.5, 1.5], 0, 1).sum()
+    np.testing.assert_allclose(small.log_prob(embeddings), expected, rtol=1e-5)
+    value, slope = jax.value_and_grad(lambda u: small.log_prob(u))(embeddings)
+    assert np.isfinite(value)
+    assert np.isfinite(slope).all()
+
+
+def test_draws_have_the_wider_dtype_of_scales_and_attention():
+    head = np.eye(2)[None]
+    for narrow, wide in ((np.float32, np.float64), (np.float64, np.float32)):
+        process = EmbeddingProcess(Attention(-head.astype(narrow), head.astype(narrow)), 3, wide(1.0), wide(1.0))
+        assert process.sample(jax.random.key(0)).dtype == np.float64
+
+
 def test_log_prob_is_the_noise_density_plus_the_autodiff_log_determinant():
     for seed in range(5):
         query, key, value, embeddings = draw(seed, (2, 2, 3, 5, True))
