@@ -186,6 +186,7 @@ def assert_close(actual, expected, tolerance):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "heads", "dtype"), CASES)
 def test_mean_barrier_and_gradient_are_those_of_one_device(found, truth, data, heads, dtype):
     prefix = f"{data}x{heads}/{dtype}"
@@ -198,6 +199,7 @@ def test_mean_barrier_and_gradient_are_those_of_one_device(found, truth, data, h
         assert_close(found[f"{prefix}/{name}"], expected, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "heads", "dtype"), CASES)
 def test_every_device_does_its_share_and_only_sums_are_exchanged(found, data, heads, dtype):
     prefix = f"{data}x{heads}/{dtype}"
@@ -206,12 +208,14 @@ def test_every_device_does_its_share_and_only_sums_are_exchanged(found, data, he
     assert list(found[f"{prefix}/exchanges"]) == ["all-reduce"]
 
 
+@pytest.mark.slow
 def test_devices_along_an_axis_that_is_not_named_repeat_the_work_without_counting_twice(found, truth):
     assert_close(found["repeated/mean"], truth["mean"], 1e-12)
     for name, expected in zip(NAMES, truth["gradient"], strict=True):
         assert_close(found[f"repeated/{name}"], expected, 1e-12)
 
 
+@pytest.mark.slow
 def test_density_of_one_attention_on_sequences_over_all_devices(found):
     parameters, *weights = joint()
 
@@ -233,6 +237,7 @@ def draw_variance(sums):
     return 8 * (8 / 2 - 1) * sums.var(-1, ddof=1)
 
 
+@pytest.mark.slow
 def test_subsampled_barrier_is_unbiased_and_reports_the_variance_of_independent_draws(found):
     by_cell = np.asarray(at_every_head(barrier, *(jnp.asarray(x) for x in uneven_layer()))[0])
     means = found["subsampled/mean"]
@@ -248,6 +253,7 @@ def test_subsampled_barrier_is_unbiased_and_reports_the_variance_of_independent_
     assert draw_variance(shards.sum(1)).sum() / by_cell.size**2 > 4 * independent
 
 
+@pytest.mark.slow
 def test_drawing_everything_gives_the_mean_and_its_gradient(found):
     parameters = [jnp.asarray(x) for x in uneven_layer()]
     mean = jax.jit(jax.value_and_grad(lambda parameters: at_every_head(barrier, *parameters).mean()))

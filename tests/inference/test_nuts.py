@@ -16,7 +16,6 @@ Y = np.array([[0.5], [-0.4], [1.1]])
 SPREAD = 0.5
 # One compilation of each parametrisation serves every test of observed_process.
 OPTIONS = {"warmup": 400, "draws": 1000, "max_tree_depth": 6}
-WAYS = ["direct", "noise"]
 
 
 def assert_mean(values, truth):
@@ -59,7 +58,7 @@ def test_without_interaction_the_posterior_is_that_of_the_linear_gaussian_model(
             assert_mean(centred[..., i] * centred[..., k], covariance[i, k])
 
 
-@pytest.mark.parametrize("embeddings", WAYS)
+@pytest.mark.parametrize("embeddings", ["direct", pytest.param("noise", marks=pytest.mark.slow)])
 def test_in_the_safe_region_both_ways_to_sample_embeddings_have_the_posterior_of_quadrature(embeddings):
     # Negative a: det J >= 1 everywhere.
     grid = np.linspace(-6.0, 6.0, 161)

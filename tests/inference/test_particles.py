@@ -40,7 +40,7 @@ def assert_unnormalised_moments(result, evidence, first, last, both):
         assert_within_three_standard_errors(evidences * (weights * f).sum(-1), truth)
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposal", SLOW_PROCESS)
 @pytest.mark.parametrize(("a", "threshold"), [(-2.0, 0.5), (-2.0, 1.0), (0.1, 0.0)])
 def test_evidence_and_moments_are_unbiased_with_eight_particles(proposal, a, threshold):
     mass, evidence, *moments = scalar_truth(a)

@@ -126,7 +126,8 @@ def test_the_one_sided_penalty_is_that_of_the_configured_threshold(site, thresho
     assert ((determinants > 0.5) & (determinants < 2.0)).any()
     x = np.log(np.abs(determinants) / threshold)
     below = -x * np.exp(1 / np.minimum(x, -1e-9))
-    penalty = np.where(determinants < 0, np.log1p(np.exp(x)), np.where(determinants < threshold, below, 0.0))
+    past = (np.log(threshold) - np.log(5e-324)) * (1 + np.log1p(np.exp(x)))
+    penalty = np.where(determinants < 0, past, np.where(determinants < threshold, below, 0.0))
     config = dataclasses.replace(
         SMALL, objective="margin", barrier_site=site, barrier_form="one-sided", barrier_threshold=threshold
     )

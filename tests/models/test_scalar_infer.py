@@ -167,9 +167,10 @@ def test_nuts_has_the_moments_of_the_sum_over_a_grid(grid, tmp_path, capsys):
         for name, values in unconstrained.items()
     )
     assert f"R-hat and effective sample size: {diagnostics}; 0 divergences" in printed
-    assert "law: certified in all 600 draws" in printed
+    assert "law: certified up to rounding in all 600 draws" in printed
 
 
+@pytest.mark.slow
 def test_particles_give_evidence_and_moments_of_the_sum_over_a_grid(tmp_path, capsys):
     out = tmp_path / "particles.nc"
     options = ["--positions", "2", "--particles", "500", "--repeats", "8", "--draws", "300"]

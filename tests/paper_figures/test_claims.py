@@ -36,6 +36,7 @@ def test_axes_are_labelled_and_nothing_is_cut_off(checks, identifier):
         plt.close(figure)
 
 
+@pytest.mark.slow
 def test_every_claim_is_drawn(tmp_path):
     command.main(["--json", str(RESULTS), "--out", str(tmp_path)])
     assert {path.stem for path in tmp_path.iterdir()} == {check.id for check in registry.CHECKS}

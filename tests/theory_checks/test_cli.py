@@ -109,6 +109,7 @@ def test_json_without_a_path_replaces_the_table(checks, capsys):
     assert written["provenance"]["seed"] == 0
 
 
+@pytest.mark.slow
 def test_checks_run_in_other_processes_come_back_in_order(capsys):
     assert main(["--quick", "--jobs", "2", "--only", "invariance", "--only", "boundedness", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["checks"]
