@@ -4,7 +4,7 @@
     x_i    ~ Categorical(softmax(decoder(u_<=i)))      site "tokens"; row i holds the token that follows position i
     barrier_weight * sum_i log|det J_i|                factor "barrier", absent when the weight is 0
 
-The factor is a penalty, part of MAP: with it the joint is no consistent law of tokens (theory section 5).
+The factor is a penalty, part of MAP: with it the joint is in general no consistent law of tokens (theory section 5).
 Its negative log joint is `map_objective`, to rounding (theory_checks, map-equivalence).
 """
 

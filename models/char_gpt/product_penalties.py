@@ -48,7 +48,7 @@ def product_penalty(form: str, attention: Attention, embeddings: Float[Array, ".
     """The penalty of that form at every position of every sequence, each seeing its strict past.
 
     One sequence at a time, and again in the backward pass: what one needs stays in a processor's cache, so the gradient
-    of 128 sequences takes a fifth of the time.
+    of the Frobenius penalty on 128 sequences of 64 positions took a fifth of the time (measured, one core, float32).
     """
     one_sequence = jax.checkpoint(partial(over_positions, PENALTY_AT[form], attention))
     found = jax.lax.map(one_sequence, embeddings.reshape(-1, *embeddings.shape[-2:]))

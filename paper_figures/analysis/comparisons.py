@@ -10,10 +10,10 @@ Every comparison is a gain a seed, positive where the claim holds:
 - ours: the increase under the deciding perturbation against each competitor, both at one clean cost (`equal_cost`), over the
   mean increase of ce;
 - first order: the same for the barrier against the mean of tr M_i, its first order, either way;
-- small moments, clean and noise: whether the penalty on |C_i|^2 lowers the clean loss, and whether it raises the increase.
+- small moments, clean and noise: whether the penalty on |R L_i|^2 lowers the clean loss, and whether it raises the increase.
 
-The primary comparisons of a finding are those of one method on one text; `verdicts` says what that means. The last two findings
-are only there if a sweep holds their methods.
+The primary comparisons of a finding are those of one method on one text; `verdicts` says what that means. The findings on
+the first order and on small moments are only there if a sweep holds their methods.
 """
 
 from typing import Literal, NamedTuple
