@@ -124,17 +124,49 @@ class Past(eqx.Module):
         return Past(self.keys, self.values, self.query_values, visible)
 
 
+@jax.custom_jvp
+def _moving_with(carrier: Float[Array, "*S"], value: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """`value`, whose derivatives are those of `carrier`."""
+    return value
+
+
+_moving_with.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+def softmax_weights(
+    queries: Float[Array, "... p b"], keys: Float[Array, "... p n"], visible: Bool[Array, "n b"]
+) -> Float[Array, "... n b"]:
+    """softmax of queries . keys over the visible keys, for b queries at once; zero elsewhere and where none is visible.
+
+    Right for every finite input: logits that overflow leave their limit, all weight on the largest. The largest is met
+    by its index, because compiled code may compute a logit twice and round it differently, which at logits of 1e9
+    would leave no weight, or an infinite one.
+    """
+
+    def too_large_by(x: Float[Array, "... p m"]) -> Float[Array, "... 1 1"]:
+        largest = math.sqrt(float(jnp.finfo(x.dtype).max)) / x.shape[-2]
+        return jnp.maximum(jnp.abs(x).max((-2, -1), keepdims=True) / largest, 1)
+
+    def transposed(x: Float[Array, "... p m"]) -> Float[Array, "... m p"]:
+        return jnp.swapaxes(x, -2, -1)
+
+    fixed_queries, fixed_keys = jax.lax.stop_gradient((queries, keys))
+    of_queries, of_keys = too_large_by(fixed_queries), too_large_by(fixed_keys)
+    logits = transposed(fixed_keys / of_keys) @ (fixed_queries / of_queries)
+    visible = jnp.broadcast_to(visible, logits.shape)
+    index = jnp.argmax(jnp.where(visible, logits, -jnp.inf), axis=-2, keepdims=True)
+    below = jnp.minimum(logits - jnp.take_along_axis(logits, index, axis=-2), 0) * of_queries * of_keys
+    is_largest = jax.lax.broadcasted_iota(index.dtype, below.shape, below.ndim - 2) == index
+    exponent = _moving_with(transposed(keys) @ queries, jnp.where(is_largest, 0, below))
+    unnormalised = jnp.where(visible, jnp.exp(exponent), 0)
+    total = unnormalised.sum(-2, keepdims=True)
+    return unnormalised / jnp.where(total > 0, total, 1)
+
+
 def attention_weights(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, "H n"]:
     """alpha_i: softmax of the logits over the visible past, zero elsewhere and all zero when the past is empty."""
-    queries = attention.query @ embedding
-    logits = jnp.einsum("hp,hsp->hs", queries, past.keys) / math.sqrt(attention.head_size)
-    # Both branches of every `where` stay finite, or the gradient of the branch not taken would be NaN.
-    largest = jnp.max(jnp.where(past.visible, logits, -jnp.inf), axis=1, keepdims=True)
-    largest = jax.lax.stop_gradient(jnp.where(past.visible.any(), largest, 0.0))
-    exponent = jnp.where(past.visible, logits - largest, 0.0)
-    unnormalised = jnp.where(past.visible, jnp.exp(exponent), 0.0)
-    total = unnormalised.sum(axis=1, keepdims=True)
-    return unnormalised / jnp.where(total > 0, total, 1.0)
+    queries = attention.query @ embedding / math.sqrt(attention.head_size)
+    return softmax_weights(queries[..., None], jnp.swapaxes(past.keys, 1, 2), past.visible[:, None])[..., 0]
 
 
 def weighted_mean(weights: Float[Array, " n"], x: Float[Array, "n a"]) -> Float[Array, " a"]:
@@ -146,9 +178,10 @@ def weighted_covariance(
     weights: Float[Array, " n"], x: Float[Array, "n a"], y: Float[Array, "n b"]
 ) -> Float[Array, "a b"]:
     """Cov under the weights of the rows of x with the rows of y, centred first so that nothing cancels."""
-    centred_x = x - weighted_mean(weights, x)
-    centred_y = y - weighted_mean(weights, y)
-    return jnp.einsum("s,sa,sb->ab", weights, centred_x, centred_y)
+    centred_x = x - weighted_mean(weights, x)[None]
+    centred_y = y - weighted_mean(weights, y)[None]
+    # Weights first: where they are 0, the product of two large numbers may not be finite.
+    return (weights[:, None] * centred_x).T @ centred_y
 
 
 def past_masks(length: int) -> Bool[Array, "n n"]:

@@ -24,11 +24,13 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_positive
 from prob_transformer.attention import Attention
 from prob_transformer.change_of_variables import residual_and_log_det
 
 
+@in_float32_at_least
 def barrier(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n"]:
     """b_i = -log|det J_i| in nats at every position; +inf on the boundary itself.
 
@@ -37,6 +39,7 @@ def barrier(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[
     return -residual_and_log_det(attention, embeddings).log_det
 
 
+@in_float32_at_least
 def one_sided_barrier(
     attention: Attention, embeddings: Float[Array, "... n d"], threshold: Float[Array, ""] | float = 0.5
 ) -> Float[Array, "... n"]:
@@ -48,6 +51,7 @@ def one_sided_barrier(
     return jnp.where(sign > 0, one_sided_penalty(sign, log_det, threshold), jnp.inf)
 
 
+@in_float32_at_least
 def one_sided_penalty(
     sign: Float[Array, "*S"], log_det: Float[Array, "*S"], threshold: Float[Array, ""] | float = 0.5
 ) -> Float[Array, "*S"]:

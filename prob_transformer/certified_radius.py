@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_embeddings
 from prob_transformer.attention import Attention, Past, attention_weights, weighted_covariance
 from prob_transformer.change_of_variables import jacobian_block_at, over_positions
@@ -33,8 +34,8 @@ _ROUNDING = 8
 
 def _diameter(points: Float[Array, "n d"], visible: Bool[Array, " n"]) -> Float[Array, ""]:
     """The largest distance of two visible points, 0 for fewer than two."""
-    distances = jnp.linalg.norm(points[:, None] - points, axis=-1)
-    return jnp.where(visible[:, None] & visible, distances, 0.0).max()
+    distances = jnp.linalg.norm(points[:, None] - points[None], axis=-1)
+    return jnp.where(visible[:, None] & visible[None], distances, 0.0).max()
 
 
 def _last_below(
@@ -98,6 +99,7 @@ def _certified_radius(attention: Attention, embeddings: Float[Array, "... n d"])
     return over_positions(certified_radius_at, attention, embeddings)
 
 
+@in_float32_at_least
 def certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n"]:
     """Lower bound of the distance from u_i to the nearest u with det J_i(u) = 0, at every position (..., n).
 

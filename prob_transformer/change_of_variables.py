@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_embeddings
 from prob_transformer.attention import Attention, Past, attention_weights, past_masks, weighted_covariance
 
@@ -101,6 +102,7 @@ def _jacobian_block(attention: Attention, embeddings: Float[Array, "... n d"]) -
     return over_positions(jacobian_block_at, attention, embeddings)
 
 
+@in_float32_at_least
 def residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"]) -> ResidualAndLogDet:
     """Residual e_i, sign(det J_i) and log|det J_i| in nats at every position of embeddings (..., n, d), in one pass.
 
@@ -113,11 +115,13 @@ def residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d
     return _residual_and_log_det(attention, require_embeddings("embeddings", embeddings, attention.width))
 
 
+@in_float32_at_least
 def attention_mean(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
     """mu_i = sum_h V_h sum_{s<i} alpha^h_is u_s at every position; mu_1 = 0. Raises as `residual_and_log_det`."""
     return _attention_mean(attention, require_embeddings("embeddings", embeddings, attention.width))
 
 
+@in_float32_at_least
 def jacobian_block(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n d d"]:
     """J_i = de_i/du_i at every position, as a full d x d matrix. Raises as `residual_and_log_det`."""
     return _jacobian_block(attention, require_embeddings("embeddings", embeddings, attention.width))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.attention import Attention, Past, attention_weights, weighted_mean
 from prob_transformer.change_of_variables import jacobian_block, residual_and_log_det
@@ -36,6 +37,7 @@ class SupportTokens(NamedTuple):
     carriers: Float[Array, "... k n"]
 
 
+@in_float32_at_least
 def stability_margin(
     attention: Attention, embeddings: Float[Array, "... n d"], kind: MarginKind = "determinant"
 ) -> Float[Array, "... n"]:
@@ -93,6 +95,7 @@ def closest_positions(
     return _closest_positions(attention, embeddings, margins, k)
 
 
+@in_float32_at_least
 def support_tokens(
     attention: Attention, embeddings: Float[Array, "... n d"], k: int, kind: MarginKind = "determinant"
 ) -> SupportTokens:

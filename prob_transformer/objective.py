@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jax.scipy.stats as jstats
 from jaxtyping import Array, Float, Int, PyTree
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_embeddings, require_floating, require_positive
 from prob_transformer.attention import Attention
 from prob_transformer.change_of_variables import residual_and_log_det
@@ -38,6 +39,7 @@ def weight_prior(parameters: PyTree[Float[Array, "..."]], scale: Float[Array, ""
     return -jnp.stack(densities).sum()
 
 
+@in_float32_at_least
 def map_objective(
     attention: Attention,
     decoder: Decoder,

@@ -20,6 +20,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
 from prob_transformer import accelerated
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import is_concrete, require_count, require_floating, require_positive
 from prob_transformer.attention import Attention, Past
 from prob_transformer.change_of_variables import ResidualAndLogDet, residual_and_log_det, residual_and_log_det_at
@@ -85,15 +86,27 @@ class EmbeddingProcess(dist.Distribution):
         self.noise_scale, self.first_scale = jnp.broadcast_arrays(noise_scale, first_scale)
         super().__init__(self.noise_scale.shape, (length, attention.width), validate_args=validate_args)
 
+    @property
+    def _mapped_axes(self) -> tuple[int, ...]:
+        """Leading axes of the parameters of a process that was made inside `jax.vmap` and is used outside."""
+        return self.attention.query.shape[:-3]
+
     def _scales(self) -> Float[Array, "... n"]:
         is_first = jnp.arange(self.length) == 0
         return jnp.where(is_first, self.first_scale[..., None], self.noise_scale[..., None])
 
+    @in_float32_at_least
     def position_log_prob(self, value: Float[Array, "... n d"]) -> Float[Array, "... n"]:
         """log p(u_i | u_<i) in nats at every position; their sum is `log_prob`. Raises ValueError for a wrong shape."""
         shape = jnp.shape(value)
         if shape[-2:] != self.event_shape:
             raise ValueError(f"value: has shape {shape}; pass (..., n, d) ending in {self.event_shape}.")
+        mapped = self._mapped_axes
+        if mapped:
+            value = jnp.broadcast_to(value, (*jnp.broadcast_shapes(shape[:-2], mapped), *self.event_shape))
+            axis = value.ndim - 2 - len(mapped)
+            of_one = jax.vmap(lambda process, value: process.position_log_prob(value), (0, axis), axis)
+            return of_one(self, value)
         residual, _, log_det = _PATHS[self.path].residual_and_log_det(self.attention, value)
         return _normal_log_density(residual, self._scales()) + log_det
 
@@ -101,11 +114,15 @@ class EmbeddingProcess(dist.Distribution):
     def log_prob(self, value: Float[Array, "... n d"], intermediates: Any = None) -> Float[Array, "..."]:
         return self.position_log_prob(value).sum(-1)
 
+    @in_float32_at_least
     def solve_sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Solution:
         """Draws with a `SolveStatus` a position, for those who want the root found past the boundary as well."""
+        if self._mapped_axes:
+            return jax.vmap(lambda process: process.solve_sample(key, sample_shape), out_axes=len(sample_shape))(self)
         dtype = jnp.result_type(self.noise_scale, self.attention.query)
         noise = jax.random.normal(key, self.shape(sample_shape), dtype)
-        return _PATHS[self.path].transform(self.attention).solve(noise * self._scales()[..., None])
+        scales = jnp.broadcast_to(self._scales()[..., None], noise.shape)
+        return _PATHS[self.path].transform(self.attention).solve(noise * scales)
 
     def sample(self, key: PRNGKeyArray | None, sample_shape: tuple[int, ...] = ()) -> Float[Array, "... n d"]:
         """Exact draws where det J > 0 everywhere; raises `ImplicitSolveError` where one met det J <= 0 or no root."""

@@ -41,8 +41,8 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake(
         "1/sqrt(p) missing in the logits",
         _ATTENTION,
-        "queries, past.keys) / math.sqrt(attention.head_size)",
-        "queries, past.keys)",
+        "attention.query @ embedding / math.sqrt(attention.head_size)",
+        "attention.query @ embedding",
     ),
     _mistake(
         "A transposed: query and key swapped in the logits",
@@ -61,33 +61,34 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake(
         "softmax without its largest logit",
         _ATTENTION,
-        "jnp.where(past.visible.any(), largest, 0.0)",
-        "0.0 * jnp.where(past.visible.any(), largest, 0.0)",
+        "jnp.minimum(logits - jnp.take_along_axis(logits, index, axis=-2), 0)",
+        "logits",
+        ("jnp.where(is_largest, 0, below)", "below"),
     ),
     _mistake(
-        "gradient of masked positions taken",
+        "weights taken for constants in the gradient",
         _ATTENTION,
-        "exponent = jnp.where(past.visible, logits - largest, 0.0)",
-        "exponent = logits - largest",
+        "exponent = _moving_with(transposed(keys) @ queries, jnp.where(is_largest, 0, below))",
+        "exponent = jnp.where(is_largest, 0, below)",
     ),
     _mistake(
         "moments not centred",
         _ATTENTION,
-        "centred_x = x - weighted_mean(weights, x)",
+        "centred_x = x - weighted_mean(weights, x)[None]",
         "centred_x = x",
-        ("centred_y = y - weighted_mean(weights, y)", "centred_y = y"),
+        ("centred_y = y - weighted_mean(weights, y)[None]", "centred_y = y"),
     ),
     _mistake(
         "biased covariance, n / (n - 1)",
         _ATTENTION,
-        'jnp.einsum("s,sa,sb->ab", weights, centred_x, centred_y)',
-        'jnp.einsum("s,sa,sb->ab", weights, centred_x, centred_y) * len(x) / (len(x) - 0.99)',
+        "(weights[:, None] * centred_x).T @ centred_y",
+        "(weights[:, None] * centred_x).T @ centred_y * len(x) / (len(x) - 0.99)",
     ),
     _mistake(
         "unweighted covariance",
         _ATTENTION,
-        'jnp.einsum("s,sa,sb->ab", weights, centred_x, centred_y)',
-        'jnp.einsum("s,sa,sb->ab", weights > 0, centred_x, centred_y) / jnp.maximum((weights > 0).sum(), 1)',
+        "(weights[:, None] * centred_x).T @ centred_y",
+        "((weights > 0)[:, None] * centred_x).T @ centred_y / jnp.maximum((weights > 0).sum(), 1)",
     ),
     # change of variables
     _mistake(
@@ -144,7 +145,10 @@ MISTAKES: tuple[Mistake, ...] = (
         "is_first = jnp.arange(self.length) < 0",
     ),
     _mistake(
-        "variance taken for a standard deviation", _PROCESS, "-0.5 * squared / scale**2", "-0.5 * squared / scale"
+        "variance taken for a standard deviation",
+        _PROCESS,
+        "residual / scale[..., None]",
+        "residual / jnp.sqrt(scale)[..., None]",
     ),
     _mistake(
         "normalising constant of one dimension", _PROCESS, "residual.shape[-1] * (jnp.log(scale)", "1 * (jnp.log(scale)"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_embeddings
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.accelerated.log_det import log_det, log_det_total, subsampled_log_det_total
@@ -30,6 +31,7 @@ def _barrier(attention: Attention, embeddings: Float[Array, "... n d"], tiling: 
     return -log_det(Cells.of(attention, flat), tiling).log_det.reshape(embeddings.shape[:-1])
 
 
+@in_float32_at_least
 def barrier(
     attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
 ) -> Float[Array, "... n"]:
@@ -45,6 +47,7 @@ def _mean_barrier(cells: Cells, tiling: Tiling) -> MeanBarrier:
     return MeanBarrier(total, (sign <= 0).mean(dtype=total.dtype), jnp.zeros_like(total))
 
 
+@in_float32_at_least
 def mean_barrier(cells: Cells, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
     """Mean of b_i over all cells (..., H, p, n) and positions; its gradient is found in the same sweep as its value."""
     return _mean_barrier(cells, tiling)
@@ -58,6 +61,7 @@ def _subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: T
     return MeanBarrier(-total / count, negative_share, jax.lax.stop_gradient(variance) / count**2)
 
 
+@in_float32_at_least
 def subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
     """Unbiased estimate of the mean of b_i from a share of the cells, drawn anew for every block of queries.
 

@@ -18,12 +18,14 @@ class Tiling(NamedTuple):
 
     Sums and determinants stay in the type of the inputs whatever the products are made in ("bfloat16", or None for
     the inputs' own). `group_bytes` bounds the moments alive at once and with them how many cells are swept together.
+    With `window` w position i sees s > i - w only: chunks outside of it are not touched.
     """
 
     block: int = 128
     chunk: int = 128
     product_dtype: str | None = None
     group_bytes: int = 2**21
+    window: int | None = None
 
     def fitted(self, length: int) -> "Tiling":
         """The tiling for sequences of this length: no block larger than the sequence needs. Raises ValueError."""
@@ -39,12 +41,43 @@ class Tiling(NamedTuple):
 DEFAULT_TILING = Tiling()
 
 
+class QueryMap(NamedTuple):
+    """B_i = d q^_i / d q_i, how the query that the logits see moves with the plain one, for every position i.
+
+        B_i = R_i diag(gain_i) (I - direction_i direction_i^T)
+
+    `angles` (..., r, n) turn the pairs (j, j + r) of coordinates; `gain` and `direction` (..., H, p, n) are a query
+    norm's. What a layer does not have is None.
+    """
+
+    angles: Float[Array, "... r n"] | None = None
+    gain: Float[Array, "... H p n"] | None = None
+    direction: Float[Array, "... H p n"] | None = None
+
+    def after(self, x: Float[Array, "c H _ p b"]) -> Float[Array, "c H _ p b"]:
+        """x_i B_i for a block of positions."""
+        if self.angles is not None:
+            pairs = self.angles.shape[-2]
+            cosine, sine = (f(self.angles)[:, None, None] for f in (jnp.cos, jnp.sin))
+            first, second, rest = jnp.split(x, (pairs, 2 * pairs), 3)
+            turned = (first * cosine + second * sine, second * cosine - first * sine)
+            x = jnp.concatenate([*turned, rest], 3)
+        if self.gain is not None and self.direction is not None:
+            x, direction = x * self.gain[:, :, None], self.direction[:, :, None]
+            x = x - (x * direction).sum(3, keepdims=True) * direction
+        return x
+
+
 class Cells(NamedTuple):
-    """Queries, keys (..., H, p, n) and values seen through the queries W_Q V u_s (..., H, Hp, n), positions last."""
+    """Queries, keys (..., H, p, n) and values seen through the queries W_Q V u_s (..., H, Hp, n), positions last.
+
+    Queries and keys are what the logits are products of, turned and normed; `query_map` is None where that is nothing.
+    """
 
     queries: Float[Array, "... H p n"]
     keys: Float[Array, "... H p n"]
     features: Float[Array, "... H Hp n"]
+    query_map: QueryMap | None = None
 
     @classmethod
     def of(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":
@@ -63,7 +96,8 @@ class Cells(NamedTuple):
 
     def flat(self) -> "Cells":
         """The same cells with one leading axis (c, H, ..., n)."""
-        return Cells(*(x.reshape(-1, *x.shape[-3:]) for x in self))
+        leading = self.keys.ndim - 3
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), self)
 
 
 class Rows(NamedTuple):
@@ -71,15 +105,16 @@ class Rows(NamedTuple):
 
     queries: Float[Array, "... H p n"]
     attended: Float[Array, "... H Hp+p n"]
+    query_map: QueryMap | None = None
 
     @classmethod
     def of(cls, cells: Cells) -> "Rows":
-        return cls(cells.queries, jnp.concatenate([cells.features, cells.keys], -2))
+        return cls(cells.queries, jnp.concatenate([cells.features, cells.keys], -2), cells.query_map)
 
     def cells(self) -> Cells:
         """Undoes `of`."""
         rank = self.attended.shape[-2] - self.queries.shape[-2]
-        return Cells(self.queries, self.attended[..., rank:, :], self.attended[..., :rank, :])
+        return Cells(self.queries, self.attended[..., rank:, :], self.attended[..., :rank, :], self.query_map)
 
     @property
     def length(self) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_embeddings
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling, padded
 from prob_transformer.accelerated.log_det import log_det
@@ -60,6 +61,7 @@ def _residual_and_log_det(
     return ResidualAndLogDet(residual.reshape(embeddings.shape), sign.reshape(shape), values.reshape(shape))
 
 
+@in_float32_at_least
 def residual_and_log_det(
     attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
 ) -> ResidualAndLogDet:
@@ -73,6 +75,7 @@ def residual_and_log_det(
     return _residual_and_log_det(attention, embeddings, tiling)
 
 
+@in_float32_at_least
 def attention_mean(
     attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
 ) -> Float[Array, "... n d"]:

@@ -154,7 +154,7 @@ def _draw(
     ) -> tuple[Rows | None, tuple[Array, Array, Array]]:
         start, key = inputs
         chosen = jax.random.choice(key, count, (drawn,), replace=False)
-        part = Rows(*(x[chosen] for x in whole))
+        part: Rows = jax.tree.map(lambda x: x[chosen], whole)
         is_real = (start + jnp.arange(tiling.block) < length).astype(part.queries.dtype)
         if gradient is None:
             sign, log_det = in_groups(lambda t, group: block_log_det(t, group, start), tiling, part)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded
 from prob_transformer.accelerated.change_of_variables import residual_and_log_det
@@ -120,7 +121,7 @@ def _largest_inverse_square(
 ) -> Float[Array, "c n"]:
     length, width = embeddings.shape[1:]
     tiling = tiling.fitted(length)
-    rows = Rows(*(padded(tiling, x) for x in Rows.of(Cells.of(attention, embeddings))))
+    rows: Rows = jax.tree.map(lambda x: padded(tiling, x), Rows.of(Cells.of(attention, embeddings)))
     first = jax.random.normal(key, (embeddings.shape[0], rows.length, width), embeddings.dtype)
     first = first / jnp.linalg.norm(first, axis=-1, keepdims=True)
     attended = jnp.pad(embeddings, [(0, 0), (0, rows.length - length), (0, 0)])
@@ -137,6 +138,7 @@ def _largest_inverse_square(
     return jnp.linalg.eigvalsh(jnp.where(jnp.isfinite(projected), projected, jnp.inf))[..., -1]
 
 
+@in_float32_at_least
 def conditioning_margin(
     attention: Attention,
     embeddings: Float[Array, "... n d"],
@@ -165,6 +167,7 @@ def conditioning_margin(
     return ConditioningMargin(upper, upper * math.sqrt(1 - error))
 
 
+@in_float32_at_least
 def stability_margin(
     attention: Attention,
     embeddings: Float[Array, "... n d"],
@@ -189,6 +192,7 @@ def stability_margin(
     raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
 
 
+@in_float32_at_least
 def support_tokens(
     attention: Attention,
     embeddings: Float[Array, "... n d"],

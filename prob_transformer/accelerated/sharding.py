@@ -23,6 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.accelerated.barrier import MeanBarrier, mean_barrier, subsampled_barrier
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
@@ -91,6 +92,7 @@ def _mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling)
     return _shard_map(one_shard, mesh, spec, PartitionSpec())(cells)
 
 
+@in_float32_at_least
 def sharded_mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
     """`mean_barrier` of cells (..., H, p, n) whose leading axes are spread over the mesh as `spec` says.
 
@@ -116,6 +118,7 @@ def _subsampled_barrier(
     return _shard_map(one_shard, mesh, (PartitionSpec(), spec), PartitionSpec())(key, cells)
 
 
+@in_float32_at_least
 def sharded_subsampled_barrier(
     key: PRNGKeyArray,
     cells: Cells,
@@ -142,6 +145,7 @@ def _residual_and_log_det(
     return _shard_map(one_shard, mesh, (PartitionSpec(), spec), spec)(attention, embeddings)
 
 
+@in_float32_at_least
 def sharded_residual_and_log_det(
     attention: Attention,
     embeddings: Float[Array, "... n d"],

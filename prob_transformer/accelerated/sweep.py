@@ -12,12 +12,21 @@ work, each with the a p outer products O_s = (x_s - c)(k_s - c')^T, or as many n
     logits      T_is = <G_i, O_s>           G_i = w_i d(log|det J_i|)/dM_i / sqrt(p) = -w_i J_i^{-T} / sqrt(p)
     features    W_s  = sum_i alpha_is G_i   so that dx_s = W_s k_s and dk_s = W_s^T x_s
 
-c and c' are the block's average weighted means: the covariance does not depend on them, and taking them off keeps
-E_i - mean mean^T from cancelling where a block attends to one far-off token. Softmax needs sum_s alpha_is T_is, which
-is <G_i, E_i> with its means taken off, so one pass over the chunks suffices. docs/accelerated.md has the derivation.
+c and c' are the block's average weighted means: the covariance does not depend on them, and taking them off keeps the
+products small where all tokens lie far from the origin. That is not enough where a query attends to one far-off token t
+nearly alone: E_i is then a large square that has to cancel. So t, the token of the largest weight, stays out of all
+products. With a, b its centred rows and w, m, m' the sums over s != t of alpha_s, alpha_s (x_s - c), alpha_s (k_s-c'),
+
+    delta = m - w a,    delta' = m' - w b                                  how far the means lie from token t
+    Cov_i = sum_{s != t} alpha_is O_s - delta (b + delta')^T - a m'^T       every term is of the size of w
+
+In the gradient t gets -alpha_t G delta' and -alpha_t G^T delta, and minus the sum of the other logits' slopes. Softmax
+needs sum_s alpha_is T_is, which is <G_i, Cov_i>, so one pass over the chunks suffices. Rotary positions and query norms
+enter through B_i = d q^_i / d q_i alone: J_i = I - M_i B_i. docs/accelerated.md has the derivation.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,8 +34,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from prob_transformer.accelerated.cells import Rows, Tiling, scaled_queries
+from prob_transformer.accelerated.cells import QueryMap, Rows, Tiling, scaled_queries
 from prob_transformer.accelerated.elimination import Eliminated, apart, inverse_and_log_det, written_out
+from prob_transformer.attention import softmax_weights
 
 
 class LogDet(NamedTuple):
@@ -64,66 +74,93 @@ def _product(tiling: Tiling, left: Float[Array, "... a b"], right: Float[Array, 
 
 
 def block_weights(
-    queries: Float[Array, "c H p b"], keys: Float[Array, "c H p n"], start: Int[Array, ""]
+    queries: Float[Array, "c H p b"], keys: Float[Array, "c H p n"], start: Int[Array, ""], window: int | None = None
 ) -> Float[Array, "c H n b"]:
-    """alpha_i of a block of queries over the strict past, keys first; zero where there is none."""
-    block, length = queries.shape[-1], keys.shape[-1]
-    logits = _transposed(keys) @ scaled_queries(queries)
-    visible = jnp.arange(length)[:, None] < start + jnp.arange(block)
-    logits = jnp.where(visible, logits, -jnp.inf)
-    largest = lax.stop_gradient(logits.max(-2, keepdims=True))
-    unnormalised = jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0))
-    total = unnormalised.sum(-2, keepdims=True)
-    return unnormalised / jnp.where(total > 0, total, 1)
+    """alpha_i of a block of queries over the strict past or its last window - 1 keys, keys first; zero without any."""
+    distance = start + jnp.arange(queries.shape[-1]) - jnp.arange(keys.shape[-1])[:, None]
+    visible = distance > 0 if window is None else (distance > 0) & (distance < window)
+    return softmax_weights(scaled_queries(queries), keys, visible)
 
 
 class _Block(NamedTuple):
-    """What both passes over the chunks share; the centre is taken off the attended rows and off their weighted mean."""
+    """What both passes over the chunks share, in the names of the module docstring, features above keys.
+
+    `weights` are those of all tokens, `others` the same without t; `mean` is the weighted mean less the centre.
+    """
 
     weights: Float[Array, "c H n b"]
+    others: Float[Array, "c H n b"]
+    top: Float[Array, "c H Hp+p b"]
+    rest: Float[Array, "c H Hp+p b"]
+    offset: Float[Array, "c H Hp+p b"]
     centre: Float[Array, "c H Hp+p 1"]
-    mean: Float[Array, "c H Hp+p b"]
+    first: Int[Array, ""] | int
     chunks: Int[Array, ""]
 
     @classmethod
     def of(cls, tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
         rank = rows.attended.shape[2] - queries.shape[2]
-        weights = block_weights(queries, rows.attended[:, :, rank:], start)
-        mean = rows.attended @ weights
-        # One but for the first position: its past is empty, so its mean is zero and must not become minus the centre.
-        total = weights.sum(-2, keepdims=True)
-        centre = mean.sum(-1, keepdims=True) / total.sum(-1, keepdims=True)
+        weights = block_weights(queries, rows.attended[:, :, rank:], start, tiling.window)
+        # One but for the first position, whose past is empty.
+        share = weights.sum(-1, keepdims=True) / weights.sum((-1, -2), keepdims=True)
+        centre = rows.attended @ share
+        centred = rows.attended - centre
+        index = jnp.argmax(weights, axis=-2, keepdims=True)
+        others = jnp.where(lax.broadcasted_iota(index.dtype, weights.shape, 2) == index, 0, weights)
+        top = jnp.take_along_axis(centred, index, axis=-1)
+        rest = centred @ others
+        offset = rest - others.sum(-2, keepdims=True) * top
+        first = 0 if tiling.window is None else jnp.maximum(start - tiling.window + 1, 0) // tiling.chunk
         chunks = (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
-        return cls(weights, centre, mean - centre * total, chunks)
+        return cls(weights, others, top, rest, offset, centre, first, chunks)
+
+    @property
+    def mean(self) -> Float[Array, "c H Hp+p b"]:
+        return self.top + self.offset
 
     def chunk(
         self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int
     ) -> tuple[Float[Array, "c H rows k"], Float[Array, "c H k b"]]:
-        """Centred rows of one chunk, and its weights."""
+        """Centred rows of one chunk, and its weights without t."""
         attended = _at(rows.attended, begin, tiling.chunk) - self.centre
-        return attended, lax.dynamic_slice_in_dim(self.weights, begin, tiling.chunk, 2)
+        return attended, lax.dynamic_slice_in_dim(self.others, begin, tiling.chunk, 2)
 
 
-def _second_moments(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[Array, "c H Hp p b"]:
+def _covariance(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[Array, "c H Hp p b"]:
     def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H products b"]:
         attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk))
         outer = attended[:, :, :rank, None] * attended[:, :, None, rank:]
         return _product(tiling, outer.reshape(*outer.shape[:2], -1, tiling.chunk), weights)
 
-    moments = lax.fori_loop(1, block.chunks, lambda step, moments: moments + of_chunk(step), of_chunk(0))
-    return moments.reshape(*moments.shape[:2], rank, -1, moments.shape[-1])
+    moments = lax.fori_loop(
+        block.first + 1, block.chunks, lambda step, moments: moments + of_chunk(step), of_chunk(block.first)
+    )
+    moments = moments.reshape(*moments.shape[:2], rank, -1, moments.shape[-1])
+    from_mean = block.offset[:, :, :rank, None] * block.mean[:, :, None, rank:]
+    return moments - from_mean - block.top[:, :, :rank, None] * block.rest[:, :, None, rank:]
 
 
-def _small_matrix(
-    block: _Block, moments: Float[Array, "c H Hp p b"], start: Int[Array, ""]
-) -> Float[Array, "c Hp Hp b"]:
-    """I - [Cov(x^h, k^h)]_h / sqrt(p), heads side by side."""
-    groups, _, rank, size, count = moments.shape
-    covariance = moments - block.mean[:, :, :rank, None] * block.mean[:, :, None, rank:]
-    # No token or one: nothing varies, and rounding must not say otherwise.
-    covariance = jnp.where(start + jnp.arange(count) < 2, 0, covariance)
+def _mapped(
+    rows: Rows, start: Int[Array, ""], size: int, covariance: Float[Array, "c H Hp p b"]
+) -> tuple[Float[Array, "c H Hp p b"], Callable[..., tuple[Array, QueryMap | None]]]:
+    """The covariance with the keys as the query sees them, Cov(x, k) B_i, and the pullback to it and to B_i."""
+    if rows.query_map is None:
+        return covariance, lambda pull: (pull, None)
+    here = jax.tree.map(lambda x: _at(x, start, size), rows.query_map)
+    seen, pull_back = jax.vjp(lambda covariance, query_map: query_map.after(covariance), covariance, here)
+
+    def keys_first(pull: Float[Array, "c H p Hp b"]) -> tuple[Array, QueryMap]:
+        pull, change = pull_back(jnp.swapaxes(pull, 2, 3))
+        return jnp.swapaxes(pull, 2, 3), change
+
+    return seen, keys_first
+
+
+def _small_matrix(covariance: Float[Array, "c H Hp p b"]) -> Float[Array, "c Hp Hp b"]:
+    """I - [Cov(x^h, k^h) B^h_i]_h / sqrt(p), heads side by side."""
+    groups, _, rank, size, count = covariance.shape
     joined = jnp.moveaxis(covariance, 1, 2).reshape(groups, rank, rank, count)
-    return jnp.eye(rank, dtype=joined.dtype)[:, :, None] - joined / math.sqrt(size)
+    return jnp.eye(rank, dtype=joined.dtype)[None, :, :, None] - joined / math.sqrt(size)
 
 
 def _pulled(matrices: Float[Array, "c H p Hp k"], attended: Float[Array, "c H Hp+p k"]) -> Float[Array, "c H Hp+p k"]:
@@ -146,8 +183,9 @@ def block_small_inverse(
     """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
-    moments = _second_moments(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
-    return block.weights, inverse_and_log_det(_small_matrix(block, moments, start), start)
+    covariance = _covariance(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
+    seen, _ = _mapped(rows, start, tiling.block, covariance)
+    return block.weights, inverse_and_log_det(_small_matrix(seen), start)
 
 
 def block_log_det_gradient(
@@ -158,20 +196,26 @@ def block_log_det_gradient(
     groups, heads, size, count = queries.shape
     rank = heads * size
     block = _Block.of(tiling, rows, queries, start)
-    moments = _second_moments(tiling, rows, block, rank)
-    inverse, sign, log_det = inverse_and_log_det(_small_matrix(block, moments, start), start)
+    covariance = _covariance(tiling, rows, block, rank)
+    seen, pull_back = _mapped(rows, start, count, covariance)
+    inverse, sign, log_det = inverse_and_log_det(_small_matrix(seen), start)
 
     # d log|det J_i| / dM_i is -J_i^{-T}; its rows are features and its columns keys, so the inverse itself has keys
     # first. Factor and scale of each query go to its weights, which are smaller.
-    pull = inverse.reshape(groups, heads, size, rank, count)
+    pull, map_change = pull_back(inverse.reshape(groups, heads, size, rank, count))
     factor = -scale[:, None, None] / math.sqrt(size)
-    pull_mean = _pulled(pull, block.mean)
-    average = written_out(lambda b: pull[:, :, b] * moments[:, :, :, b], size)
-    average = written_out(lambda a: average[:, :, a] - 2 * (pull_mean * block.mean)[:, :, a], rank)[:, :, None]
+    query_map = jax.tree.map(
+        lambda x, change: _added(x, start, change * factor.reshape(groups, *(1,) * (x.ndim - 2), count)),
+        gradient.query_map,
+        map_change,
+    )
+    mean, pull_mean, pull_offset = block.mean, _pulled(pull, block.mean), _pulled(pull, block.offset)
+    average = written_out(lambda b: pull[:, :, b] * covariance[:, :, :, b], size)
+    average = written_out(lambda a: average[:, :, a] - (pull_mean * mean)[:, :, a], rank)[:, :, None]
     pull = pull.reshape(groups, heads, size * rank, count)
 
-    def add_chunk(step: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        query_part, found = carry
+    def add_chunk(step: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        query_part, total, found = carry
         begin = step * tiling.chunk
         attended, weights = block.chunk(tiling, rows, begin)
         weights = weights * factor
@@ -186,11 +230,19 @@ def block_log_det_gradient(
         part = apart(step, lambda: _pulled(pushed, attended)) - pull_mean @ weights
         part = part.at[:, :, rank:].add(queries @ _transposed(slopes))
         # Keys without their centre would do too: the slopes of a query sum to zero.
-        return query_part + attended[:, :, rank:] @ slopes, _added(found, begin, part)
+        query_part = query_part + attended[:, :, rank:] @ slopes
+        return query_part, total + slopes.sum(-2, keepdims=True), _added(found, begin, part)
 
-    start_carry = (jnp.zeros_like(queries), gradient.attended)
-    query_part, attended = lax.fori_loop(0, block.chunks, add_chunk, start_carry)
-    return LogDetGradient(sign, log_det, Rows(_added(gradient.queries, start, query_part), attended))
+    nothing = jnp.zeros_like(queries)
+    start_carry = (nothing, nothing[:, :, :1], gradient.attended)
+    query_part, total, attended = lax.fori_loop(block.first, block.chunks, add_chunk, start_carry)
+    # What token t gets: its own weight, and what the slopes of the others leave, for all slopes sum to zero.
+    query_part = query_part - block.top[:, :, rank:] * total
+    only_top = block.weights - block.others
+    attended = attended - (pull_offset * factor) @ _transposed(only_top)
+    chosen = jnp.where(only_top > 0, total, 0)
+    attended = attended.at[:, :, rank:].add(-queries @ _transposed(chosen))
+    return LogDetGradient(sign, log_det, Rows(_added(gradient.queries, start, query_part), attended, query_map))
 
 
 def _joined(blocks: Float[Array, "blocks c b"]) -> Float[Array, "c n"]:

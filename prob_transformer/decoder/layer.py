@@ -10,21 +10,13 @@ part of the inputs. A bias of the values moves mu_i by a constant and no derivat
 """
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from prob_transformer._validation import require_count, require_finite, require_floating, require_positive
-
-Tree = TypeVar("Tree")
-
-
-def at_least_float32(tree: Tree) -> Tree:
-    """The tree with its bfloat16 and float16 arrays in float32, the same numbers: determinants need the digits."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 class Rotary(eqx.Module):
@@ -43,6 +35,13 @@ class Rotary(eqx.Module):
             raise ValueError(f"frequencies: has shape {frequencies.shape}; pass one frequency a pair, (r,).")
         require_finite("frequencies", frequencies)
         self.frequencies, self.interleaved = frequencies, interleaved
+
+    def halves_first(self, x: Float[Array, "... p"]) -> Float[Array, "... p"]:
+        """The coordinates in the half-split layout: all first of a pair, all second, and the rest."""
+        if not self.interleaved:
+            return x
+        end = 2 * self.frequencies.shape[0]
+        return jnp.concatenate([x[..., 0:end:2], x[..., 1:end:2], x[..., end:]], -1)
 
     def turn(
         self, x: Float[Array, "... p"], positions: Int[Array, "..."], backwards: bool = False

@@ -18,11 +18,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from prob_transformer._precision import at_least_float32
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
 from prob_transformer.accelerated.sweep import LogDet
 from prob_transformer.decoder.determinant import block_log_det
 from prob_transformer.decoder.jacobian import factored_jacobian, smallest_singular_value
-from prob_transformer.decoder.layer import DecoderAttention, at_least_float32
+from prob_transformer.decoder.layer import DecoderAttention
 from prob_transformer.decoder.support import closest_positions
 from prob_transformer.decoder.view import Head, Reading, heads_of
 from prob_transformer.margin import MarginKind, SupportTokens

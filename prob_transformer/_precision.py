@@ -1,0 +1,46 @@
+"""Half precision: bfloat16 and float16 are cast at the door, because determinants need the digits."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
+
+Tree = TypeVar("Tree")
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _floating(tree: PyTree) -> list[Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)]
+
+
+def _cast(tree: Tree, choose: Callable[[DTypeLike], DTypeLike]) -> Tree:
+    def one(leaf: Array) -> Array:
+        is_floating = jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)
+        return jnp.asarray(leaf, choose(leaf.dtype)) if is_floating else leaf
+
+    return jax.tree.map(one, tree)
+
+
+def at_least_float32(tree: Tree) -> Tree:
+    """The tree with its bfloat16 and float16 arrays in float32, the same numbers."""
+    return _cast(tree, lambda dtype: jnp.promote_types(dtype, jnp.float32))
+
+
+def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """The function worked out in float32 where all its arrays are half precision, its result in their type."""
+
+    @wraps(function)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        arrays = _floating((args, kwargs))
+        dtype = jnp.result_type(*arrays) if arrays else jnp.dtype(jnp.float32)
+        if dtype.itemsize >= 4:
+            return function(*args, **kwargs)
+        args, kwargs = at_least_float32((args, kwargs))
+        return _cast(function(*args, **kwargs), lambda _: dtype)
+
+    return wrapped
