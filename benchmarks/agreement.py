@@ -65,7 +65,7 @@ def reference_at(
         # One position at a time, and again in the backward pass: an (n, n, p) array would not fit.
         @jax.checkpoint
         def at(position: Int[Array, ""]) -> Float[Array, ""]:
-            seen = past.seen_by(jnp.arange(embeddings.shape[0]) < position)
+            seen = past.before(attention, position)
             return residual_and_log_det_at(attention, seen, embeddings[position]).log_det
 
         return jax.lax.map(at, jnp.asarray(positions))

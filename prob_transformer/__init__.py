@@ -16,6 +16,7 @@ from prob_transformer.change_of_variables import (
 from prob_transformer.margin import SupportTokens, stability_margin, support_tokens
 from prob_transformer.objective import map_objective, weight_prior
 from prob_transformer.process import EmbeddingProcess
+from prob_transformer.query_key import RMSNorm, Rotary
 from prob_transformer.token_model import LinearDecoder, sampled_attention, token_model
 from prob_transformer.transform import (
     CausalAttentionTransform,
@@ -34,7 +35,9 @@ __all__ = [
     "ImplicitSolveError",
     "LinearDecoder",
     "Past",
+    "RMSNorm",
     "ResidualAndLogDet",
+    "Rotary",
     "Solution",
     "SolveStatus",
     "SupportTokens",

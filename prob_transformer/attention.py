@@ -1,16 +1,22 @@
 """Causal self-attention seen from one position: weights, weighted mean, weighted covariance.
 
-Everything in this library is built from these three. Position i looks at its strict past s < i:
+Everything in this library is built from these three. For each head h, position i looks at its strict past s < i:
 
-    logit_s = (W_Q u_i) . (W_K u_s) / sqrt(p)                       one per head
+    q = W_Q u_i,   k_s = W_K u_s,   v_s = V u_s
+    logit_s = q . k_s / sqrt(p)
     alpha_i = softmax over s < i                                    `attention_weights`
-    mu_i    = sum_h V_h sum_s alpha^h_is u_s                        `weighted_mean` of the values
+    mu_i    = sum_h sum_s alpha^h_is v^h_s                          `weighted_mean` of the values
     Cov_i(x, y) = sum_s alpha_is (x_s - x_mean)(y_s - y_mean)^T     `weighted_covariance`
+
+Layers of trained decoders have more: biases, heads that share keys and values, a window, and norms, rotary positions
+and a cap between q and the logits, cap(scale q^ . k^_s) with q^ = R_i norm(q) and k^_s = R_s norm(k_s). Nothing that
+follows depends on them but through d logit_s / d q (`logit_slopes`): k_s / sqrt(p), if nothing stands in between.
 
 The past is strict: with s <= i and identity values the first position has e_1 = u_1 - u_1 = 0, and so no density.
 """
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,49 +24,105 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer._validation import require_finite, require_floating
+from prob_transformer._validation import (
+    require_count,
+    require_embeddings,
+    require_finite,
+    require_floating,
+    require_positive,
+)
+from prob_transformer.query_key import RMSNorm, Rotary
+
+
+def _require_shape(name: str, array: Array | None, shape: tuple[int, ...], meaning: str) -> Array | None:
+    if array is None:
+        return None
+    array = require_floating(name, array)
+    if array.shape != shape:
+        raise ValueError(f"{name}: has shape {array.shape}; pass {meaning} = {shape}.")
+    require_finite(name, array)
+    return array
 
 
 class Attention(eqx.Module):
-    """Strictly causal attention with H heads of size p on embeddings of width d, as a JAX pytree.
+    """Strictly causal attention with H heads of size p on inputs of width d, as a JAX pytree.
 
-    `query` and `key` are W_Q and W_K of shape (H, p, d). `value` is V of shape (H, d, d), or None for identity
-    values, the paper's case as reported second-hand, which needs H = 1. Raises ValueError for shapes that do not fit
-    and for NaN or inf.
+    `query` is W_Q (H, p, d), `key` W_K (G, p, d) for G key groups, G = H where each head has its own. `value` is V
+    (G, d, d), or with `output` W_O (H, d, v) of shape (G, v, d), so that V = W_O W_V; None for identity values, the
+    paper's case as reported second-hand, with which heads exist alone only. A bias of the values moves mu by a constant
+    and no derivative, so it is not asked for.
+
+    `query_bias` (H, p) and `key_bias` (G, p); `query_norm` and `key_norm` of each head; `rotary` positions; with
+    `window` w position i sees s > i - w only; `scale` of the logits, 1 / sqrt(p) unless given; `cap` c bounds a logit z
+    to c tanh(z / c). Raises ValueError for shapes that do not fit, and for NaN or inf.
     """
 
     query: Float[Array, "H p d"]
-    key: Float[Array, "H p d"]
-    value: Float[Array, "H d d"] | None
+    key: Float[Array, "G p d"]
+    value: Float[Array, "G v d"] | None
+    output: Float[Array, "H d v"] | None
+    query_bias: Float[Array, "H p"] | None
+    key_bias: Float[Array, "G p"] | None
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    rotary: Rotary | None
+    window: int | None = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    cap: float | None = eqx.field(static=True)
 
     def __init__(
         self,
         query: Float[Array, "H p d"],
-        key: Float[Array, "H p d"],
-        value: Float[Array, "H d d"] | None = None,
+        key: Float[Array, "G p d"],
+        value: Float[Array, "G v d"] | None = None,
+        output: Float[Array, "H d v"] | None = None,
+        *,
+        query_bias: Float[Array, "H p"] | None = None,
+        key_bias: Float[Array, "G p"] | None = None,
+        query_norm: RMSNorm | None = None,
+        key_norm: RMSNorm | None = None,
+        rotary: Rotary | None = None,
+        window: int | None = None,
+        scale: float | None = None,
+        cap: float | None = None,
     ):
         query, key = require_floating("query", query), require_floating("key", key)
         if query.ndim != 3 or 0 in query.shape:
-            raise ValueError(f"query: has shape {query.shape}; pass (H, p, d): heads, head size, embedding width.")
-        if key.shape != query.shape:
-            raise ValueError(f"key: has shape {key.shape}; pass the shape of query, {query.shape}.")
-        heads, _, width = query.shape
-        if value is None:
-            if heads > 1:
-                raise ValueError(
-                    f"value: is None with H = {heads} heads; identity values exist for H = 1 only, "
-                    f"pass value maps of shape ({heads}, {width}, {width})."
-                )
-        else:
-            value = require_floating("value", value)
-            if value.shape != (heads, width, width):
-                raise ValueError(
-                    f"value: has shape {value.shape}; pass (H, d, d) = ({heads}, {width}, {width}), or None with H = 1."
-                )
-            require_finite("value", value)
+            raise ValueError(f"query: has shape {query.shape}; pass (H, p, d): heads, head size, width.")
+        heads, size, width = query.shape
+        if key.ndim != 3 or key.shape[0] == 0 or key.shape[1:] != (size, width) or heads % key.shape[0]:
+            raise ValueError(
+                f"key: has shape {key.shape}; pass the shape of query, {query.shape}, or (G, {size}, {width}) with G a "
+                f"divisor of H = {heads}."
+            )
+        groups = key.shape[0]
         require_finite("query", query)
         require_finite("key", key)
-        self.query, self.key, self.value = query, key, value
+        if value is None and output is not None:
+            raise ValueError("output: given without value; pass both, or neither for identity values.")
+        if value is not None:
+            value = require_floating("value", value)
+            inner = width if output is None or value.ndim != 3 else value.shape[1]
+            value = _require_shape("value", value, (groups, inner, width), "(G, v, d), v = d without an output,")
+            output = _require_shape("output", output, (heads, width, inner), "(H, d, v)")
+        for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
+            if norm is not None:
+                _require_shape(name, norm.gain, (size,), "a gain (p,)")
+        if rotary is not None and 2 * rotary.frequencies.shape[0] > size:
+            raise ValueError(
+                f"rotary: has {rotary.frequencies.shape[0]} frequencies; pass at most p / 2 for head size p = {size}."
+            )
+        if window is not None:
+            require_count("window", window, 1, "a position sees at least itself")
+        for name, number in (("scale", scale), ("cap", cap)):
+            if number is not None:
+                require_positive(name, number)
+        self.query, self.key, self.value, self.output = query, key, value, output
+        self.query_bias = _require_shape("query_bias", query_bias, (heads, size), "(H, p)")
+        self.key_bias = _require_shape("key_bias", key_bias, (groups, size), "(G, p)")
+        self.query_norm, self.key_norm, self.rotary, self.window = query_norm, key_norm, rotary, window
+        self.scale = 1 / math.sqrt(size) if scale is None else float(scale)
+        self.cap = None if cap is None else float(cap)
 
     @property
     def heads(self) -> int:
@@ -75,53 +137,139 @@ class Attention(eqx.Module):
         return self.query.shape[2]
 
     @property
+    def group_of_head(self) -> Int[Array, " H"]:
+        """Which of the G key groups each head reads."""
+        return jnp.arange(self.heads) // (self.heads // self.key.shape[0])
+
+    @property
+    def is_bilinear(self) -> bool:
+        """Whether logits are scale q . k_s, with no rotation, norm or cap in between."""
+        return self.rotary is None and self.query_norm is None and self.cap is None
+
+    @property
     def interaction(self) -> Float[Array, "H d d"]:
-        """A_h = W_K^T W_Q / sqrt(p): the logit of past position s for query i is u_s^T A_h u_i."""
-        return jnp.einsum("hpa,hpb->hab", self.key, self.query) / math.sqrt(self.head_size)
+        """A_h = scale W_K^T W_Q: the logit of past position s for query i is u_s^T A_h u_i if nothing is between."""
+        return self.scale * jnp.einsum("hpa,hpb->hab", self.key[self.group_of_head], self.query)
+
+    def plain_queries(self, inputs: Float[Array, "... d"]) -> Float[Array, "H ... p"]:
+        """q = W_Q u + b of every head."""
+        return _with_bias(jnp.einsum("hpd,...d->h...p", self.query, inputs), self.query_bias)
+
+    def seen_queries(self, plain: Float[Array, "H ... p"], positions: Int[Array, "..."]) -> Float[Array, "H ... p"]:
+        """scale q^ = scale R_i norm(q), as the logits see them."""
+        return self.scale * self._turned(plain if self.query_norm is None else self.query_norm(plain), positions)
+
+    def plain_keys(self, inputs: Float[Array, "... d"]) -> Float[Array, "G ... p"]:
+        """k = W_K u + b of every key group."""
+        return _with_bias(jnp.einsum("gpd,...d->g...p", self.key, inputs), self.key_bias)
+
+    def seen_keys(self, plain: Float[Array, "G ... p"], positions: Int[Array, "..."]) -> Float[Array, "G ... p"]:
+        """k^ = R_s norm(k), as the logits see them."""
+        return self._turned(plain if self.key_norm is None else self.key_norm(plain), positions)
+
+    def values(self, inputs: Float[Array, "... d"]) -> Float[Array, "H ... d"]:
+        """v = V u of every head, or u itself for identity values."""
+        if self.value is None:
+            return jnp.broadcast_to(inputs, (self.heads, *inputs.shape))
+        values = jnp.einsum("gvd,...d->g...v", self.value, inputs)[self.group_of_head]
+        return values if self.output is None else jnp.einsum("hdv,h...v->h...d", self.output, values)
+
+    def value_maps(self, left: Float[Array, "a d"]) -> Float[Array, "H a d"]:
+        """left V_h of every head, as matrices. Raises ValueError where values are the identity."""
+        if self.value is None:
+            raise ValueError("value: is None; identity values need no maps.")
+        value = self.value[self.group_of_head]
+        if self.output is None:
+            return jnp.einsum("ad,hde->hae", left, value)
+        return jnp.einsum("hav,hve->hae", jnp.einsum("ad,hdv->hav", left, self.output), value)
+
+    def sees(self, positions: Int[Array, "*S"], past: Int[Array, "*S"]) -> Bool[Array, "*S"]:
+        """Whether a position attends to another one: s < i, and s > i - w under a window."""
+        distance = positions - past
+        recent = True if self.window is None else distance < self.window
+        return (distance > 0) & recent
+
+    def _turned(self, x: Float[Array, "H ... p"], positions: Int[Array, "..."]) -> Float[Array, "H ... p"]:
+        return x if self.rotary is None else self.rotary.turn(x, positions)
+
+
+def require_attention(attention: Any) -> None:
+    """Raises ValueError unless it is an Attention whose heads may be taken together: one, or with value maps."""
+    if not isinstance(attention, Attention):
+        raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
+    heads, width = attention.heads, attention.width
+    if attention.value is None and heads > 1:
+        raise ValueError(
+            f"value: is None with H = {heads} heads; identity values exist for H = 1 only, "
+            f"pass value maps of shape ({heads}, {width}, {width})."
+        )
+
+
+def require_joint(name: str, embeddings: Any, attention: Attention) -> Float[Array, "... n d"]:
+    """The embeddings checked, and the attention, whose heads are taken together."""
+    require_attention(attention)
+    return require_embeddings(name, embeddings, attention.width)
+
+
+def capped(logits: Float[Array, "*S"], cap: float | None) -> Float[Array, "*S"]:
+    """c tanh(z / c), or z itself without a cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _with_bias(x: Float[Array, "H ... p"], bias: Float[Array, "H p"] | None) -> Float[Array, "H ... p"]:
+    return x if bias is None else x + bias.reshape(bias.shape[0], *(1,) * (x.ndim - 2), bias.shape[1])
 
 
 class Past(eqx.Module):
-    """What attention needs of the positions that may be attended to: a key-value cache with a visibility mask.
+    """What attention needs of the positions that may be attended to: a key-value cache, and where the query stands.
 
-    `keys` W_K u_s (H, n, p); `values` V u_s (H, n, d); `query_values` (H, n, H * p), the values seen through the
-    queries of all heads, W_Q V u_s, from which the low-rank determinant is built; `visible` (n,), the rows that count.
+    `keys` k^_s (H, n, p); `values` V u_s (H, n, d); `query_values` (H, n, H * p), the values seen through the queries
+    of all heads, W_Q V u_s, from which the low-rank determinant is built; `visible` (n,), the rows that count;
+    `position` (), that of the query.
     """
 
     keys: Float[Array, "H n p"]
     values: Float[Array, "H n d"]
     query_values: Float[Array, "H n Hp"]
     visible: Bool[Array, " n"]
+    position: Int[Array, ""]
 
     @classmethod
     def of(
-        cls, attention: Attention, embeddings: Float[Array, "n d"], visible: Bool[Array, " n"] | None = None
+        cls, attention: Attention, embeddings: Float[Array, "n d"], length: Int[Array, ""] | int | None = None
     ) -> "Past":
-        """The cache of the given embeddings, all of them visible unless a mask says otherwise."""
-        keys = jnp.einsum("hpd,sd->hsp", attention.key, embeddings)
-        identity = attention.value is None
-        values = embeddings[None] if identity else jnp.einsum("hab,sb->hsa", attention.value, embeddings)
-        stacked_query = attention.query.reshape(-1, attention.width)
-        query_values = jnp.einsum("qd,hsd->hsq", stacked_query, values)
-        if visible is None:
-            visible = jnp.ones(embeddings.shape[0], bool)
-        return cls(keys, values, query_values, visible)
+        """The cache of the given embeddings for the query that follows them, or only the first `length` of them."""
+        length = jnp.asarray(embeddings.shape[0] if length is None else length)
+        rows = _rows(attention, embeddings, jnp.arange(embeddings.shape[0]))
+        return cls(*rows, attention.sees(length, jnp.arange(embeddings.shape[0])), length)
 
     @classmethod
     def empty(cls, attention: Attention, length: int, dtype: DTypeLike | None = None) -> "Past":
-        """A cache with room for `length` positions, none of them visible yet."""
-        blank = jnp.zeros((length, attention.width), attention.query.dtype if dtype is None else dtype)
-        return cls.of(attention, blank, jnp.zeros(length, bool))
+        """A cache with room for `length` positions, none of them there yet."""
+        dtype = attention.query.dtype if dtype is None else dtype
+        return cls.of(attention, jnp.zeros((length, attention.width), dtype), 0)
 
-    def write(self, attention: Attention, position: Int[Array, ""] | int, embedding: Float[Array, " d"]) -> "Past":
-        """The cache with one more embedding stored and visible at `position`."""
-        row = Past.of(attention, embedding[None])
-        stored = ((self.keys, row.keys), (self.values, row.values), (self.query_values, row.query_values))
-        keys, values, query_values = (kept.at[:, position].set(new[:, 0]) for kept, new in stored)
-        return Past(keys, values, query_values, self.visible.at[position].set(True))
+    def write(self, attention: Attention, embedding: Float[Array, " d"]) -> "Past":
+        """The cache with one more embedding stored where the query stood, for the query that follows it."""
+        rows = _rows(attention, embedding[None], self.position[None])
+        kept = self.keys, self.values, self.query_values
+        stored = (old.at[:, self.position].set(new[:, 0]) for old, new in zip(kept, rows, strict=True))
+        position = self.position + 1
+        return Past(*stored, attention.sees(position, jnp.arange(self.keys.shape[1])), position)
 
-    def seen_by(self, visible: Bool[Array, " n"]) -> "Past":
-        """The same cache under another visibility mask."""
-        return Past(self.keys, self.values, self.query_values, visible)
+    def before(self, attention: Attention, position: Int[Array, ""] | int) -> "Past":
+        """The same cache as the query at `position` sees it."""
+        visible = attention.sees(jnp.asarray(position), jnp.arange(self.keys.shape[1]))
+        return Past(self.keys, self.values, self.query_values, visible, jnp.asarray(position))
+
+
+def _rows(
+    attention: Attention, embeddings: Float[Array, "n d"], positions: Int[Array, " n"]
+) -> tuple[Float[Array, "H n p"], Float[Array, "H n d"], Float[Array, "H n Hp"]]:
+    keys = attention.seen_keys(attention.plain_keys(embeddings), positions)[attention.group_of_head]
+    values = attention.values(embeddings)
+    stacked_query = attention.query.reshape(-1, attention.width)
+    return keys, values, jnp.einsum("qd,hsd->hsq", stacked_query, values)
 
 
 @jax.custom_jvp
@@ -134,9 +282,12 @@ _moving_with.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
 
 
 def softmax_weights(
-    queries: Float[Array, "... p b"], keys: Float[Array, "... p n"], visible: Bool[Array, "n b"]
+    queries: Float[Array, "... p b"],
+    keys: Float[Array, "... p n"],
+    visible: Bool[Array, "n b"],
+    cap: float | None = None,
 ) -> Float[Array, "... n b"]:
-    """softmax of queries . keys over the visible keys, for b queries at once; zero elsewhere and where none is visible.
+    """softmax of the capped queries . keys over the visible keys, for b queries at once; zero where none is visible.
 
     Right for every finite input: logits that overflow leave their limit, all weight on the largest. The largest is met
     by its index, because compiled code may compute a logit twice and round it differently, which at logits of 1e9
@@ -150,23 +301,44 @@ def softmax_weights(
     def transposed(x: Float[Array, "... p m"]) -> Float[Array, "... m p"]:
         return jnp.swapaxes(x, -2, -1)
 
-    fixed_queries, fixed_keys = jax.lax.stop_gradient((queries, keys))
+    fixed_queries = jax.lax.stop_gradient(queries)
+    # Rows that no query sees hold anything.
+    fixed_keys = jnp.where(visible.any(-1), jax.lax.stop_gradient(keys), 0)
     of_queries, of_keys = too_large_by(fixed_queries), too_large_by(fixed_keys)
     logits = transposed(fixed_keys / of_keys) @ (fixed_queries / of_queries)
+    if cap is not None:
+        logits = capped(logits * of_queries * of_keys, cap)
+        of_queries = of_keys = jnp.ones_like(of_keys)
     visible = jnp.broadcast_to(visible, logits.shape)
     index = jnp.argmax(jnp.where(visible, logits, -jnp.inf), axis=-2, keepdims=True)
     below = jnp.minimum(logits - jnp.take_along_axis(logits, index, axis=-2), 0) * of_queries * of_keys
     is_largest = jax.lax.broadcasted_iota(index.dtype, below.shape, below.ndim - 2) == index
-    exponent = _moving_with(transposed(keys) @ queries, jnp.where(is_largest, 0, below))
+    exponent = _moving_with(capped(transposed(keys) @ queries, cap), jnp.where(is_largest, 0, below))
     unnormalised = jnp.where(visible, jnp.exp(exponent), 0)
     total = unnormalised.sum(-2, keepdims=True)
     return unnormalised / jnp.where(total > 0, total, 1)
 
 
+def weights_of_queries(attention: Attention, past: Past, queries: Float[Array, "H p"]) -> Float[Array, "H n"]:
+    """alpha of the plain queries q: softmax of the logits over the visible past, all zero when the past is empty."""
+    seen = attention.seen_queries(queries, past.position)[..., None]
+    return softmax_weights(seen, jnp.swapaxes(past.keys, 1, 2), past.visible[:, None], attention.cap)[..., 0]
+
+
 def attention_weights(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, "H n"]:
     """alpha_i: softmax of the logits over the visible past, zero elsewhere and all zero when the past is empty."""
-    queries = attention.query @ embedding / math.sqrt(attention.head_size)
-    return softmax_weights(queries[..., None], jnp.swapaxes(past.keys, 1, 2), past.visible[:, None])[..., 0]
+    return weights_of_queries(attention, past, attention.plain_queries(embedding))
+
+
+def logit_slopes(attention: Attention, past: Past, queries: Float[Array, "H p"]) -> Float[Array, "H n p"]:
+    """g_s = d logit_s / d q of each head at the plain queries q: k_s / sqrt(p) where nothing stands in between."""
+    if attention.is_bilinear:
+        return attention.scale * past.keys
+
+    def logits(query: Float[Array, " p"], keys: Float[Array, "n p"]) -> Float[Array, " n"]:
+        return capped(keys @ attention.seen_queries(query[None], past.position)[0], attention.cap)
+
+    return jax.vmap(jax.jacfwd(logits))(queries, past.keys)
 
 
 def weighted_mean(weights: Float[Array, " n"], x: Float[Array, "n a"]) -> Float[Array, " a"]:
@@ -177,13 +349,14 @@ def weighted_mean(weights: Float[Array, " n"], x: Float[Array, "n a"]) -> Float[
 def weighted_covariance(
     weights: Float[Array, " n"], x: Float[Array, "n a"], y: Float[Array, "n b"]
 ) -> Float[Array, "a b"]:
-    """Cov under the weights of the rows of x with the rows of y, centred first so that nothing cancels."""
+    """Cov under the weights of the rows of x with the rows of y, centred first so that nothing cancels.
+
+    Rows are taken relative to the one of the largest weight before they are centred: rows that coincide with it, or
+    nearly, then lose no digits to a mean that is rounded.
+    """
+    heaviest = jnp.argmax(weights)
+    x, y = x - x[heaviest][None], y - y[heaviest][None]
     centred_x = x - weighted_mean(weights, x)[None]
     centred_y = y - weighted_mean(weights, y)[None]
     # Weights first: where they are 0, the product of two large numbers may not be finite.
     return (weights[:, None] * centred_x).T @ centred_y
-
-
-def past_masks(length: int) -> Bool[Array, "n n"]:
-    """Row i marks the strict past s < i."""
-    return jnp.tril(jnp.ones((length, length), bool), k=-1)

@@ -13,7 +13,6 @@ everywhere.
 Proof: docs/claims/certified-radius.md.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -22,8 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer._precision import in_float32_at_least
-from prob_transformer._validation import require_embeddings
-from prob_transformer.attention import Attention, Past, attention_weights, weighted_covariance
+from prob_transformer.attention import (
+    Attention,
+    Past,
+    attention_weights,
+    logit_slopes,
+    require_joint,
+    weighted_covariance,
+)
 from prob_transformer.change_of_variables import jacobian_block_at, over_positions
 
 # Halvings of the interval that holds the radius; the lower end is returned.
@@ -55,7 +60,8 @@ def _last_below(
 def certified_radius_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, ""]:
     """The certified radius of one position given its past; the bounds of the module docstring."""
     weights = attention_weights(attention, past, embedding)
-    gradients = jnp.einsum("hpd,hsp->hsd", attention.query, past.keys) / math.sqrt(attention.head_size)
+    slopes = logit_slopes(attention, past, attention.plain_queries(embedding))
+    gradients = jnp.einsum("hpd,hsp->hsd", attention.query, slopes)
     value_diameter, reach = (jax.vmap(_diameter, (0, None))(x, past.visible) for x in (past.values, gradients))
     spectral_norm = jax.vmap(lambda w, x: jnp.linalg.norm(weighted_covariance(w, x, x), ord=2))
     # A weight that underflowed is not zero: what it may hide is added back, or c = 0 would certify everything.
@@ -89,7 +95,7 @@ def certified_radius_at(attention: Attention, past: Past, embedding: Float[Array
     if attention.value is None:
         # Identity values and x^T A x <= 0: det J >= 1 everywhere (docs/claims/safe-region.md).
         interaction = attention.interaction[0]
-        entered = jnp.linalg.norm(attention.query) * jnp.linalg.norm(attention.key) / math.sqrt(attention.head_size)
+        entered = jnp.linalg.norm(attention.query) * jnp.linalg.norm(attention.key) * attention.scale
         never |= jnp.linalg.eigvalsh(interaction + interaction.T)[-1] <= -rounding * entered
     return jnp.where(never, jnp.inf, jnp.maximum(by_norm, by_change))
 
@@ -109,4 +115,4 @@ def certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) 
     arithmetic, computed in that of the embeddings.
     Raises as `residual_and_log_det`. Equation: module docstring; ours, theory section 4 asks for it.
     """
-    return _certified_radius(attention, require_embeddings("embeddings", embeddings, attention.width))
+    return _certified_radius(attention, require_joint("embeddings", embeddings, attention))

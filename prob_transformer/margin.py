@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from prob_transformer._precision import in_float32_at_least
-from prob_transformer._validation import require_count, require_embeddings
-from prob_transformer.attention import Attention, Past, attention_weights, weighted_mean
+from prob_transformer._validation import require_count
+from prob_transformer.attention import Attention, Past, attention_weights, require_joint, weighted_mean
 from prob_transformer.change_of_variables import jacobian_block, residual_and_log_det
 
 MarginKind = Literal["determinant", "conditioning"]
@@ -67,14 +67,13 @@ def _variance_share_at(attention: Attention, past: Past, embedding: Float[Array,
 def _closest_positions(
     attention: Attention, embeddings: Float[Array, "... n d"], margins: Float[Array, "... n"], k: int
 ) -> SupportTokens:
-    length = embeddings.shape[-2]
     positions = jnp.argsort(jnp.abs(margins), axis=-1, stable=True)[..., :k]
 
     def one_sequence(sequence: Float[Array, "n d"], chosen: Int[Array, " k"]) -> Float[Array, "k n"]:
         past = Past.of(attention, sequence)
 
         def one_position(position: Int[Array, ""]) -> Float[Array, " n"]:
-            return _variance_share_at(attention, past.seen_by(jnp.arange(length) < position), sequence[position])
+            return _variance_share_at(attention, past.before(attention, position), sequence[position])
 
         return jax.vmap(one_position)(chosen)
 
@@ -104,5 +103,5 @@ def support_tokens(
     Closest means smallest |margin|, which for the determinant is the largest barrier b_i; a negative margin stays
     visible in `margins`. Ties go to the earlier position. Raises ValueError if k is not between 1 and n.
     """
-    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    embeddings = require_joint("embeddings", embeddings, attention)
     return closest_positions(attention, embeddings, stability_margin(attention, embeddings, kind), k)

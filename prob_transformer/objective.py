@@ -18,8 +18,8 @@ import jax.scipy.stats as jstats
 from jaxtyping import Array, Float, Int, PyTree
 
 from prob_transformer._precision import in_float32_at_least
-from prob_transformer._validation import require_embeddings, require_floating, require_positive
-from prob_transformer.attention import Attention
+from prob_transformer._validation import require_floating, require_positive
+from prob_transformer.attention import Attention, require_joint
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.token_model import (
     Decoder,
@@ -61,7 +61,7 @@ def map_objective(
     require_objective(objective)
     require_barrier_weight(barrier_weight)
     tokens = require_tokens(tokens)
-    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    embeddings = require_joint("embeddings", embeddings, attention)
     if tokens.shape != embeddings.shape[:-1]:
         raise ValueError(f"tokens: has shape {tokens.shape}; pass {embeddings.shape[:-1]}, one token a position.")
     residual, _, log_det = residual_and_log_det(attention, embeddings)

@@ -22,7 +22,7 @@ from numpyro.distributions.util import validate_sample
 from prob_transformer import accelerated
 from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import is_concrete, require_count, require_floating, require_positive
-from prob_transformer.attention import Attention, Past
+from prob_transformer.attention import Attention, Past, require_attention
 from prob_transformer.change_of_variables import ResidualAndLogDet, residual_and_log_det, residual_and_log_det_at
 from prob_transformer.transform import CausalAttentionTransform, Solution, raise_unless_converged
 
@@ -73,8 +73,7 @@ class EmbeddingProcess(dist.Distribution):
         path: PathName = "reference",
         validate_args: bool | None = None,
     ):
-        if not isinstance(attention, Attention):
-            raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
+        require_attention(attention)
         require_count("length", length, 2, "the first position has no past to attend to")
         noise_scale = require_floating("noise_scale", noise_scale)
         first_scale = require_floating("first_scale", first_scale)
@@ -145,7 +144,7 @@ class EmbeddingProcess(dist.Distribution):
             raise ValueError(f"embedding: has shape {embedding.shape}; pass (d,) = ({self.attention.width},).")
         if past.visible.shape != (self.length,):
             raise ValueError(f"past: holds {past.visible.shape} positions; start from empty_past(), ({self.length},).")
-        position = past.visible.sum()
+        position = past.position
         full = "past: is full; make the process with a larger length."
         if is_concrete(position):
             if int(position) >= self.length:
@@ -154,4 +153,4 @@ class EmbeddingProcess(dist.Distribution):
             position = eqx.error_if(position, position >= self.length, full)
         residual, _, log_det = residual_and_log_det_at(self.attention, past, embedding)
         scale = jnp.where(position == 0, self.first_scale, self.noise_scale)
-        return _normal_log_density(residual, scale) + log_det, past.write(self.attention, position, embedding)
+        return _normal_log_density(residual, scale) + log_det, past.write(self.attention, embedding)

@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from prob_transformer._validation import is_concrete, require_count, require_embeddings
-from prob_transformer.attention import Attention, Past
+from prob_transformer._validation import is_concrete, require_count
+from prob_transformer.attention import Attention, Past, require_attention, require_joint
 from prob_transformer.change_of_variables import ResidualAndLogDet, residual_and_log_det, residual_and_log_det_at
 
 CONTINUATION_STEPS = 16
@@ -144,13 +144,12 @@ def _solve(attention: Attention, noise: Float[Array, "... n d"], continuation_st
     length, width = noise.shape[-2:]
 
     def one_sequence(sequence: Float[Array, "n d"]) -> Solution:
-        def step(past: Past, inputs: tuple[Array, Array]) -> tuple[Past, tuple[Array, Array]]:
-            position, noise_here = inputs
+        def step(past: Past, noise_here: Float[Array, " d"]) -> tuple[Past, tuple[Array, Array]]:
             u, status = solve_position(attention, past, noise_here, continuation_steps)
-            return past.write(attention, position, u), (u, status)
+            return past.write(attention, u), (u, status)
 
         empty = Past.empty(attention, length, sequence.dtype)
-        _, (embeddings, status) = jax.lax.scan(step, empty, (jnp.arange(length), sequence))
+        _, (embeddings, status) = jax.lax.scan(step, empty, sequence)
         return Solution(embeddings, status)
 
     flat = jax.vmap(one_sequence)(noise.reshape(-1, length, width))
@@ -204,15 +203,14 @@ class CausalAttentionTransform(Transform):
     codomain = constraints.real_matrix
 
     def __init__(self, attention: Attention, continuation_steps: int = CONTINUATION_STEPS):
-        if not isinstance(attention, Attention):
-            raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
+        require_attention(attention)
         require_count("continuation_steps", continuation_steps, 1, "1 solves directly from the noise")
         self.attention = attention
         self.continuation_steps = continuation_steps
 
     def solve(self, noise: Float[Array, "... n d"]) -> Solution:
         """Embeddings and a `SolveStatus` code for every position, never an error for a root that was not found."""
-        noise = require_embeddings("noise", noise, self.attention.width)
+        noise = require_joint("noise", noise, self.attention)
         return _solve(self.attention, noise, self.continuation_steps)
 
     def __call__(self, x: Float[Array, "... n d"]) -> Float[Array, "... n d"]:

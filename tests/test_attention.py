@@ -5,11 +5,11 @@ import pytest
 from jax.experimental import checkify
 from scipy.special import softmax
 
+from prob_transformer import CausalAttentionTransform, EmbeddingProcess, accelerated, residual_and_log_det
 from prob_transformer.attention import (
     Attention,
     Past,
     attention_weights,
-    past_masks,
     weighted_covariance,
     weighted_mean,
 )
@@ -21,7 +21,7 @@ def random_attention(rng, heads=2, size=3, width=4, values=True):
 
 
 def weights_at(attention, embeddings, position):
-    past = Past.of(attention, embeddings, jnp.arange(len(embeddings)) < position)
+    past = Past.of(attention, embeddings, position)
     return attention_weights(attention, past, embeddings[position])
 
 
@@ -58,7 +58,7 @@ def test_weights_that_underflow_stay_finite_with_finite_gradients():
     past = jnp.array([[1.0], [-1.0], [0.5]])
 
     def largest(u):
-        return attention_weights(attention, Past.of(attention, past, jnp.array([True, True, False])), u)[0, 0]
+        return attention_weights(attention, Past.of(attention, past, 2), u)[0, 0]
 
     for u in (-1e3, 0.0, 1e3):
         weight, slope = jax.value_and_grad(largest)(jnp.array([u]))
@@ -71,7 +71,7 @@ def test_weights_that_underflow_stay_finite_with_finite_gradients():
 def test_logits_far_below_zero_beside_a_hidden_row_keep_their_weights():
     # exp(-1000) is 0: the largest visible logit must be taken out first, and the hidden row's 0 must not count as one.
     attention = Attention(jnp.full((1, 1, 1), 1e3), jnp.ones((1, 1, 1)))
-    past = Past.of(attention, jnp.array([[-1.0], [-1.001], [0.0]]), jnp.array([True, True, False]))
+    past = Past.of(attention, jnp.array([[-1.0], [-1.001], [0.0]]), 2)
     weights = attention_weights(attention, past, jnp.ones(1))[0]
     np.testing.assert_allclose(weights, [*softmax([-1000.0, -1001.0]), 0.0], rtol=1e-12)
 
@@ -81,10 +81,9 @@ def test_hidden_rows_change_nothing_not_even_when_huge():
     attention, embeddings = random_attention(rng), rng.normal(size=(4, 4))
     spoiled = embeddings.copy()
     spoiled[3] = 1e200
-    visible = jnp.array([True, True, True, False])
     u = jnp.asarray(rng.normal(size=4))
-    plain = attention_weights(attention, Past.of(attention, jnp.asarray(embeddings), visible), u)
-    with_spoiled = attention_weights(attention, Past.of(attention, jnp.asarray(spoiled), visible), u)
+    plain = attention_weights(attention, Past.of(attention, jnp.asarray(embeddings), 3), u)
+    with_spoiled = attention_weights(attention, Past.of(attention, jnp.asarray(spoiled), 3), u)
     np.testing.assert_array_equal(plain, with_spoiled)
 
 
@@ -111,17 +110,20 @@ def test_covariance_of_a_single_token_is_exactly_zero():
     assert weighted_covariance(weights, x, x)[0, 0] == 0.0
 
 
-def test_past_masks_are_strictly_lower_triangular():
-    masks = past_masks(4)
-    assert [[bool(masks[i, s]) for s in range(4)] for i in range(4)] == [[s < i for s in range(4)] for i in range(4)]
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_a_position_sees_its_strict_past_within_the_window(window):
+    attention = Attention(np.ones((1, 2, 3)), np.ones((1, 2, 3)), window=window)
+    found = attention.sees(jnp.arange(5)[:, None], jnp.arange(5))
+    reach = 5 if window is None else window
+    np.testing.assert_array_equal(found, [[s < i and i - s < reach for s in range(5)] for i in range(5)])
 
 
 def test_writing_one_position_equals_building_the_cache_at_once():
     rng = np.random.default_rng(6)
     attention, embeddings = random_attention(rng), jnp.asarray(rng.normal(size=(3, 4)))
     past = Past.empty(attention, 3)
-    for position in range(3):
-        past = past.write(attention, position, embeddings[position])
+    for embedding in embeddings:
+        past = past.write(attention, embedding)
     for grown, whole in zip(jax.tree.leaves(past), jax.tree.leaves(Past.of(attention, embeddings)), strict=True):
         np.testing.assert_allclose(grown, whole, atol=1e-15)
 
@@ -129,11 +131,12 @@ def test_writing_one_position_equals_building_the_cache_at_once():
 def test_writing_indexes_nothing_out_of_bounds():
     # JAX clamps such an index without a word; checkify names it.
     attention = random_attention(np.random.default_rng(9))
-    write = checkify.checkify(Past.empty(attention, 3).write, errors=checkify.index_checks)
-    for position in range(3):
-        error, _ = write(attention, position, jnp.ones(4))
+    write = checkify.checkify(lambda past: past.write(attention, jnp.ones(4)), errors=checkify.index_checks)
+    past = Past.empty(attention, 3)
+    for _ in range(3):
+        error, past = write(past)
         error.throw()
-    error, _ = write(attention, 3, jnp.ones(4))
+    error, _ = write(past)
     assert "out-of-bounds" in error.get()
 
 
@@ -163,6 +166,18 @@ def test_float32_stays_float32():
     assert attention_weights(attention, past, jnp.ones(2, jnp.float32)).dtype == jnp.float32
 
 
+def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
+    attention, u = Attention(np.ones((2, 2, 3)), np.ones((2, 2, 3))), np.ones((4, 3))
+    for joint in (
+        lambda: residual_and_log_det(attention, u),
+        lambda: accelerated.residual_and_log_det(attention, u),
+        lambda: EmbeddingProcess(attention, 4),
+        lambda: CausalAttentionTransform(attention),
+    ):
+        with pytest.raises(ValueError, match="value: is None with H = 2 heads"):
+            joint()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -171,14 +186,13 @@ def test_float32_stays_float32():
         ({"query": np.ones((1, 2, 3, 4)), "key": np.ones((1, 2, 3, 4))}, r"query: has shape \(1, 2, 3, 4\)"),
         ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 1, 3))}, r"key: has shape \(1, 1, 3\); pass the shape"),
         ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 3, 3))}, r"key: has shape \(1, 3, 3\); pass the shape"),
-        ({"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3))}, "value: is None with H = 2 heads"),
         (
             {"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3)), "value": np.ones((1, 3, 3))},
-            r"value: has shape \(1, 3, 3\); pass \(H, d, d\)",
+            r"value: has shape \(1, 3, 3\); pass \(G, v, d\)",
         ),
         (
             {"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3)), "value": np.ones((3, 3, 3))},
-            r"value: has shape \(3, 3, 3\); pass \(H, d, d\)",
+            r"value: has shape \(3, 3, 3\); pass \(G, v, d\)",
         ),
         ({"query": np.full((1, 2, 3), np.nan), "key": np.ones((1, 2, 3))}, "query: contains NaN or inf"),
         ({"query": np.ones((1, 2, 3)), "key": np.full((1, 2, 3), np.inf)}, "key: contains NaN or inf"),

@@ -23,35 +23,25 @@ _MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margin.py", "certified_radius.py", "obj
 
 MISTAKES: tuple[Mistake, ...] = (
     # attention
+    _mistake("self-inclusion", _ATTENTION, "(distance > 0) & recent", "(distance >= 0) & recent"),
+    _mistake("off-by-one mask", _ATTENTION, "(distance > 0) & recent", "(distance > 1) & recent"),
+    _mistake("future seen", _ATTENTION, "(distance > 0) & recent", "(distance != 0) & recent"),
     _mistake(
-        "self-inclusion",
-        _ATTENTION,
-        "jnp.tril(jnp.ones((length, length), bool), k=-1)",
-        "jnp.tril(jnp.ones((length, length), bool), k=0)",
-    ),
-    _mistake(
-        "off-by-one mask",
-        _ATTENTION,
-        "jnp.tril(jnp.ones((length, length), bool), k=-1)",
-        "jnp.tril(jnp.ones((length, length), bool), k=-2)",
-    ),
-    _mistake(
-        "future seen", _ATTENTION, "jnp.tril(jnp.ones((length, length), bool), k=-1)", "~jnp.eye(length, dtype=bool)"
-    ),
-    _mistake(
-        "1/sqrt(p) missing in the logits",
-        _ATTENTION,
-        "attention.query @ embedding / math.sqrt(attention.head_size)",
-        "attention.query @ embedding",
+        "1/sqrt(p) missing in the logits", _ATTENTION, "return self.scale * self._turned(", "return self._turned("
     ),
     _mistake(
         "A transposed: query and key swapped in the logits",
         _ATTENTION,
-        'keys = jnp.einsum("hpd,sd->hsp", attention.key, embeddings)',
-        'keys = jnp.einsum("hpd,sd->hsp", attention.query, embeddings)',
-        ("queries = attention.query @ embedding", "queries = attention.key @ embedding"),
+        'jnp.einsum("gpd,...d->g...p", self.key, inputs)',
+        'jnp.einsum("gpd,...d->g...p", self.query, inputs)',
+        ('jnp.einsum("hpd,...d->h...p", self.query, inputs)', 'jnp.einsum("hpd,...d->h...p", self.key, inputs)'),
     ),
-    _mistake("values ignored", _ATTENTION, "identity = attention.value is None", "identity = True"),
+    _mistake(
+        "values ignored",
+        _ATTENTION,
+        "if self.value is None:\n            return jnp.broadcast",
+        "if True:\n            return jnp.broadcast",
+    ),
     _mistake(
         "values seen through the keys",
         _ATTENTION,
@@ -68,7 +58,7 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake(
         "weights taken for constants in the gradient",
         _ATTENTION,
-        "exponent = _moving_with(transposed(keys) @ queries, jnp.where(is_largest, 0, below))",
+        "exponent = _moving_with(capped(transposed(keys) @ queries, cap), jnp.where(is_largest, 0, below))",
         "exponent = jnp.where(is_largest, 0, below)",
     ),
     _mistake(
@@ -107,22 +97,19 @@ MISTAKES: tuple[Mistake, ...] = (
         "J = I + M", _CHANGE, "shape[0], dtype=low_rank.dtype) - low_rank", "shape[0], dtype=low_rank.dtype) + low_rank"
     ),
     _mistake(
-        "1/sqrt(p) missing in the derivative",
-        _CHANGE,
-        "past.query_values, past.keys) / math.sqrt(attention.head_size)",
-        "past.query_values, past.keys)",
+        "1/sqrt(p) missing in the derivative", _ATTENTION, "return attention.scale * past.keys", "return past.keys"
     ),
     _mistake(
         "heads one by one",
         _CHANGE,
-        "return jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)",
+        "return jnp.moveaxis(blocks, 0, 1).reshape(queries.size, queries.size)",
         "return jax.scipy.linalg.block_diag(*(b[h * b.shape[1] :][: b.shape[1]] for h, b in enumerate(blocks)))",
     ),
     _mistake(
         "heads in the wrong axis",
         _CHANGE,
-        "jnp.moveaxis(blocks, 0, 1).reshape(rank, rank)",
-        "blocks.reshape(rank, rank)",
+        "jnp.moveaxis(blocks, 0, 1).reshape(queries.size, queries.size)",
+        "blocks.reshape(queries.size, queries.size)",
     ),
     _mistake(
         "sign of the determinant lost",
@@ -136,7 +123,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "residual = embedding - jnp.einsum",
         "residual = embedding + jnp.einsum",
     ),
-    _mistake("Jacobian block transposed", _CHANGE, "- covariances.sum(axis=0)", "- covariances.sum(axis=0).T"),
+    _mistake("Jacobian block transposed", _CHANGE, '"hdp,hpe->de"', '"hdp,hpe->ed"'),
     # process and transform
     _mistake(
         "first token with the noise of the others",
@@ -165,7 +152,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "jnp.where(position == 0, self",
         "jnp.where(position >= 0, self",
     ),
-    _mistake("noise of unit size sampled", _PROCESS, "solve(noise * self._scales()[..., None])", "solve(noise)"),
+    _mistake("noise of unit size sampled", _PROCESS, "solve(noise * scales)", "solve(noise)"),
     _mistake(
         "transform's log-determinant of the inverse",
         "transform.py",

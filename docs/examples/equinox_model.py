@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prob_transformer.decoder import DecoderAttention, barrier_penalty, decoder_margins
+from prob_transformer import Attention
+from prob_transformer.decoder import barrier_penalty, decoder_margins
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 16, 2, 2, 24, 8
 TEXT = (
@@ -74,7 +75,7 @@ class Decoder(eqx.Module):
 # %%
 def attention_layer(block):
     query, key = (projection.weight for projection in (block.attention.query_proj, block.attention.key_proj))
-    return DecoderAttention(query.reshape(HEADS, -1, WIDTH), key.reshape(HEADS, -1, WIDTH))
+    return Attention(query.reshape(HEADS, -1, WIDTH), key.reshape(HEADS, -1, WIDTH))
 
 
 def layers_of(model, inputs):

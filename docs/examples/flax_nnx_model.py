@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from prob_transformer.decoder import DecoderAttention, barrier_penalty, decoder_margins
+from prob_transformer import Attention
+from prob_transformer.decoder import barrier_penalty, decoder_margins
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 16, 2, 2, 24, 8
 TEXT = (
@@ -63,7 +64,7 @@ class Decoder(nnx.Module):
 # %%
 def attention_layer(block):
     query, key = block.attention.query, block.attention.key
-    return DecoderAttention(
+    return Attention(
         query.kernel[...].transpose(1, 2, 0),
         key.kernel[...].transpose(1, 2, 0),
         query_bias=query.bias[...],

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer.decoder import DecoderAttention, layer_margins
+from prob_transformer import Attention
+from prob_transformer.decoder import layer_margins
 from prob_transformer.decoder_models.model import Decoder, attention_logits
 
 READINGS = ("strict", "inclusive")
@@ -42,7 +43,7 @@ class Passage(NamedTuple):
     negative: dict[str, Float[np.ndarray, "L H"]]
 
 
-class Attention(NamedTuple):
+class Weights(NamedTuple):
     """Of each head and position (H, n): entropy of its weights in nats, and log(1 - alpha_ii), -inf at the first."""
 
     entropy: Float[Array, "H n"]
@@ -50,13 +51,13 @@ class Attention(NamedTuple):
 
 
 @jax.jit
-def attention(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> Attention:
+def attention(layer: Attention, inputs: Float[Array, "n d"]) -> Weights:
     """How each position attends to its past and itself, as the model computes it."""
     logs = jax.nn.log_softmax(attention_logits(layer, inputs), axis=-1)
     visible = logs > -jnp.inf
     entropy = -jnp.where(visible, jnp.exp(logs) * jnp.where(visible, logs, 0), 0).sum(-1)
     # Not log(1 - alpha_ii), which has no digits left where a position attends to itself alone.
-    return Attention(entropy, jax.nn.logsumexp(logs, axis=-1, where=~jnp.eye(logs.shape[-1], dtype=bool)))
+    return Weights(entropy, jax.nn.logsumexp(logs, axis=-1, where=~jnp.eye(logs.shape[-1], dtype=bool)))
 
 
 @jax.jit
@@ -118,7 +119,7 @@ def measure(decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws
     return Passage({name: np.asarray(x, np.float64) for name, x in figures.items()}, negative)
 
 
-def layer_figures(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> dict[str, Float[np.ndarray, "H n"]]:
+def layer_figures(layer: Attention, inputs: Float[Array, "n d"]) -> dict[str, Float[np.ndarray, "H n"]]:
     """Sign, log|det J_i| in nats under both readings, entropy and past share, of every head and position."""
     attended = attention(layer, inputs)
     found = {"entropy": np.asarray(attended.entropy), PAST_SHARE: np.asarray(attended.past_share)}

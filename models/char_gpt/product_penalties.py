@@ -12,7 +12,6 @@ attention itself:
 Both are 0 at the first two positions. Source: ours.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -20,22 +19,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from prob_transformer.attention import Attention, Past, attention_weights
+from prob_transformer.attention import Attention, Past, logit_slopes, weights_of_queries
 from prob_transformer.change_of_variables import low_rank_at, over_positions
 
 
 def trace_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, ""]:
     """tr M_i of one position given its past."""
-    weights = attention_weights(attention, past, embedding)
+    queries = attention.plain_queries(embedding)
+    weights = weights_of_queries(attention, past, queries)
     heads, head_size = attention.heads, attention.head_size
     values = jnp.einsum("hshp->hsp", past.query_values.reshape(heads, -1, heads, head_size))
     centred = values - jnp.einsum("hs,hsp->hp", weights, values)[:, None]
-    return jnp.einsum("hs,hsp,hsp->", weights, centred, past.keys) / math.sqrt(head_size)
+    return jnp.einsum("hs,hsp,hsp->", weights, centred, logit_slopes(attention, past, queries))
 
 
 def squared_norm_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, ""]:
     """|R L_i|_F^2 of one position given its past."""
-    return jnp.square(low_rank_at(attention, past, attention_weights(attention, past, embedding))).sum()
+    queries = attention.plain_queries(embedding)
+    return jnp.square(low_rank_at(attention, past, queries, weights_of_queries(attention, past, queries))).sum()
 
 
 PENALTY_AT: dict[str, Callable[[Attention, Past, Float[Array, " d"]], Float[Array, ""]]] = {

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._precision import in_float32_at_least
-from prob_transformer._validation import require_embeddings
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.accelerated.log_det import log_det, log_det_total, subsampled_log_det_total
-from prob_transformer.attention import Attention
+from prob_transformer.attention import Attention, require_joint
 
 
 class MeanBarrier(NamedTuple):
@@ -36,7 +35,7 @@ def barrier(
     attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
 ) -> Float[Array, "... n"]:
     """b_i = -log|det J_i| in nats at every position, as `prob_transformer.barrier`. Raises as that function."""
-    return _barrier(attention, require_embeddings("embeddings", embeddings, attention.width), tiling)
+    return _barrier(attention, require_joint("embeddings", embeddings, attention), tiling)
 
 
 @partial(jax.jit, static_argnums=1, inline=True)

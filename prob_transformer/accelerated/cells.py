@@ -1,9 +1,10 @@
 """What the accelerated path works on: attentions with positions in the last axis, and how a sweep over them is cut."""
 
-import math
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,14 +19,12 @@ class Tiling(NamedTuple):
 
     Sums and determinants stay in the type of the inputs whatever the products are made in ("bfloat16", or None for
     the inputs' own). `group_bytes` bounds the moments alive at once and with them how many cells are swept together.
-    With `window` w position i sees s > i - w only: chunks outside of it are not touched.
     """
 
     block: int = 128
     chunk: int = 128
     product_dtype: str | None = None
     group_bytes: int = 2**21
-    window: int | None = None
 
     def fitted(self, length: int) -> "Tiling":
         """The tiling for sequences of this length: no block larger than the sequence needs. Raises ValueError."""
@@ -68,27 +67,67 @@ class QueryMap(NamedTuple):
         return x
 
 
-class Cells(NamedTuple):
+class Cells(eqx.Module):
     """Queries, keys (..., H, p, n) and values seen through the queries W_Q V u_s (..., H, Hp, n), positions last.
 
-    Queries and keys are what the logits are products of, turned and normed; `query_map` is None where that is nothing.
+    Queries, keys and features are as the sweep multiplies them: logits are queries . keys, and determinants those of
+    I - Cov(features, keys) B. So both queries and features have the scale of the logits in them; queries and keys are
+    normed and turned, features are not. `query_map` is B, or None where it is the identity. With `window` w position i
+    sees s > i - w only.
     """
 
     queries: Float[Array, "... H p n"]
     keys: Float[Array, "... H p n"]
     features: Float[Array, "... H Hp n"]
     query_map: QueryMap | None = None
+    window: int | None = eqx.field(static=True, default=None)
 
     @classmethod
     def of(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":
         """The cell of one attention and each sequence (..., n, d); heads are joint, as in the process."""
-        queries = jnp.einsum("hpd,...nd->...hpn", attention.query, embeddings)
-        keys = jnp.einsum("hpd,...nd->...hpn", attention.key, embeddings)
+        cells = cls._of_heads(attention, embeddings)
         if attention.value is None:
-            return cls(queries, keys, queries)
-        stacked_query = attention.query.reshape(-1, attention.width)
-        through = jnp.einsum("rd,hde->hre", stacked_query, attention.value)
-        return cls(queries, keys, jnp.einsum("hre,...ne->...hrn", through, embeddings))
+            return cells
+        stacked_query = attention.scale * attention.query.reshape(-1, attention.width)
+        through = attention.value_maps(stacked_query)
+        return dataclasses.replace(cells, features=jnp.einsum("hrd,...nd->...hrn", through, embeddings))
+
+    @classmethod
+    def of_heads_alone(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":
+        """A cell (..., H, 1, p, n) for every sequence and head, each alone and with identity values."""
+        cells = cls._of_heads(attention, embeddings)
+        query_map = cells.query_map
+        if query_map is not None:
+            angles, gain, direction = query_map
+            if angles is not None:
+                angles = jnp.broadcast_to(angles[..., None, :, :], (*cells.keys.shape[:-2], *angles.shape[-2:]))
+            alone = (None if x is None else x[..., None, :, :] for x in (gain, direction))
+            query_map = QueryMap(angles, *alone)
+        each = (x[..., None, :, :] for x in (cells.queries, cells.keys, cells.features))
+        return cls(*each, query_map, attention.window)
+
+    @classmethod
+    def _of_heads(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":
+        if attention.cap is not None:
+            raise ValueError(
+                "attention: has a cap, which the blocked implementation does not cover; use the reference."
+            )
+        rotary, norm = attention.rotary, attention.query_norm
+        positions = jnp.arange(embeddings.shape[-2])
+        plain = attention.plain_queries(embeddings)
+
+        def last(x: Float[Array, "H ... n p"]) -> Float[Array, "... H p n"]:
+            return jnp.moveaxis(x if rotary is None else rotary.halves_first(x), (0, -2), (-3, -1))
+
+        queries = last(attention.seen_queries(plain, positions))
+        keys = last(attention.seen_keys(attention.plain_keys(embeddings), positions)[attention.group_of_head])
+        query_map = None
+        if rotary is not None or norm is not None:
+            query_map = QueryMap(
+                None if rotary is None else rotary.angles(positions, plain.dtype, embeddings.shape[:-2]),
+                *((None, None) if norm is None else (last(x) for x in norm.slope(plain))),
+            )
+        return cls(queries, keys, attention.scale * last(plain), query_map, attention.window)
 
     @property
     def length(self) -> int:
@@ -100,21 +139,24 @@ class Cells(NamedTuple):
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), self)
 
 
-class Rows(NamedTuple):
+class Rows(eqx.Module):
     """Cells as the sweep reads them: queries (..., H, p, n), and features above keys, (..., H, Hp + p, n)."""
 
     queries: Float[Array, "... H p n"]
     attended: Float[Array, "... H Hp+p n"]
     query_map: QueryMap | None = None
+    window: int | None = eqx.field(static=True, default=None)
 
     @classmethod
     def of(cls, cells: Cells) -> "Rows":
-        return cls(cells.queries, jnp.concatenate([cells.features, cells.keys], -2), cells.query_map)
+        attended = jnp.concatenate([cells.features, cells.keys], -2)
+        return cls(cells.queries, attended, cells.query_map, cells.window)
 
     def cells(self) -> Cells:
         """Undoes `of`."""
         rank = self.attended.shape[-2] - self.queries.shape[-2]
-        return Cells(self.queries, self.attended[..., rank:, :], self.attended[..., :rank, :], self.query_map)
+        features, keys = self.attended[..., :rank, :], self.attended[..., rank:, :]
+        return Cells(self.queries, keys, features, self.query_map, self.window)
 
     @property
     def length(self) -> int:
@@ -122,9 +164,12 @@ class Rows(NamedTuple):
 
 
 def padded(tiling: Tiling, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-    """Zeros after the last position up to a whole chunk: nobody's past, and cut off again from every result."""
+    """The last position again up to a whole chunk: nobody's past, and cut off again from every result.
+
+    Zeros would lie far from tokens that are far from the origin, and spoil the centre of their block.
+    """
     extra = -x.shape[-1] % tiling.chunk
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)], mode="edge")
 
 
 def group_size(tiling: Tiling, rows: Rows) -> int:
@@ -147,8 +192,3 @@ def in_groups(function: Callable[..., Result], tiling: Tiling, rows: Rows, *othe
 
     result = jax.lax.map(one_group, jax.tree.map(split, (rows, *others)))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result)
-
-
-def scaled_queries(queries: Float[Array, "... p n"]) -> Float[Array, "... p n"]:
-    """W_Q u / sqrt(p)."""
-    return queries / math.sqrt(queries.shape[-2])

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from prob_transformer._precision import in_float32_at_least
-from prob_transformer._validation import require_embeddings
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling, padded
 from prob_transformer.accelerated.log_det import log_det
 from prob_transformer.accelerated.sweep import block_weights
-from prob_transformer.attention import Attention
+from prob_transformer.attention import Attention, require_joint
 from prob_transformer.change_of_variables import ResidualAndLogDet
 
 
@@ -27,14 +26,16 @@ def _blocked_mean(
     queries, keys = padded(tiling, cells.queries), padded(tiling, cells.keys)
     attended = jnp.swapaxes(padded(tiling, jnp.swapaxes(embeddings, 1, 2)), 1, 2)
 
+    values = None if attention.value is None else attention.value_maps(jnp.eye(attention.width, dtype=embeddings.dtype))
+
     # Recomputed in the backward pass: its weights over all keys are what must not be stored.
     @jax.checkpoint
     def one_block(start: Int[Array, ""], queries: Array, keys: Array, attended: Array) -> Float[Array, "c b d"]:
         here = jax.lax.dynamic_slice_in_dim(queries, start, tiling.block, 3)
-        means = jnp.einsum("chsb,csd->chbd", block_weights(here, keys, start), attended)
+        means = jnp.einsum("chsb,csd->chbd", block_weights(here, keys, start, attention.window), attended)
         if attention.value is None:
             return means[:, 0]
-        return jnp.einsum("hde,chbe->cbd", attention.value, means)
+        return jnp.einsum("hde,chbe->cbd", values, means)
 
     starts = jnp.arange(0, attended.shape[1], tiling.block)
     blocks = jax.lax.map(lambda start: one_block(start, queries, keys, attended), starts)
@@ -71,7 +72,7 @@ def residual_and_log_det(
     not defined on the boundary itself, where the sign is 0. Raises ValueError as that function, and for a tiling that
     does not fit.
     """
-    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    embeddings = require_joint("embeddings", embeddings, attention)
     return _residual_and_log_det(attention, embeddings, tiling)
 
 
@@ -80,4 +81,4 @@ def attention_mean(
     attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
 ) -> Float[Array, "... n d"]:
     """mu_i at every position, as `prob_transformer.attention_mean`. Raises as `residual_and_log_det`."""
-    return _attention_mean(attention, require_embeddings("embeddings", embeddings, attention.width), tiling)
+    return _attention_mean(attention, require_joint("embeddings", embeddings, attention), tiling)

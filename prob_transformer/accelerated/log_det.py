@@ -90,7 +90,9 @@ def _sweep_values(cells: Cells, tiling: Tiling) -> LogDet:
 
 def _sweep_gradient(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling) -> tuple[LogDet, Cells]:
     tiling = tiling.fitted(cells.length)
-    found = _cut(cells.length, _gradient(tiling)(*_padded(tiling, (Rows.of(cells), scale))))
+    rows = _padded(tiling, Rows.of(cells))
+    scale = jnp.pad(scale, [(0, 0), (0, rows.length - cells.length)])
+    found = _cut(cells.length, _gradient(tiling)(rows, scale))
     return LogDet(found.sign, found.log_det), found.rows.cells()
 
 

@@ -23,11 +23,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._precision import in_float32_at_least
-from prob_transformer._validation import require_count, require_embeddings
+from prob_transformer._validation import require_count
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded
 from prob_transformer.accelerated.change_of_variables import residual_and_log_det
 from prob_transformer.accelerated.sweep import block_small_inverse
-from prob_transformer.attention import Attention
+from prob_transformer.attention import Attention, require_joint
 from prob_transformer.margin import MarginKind, SupportTokens, closest_positions
 
 DEFAULT_STEPS = 16
@@ -86,13 +86,14 @@ def _block_projection(
     weights, (inverse, _, _) = block_small_inverse(tiling, rows, start)
     keys = rows.cells().keys
     heads, size = attention.heads, attention.head_size
-    stacked_query = attention.query.reshape(heads * size, attention.width)
+    stacked_query = attention.scale * attention.query.reshape(heads * size, attention.width)
+    values = None if attention.value is None else attention.value_maps(jnp.eye(attention.width, dtype=keys.dtype))
 
     def centred(scores: Float[Array, "c H n b"]) -> Float[Array, "c H n b"]:
-        return weights * (scores - (weights * scores).sum(-2, keepdims=True)) / math.sqrt(size)
+        return weights * (scores - (weights * scores).sum(-2, keepdims=True))
 
     def through_values(y: Float[Array, "c b d"]) -> Float[Array, "c H b d"]:
-        return y[:, None] if attention.value is None else jnp.einsum("hde,cbd->chbe", attention.value, y)
+        return y[:, None] if values is None else jnp.einsum("hde,cbd->chbe", values, y)
 
     def solve(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
         """J^{-1} y."""
@@ -100,9 +101,9 @@ def _block_projection(
         small = small.reshape(*small.shape[:2], heads, size)
         scores = centred(jnp.einsum("chpn,cbhp->chnb", keys, small))
         attended = jnp.einsum("chnb,cnd->chbd", scores, embeddings)
-        if attention.value is None:
+        if values is None:
             return y + attended[:, 0]
-        return y + jnp.einsum("hde,chbe->cbd", attention.value, attended)
+        return y + jnp.einsum("hde,chbe->cbd", values, attended)
 
     def solve_transposed(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
         """J^{-T} y."""
@@ -152,7 +153,11 @@ def conditioning_margin(
     The key draws the starts; `failure` bounds the probability, at each position, that `lower` is too high. Raises
     ValueError for steps below 1, a failure outside (0, 1), and as `residual_and_log_det`. Equations: module docstring.
     """
-    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    embeddings = require_joint("embeddings", embeddings, attention)
+    if not attention.is_bilinear:
+        raise ValueError(
+            "attention: has rotary positions, a norm or a cap, which the Lanczos steps do not cover; use the reference."
+        )
     require_count("steps", steps, 1, "every step applies the inverse of J once")
     if not 0 < failure < 1:
         raise ValueError(f"failure: got {failure}; pass a probability between 0 and 1.")
@@ -203,6 +208,6 @@ def support_tokens(
     tiling: Tiling = DEFAULT_TILING,
 ) -> SupportTokens:
     """The k positions closest to the boundary, as `prob_transformer.support_tokens`. Raises as `stability_margin`."""
-    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    embeddings = require_joint("embeddings", embeddings, attention)
     margins = stability_margin(attention, embeddings, kind, key=key, tiling=tiling)
     return closest_positions(attention, embeddings, margins, k)

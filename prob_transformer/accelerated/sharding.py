@@ -24,11 +24,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._precision import in_float32_at_least
-from prob_transformer._validation import require_count, require_embeddings
+from prob_transformer._validation import require_count
 from prob_transformer.accelerated.barrier import MeanBarrier, mean_barrier, subsampled_barrier
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.accelerated.change_of_variables import residual_and_log_det
-from prob_transformer.attention import Attention
+from prob_transformer.attention import Attention, require_joint
 from prob_transformer.change_of_variables import ResidualAndLogDet, Result
 
 
@@ -157,6 +157,6 @@ def sharded_residual_and_log_det(
 
     The result stays where it was computed. Raises ValueError as `residual_and_log_det` and `sharded_mean_barrier`.
     """
-    embeddings = require_embeddings("embeddings", embeddings, attention.width)
+    embeddings = require_joint("embeddings", embeddings, attention)
     _require_equal_shards("embeddings", embeddings.shape[:-2], mesh, spec)
     return _residual_and_log_det(attention, embeddings, mesh, spec, tiling)

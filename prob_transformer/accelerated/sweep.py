@@ -2,14 +2,15 @@
 
 A cell is one analysed attention: H heads (one, when heads are looked at alone) on one sequence. With positions last,
 
-    logit_is = q_i . k_s / sqrt(p),    M_i = [Cov_{alpha^h_i}(x^h, k^h)]_h / sqrt(p),    J_i = I - M_i    (Hp x Hp)
+    logit_is = q_i . k_s,    M_i = [Cov_{alpha^h_i}(x^h, k^h)]_h,    J_i = I - M_i B_i    (Hp x Hp)
 
-where x_s are the values seen through the queries (change_of_variables.py). A tile is a block of queries against the
-chunks of keys in their past; chunks above the diagonal are never touched. Per head and chunk three products carry the
-work, each with the a p outer products O_s = (x_s - c)(k_s - c')^T, or as many numbers, on one side:
+where x_s are the values seen through the queries (change_of_variables.py); the scale of the logits is in q and x. A
+tile is a block of queries against the chunks of keys in their past; chunks above the diagonal are never touched. Per
+head and chunk three products carry the work, each with the a p outer products O_s = (x_s - c)(k_s - c')^T, or as many
+numbers, on one side:
 
     moments     E_i  = sum_s alpha_is O_s
-    logits      T_is = <G_i, O_s>           G_i = w_i d(log|det J_i|)/dM_i / sqrt(p) = -w_i J_i^{-T} / sqrt(p)
+    logits      T_is = <G_i, O_s>           G_i = w_i d(log|det J_i|)/dM_i = -w_i (B_i J_i^{-1})^T
     features    W_s  = sum_i alpha_is G_i   so that dx_s = W_s k_s and dk_s = W_s^T x_s
 
 c and c' are the block's average weighted means: the covariance does not depend on them, and taking them off keeps the
@@ -22,19 +23,19 @@ products. With a, b its centred rows and w, m, m' the sums over s != t of alpha_
 
 In the gradient t gets -alpha_t G delta' and -alpha_t G^T delta, and minus the sum of the other logits' slopes. Softmax
 needs sum_s alpha_is T_is, which is <G_i, Cov_i>, so one pass over the chunks suffices. Rotary positions and query norms
-enter through B_i = d q^_i / d q_i alone: J_i = I - M_i B_i. docs/accelerated.md has the derivation.
+enter through B_i = d q^_i / d q_i alone, the identity without them. docs/accelerated.md has the derivation.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer.accelerated.cells import QueryMap, Rows, Tiling, scaled_queries
+from prob_transformer.accelerated.cancellation import has_cancelled, repaired
+from prob_transformer.accelerated.cells import QueryMap, Rows, Tiling
 from prob_transformer.accelerated.elimination import Eliminated, apart, inverse_and_log_det, written_out
 from prob_transformer.attention import softmax_weights
 
@@ -79,7 +80,7 @@ def block_weights(
     """alpha_i of a block of queries over the strict past or its last window - 1 keys, keys first; zero without any."""
     distance = start + jnp.arange(queries.shape[-1]) - jnp.arange(keys.shape[-1])[:, None]
     visible = distance > 0 if window is None else (distance > 0) & (distance < window)
-    return softmax_weights(scaled_queries(queries), keys, visible)
+    return softmax_weights(queries, keys, visible)
 
 
 class _Block(NamedTuple):
@@ -100,7 +101,7 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
         rank = rows.attended.shape[2] - queries.shape[2]
-        weights = block_weights(queries, rows.attended[:, :, rank:], start, tiling.window)
+        weights = block_weights(queries, rows.attended[:, :, rank:], start, rows.window)
         # One but for the first position, whose past is empty.
         share = weights.sum(-1, keepdims=True) / weights.sum((-1, -2), keepdims=True)
         centre = rows.attended @ share
@@ -110,7 +111,7 @@ class _Block(NamedTuple):
         top = jnp.take_along_axis(centred, index, axis=-1)
         rest = centred @ others
         offset = rest - others.sum(-2, keepdims=True) * top
-        first = 0 if tiling.window is None else jnp.maximum(start - tiling.window + 1, 0) // tiling.chunk
+        first = 0 if rows.window is None else jnp.maximum(start - rows.window + 1, 0) // tiling.chunk
         chunks = (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
         return cls(weights, others, top, rest, offset, centre, first, chunks)
 
@@ -126,7 +127,11 @@ class _Block(NamedTuple):
         return attended, lax.dynamic_slice_in_dim(self.others, begin, tiling.chunk, 2)
 
 
-def _covariance(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[Array, "c H Hp p b"]:
+def _covariance(
+    tiling: Tiling, rows: Rows, block: _Block, rank: int
+) -> tuple[Float[Array, "c H Hp p b"], Bool[Array, "c b"]]:
+    """Cov(x^h, k^h), and where it has cancelled."""
+
     def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H products b"]:
         attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk))
         outer = attended[:, :, :rank, None] * attended[:, :, None, rank:]
@@ -137,7 +142,15 @@ def _covariance(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[A
     )
     moments = moments.reshape(*moments.shape[:2], rank, -1, moments.shape[-1])
     from_mean = block.offset[:, :, :rank, None] * block.mean[:, :, None, rank:]
-    return moments - from_mean - block.top[:, :, :rank, None] * block.rest[:, :, None, rank:]
+    covariance = moments - from_mean - block.top[:, :, :rank, None] * block.rest[:, :, None, rank:]
+
+    def largest(x: Float[Array, "c H a b"]) -> Float[Array, "c b"]:
+        return jnp.abs(x).max((1, 2))
+
+    of_mean = largest(block.offset[:, :, :rank]) * largest(block.mean[:, :, rank:])
+    of_top = largest(block.top[:, :, :rank]) * largest(block.rest[:, :, rank:])
+    size = jnp.abs(moments).max((1, 2, 3)) + of_mean + of_top
+    return covariance, has_cancelled(size, covariance)
 
 
 def _mapped(
@@ -157,10 +170,10 @@ def _mapped(
 
 
 def _small_matrix(covariance: Float[Array, "c H Hp p b"]) -> Float[Array, "c Hp Hp b"]:
-    """I - [Cov(x^h, k^h) B^h_i]_h / sqrt(p), heads side by side."""
-    groups, _, rank, size, count = covariance.shape
+    """I - [Cov(x^h, k^h) B^h_i]_h, heads side by side."""
+    groups, _, rank, _, count = covariance.shape
     joined = jnp.moveaxis(covariance, 1, 2).reshape(groups, rank, rank, count)
-    return jnp.eye(rank, dtype=joined.dtype)[None, :, :, None] - joined / math.sqrt(size)
+    return jnp.eye(rank, dtype=joined.dtype)[None, :, :, None] - joined
 
 
 def _pulled(matrices: Float[Array, "c H p Hp k"], attended: Float[Array, "c H Hp+p k"]) -> Float[Array, "c H Hp+p k"]:
@@ -173,7 +186,12 @@ def _pulled(matrices: Float[Array, "c H p Hp k"], attended: Float[Array, "c H Hp
 
 def block_log_det(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> LogDet:
     """Sign and log|det J_i| (c, block) of one block of queries."""
-    _, (_, sign, log_det) = block_small_inverse(tiling, rows, start)
+    queries = _at(rows.queries, start, tiling.block)
+    block = _Block.of(tiling, rows, queries, start)
+    covariance, failed = _covariance(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
+    seen, _ = _mapped(rows, start, tiling.block, covariance)
+    _, sign, log_det = inverse_and_log_det(_small_matrix(seen), start)
+    sign, log_det, _ = repaired(failed, rows, start, sign, log_det)
     return LogDet(sign, log_det)
 
 
@@ -183,7 +201,7 @@ def block_small_inverse(
     """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
-    covariance = _covariance(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
+    covariance, _ = _covariance(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
     seen, _ = _mapped(rows, start, tiling.block, covariance)
     return block.weights, inverse_and_log_det(_small_matrix(seen), start)
 
@@ -196,14 +214,17 @@ def block_log_det_gradient(
     groups, heads, size, count = queries.shape
     rank = heads * size
     block = _Block.of(tiling, rows, queries, start)
-    covariance = _covariance(tiling, rows, block, rank)
+    covariance, failed = _covariance(tiling, rows, block, rank)
     seen, pull_back = _mapped(rows, start, count, covariance)
     inverse, sign, log_det = inverse_and_log_det(_small_matrix(seen), start)
 
     # d log|det J_i| / dM_i is -J_i^{-T}; its rows are features and its columns keys, so the inverse itself has keys
     # first. Factor and scale of each query go to its weights, which are smaller.
+    in_block = jnp.where(failed, 0, scale)[:, None, None]
+    # Where nothing is asked for, the inverse may not exist.
+    inverse = jnp.where(in_block == 0, 0, inverse)
     pull, map_change = pull_back(inverse.reshape(groups, heads, size, rank, count))
-    factor = -scale[:, None, None] / math.sqrt(size)
+    factor = -in_block
     query_map = jax.tree.map(
         lambda x, change: _added(x, start, change * factor.reshape(groups, *(1,) * (x.ndim - 2), count)),
         gradient.query_map,
@@ -223,7 +244,7 @@ def block_log_det_gradient(
         turned = apart(step, lambda: _transposed(attended))
         outer = turned[..., rank:, None] * turned[..., None, :rank]
         products = _product(tiling, outer.reshape(groups, heads, tiling.chunk, -1), pull), turned @ pull_mean
-        slopes = apart(step, lambda: weights * (products[0] - products[1] - average) / math.sqrt(size))
+        slopes = apart(step, lambda: weights * (products[0] - products[1] - average))
         # One large product after the other: run at once, they take the cache from each other.
         slopes, weights = lax.optimization_barrier((slopes, _transposed(weights)))
         pushed = _product(tiling, pull, weights).reshape(groups, heads, size, rank, tiling.chunk)
@@ -239,10 +260,13 @@ def block_log_det_gradient(
     # What token t gets: its own weight, and what the slopes of the others leave, for all slopes sum to zero.
     query_part = query_part - block.top[:, :, rank:] * total
     only_top = block.weights - block.others
-    attended = attended - (pull_offset * factor) @ _transposed(only_top)
-    chosen = jnp.where(only_top > 0, total, 0)
-    attended = attended.at[:, :, rank:].add(-queries @ _transposed(chosen))
-    return LogDetGradient(sign, log_det, Rows(_added(gradient.queries, start, query_part), attended, query_map))
+    top_weight = only_top.sum(-2, keepdims=True)
+    of_top = jnp.concatenate([jnp.zeros_like(pull_offset[:, :, :rank]), queries * total], 2)
+    of_top = of_top / jnp.where(top_weight > 0, top_weight, 1) + pull_offset * factor
+    attended = attended - of_top @ _transposed(only_top)
+    found = Rows(_added(gradient.queries, start, query_part), attended, query_map, rows.window)
+    sign, log_det, found = repaired(failed, rows, start, sign, log_det, scale, found)
+    return LogDetGradient(sign, log_det, found)
 
 
 def _joined(blocks: Float[Array, "blocks c b"]) -> Float[Array, "c n"]:

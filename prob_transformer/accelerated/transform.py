@@ -3,7 +3,7 @@
 Derived here: mu_i depends on u_i only through y = R u_i, where R = [W_Q^h]_h (Hp x d). So u - mu(y) = t with y = R u
 holds exactly when u = t + mu(y) for a root y of the Hp-dimensional
 
-    g(y) = y - R mu(y) - R t = 0,     dg/dy = I_Hp - R L(y),     L = dmu/dy = [Cov(v^h, k^h) / sqrt(p)]_h  (d x Hp),
+    g(y) = y - R mu(y) - R t = 0,     dg/dy = I_Hp - R L(y),     L = dmu/dy = [Cov(v^h, g^h)]_h  (d x Hp),
 
 and det dg/dy = det J_i, the small determinant of change_of_variables.py. R mu(y) and R L(y) are made of the values seen
 through the queries, which the cache holds, so nothing of width d is touched until y is known. Where Hp > d this is
@@ -23,7 +23,7 @@ Past the boundary statuses may differ from the reference's: where a path meets d
 another root that the other one misses. Steep paths on which the reference gets stuck are mostly followed here.
 """
 
-import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,11 +34,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from prob_transformer import transform as reference
-from prob_transformer._validation import require_embeddings
 from prob_transformer.accelerated.change_of_variables import residual_and_log_det
 from prob_transformer.accelerated.elimination import inverse_and_log_det
-from prob_transformer.accelerated.sweep import block_weights
-from prob_transformer.attention import Attention, Past, weighted_covariance
+from prob_transformer.attention import (
+    Attention,
+    Past,
+    logit_slopes,
+    require_joint,
+    weighted_covariance,
+    weights_of_queries,
+)
+from prob_transformer.change_of_variables import attention_mean_at, low_rank_at
 from prob_transformer.transform import Solution, SolveStatus, residual_tolerance, status_after
 
 # Newton steps tried for a root, halved ones included; pieces of a path are cut again up to as many a point on average.
@@ -78,35 +84,43 @@ def _chosen(condition: Array, yes: _Point, no: _Point) -> _Point:
     return _Point(*(jnp.where(condition, a, b) for a, b in zip(yes, no, strict=True)))
 
 
-def _weights(past: Past, position: Int[Array, ""], y: Float[Array, "Hp b"]) -> Float[Array, "b H n"]:
-    """alpha_i of the queries y."""
-    batch, heads, _, size = past.keys.shape
-    queries = y.T.reshape(batch, heads, size, 1)
-    return block_weights(queries, jnp.swapaxes(past.keys, -1, -2), position)[..., 0]
+def _queries(attention: Attention, y: Float[Array, "Hp b"]) -> Float[Array, "b H p"]:
+    """The plain queries of y = R u."""
+    queries = y.T.reshape(-1, attention.heads, attention.head_size)
+    return queries if attention.query_bias is None else queries + attention.query_bias[None]
 
 
-def _covariance(weights: Float[Array, "b H n"], past: Past, x: Float[Array, "b H n a"]) -> Float[Array, "a Hp b"]:
-    """[Cov(x^h, k^h) / sqrt(p)]_h."""
-    blocks = jax.vmap(jax.vmap(weighted_covariance))(weights, x, past.keys) / math.sqrt(past.keys.shape[-1])
-    return jnp.moveaxis(blocks, (0, 1), (-1, 1)).reshape(x.shape[-1], -1, x.shape[0])
+def _over_sequences(function: Callable, attention: Attention, *batched: Any) -> Any:
+    return jax.vmap(partial(function, attention))(*batched)
+
+
+def _slope_of_mean(
+    attention: Attention, past: Past, queries: Float[Array, "b H p"], weights: Float[Array, "b H n"]
+) -> Float[Array, "d Hp b"]:
+    """L = dmu/dy = [Cov(v^h, g^h)]_h."""
+    slopes = _over_sequences(logit_slopes, attention, past, queries)
+    blocks = jax.vmap(jax.vmap(weighted_covariance))(weights, past.values, slopes)
+    return jnp.moveaxis(blocks, (0, 1), (-1, 1)).reshape(attention.width, -1, blocks.shape[0])
 
 
 def _seen_residual(past: Past, weights: Float[Array, "b H n"], y: Float[Array, "Hp b"]) -> Float[Array, "Hp b"]:
     return y - jnp.einsum("bhs,bhsr->rb", weights, past.query_values)
 
 
-def _at(past: Past, position: Int[Array, ""], y: Float[Array, "Hp b"]) -> _Point:
-    weights = _weights(past, position, y)
-    small = jnp.eye(y.shape[0], dtype=y.dtype)[..., None] - _covariance(weights, past, past.query_values)
-    inverse, sign, _ = inverse_and_log_det(small[None])
+def _at(attention: Attention, past: Past, y: Float[Array, "Hp b"]) -> _Point:
+    queries = _queries(attention, y)
+    weights = _over_sequences(weights_of_queries, attention, past, queries)
+    low_rank = jnp.moveaxis(_over_sequences(low_rank_at, attention, past, queries, weights), 0, -1)
+    inverse, sign, _ = inverse_and_log_det((jnp.eye(y.shape[0], dtype=y.dtype)[..., None] - low_rank)[None])
     return _Point(y, _seen_residual(past, weights, y), inverse[0], sign[0])
 
 
-def _follow_path(past: Past, position: Int[Array, ""], seen_noise: Float[Array, "Hp b"], steps: int) -> _Search:
+def _follow_path(attention: Attention, past: Past, seen_noise: Float[Array, "Hp b"], steps: int) -> _Search:
     """Every sequence tracked to the end of its path; one evaluation at a time, each sequence at its own point."""
     tolerance = residual_tolerance(seen_noise.dtype)
     end = steps * _PIECES
-    begin = _seen_residual(past, _weights(past, position, seen_noise), seen_noise)
+    at_start = _over_sequences(weights_of_queries, attention, past, _queries(attention, seen_noise))
+    begin = _seen_residual(past, at_start, seen_noise)
 
     def try_a_step(search: _Search) -> _Search:
         here, root, reached, stride, length, tried, tried_in_all, status = search
@@ -117,7 +131,7 @@ def _follow_path(past: Past, position: Int[Array, ""], seen_noise: Float[Array, 
         target = (1 - fraction) * begin + fraction * seen_noise
 
         mismatch = here.seen_residual - target
-        there = _at(past, position, here.y - length * jnp.einsum("xyb,yb->xb", here.inverse, mismatch))
+        there = _at(attention, past, here.y - length * jnp.einsum("xyb,yb->xb", here.inverse, mismatch))
         before, after = (jnp.linalg.norm(x, axis=0) for x in (mismatch, there.seen_residual - target))
         active = reached < end
         # The start is a root already. A NaN is not shorter.
@@ -154,62 +168,61 @@ def _follow_path(past: Past, position: Int[Array, ""], seen_noise: Float[Array, 
 
 
 def _mismatch(
-    u: Float[Array, "b d"], attention: Attention, past: Past, position: Int[Array, ""], noise: Float[Array, "b d"]
+    u: Float[Array, "b d"], attention: Attention, past: Past, noise: Float[Array, "b d"]
 ) -> Float[Array, "b d"]:
     """e(u) - noise."""
-    weights = _weights(past, position, attention.query.reshape(-1, attention.width) @ u.T)
-    return u - jnp.einsum("bhs,bhsd->bd", weights, past.values) - noise
+    return u - _over_sequences(attention_mean_at, attention, past, u) - noise
 
 
-def _apply_inverse(
-    attention: Attention, past: Past, position: Int[Array, ""], point: _Point, v: Float[Array, "b d"]
-) -> Float[Array, "b d"]:
+def _apply_inverse(attention: Attention, past: Past, point: _Point, v: Float[Array, "b d"]) -> Float[Array, "b d"]:
     """J^{-1} v."""
-    slope = _covariance(_weights(past, position, point.y), past, past.values)
+    queries = _queries(attention, point.y)
+    weights = _over_sequences(weights_of_queries, attention, past, queries)
+    slope = _slope_of_mean(attention, past, queries, weights)
     seen = attention.query.reshape(-1, attention.width) @ v.T
     return v + jnp.einsum("dxb,xyb,yb->bd", slope, point.inverse, seen)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4,))
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _solve_position(
-    attention: Attention, past: Past, position: Int[Array, ""], noise: Float[Array, "b d"], steps: int
+    attention: Attention, past: Past, noise: Float[Array, "b d"], steps: int
 ) -> tuple[Float[Array, "b d"], Int[Array, " b"]]:
     """The root of every sequence at one position and its `SolveStatus`."""
     stacked_query = attention.query.reshape(-1, attention.width)
-    search = _follow_path(past, position, stacked_query @ noise.T, steps)
+    search = _follow_path(attention, past, stacked_query @ noise.T, steps)
 
     def polish(_: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
         u, mismatch = carry
-        there = u - _apply_inverse(attention, past, position, search.here, mismatch)
-        mismatch_there = _mismatch(there, attention, past, position, noise)
+        there = u - _apply_inverse(attention, past, search.here, mismatch)
+        mismatch_there = _mismatch(there, attention, past, noise)
         closer = jnp.abs(mismatch_there).max(-1) < jnp.abs(mismatch).max(-1)
         return jax.tree.map(partial(jnp.where, closer[:, None]), (there, mismatch_there), (u, mismatch))
 
-    weights = _weights(past, position, search.here.y)
+    weights = _over_sequences(weights_of_queries, attention, past, _queries(attention, search.here.y))
     u = noise + jnp.einsum("bhs,bhsd->bd", weights, past.values)
-    u, mismatch = lax.fori_loop(0, _POLISHING_STEPS, polish, (u, _mismatch(u, attention, past, position, noise)))
+    u, mismatch = lax.fori_loop(0, _POLISHING_STEPS, polish, (u, _mismatch(u, attention, past, noise)))
     allowed = residual_tolerance(noise.dtype) * (1 + jnp.abs(noise).max(-1))
     return u, status_after(mismatch, search.here.sign, allowed, search.status)
 
 
 @_solve_position.defjvp
 def _(
-    steps: int, primals: tuple[Attention, Past, Array, Array], tangents: PyTree
+    steps: int, primals: tuple[Attention, Past, Array], tangents: PyTree
 ) -> tuple[tuple[Array, Array], tuple[Array, Any]]:
     """The implicit function theorem: J du = -(change of e(u) - noise at fixed u)."""
-    attention, past, position, _ = primals
+    attention, past, _ = primals
     u, status = _solve_position(*primals, steps)
     _, change = jax.jvp(partial(_mismatch, u), primals, tangents)
 
     # How J^{-1} is applied is not differentiated, as the derivative of a linear solve follows from J itself.
     frozen_attention, frozen_past, frozen_u = lax.stop_gradient((attention, past, u))
-    point = _at(frozen_past, position, frozen_attention.query.reshape(-1, attention.width) @ frozen_u.T)
+    point = _at(frozen_attention, frozen_past, frozen_attention.query.reshape(-1, attention.width) @ frozen_u.T)
 
     def jacobian(v: Float[Array, "b d"]) -> Float[Array, "b d"]:
         return jax.jvp(lambda u: _mismatch(u, *primals), (u,), (v,))[1]
 
     def solve(_: Any, v: Float[Array, "b d"]) -> Float[Array, "b d"]:
-        return _apply_inverse(frozen_attention, frozen_past, position, point, v)
+        return _apply_inverse(frozen_attention, frozen_past, point, v)
 
     def solve_transposed(_: Any, v: Float[Array, "b d"]) -> Float[Array, "b d"]:
         return jax.linear_transpose(partial(solve, None), v)(v)[0]
@@ -226,14 +239,13 @@ def _solve(attention: Attention, noise: Float[Array, "... n d"], steps: int) -> 
     attention = jax.tree.map(lambda leaf: leaf.astype(dtype), attention)
     sequences = noise.reshape(-1, length, width).astype(dtype)
 
-    def step(past: Past, inputs: tuple[Array, Array]) -> tuple[Past, tuple[Array, Array]]:
-        position, noise_here = inputs
-        u, status = _solve_position(attention, past, position, noise_here, steps)
-        return jax.vmap(lambda past, u: past.write(attention, position, u))(past, u), (u, status)
+    def step(past: Past, noise_here: Float[Array, "b d"]) -> tuple[Past, tuple[Array, Array]]:
+        u, status = _solve_position(attention, past, noise_here, steps)
+        return _over_sequences(lambda attention, past, u: past.write(attention, u), attention, past, u), (u, status)
 
     empty = Past.empty(attention, length, dtype)
     empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (sequences.shape[0], *leaf.shape)), empty)
-    _, (embeddings, status) = lax.scan(step, empty, (jnp.arange(length), jnp.swapaxes(sequences, 0, 1)))
+    _, (embeddings, status) = lax.scan(step, empty, jnp.swapaxes(sequences, 0, 1))
     embeddings = jnp.swapaxes(embeddings, 0, 1).reshape(noise.shape).astype(noise.dtype)
     return Solution(embeddings, status.T.reshape(noise.shape[:-1]))
 
@@ -247,7 +259,7 @@ class CausalAttentionTransform(reference.CausalAttentionTransform):
 
     def solve(self, noise: Float[Array, "... n d"]) -> Solution:
         """Embeddings and a `SolveStatus` code for every position, never an error for a root that was not found."""
-        noise = require_embeddings("noise", noise, self.attention.width)
+        noise = require_joint("noise", noise, self.attention)
         return _solve(self.attention, noise, self.continuation_steps)
 
     def _inverse(self, y: Float[Array, "... n d"]) -> Float[Array, "... n d"]:

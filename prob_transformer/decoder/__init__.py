@@ -3,16 +3,12 @@
 Read in this order: layer (what a layer is), moments, view, jacobian, determinant, support, margins, penalty.
 """
 
-from prob_transformer.decoder.layer import DecoderAttention, Projected, Rotary
 from prob_transformer.decoder.margins import LayerMargins, decoder_margins, layer_margins
 from prob_transformer.decoder.penalty import BarrierPenalty, barrier_penalty
 
 __all__ = [
     "BarrierPenalty",
-    "DecoderAttention",
     "LayerMargins",
-    "Projected",
-    "Rotary",
     "barrier_penalty",
     "decoder_margins",
     "layer_margins",

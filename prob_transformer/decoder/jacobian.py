@@ -2,16 +2,16 @@
 
 In the names of view.py, W_Q and W_K those of the head. Strict past, any values v = V u:
 
-    J_i = I - V C_i W_Q,                                        C_i = scale Cov_beta(u, k~)   (d x p)
+    J_i = I - V C_i W_Q,                                        C_i = Cov_beta(u, g)   (d x p)
 
 With position i among its own keys and values, u_i also moves v_i and k_i. Its mean is mu_i = alpha v_i + c v_mean, and
 collecting all terms in moments of the strict past,
 
     own       J_i = I - W_O G_i
-              G_i = c (C_i + alpha scale x_off k_off^T) W_Q + alpha W_V + c alpha scale x_off q_i^T W_K
-    identity  J_i = c (I - C_i W_Q - alpha scale e_i w_i^T),    w_i = W_Q^T k_off + W_K^T q_i
+              G_i = c (C_i + alpha x_off g_off^T) W_Q + alpha W_V + c alpha x_off h_i^T W_K
+    identity  J_i = c (I - C_i W_Q - alpha e_i w_i^T),    w_i = W_Q^T g_off + W_K^T h_i
 
-where x = W_V u, and x_off, k_off are the offsets of position i from the past's means; e_i = u_i - u_mean is the strict
+where x = W_V u, and x_off, g_off are the offsets of position i from the past's means; e_i = u_i - u_mean is the strict
 residual. So the self-inclusive map with identity values is the strict one with a rank-one term, times c: J_i -> 0 as a
 position comes to attend only to itself, as the first one always does.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prob_transformer.decoder.layer import DecoderAttention
+from prob_transformer.attention import Attention
 from prob_transformer.decoder.view import Head, Reading, View, view_from
 
 
@@ -39,7 +39,6 @@ class Factored(NamedTuple):
 
 
 def inner_map(
-    layer: DecoderAttention,
     view: View,
     query: Float[Array, "p a"],
     value: Float[Array, "v a"],
@@ -50,26 +49,26 @@ def inner_map(
     if not reading.inclusive:
         return view.covariance @ query
     alpha, c = (share[:, None, None] for share in (view.own_share, view.past_share))
-    offset = c * alpha * layer.scale * view.offset[:, :, None]
-    moments = c * view.covariance + offset * view.key_offset[:, None]
-    return moments @ query + alpha * value + offset * (view.queries @ key)[:, None]
+    offset = c * alpha * view.offset[:, :, None]
+    moments = c * view.covariance + offset * view.slope_offset[:, None]
+    return moments @ query + alpha * value + offset * (view.own_slope @ key)[:, None]
 
 
 def factored_jacobian(
-    layer: DecoderAttention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " b"], reading: Reading
+    layer: Attention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " b"], reading: Reading
 ) -> Factored:
     """J_i of one head at the given positions."""
     if head.value is not None and head.output is not None:
         view = view_from(layer, head, inputs @ head.value.T, positions, reading)
-        right = inner_map(layer, view, head.query, head.value, head.key, reading)
+        right = inner_map(view, head.query, head.value, head.key, reading)
         left = jnp.broadcast_to(head.output, (positions.shape[0], *head.output.shape))
         return Factored(jnp.ones_like(view.own_share), left, right)
     view = view_from(layer, head, inputs, positions, reading)
     left = view.covariance
     right = jnp.broadcast_to(head.query, (positions.shape[0], *head.query.shape))
     if reading.inclusive:
-        extra = layer.scale * view.own_share[:, None] * view.offset
-        slope = view.key_offset @ head.query + view.queries @ head.key
+        extra = view.own_share[:, None] * view.offset
+        slope = view.slope_offset @ head.query + view.own_slope @ head.key
         left = jnp.concatenate([left, extra[:, :, None]], 2)
         right = jnp.concatenate([right, slope[:, None]], 1)
     return Factored(view.past_share, left, right)

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int
 from prob_transformer._precision import at_least_float32
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
 from prob_transformer.accelerated.sweep import LogDet
+from prob_transformer.attention import Attention
 from prob_transformer.decoder.determinant import block_log_det
 from prob_transformer.decoder.jacobian import factored_jacobian, smallest_singular_value
-from prob_transformer.decoder.layer import DecoderAttention
 from prob_transformer.decoder.support import closest_positions
 from prob_transformer.decoder.view import Head, Reading, heads_of
 from prob_transformer.margin import MarginKind, SupportTokens
@@ -84,7 +84,7 @@ def _in_blocks(function: Any, positions: Int[Array, " m"], block: int) -> Any:
 
 
 def _joint(
-    layer: DecoderAttention, heads: Head, inputs: Float[Array, "n d"], there: Int[Array, " b"], asked: _Asked
+    layer: Attention, heads: Head, inputs: Float[Array, "n d"], there: Int[Array, " b"], asked: _Asked
 ) -> tuple[LogDet | None, Float[Array, " b"] | None]:
     """J_i = I - sum_h W_O^h G^h_i as full matrices."""
 
@@ -100,7 +100,7 @@ def _joint(
 
 @partial(jax.jit, static_argnames=("asked", "k"))
 def _margins(
-    layer: DecoderAttention, inputs: Float[Array, "n d"], positions: Int[Array, " m"], asked: _Asked, k: int
+    layer: Attention, inputs: Float[Array, "n d"], positions: Int[Array, " m"], asked: _Asked, k: int
 ) -> LayerMargins:
     layer, inputs = jax.tree.map(lambda x: x.astype(jnp.float64), (layer, inputs))
     heads = heads_of(layer, inputs, asked.own_values)
@@ -145,7 +145,7 @@ def _positions(positions: Sequence[int] | Int[Array, " m"] | None, length: int) 
 
 
 def layer_margins(
-    layer: DecoderAttention,
+    layer: Attention,
     inputs: Float[Array, "n d"],
     *,
     kinds: Sequence[MarginKind] = ("determinant",),
@@ -188,9 +188,7 @@ def layer_margins(
     return found
 
 
-def decoder_margins(
-    layers: Iterable[tuple[DecoderAttention, Float[Array, "n d"]]], **asked: Any
-) -> Iterator[LayerMargins]:
+def decoder_margins(layers: Iterable[tuple[Attention, Float[Array, "n d"]]], **asked: Any) -> Iterator[LayerMargins]:
     """Margins of a whole decoder, one layer at a time: `layer_margins(layer, inputs, **asked)` of every pair.
 
     `layers` is any iterable of a layer and its normalised inputs; when it is a generator that runs the model as it is

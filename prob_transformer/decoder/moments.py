@@ -33,12 +33,6 @@ class PastMoments(NamedTuple):
     covariance: Float[Array, "b f p"]
 
 
-def visible_past(window: int | None, positions: Int[Array, " b"], length: int) -> Bool[Array, "b n"]:
-    """Which s each of the positions sees before itself."""
-    distance = positions[:, None] - jnp.arange(length)
-    return (distance > 0) if window is None else (distance > 0) & (distance < window)
-
-
 def past_weights(
     logits: Float[Array, "b n"], own: Float[Array, " b"], visible: Bool[Array, "b n"]
 ) -> tuple[Float[Array, "b n"], Float[Array, " b"]]:
@@ -52,23 +46,33 @@ def past_weights(
 def past_moments(
     logits: Float[Array, "b n"],
     own: Float[Array, " b"],
-    window: int | None,
+    visible: Bool[Array, "b n"],
+    slopes: Float[Array, "b n"] | None,
     positions: Int[Array, " b"],
     features: Float[Array, "n f"],
     keys: Float[Array, "n p"],
     narrow: DTypeLike,
 ) -> PastMoments:
-    """The moments of features and keys under the softmax of the logits; `own` is each position's logit on itself."""
+    """The moments of features and keys under the softmax of the logits; `own` is each position's logit on itself.
+
+    With slopes gamma_is the keys are gamma_is k_s instead. Features are then centred at their mean under the weights,
+    and keys at theirs under weights times slopes, of which sum_s alpha_s gamma_s (x_s - x_mean) k_s^T keeps a term.
+    """
     length = keys.shape[0]
-    weights, log_odds = past_weights(logits, own, visible_past(window, positions, length))
-    feature_mean, key_mean = weights @ features, weights @ keys
+    weights, log_odds = past_weights(logits, own, visible)
+    sloped = weights if slopes is None else weights * slopes
+    feature_mean, key_mean = weights @ features, sloped @ keys
+    centre = key_mean
+    if slopes is not None:
+        total = sloped.sum(-1, keepdims=True)
+        centre = key_mean / jnp.where(total > 0, total, 1)
     chunk = min(CHUNK, length)
     extra = -length % chunk
-    padded_weights = jnp.pad(weights.astype(narrow), [(0, 0), (0, extra)])
+    padded_weights = jnp.pad(sloped.astype(narrow), [(0, 0), (0, extra)])
     # Features stand across, as the left side of a plain product.
     across = jnp.pad(features.T.astype(narrow), [(0, 0), (0, extra)])
     down = jnp.pad(keys.astype(narrow), [(0, extra), (0, 0)])
-    left_mean, right_mean = feature_mean.astype(narrow)[:, :, None], key_mean.astype(narrow)[:, None]
+    left_mean, right_mean = feature_mean.astype(narrow)[:, :, None], centre.astype(narrow)[:, None]
 
     def add_chunk(step: Int[Array, ""], covariance: Float[Array, "b f p"]) -> Float[Array, "b f p"]:
         start = step * chunk
@@ -79,4 +83,8 @@ def past_moments(
 
     shape = (positions.shape[0], features.shape[1], keys.shape[1])
     covariance = lax.fori_loop(0, positions.max() // chunk + 1, add_chunk, jnp.zeros(shape, narrow))
-    return PastMoments(weights, log_odds, feature_mean, key_mean, covariance.astype(keys.dtype))
+    covariance = covariance.astype(keys.dtype)
+    if slopes is not None:
+        left_over = sloped @ features - sloped.sum(-1, keepdims=True) * feature_mean
+        covariance = covariance + left_over[:, :, None] * centre[:, None]
+    return PastMoments(weights, log_odds, feature_mean, key_mean, covariance)

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 from prob_transformer._precision import at_least_float32
 from prob_transformer._validation import require_embeddings
 from prob_transformer.accelerated.barrier import mean_barrier
-from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, QueryMap
-from prob_transformer.decoder.layer import DecoderAttention, Projected
+from prob_transformer.accelerated.cells import Cells
+from prob_transformer.attention import Attention
 
 
 class BarrierPenalty(NamedTuple):
@@ -31,27 +31,7 @@ class BarrierPenalty(NamedTuple):
     negative_share: Float[Array, ""]
 
 
-def _cells(layer: DecoderAttention, inputs: Float[Array, "... n d"]) -> Cells:
-    """Every sequence and head as a cell (c, 1, p, n). A query's bias shifts its features, which no covariance sees."""
-    projected = jax.vmap(lambda one: Projected.of(layer, one))(inputs.reshape(-1, *inputs.shape[-2:]))
-    group, rotary = layer.group_of_head, layer.rotary
-
-    def last(x: Float[Array, "b H n p"]) -> Float[Array, "c one p n"]:
-        if rotary is not None:
-            x = rotary.halves_first(x)
-        return jnp.swapaxes(x.reshape(-1, 1, *x.shape[2:]), 2, 3)
-
-    # The sweep divides logits and determinants by sqrt(p), whatever the layer's own scale.
-    scale = layer.scale * layer.head_size**0.5
-    queries, features = last(projected.queries) * scale, last(projected.plain_queries) * scale
-    query_map = None
-    if rotary is not None:
-        angles = rotary.frequencies[:, None].astype(queries.dtype) * jnp.arange(inputs.shape[-2], dtype=queries.dtype)
-        query_map = QueryMap(jnp.broadcast_to(angles, (queries.shape[0], *angles.shape)))
-    return Cells(queries, last(projected.keys[:, group]), features, query_map)
-
-
-def barrier_penalty(layers: Iterable[tuple[DecoderAttention, Float[Array, "... n d"]]]) -> BarrierPenalty:
+def barrier_penalty(layers: Iterable[tuple[Attention, Float[Array, "... n d"]]]) -> BarrierPenalty:
     """Mean barrier of all heads of the layers, each with its normalised inputs (..., n, d), to be added to a loss.
 
     Differentiable in reverse mode in weights and inputs, under jit too; the gradient is not defined where det J_i = 0.
@@ -66,14 +46,14 @@ def barrier_penalty(layers: Iterable[tuple[DecoderAttention, Float[Array, "... n
             inputs = require_embeddings("inputs", given, layer.width)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from None
-        cells = _cells(*at_least_float32((layer, inputs)))
+        cells = Cells.of_heads_alone(*at_least_float32((layer, inputs))).flat()
         places += cells.keys.shape[0] * cells.length
         shapes = tuple(x.shape[1:] for x in jax.tree.leaves(cells))
-        swept[jax.tree.structure(cells), shapes, layer.window].append(cells)
+        swept[jax.tree.structure(cells), shapes].append(cells)
     # Layers of one shape are one sweep: compiled once, whatever the depth.
-    for (_, _, window), alike in swept.items():
+    for alike in swept.values():
         cells = jax.tree.map(lambda *x: jnp.concatenate(x), *alike)
-        found = mean_barrier(cells, DEFAULT_TILING._replace(window=window))
+        found = mean_barrier(cells)
         count = cells.keys.shape[0] * cells.length
         total.append(count * found.mean)
         negative.append(count * found.negative_share)

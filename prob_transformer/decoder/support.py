@@ -4,13 +4,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from prob_transformer.decoder.layer import DecoderAttention
+from prob_transformer.attention import Attention
 from prob_transformer.decoder.view import Head, Reading, heads_of, view_from
 from prob_transformer.margin import SupportTokens
 
 
 def _carriers(
-    layer: DecoderAttention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " k"], reading: Reading
+    layer: Attention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " k"], reading: Reading
 ) -> Float[Array, "k n"]:
     """Share of every token in sum_s alpha_s |v_s - v_mean|^2: summing to 1, or all 0 where that variance is 0."""
     view = view_from(layer, head, inputs[:, :1], positions, reading)
@@ -23,7 +23,7 @@ def _carriers(
 
 
 def closest_positions(
-    layer: DecoderAttention,
+    layer: Attention,
     inputs: Float[Array, "n d"],
     positions: Int[Array, " m"],
     distance: Float[Array, "H m"],

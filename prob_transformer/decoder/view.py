@@ -1,11 +1,14 @@
 """A head as a block of positions sees it, ready for derivatives.
 
-Seen from position i the keys are k~_s = R_i^T k_s, so that logit_is = scale q_i . k~_s with the plain query
-q_i = W_Q u_i + b_Q: rotary positions drop out of everything that follows. With the strict past's moments (moments.py),
+With the slopes g_s = d logit_is / d q_i of the strict past in the plain query, those of the position itself in its own
+plain query and key, g_i and h_i, and the moments of moments.py,
 
-    C_i = scale Cov_beta(x, k~),   offset x_i - x_mean,   key offset k~_i - k~_mean,   alpha = alpha_ii,   c = 1 - alpha
+    C_i = Cov_beta(x, g),   offset x_i - x_mean,   slope offset g_i - g_mean,   alpha = alpha_ii,   c = 1 - alpha
 
-are all that determinants and Jacobians need; x are features, any linear map of the inputs.
+are all that determinants and Jacobians need; x are features, any linear map of the inputs. Rotary positions, norms and
+caps are in g and h: with seen queries and keys q^, k^ and the cap's slope gamma,
+
+    g_s = gamma_is (d q^_i / d q_i)^T k^_s,          h_i = gamma_ii (d k^_i / d k_i)^T q^_i
 """
 
 from typing import NamedTuple
@@ -14,18 +17,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prob_transformer.decoder.layer import DecoderAttention, Projected
+from prob_transformer.attention import Attention, capped
 from prob_transformer.decoder.moments import past_moments
 
 
 class Head(NamedTuple):
-    """One head of a layer on inputs (n, d): its projections and its own maps; no `value`, `output` for identity."""
+    """One head of a layer on inputs (n, d): its own maps, no `value` and `output` for identity, and its projections.
 
-    projected: Projected
+    `plain_queries` and `queries` are before and after norm and rotation, the latter with the scale; `keys` are after
+    them, `unbiased_keys` W_K u. `own_slopes` is d (q^_i . k^_i) / d k_i at every position, without the cap.
+    """
+
     query: Float[Array, "p d"]
     key: Float[Array, "p d"]
     value: Float[Array, "v d"] | None
     output: Float[Array, "d v"] | None
+    plain_queries: Float[Array, "n p"]
+    queries: Float[Array, "n p"]
+    unbiased_keys: Float[Array, "n p"]
+    keys: Float[Array, "n p"]
+    own_slopes: Float[Array, "n p"]
 
 
 class Reading(NamedTuple):
@@ -36,23 +47,22 @@ class Reading(NamedTuple):
 
 
 class View(NamedTuple):
-    """See the module docstring; `queries` are the plain ones, `own_share` is alpha and `past_share` c."""
+    """See the module docstring: `own_slope` is h_i, `own_share` alpha, `past_share` c, `cap_slopes` gamma."""
 
     own_share: Float[Array, " b"]
     past_share: Float[Array, " b"]
     log_past_share: Float[Array, " b"]
     weights: Float[Array, "b n"]
-    queries: Float[Array, "b p"]
+    cap_slopes: Float[Array, "b n"] | None
     covariance: Float[Array, "b f p"]
     offset: Float[Array, "b f"]
-    key_offset: Float[Array, "b p"]
+    slope_offset: Float[Array, "b p"]
+    own_slope: Float[Array, "b p"]
 
 
-def heads_of(layer: DecoderAttention, inputs: Float[Array, "n d"], own_values: bool) -> Head:
+def heads_of(layer: Attention, inputs: Float[Array, "n d"], own_values: bool) -> Head:
     """All heads, stacked along the first axis, each with the keys and values of its group."""
-    group = layer.group_of_head
-    plain_queries, queries, plain_keys, keys = Projected.of(layer, inputs)
-    projected = Projected(plain_queries, queries, plain_keys[group], keys[group])
+    group, positions = layer.group_of_head, jnp.arange(inputs.shape[0])
     value = output = None
     if own_values:
         if layer.value is None:
@@ -61,19 +71,42 @@ def heads_of(layer: DecoderAttention, inputs: Float[Array, "n d"], own_values: b
         output = layer.output
         if output is None:
             output = jnp.broadcast_to(jnp.eye(layer.width, dtype=value.dtype), (layer.heads, *value.shape[1:]))
-    return Head(projected, layer.query, layer.key[group], value, output)
+    plain_queries, plain_keys = layer.plain_queries(inputs), layer.plain_keys(inputs)[group]
+    queries = layer.seen_queries(plain_queries, positions)
+    keys, pull_back = jax.vjp(lambda plain: layer.seen_keys(plain, positions), plain_keys)
+    unbiased = plain_keys if layer.key_bias is None else plain_keys - layer.key_bias[group][:, None]
+    return Head(
+        layer.query, layer.key[group], value, output, plain_queries, queries, unbiased, keys, pull_back(queries)[0]
+    )
+
+
+def pulled_to_query(
+    layer: Attention, head: Head, positions: Int[Array, " b"], x: Float[Array, "b ... p"]
+) -> Float[Array, "b ... p"]:
+    """(d q^_i / d q_i)^T x for every row of x at its position i."""
+    if layer.is_bilinear:
+        return layer.scale * x
+
+    def rows(plain: Float[Array, " p"], position: Int[Array, ""], x: Float[Array, "... p"]) -> Float[Array, "... p"]:
+        _, pull_back = jax.vjp(lambda plain: layer.seen_queries(plain[None], position)[0], plain)
+        return jax.vmap(lambda row: pull_back(row)[0])(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+    return jax.vmap(rows)(head.plain_queries[positions], positions, x)
 
 
 def view_from(
-    layer: DecoderAttention, head: Head, features: Float[Array, "n f"], positions: Int[Array, " b"], reading: Reading
+    layer: Attention, head: Head, features: Float[Array, "n f"], positions: Int[Array, " b"], reading: Reading
 ) -> View:
     """The head and its features as the positions see them; strict means own share 0 and past share 1."""
-    plain_queries, queries, _, keys = head.projected
-    logits = layer.scale * queries[positions] @ keys.T
+    logits = head.queries[positions] @ head.keys.T
+    slopes, own_cap = None, jnp.ones((1, 1), logits.dtype)
+    if layer.cap is not None:
+        slopes = 1 - jnp.square(jnp.tanh(logits / layer.cap))
+        own_cap = jnp.take_along_axis(slopes, positions[:, None], axis=1)
+        logits = capped(logits, layer.cap)
     own = jnp.take_along_axis(logits, positions[:, None], axis=1)[:, 0]
-    past = past_moments(logits, own, layer.window, positions, features, keys, reading.narrow)
-    covariance = layer.scale * layer.turn(past.covariance, positions[:, None], backwards=True)
-    key_offset = layer.turn(keys[positions] - past.key_mean, positions, backwards=True)
+    visible = layer.sees(positions[:, None], jnp.arange(features.shape[0])[None])
+    past = past_moments(logits, own, visible, slopes, positions, features, head.keys, reading.narrow)
     if reading.inclusive:
         own_share, past_share = jax.nn.sigmoid(-past.log_odds), jax.nn.sigmoid(past.log_odds)
         log_past_share = jax.nn.log_sigmoid(past.log_odds)
@@ -85,8 +118,9 @@ def view_from(
         past_share,
         log_past_share,
         past.weights,
-        plain_queries[positions],
-        covariance,
+        slopes,
+        pulled_to_query(layer, head, positions, past.covariance),
         features[positions] - past.feature_mean,
-        key_offset,
+        pulled_to_query(layer, head, positions, own_cap * head.keys[positions] - past.key_mean),
+        own_cap * head.own_slopes[positions],
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from prob_transformer.decoder import DecoderAttention
+from prob_transformer.attention import Attention
 from prob_transformer.decoder_models.llama import embeddings, shaped
 from prob_transformer.decoder_models.model import Block, Decoder, GeluPerceptron, LayerNorm
 
@@ -47,7 +47,7 @@ def gpt2(shape: Gpt2Shape, weight: Callable[[str], np.ndarray | None]) -> Decode
         fused = fused.transpose(1, 2, 3, 0)
         biases = stored(f"{here}attn.c_attn.bias", 3 * width).reshape(3, heads, size)
         output = stored(f"{here}attn.c_proj.weight", width, width).reshape(heads, size, width).transpose(0, 2, 1)
-        attention = DecoderAttention(fused[0], fused[1], fused[2], output, query_bias=biases[0], key_bias=biases[1])
+        attention = Attention(fused[0], fused[1], fused[2], output, query_bias=biases[0], key_bias=biases[1])
         # Weights sum to one, so each head passes the bias of its values on unchanged.
         constant = stored(f"{here}attn.c_proj.bias", width) + jnp.einsum("hdv,hv->d", output, biases[2])
         perceptron = GeluPerceptron(

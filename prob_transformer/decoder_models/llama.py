@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from prob_transformer.decoder import DecoderAttention, Rotary
-from prob_transformer.decoder_models.model import Block, Decoder, RMSNorm, SwiGLU
+from prob_transformer.attention import Attention
+from prob_transformer.decoder_models.model import Block, Decoder, SwiGLU
+from prob_transformer.query_key import RMSNorm, Rotary
 
 # Name and layer of a weight, as in `Block` and `Decoder`, to its values (out, in), or None where a model has none.
 Weights = Callable[..., np.ndarray | None]
@@ -74,7 +75,7 @@ def llama(shape: LlamaShape, weight: Weights, rotary: Rotary) -> Decoder:
             return None if bias is None else bias.reshape(-1, size)
 
         output = matrix("output", width, heads * size).reshape(width, heads, size).transpose(1, 0, 2)
-        attention = DecoderAttention(
+        attention = Attention(
             matrix("query", heads * size, width).reshape(heads, size, width),
             matrix("key", groups * size, width).reshape(groups, size, width),
             matrix("value", groups * size, width).reshape(groups, size, width),

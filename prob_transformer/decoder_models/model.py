@@ -15,20 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from prob_transformer.decoder import DecoderAttention, Projected
-from prob_transformer.decoder.moments import visible_past
+from prob_transformer.attention import Attention, capped
+from prob_transformer.query_key import RMSNorm
 
 Tokens = Int[Array, " n"] | Int[np.ndarray, " n"]
-
-
-class RMSNorm(eqx.Module):
-    """x / root mean square over the last axis, times a gain (d,)."""
-
-    gain: Float[Array, " d"]
-    epsilon: float = eqx.field(static=True)
-
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        return self.gain * x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
 
 
 class LayerNorm(eqx.Module):
@@ -69,13 +59,13 @@ class GeluPerceptron(eqx.Module):
         return hidden @ self.contract.T + self.contract_bias
 
 
-def attention_logits(layer: DecoderAttention, inputs: Float[Array, "n d"]) -> Float[Array, "H n n"]:
+def attention_logits(layer: Attention, inputs: Float[Array, "n d"]) -> Float[Array, "H n n"]:
     """Logits with which each position attends to its past and itself, -inf where it sees nothing."""
-    length = inputs.shape[0]
-    projected = Projected.of(layer, inputs)
-    keys = projected.keys[layer.group_of_head]
-    logits = layer.scale * jnp.einsum("hip,hsp->his", projected.queries, keys)
-    visible = visible_past(layer.window, jnp.arange(length), length) | jnp.eye(length, dtype=bool)
+    positions = jnp.arange(inputs.shape[0])
+    queries = layer.seen_queries(layer.plain_queries(inputs), positions)
+    keys = layer.seen_keys(layer.plain_keys(inputs), positions)[layer.group_of_head]
+    logits = capped(jnp.einsum("hip,hsp->his", queries, keys), layer.cap)
+    visible = layer.sees(positions[:, None], positions[None]) | jnp.eye(inputs.shape[0], dtype=bool)
     return jnp.where(visible, logits, -jnp.inf)
 
 
@@ -83,7 +73,7 @@ class Block(eqx.Module):
     """One layer. `constant` (d,) is what biases of values and output add to every position, or None."""
 
     attention_norm: RMSNorm | LayerNorm
-    attention: DecoderAttention
+    attention: Attention
     constant: Float[Array, " d"] | None
     perceptron_norm: RMSNorm | LayerNorm
     perceptron: SwiGLU | GeluPerceptron
@@ -104,7 +94,7 @@ class Block(eqx.Module):
 class LayerInputs(NamedTuple):
     """An attention layer and the normalised inputs (n, d) it attended over."""
 
-    attention: DecoderAttention
+    attention: Attention
     inputs: Float[Array, "n d"]
 
 

@@ -77,7 +77,7 @@ def _filter(
         # Written so that NaN and inf count; -inf is an exact zero and no trouble.
         status = jnp.where(log_weight < jnp.inf, status, SolveStatus.NOT_CONVERGED)
         log_weight = jnp.where(status == SolveStatus.NOT_CONVERGED, -jnp.inf, log_weight)
-        extended = past.write(attention, position, embedding), embeddings.at[position].set(embedding)
+        extended = past.write(attention, embedding), embeddings.at[position].set(embedding)
         return extended, embedding, log_weight.astype(dtype), log_likelihood.astype(dtype), status
 
     def step(

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from prob_transformer.decoder import DecoderAttention, layer_margins
+from prob_transformer.attention import Attention
+from prob_transformer.decoder import layer_margins
 from prob_transformer.decoder.margins import Values
 
 CARRIERS = 3
@@ -68,7 +69,7 @@ def _heaviest(
 
 
 def inspect_text(
-    layers: Iterable[tuple[DecoderAttention, Float[Any, "n d"]]],
+    layers: Iterable[tuple[Attention, Float[Any, "n d"]]],
     pieces: Sequence[str],
     tokens: Int[Any, " n"],
     setting: Setting,

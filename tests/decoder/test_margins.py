@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from prob_transformer.decoder import DecoderAttention, Rotary, decoder_margins, layer_margins
+from prob_transformer import Attention, Rotary
+from prob_transformer.decoder import decoder_margins, layer_margins
 from tests.support.plain_decoder import draw, jacobians, weights_at
 
 # Grouped keys, rotary in both layouts (all and part of a head), biases, windows, values of another size than the keys,
@@ -37,7 +38,7 @@ def layer_of(plain, dtype=np.float64):
         return None if x is None else jnp.asarray(x, dtype)
 
     rotary = None if plain.frequencies is None else Rotary(cast(plain.frequencies), plain.interleaved)
-    return DecoderAttention(
+    return Attention(
         *map(cast, plain[:4]),
         query_bias=cast(plain.query_bias),
         key_bias=cast(plain.key_bias),
@@ -81,7 +82,7 @@ def test_where_attention_only_stretches_the_smallest_singular_value_is_one():
     query = jnp.zeros((1, 1, 5)).at[0, 0, 0].set(1.0)
     inputs = np.zeros((4, 5))
     inputs[:, 0] = [1.0, -2.0, 0.5, 1.5]
-    found = layer_margins(DecoderAttention(query, -0.8 * query), inputs, kinds=("determinant", "conditioning"))
+    found = layer_margins(Attention(query, -0.8 * query), inputs, kinds=("determinant", "conditioning"))
     u = inputs[:, 0]
     for i in (2, 3):
         weights = softmax(-0.8 * u[:i] * u[i])
@@ -227,18 +228,18 @@ def ones(*shape):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DecoderAttention(ones(4, 3), ones(1, 2, 3)), "query: has shape"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(3, 2, 3)), "key: has shape .* G a divisor of H = 4"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 4)), "key: has shape"),
-        (lambda: DecoderAttention(np.nan * ones(4, 2, 3), ones(2, 2, 3)), "query: contains NaN"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), output=ones(4, 3, 2)), "output: given without value"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), ones(2, 2, 3)), "value: .* without an output"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), ones(2, 2, 3), ones(2, 3, 2)), "output: has shape"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), query_bias=ones(2, 2)), "query_bias: has shape"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), key_bias=ones(4, 2)), "key_bias: has shape"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), rotary=Rotary(ones(2))), "rotary: has 2 frequencies"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), window=0), "window: got 0"),
-        (lambda: DecoderAttention(ones(4, 2, 3), ones(2, 2, 3), scale=-1.0), "scale: got"),
+        (lambda: Attention(ones(4, 3), ones(1, 2, 3)), "query: has shape"),
+        (lambda: Attention(ones(4, 2, 3), ones(3, 2, 3)), "key: has shape .* G a divisor of H = 4"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 4)), "key: has shape"),
+        (lambda: Attention(np.nan * ones(4, 2, 3), ones(2, 2, 3)), "query: contains NaN"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), output=ones(4, 3, 2)), "output: given without value"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), ones(2, 2, 3)), "value: .* without an output"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), ones(2, 2, 3), ones(2, 3, 2)), "output: has shape"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), query_bias=ones(2, 2)), "query_bias: has shape"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), key_bias=ones(4, 2)), "key_bias: has shape"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), rotary=Rotary(ones(2))), "rotary: has 2 frequencies"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), window=0), "window: got 0"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), scale=-1.0), "scale: got"),
         (lambda: Rotary(ones(2, 2)), "frequencies: has shape"),
     ],
 )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prob_transformer.decoder import DecoderAttention, Rotary, barrier_penalty
+from prob_transformer import Attention, Rotary
+from prob_transformer.decoder import barrier_penalty
 from tests.support.plain_decoder import draw, jacobians
 
 SEQUENCES, LENGTH, WIDTH = 2, 9, 5
@@ -29,7 +30,7 @@ def layer_of(weights, plain, scale=None):
     rotary = None
     if plain.frequencies is not None:
         rotary = Rotary(jnp.asarray(plain.frequencies, query.dtype), plain.interleaved)
-    return DecoderAttention(
+    return Attention(
         query, key, query_bias=query_bias, key_bias=key_bias, rotary=rotary, window=plain.window, scale=scale
     )
 
@@ -153,13 +154,13 @@ def test_what_does_not_fit_is_named():
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_position_on_the_boundary_itself_is_counted(window):
     # The past -1 and 1 attended evenly has variance 1, so det J = 1 - 1 at the third of three positions.
-    layer = DecoderAttention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), window=window)
+    layer = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), window=window)
     found = barrier_penalty([(layer, jnp.array([[-1.0], [1.0], [0.0]]))])
     np.testing.assert_allclose(found, (np.inf, 1 / 3), rtol=1e-12)
 
 
 def test_a_plain_layer_is_read_by_its_own_weights():
     # det(I - A Cov) by hand: one head, d = 1, past (0, 2), the third token at 0 attends evenly.
-    layer = DecoderAttention(jnp.array([[[1.5]]]), jnp.array([[[1.0]]]))
+    layer = Attention(jnp.array([[[1.5]]]), jnp.array([[[1.0]]]))
     found = barrier_penalty([(layer, jnp.array([[0.0], [2.0], [0.0]]))])
     np.testing.assert_allclose(found, (-np.log(abs(1 - 1.5 * 1.0)) / 3, 1 / 3), rtol=1e-12)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from models import wikipedia
-from prob_transformer.decoder import DecoderAttention, layer_margins
+from prob_transformer import Attention
+from prob_transformer.decoder import layer_margins
 from prob_transformer.decoder_models import smollm2
 from prob_transformer.decoder_models.gguf_file import read_gguf
 from prob_transformer.decoder_models.tokenizer import encode
@@ -47,7 +48,7 @@ def middle(loaded, prompt):
     """A layer in the middle of the model, one head a key group, its inputs, and slogdet at `THERE` by autodiff."""
     layers = loaded[0].layers(prompt[:24])
     whole, inputs = [next(layers) for _ in range(12)][-1]
-    layer = DecoderAttention(whole.query[::4], whole.key, whole.value, whole.output[::4], rotary=whole.rotary)
+    layer = Attention(whole.query[::4], whole.key, whole.value, whole.output[::4], rotary=whole.rotary)
     weights = (np.asarray(x, np.float64) for x in (layer.query, layer.key, layer.value, layer.output))
     plain = Plain(*weights, frequencies=np.asarray(layer.rotary.frequencies, np.float64), interleaved=True)
 

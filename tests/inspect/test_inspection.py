@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from prob_transformer.decoder import DecoderAttention
+from prob_transformer import Attention
 from prob_transformer.inspect.inspection import Setting, inspect_text, pieces_of
 from tests.support.plain_decoder import draw, jacobians
 
@@ -16,7 +16,7 @@ def problem(count=3, first=0):
     rng = np.random.default_rng(5)
     plain = [draw(seed, heads=2, groups=1, size=2, width=WIDTH, inner=2) for seed in range(first, first + count)]
     inputs = [2 * rng.normal(size=(LENGTH, WIDTH)) for _ in plain]
-    layers = [(DecoderAttention(*map(jnp.asarray, p[:4])), jnp.asarray(x)) for p, x in zip(plain, inputs, strict=True)]
+    layers = [(Attention(*map(jnp.asarray, p[:4])), jnp.asarray(x)) for p, x in zip(plain, inputs, strict=True)]
     return plain, inputs, layers
 
 
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_named():
         inspect_text(layers, PIECES[:5], np.arange(LENGTH), Setting(), (0,))
     with pytest.raises(ValueError, match=r"layers: \[3\] are not in the model"):
         inspect_text(layers, PIECES, np.arange(LENGTH), Setting(), (0, 3))
-    without_values = [(DecoderAttention(layers[0][0].query, layers[0][0].key), inputs[0])]
+    without_values = [(Attention(layers[0][0].query, layers[0][0].key), inputs[0])]
     with pytest.raises(ValueError, match="layer 0: values"):
         inspect_text(without_values, PIECES, np.arange(LENGTH), Setting("own"), (0,))
 
