@@ -5,6 +5,7 @@ them too, as embeddings (q_s, k_s) with projections that select one half each.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,7 +41,8 @@ class Contestant(NamedTuple):
 
 def cells_of(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> Cells:
     """Every head alone, with identity values: what is seen through the queries are the queries."""
-    return Cells(queries[:, None], keys[:, None], queries[:, None])
+    scaled = queries[:, None] / math.sqrt(queries.shape[1])
+    return Cells(scaled, keys[:, None], scaled)
 
 
 def side_by_side(

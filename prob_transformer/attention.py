@@ -272,15 +272,6 @@ def _rows(
     return keys, values, jnp.einsum("qd,hsd->hsq", stacked_query, values)
 
 
-@jax.custom_jvp
-def _moving_with(carrier: Float[Array, "*S"], value: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """`value`, whose derivatives are those of `carrier`."""
-    return value
-
-
-_moving_with.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
-
-
 def softmax_weights(
     queries: Float[Array, "... p b"],
     keys: Float[Array, "... p n"],
@@ -296,24 +287,22 @@ def softmax_weights(
 
     def too_large_by(x: Float[Array, "... p m"]) -> Float[Array, "... 1 1"]:
         largest = math.sqrt(float(jnp.finfo(x.dtype).max)) / x.shape[-2]
-        return jnp.maximum(jnp.abs(x).max((-2, -1), keepdims=True) / largest, 1)
+        return jax.lax.stop_gradient(jnp.maximum(jnp.abs(x).max((-2, -1), keepdims=True) / largest, 1))
 
-    def transposed(x: Float[Array, "... p m"]) -> Float[Array, "... m p"]:
-        return jnp.swapaxes(x, -2, -1)
-
-    fixed_queries = jax.lax.stop_gradient(queries)
     # Rows that no query sees hold anything.
-    fixed_keys = jnp.where(visible.any(-1), jax.lax.stop_gradient(keys), 0)
-    of_queries, of_keys = too_large_by(fixed_queries), too_large_by(fixed_keys)
-    logits = transposed(fixed_keys / of_keys) @ (fixed_queries / of_queries)
+    keys = jnp.where(visible.any(-1), keys, 0)
+    of_queries, of_keys = too_large_by(queries), too_large_by(keys)
+    logits = jnp.swapaxes(keys / of_keys, -2, -1) @ (queries / of_queries)
     if cap is not None:
         logits = capped(logits * of_queries * of_keys, cap)
         of_queries = of_keys = jnp.ones_like(of_keys)
+    fixed = jax.lax.stop_gradient(logits)
     visible = jnp.broadcast_to(visible, logits.shape)
-    index = jnp.argmax(jnp.where(visible, logits, -jnp.inf), axis=-2, keepdims=True)
-    below = jnp.minimum(logits - jnp.take_along_axis(logits, index, axis=-2), 0) * of_queries * of_keys
+    index = jnp.argmax(jnp.where(visible, fixed, -jnp.inf), axis=-2, keepdims=True)
+    below = jnp.minimum(fixed - jnp.take_along_axis(fixed, index, axis=-2), 0)
     is_largest = jax.lax.broadcasted_iota(index.dtype, below.shape, below.ndim - 2) == index
-    exponent = _moving_with(capped(transposed(keys) @ queries, cap), jnp.where(is_largest, 0, below))
+    # The value is that of the fixed logits, the derivative that of all of them: a softmax does not see what they share.
+    exponent = (jnp.where(is_largest, 0, below) + (logits - fixed)) * of_queries * of_keys
     unnormalised = jnp.where(visible, jnp.exp(exponent), 0)
     total = unnormalised.sum(-2, keepdims=True)
     return unnormalised / jnp.where(total > 0, total, 1)

@@ -51,16 +51,11 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake(
         "softmax without its largest logit",
         _ATTENTION,
-        "jnp.minimum(logits - jnp.take_along_axis(logits, index, axis=-2), 0)",
-        "logits",
+        "jnp.minimum(fixed - jnp.take_along_axis(fixed, index, axis=-2), 0)",
+        "fixed",
         ("jnp.where(is_largest, 0, below)", "below"),
     ),
-    _mistake(
-        "weights taken for constants in the gradient",
-        _ATTENTION,
-        "exponent = _moving_with(capped(transposed(keys) @ queries, cap), jnp.where(is_largest, 0, below))",
-        "exponent = jnp.where(is_largest, 0, below)",
-    ),
+    _mistake("weights taken for constants in the gradient", _ATTENTION, "+ (logits - fixed))", ")"),
     _mistake(
         "moments not centred",
         _ATTENTION,

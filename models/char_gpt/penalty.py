@@ -21,6 +21,7 @@ A regulariser in place of the barrier changes ce alone (`models.char_gpt.regular
 share of sequences, heads and layers drawn anew every step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -113,7 +114,8 @@ def site_cells(model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], at
     if site == "embedding":
         return Cells.of(model.prior_stage, embeddings)
     queries, keys = (jnp.moveaxis(x, 2, 1)[..., None, :, :] for x in (attended.queries, attended.keys))
-    return Cells(queries, keys, queries)
+    scaled = queries / math.sqrt(queries.shape[-2])
+    return Cells(scaled, keys, scaled)
 
 
 def accelerated_barrier(cells: Cells, config: Config, key: PRNGKeyArray, mesh: Mesh | None = None) -> MeanBarrier:

@@ -21,7 +21,7 @@ def has_cancelled(size: Float[Array, "c b"], covariance: Float[Array, "c H Hp p 
     """Where terms of this size left a covariance so much smaller that rounding shows beside the identity."""
     left = jnp.abs(covariance).max((1, 2, 3))
     # Written so that a NaN counts as cancelled.
-    return ~(size <= PERMITTED_GROWTH * (1 + left))
+    return ~(size <= PERMITTED_GROWTH * (1e-2 + left))
 
 
 def small_matrix_at(rows: Rows, position: Int[Array, ""]) -> Float[Array, "Hp Hp"]:

@@ -117,7 +117,7 @@ def sharded_draws(mesh):
     spec = PartitionSpec("heads", "data")
 
     def draw(parameters, key, share):
-        cells = Cells(*(x[0] for x in at_every_head(Cells.of, *parameters)))
+        cells = jax.tree.map(lambda x: x[0], at_every_head(Cells.of, *parameters))
         return accelerated.sharded_subsampled_barrier(key, cells, share, mesh, spec, TILING)
 
     @jax.jit
