@@ -151,6 +151,22 @@ class Attention(eqx.Module):
         """A_h = scale W_K^T W_Q: the logit of past position s for query i is u_s^T A_h u_i if nothing is between."""
         return self.scale * jnp.einsum("hpa,hpb->hab", self.key[self.group_of_head], self.query)
 
+    def head_alone(self, head: Int[Array, ""] | int) -> "Attention":
+        """One head with identity values, as heads are looked at alone."""
+        group = self.group_of_head[head]
+        return Attention(
+            self.query[head][None],
+            self.key[group][None],
+            query_bias=None if self.query_bias is None else self.query_bias[head][None],
+            key_bias=None if self.key_bias is None else self.key_bias[group][None],
+            query_norm=self.query_norm,
+            key_norm=self.key_norm,
+            rotary=self.rotary,
+            window=self.window,
+            scale=self.scale,
+            cap=self.cap,
+        )
+
     def plain_queries(self, inputs: Float[Array, "... d"]) -> Float[Array, "H ... p"]:
         """q = W_Q u + b of every head."""
         return _with_bias(jnp.einsum("hpd,...d->h...p", self.query, inputs), self.query_bias)
@@ -253,9 +269,12 @@ class Past(eqx.Module):
         """The cache with one more embedding stored where the query stood, for the query that follows it."""
         rows = _rows(attention, embedding[None], self.position[None])
         kept = self.keys, self.values, self.query_values
-        stored = (old.at[:, self.position].set(new[:, 0]) for old, new in zip(kept, rows, strict=True))
+        keys, values, query_values = (
+            old.at[:, self.position].set(new[:, 0]) for old, new in zip(kept, rows, strict=True)
+        )
         position = self.position + 1
-        return Past(*stored, attention.sees(position, jnp.arange(self.keys.shape[1])), position)
+        visible = attention.sees(position, jnp.arange(self.keys.shape[1]))
+        return Past(keys, values, query_values, visible, position)
 
     def before(self, attention: Attention, position: Int[Array, ""] | int) -> "Past":
         """The same cache as the query at `position` sees it."""

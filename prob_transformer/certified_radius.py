@@ -113,6 +113,12 @@ def certified_radius(attention: Attention, embeddings: Float[Array, "... n d"]) 
     (Popoviciu), for identity values where A + A^T is negative definite (both by more than rounding; a singular A + A^T
     is certified only where A = 0). 0 on the boundary itself. In the unit of the embeddings; a bound in exact
     arithmetic, computed in that of the embeddings.
-    Raises as `residual_and_log_det`. Equation: module docstring; ours, theory section 4 asks for it.
+    Raises as `residual_and_log_det`, and for layers with a query norm or a cap. Equation: module docstring; ours.
     """
-    return _certified_radius(attention, require_joint("embeddings", embeddings, attention))
+    embeddings = require_joint("embeddings", embeddings, attention)
+    if attention.query_norm is not None or attention.cap is not None:
+        raise ValueError(
+            "attention: has a norm or a cap, with which logits are not linear in the embedding; the radius is proven "
+            "for layers without."
+        )
+    return _certified_radius(attention, embeddings)

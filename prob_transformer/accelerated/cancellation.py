@@ -5,6 +5,8 @@ and lie far from that centre, their covariance is a small difference of large nu
 formed from tokens centred at their own mean, as in the reference, and differentiated by JAX.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -48,7 +50,7 @@ def repaired(
     log_det: Float[Array, "c b"],
     scale: Float[Array, "c b"] | None = None,
     gradient: Rows | None = None,
-) -> tuple[Float[Array, "c b"], Float[Array, "c b"], Rows | None]:
+) -> tuple[Float[Array, "c b"], Float[Array, "c b"], Any]:
     """Sign and log|det J_i| with those of the failed positions put right, and their part added to the gradient."""
     count, batch = min(AT_ONCE, failed.size), failed.shape[1]
 

@@ -103,8 +103,8 @@ class Cells(eqx.Module):
                 angles = jnp.broadcast_to(angles[..., None, :, :], (*cells.keys.shape[:-2], *angles.shape[-2:]))
             alone = (None if x is None else x[..., None, :, :] for x in (gain, direction))
             query_map = QueryMap(angles, *alone)
-        each = (x[..., None, :, :] for x in (cells.queries, cells.keys, cells.features))
-        return cls(*each, query_map, attention.window)
+        queries, keys, features = (x[..., None, :, :] for x in (cells.queries, cells.keys, cells.features))
+        return cls(queries, keys, features, query_map, attention.window)
 
     @classmethod
     def _of_heads(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":

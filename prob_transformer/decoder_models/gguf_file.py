@@ -14,12 +14,12 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from prob_transformer.decoder import Rotary
 from prob_transformer.decoder_models.config import Count, Positive, require_only, rotary_frequencies
 from prob_transformer.decoder_models.gguf_tokenizer import GgufTokenizer, tokenizer_of
 from prob_transformer.decoder_models.llama import LlamaShape, llama
 from prob_transformer.decoder_models.model import Decoder
 from prob_transformer.decoder_models.tokenizer import require_match
+from prob_transformer.query_key import Rotary
 
 _NAMES = {
     "token_embedding": "token_embd.weight",

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from prob_transformer.decoder import Rotary
 from prob_transformer.decoder_models.config import Gpt2Config, LlamaConfig, read_config
 from prob_transformer.decoder_models.gpt2 import Gpt2Shape, gpt2
 from prob_transformer.decoder_models.llama import LlamaShape, llama
 from prob_transformer.decoder_models.model import Decoder
 from prob_transformer.decoder_models.safetensors_folder import Tensors
 from prob_transformer.decoder_models.tokenizer import read_tokenizer, require_match
+from prob_transformer.query_key import Rotary
 
 _HEAD = "lm_head.weight"
 _LLAMA_NAMES = {

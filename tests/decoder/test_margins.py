@@ -6,6 +6,7 @@ from scipy.special import softmax
 
 from prob_transformer import Attention, Rotary
 from prob_transformer.decoder import decoder_margins, layer_margins
+from tests.support.layers import layer_of
 from tests.support.plain_decoder import draw, jacobians, weights_at
 
 # Grouped keys, rotary in both layouts (all and part of a head), biases, windows, values of another size than the keys,
@@ -16,6 +17,9 @@ CASES = {
     "interleaved": {"heads": 2, "groups": 1, "size": 6, "width": 4, "pairs": 2, "interleaved": True},
     "window": {"heads": 2, "groups": 1, "size": 2, "width": 9, "inner": 2, "pairs": 1, "bias": True, "window": 3},
     "values": {"heads": 2, "groups": 2, "size": 2, "width": 3, "inner": 3, "output": False},
+    "normed": {"heads": 4, "groups": 2, "size": 4, "width": 5, "inner": 3, "pairs": 2, "bias": True, "normed": True},
+    "capped": {"heads": 2, "groups": 1, "size": 2, "width": 5, "inner": 3, "bias": True, "cap": 1.5, "window": 4},
+    "both": {"heads": 2, "groups": 2, "size": 4, "width": 3, "pairs": 2, "normed": True, "cap": 0.7},
     "long": {"heads": 2, "groups": 1, "size": 2, "width": 3, "pairs": 1},
 }
 LENGTH = 7
@@ -30,21 +34,15 @@ MODES = [
     ("window", "identity", False),
     ("window", "own", True),
     ("values", "own", True),
+    ("normed", "identity", False),
+    ("normed", "identity", True),
+    ("normed", "own", False),
+    ("normed", "own", True),
+    ("capped", "identity", False),
+    ("capped", "identity", True),
+    ("capped", "own", True),
+    ("both", "identity", True),
 ]
-
-
-def layer_of(plain, dtype=np.float64):
-    def cast(x):
-        return None if x is None else jnp.asarray(x, dtype)
-
-    rotary = None if plain.frequencies is None else Rotary(cast(plain.frequencies), plain.interleaved)
-    return Attention(
-        *map(cast, plain[:4]),
-        query_bias=cast(plain.query_bias),
-        key_bias=cast(plain.key_bias),
-        rotary=rotary,
-        window=plain.window,
-    )
 
 
 def case(name, seed=0, length=LENGTH):

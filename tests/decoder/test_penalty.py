@@ -5,17 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prob_transformer import Attention, Rotary
+from prob_transformer import Attention
 from prob_transformer.decoder import barrier_penalty
+from tests.support import layers
 from tests.support.plain_decoder import draw, jacobians
 
 SEQUENCES, LENGTH, WIDTH = 2, 9, 5
-# With neither rotary positions nor a window the accelerated sweep is used.
+# All but the capped one are swept.
 LAYERS = {
     "swept": {"bias": True},
     "rotary": {"bias": True, "pairs": 2},
     "interleaved": {"pairs": 1, "interleaved": True},
     "window": {"window": 3},
+    "normed": {"bias": True, "pairs": 1, "normed": True, "interleaved": True},
+    "capped": {"pairs": 2, "normed": True, "cap": 2.0, "window": 5},
 }
 
 
@@ -26,17 +29,13 @@ def problem(name, seed=7):
 
 def layer_of(weights, plain, scale=None):
     """The library's layer from the arrays that are trained, as a user's loss would make it."""
-    query, key, query_bias, key_bias = weights
-    rotary = None
-    if plain.frequencies is not None:
-        rotary = Rotary(jnp.asarray(plain.frequencies, query.dtype), plain.interleaved)
-    return Attention(
-        query, key, query_bias=query_bias, key_bias=key_bias, rotary=rotary, window=plain.window, scale=scale
-    )
+    query, key, query_bias, key_bias, query_gain = weights
+    trained = {"query": query, "key": key, "query_bias": query_bias, "key_bias": key_bias, "query_gain": query_gain}
+    return layers.layer_of(plain._replace(**trained), query.dtype, scale)
 
 
 def weights_of(plain, dtype=np.float64):
-    weights = (plain.query, plain.key, plain.query_bias, plain.key_bias)
+    weights = (plain.query, plain.key, plain.query_bias, plain.key_bias, plain.query_gain)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), weights)
 
 

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Of the norms of queries and keys.
+EPSILON = 1e-6
+
 
 class Plain(NamedTuple):
     """Weights of a layer as NumPy arrays, and how it is to be read."""
@@ -18,12 +21,27 @@ class Plain(NamedTuple):
     query_bias: np.ndarray | None = None
     key_bias: np.ndarray | None = None
     frequencies: np.ndarray | None = None
+    query_gain: np.ndarray | None = None
+    key_gain: np.ndarray | None = None
     interleaved: bool = False
     window: int | None = None
+    cap: float | None = None
 
 
 def draw(
-    seed, heads, groups, size, width, inner=None, pairs=0, interleaved=False, bias=False, window=None, output=True
+    seed,
+    heads,
+    groups,
+    size,
+    width,
+    inner=None,
+    pairs=0,
+    interleaved=False,
+    bias=False,
+    window=None,
+    output=True,
+    normed=False,
+    cap=None,
 ):
     """A random layer; `inner` is the size of its values, None for none."""
     rng = np.random.default_rng(seed)
@@ -39,8 +57,11 @@ def draw(
         normal(heads, size) if bias else None,
         normal(groups, size) if bias else None,
         rng.uniform(0.1, 1.0, pairs) if pairs else None,
+        rng.uniform(0.5, 2.0, size) if normed else None,
+        rng.uniform(0.5, 2.0, size) if normed else None,
         interleaved,
         window,
+        cap,
     )
 
 
@@ -57,13 +78,19 @@ def rotation(plain, position):
     return matrix
 
 
+def _normed(gain, x):
+    return x if gain is None else gain * x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPSILON)
+
+
 def _weights(plain, rotations, inputs, inclusive, head, position):
     group = head // (plain.query.shape[0] // plain.key.shape[0])
     query, keys = plain.query[head] @ inputs[position], inputs @ plain.key[group].T
     if plain.query_bias is not None:
         query, keys = query + plain.query_bias[head], keys + plain.key_bias[group]
-    keys = jnp.einsum("sab,sb->sa", rotations, keys)
-    logits = keys @ (rotations[position] @ query) / np.sqrt(plain.query.shape[1])
+    keys = jnp.einsum("sab,sb->sa", rotations, _normed(plain.key_gain, keys))
+    logits = keys @ (rotations[position] @ _normed(plain.query_gain, query)) / np.sqrt(plain.query.shape[1])
+    if plain.cap is not None:
+        logits = plain.cap * jnp.tanh(logits / plain.cap)
     distance = position - jnp.arange(inputs.shape[0])
     seen = (distance > 0) | (inclusive & (distance == 0))
     if plain.window is not None:
@@ -90,9 +117,9 @@ def mean_at(plain, own_values, rotations, inputs, inclusive, head, position, emb
     return _weights(plain, rotations, inputs, inclusive, head, position) @ values
 
 
-@partial(jax.jit, static_argnames=("interleaved", "window", "own_values"))
-def _jacobians(weights, rotations, inputs, inclusive, positions, interleaved, window, own_values):
-    plain = Plain(*weights, interleaved, window)
+@partial(jax.jit, static_argnames=("interleaved", "window", "cap", "own_values"))
+def _jacobians(weights, rotations, inputs, inclusive, positions, interleaved, window, cap, own_values):
+    plain = Plain(*weights, interleaved, window, cap)
 
     def at(index):
         head, position = index
@@ -110,7 +137,7 @@ def jacobians(plain, inputs, own_values, inclusive, positions=None):
     """d mu_i / d u_i of every head and all positions, or those given, (H, m, d, d), by autodiff in float64."""
     length = inputs.shape[0]
     rotations = np.stack([rotation(plain, s) for s in range(length)])
-    weights = tuple(None if x is None else jnp.asarray(x) for x in plain[:7])
+    weights = tuple(None if x is None else jnp.asarray(x) for x in plain[:9])
     chosen = jnp.arange(length) if positions is None else jnp.asarray(positions)
-    how = (plain.interleaved, plain.window, own_values)
+    how = (plain.interleaved, plain.window, plain.cap, own_values)
     return np.asarray(_jacobians(weights, rotations, inputs, inclusive, chosen, *how))

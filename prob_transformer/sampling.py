@@ -1,7 +1,8 @@
-"""Noise to embeddings at scale: all sequences, position by position, in one compiled scan over a key-value cache.
+"""Noise to embeddings: solving e_i(u_i; u_<i) = eps_i position by position, and saying when that failed.
 
-Derived here: mu_i depends on u_i only through y = R u_i, where R = [W_Q^h]_h (Hp x d). So u - mu(y) = t with y = R u
-holds exactly when u = t + mu(y) for a root y of the Hp-dimensional
+The embedding -> noise direction is explicit. The other one is an implicit equation in u_i. But mu_i depends on u_i only
+through y = R u_i, where R = [W_Q^h]_h (Hp x d). So u - mu(y) = t with y = R u holds exactly when u = t + mu(y) for a
+root y of the Hp-dimensional
 
     g(y) = y - R mu(y) - R t = 0,     dg/dy = I_Hp - R L(y),     L = dmu/dy = [Cov(v^h, g^h)]_h  (d x Hp),
 
@@ -9,44 +10,50 @@ and det dg/dy = det J_i, the small determinant of change_of_variables.py. R mu(y
 through the queries, which the cache holds, so nothing of width d is touched until y is known. Where Hp > d this is
 larger than the equation in u, and still right.
 
-As in the reference (prob_transformer/transform.py), t moves in a straight line from the residual at u = eps to eps and
-the root is tracked through `continuation_steps` points, because with several roots the path decides which one is found,
-and that there is only one cannot be known beforehand. From root to root Newton steps are taken, halved until they
-shrink |g|; where they get stuck, they start again from the last root with the way to the next point halved. A root on
-the path counts when |g| <= tolerance (1 + |y|); the last one is polished and judged in u, as in the reference. With
+t moves in a straight line from the residual at u = eps to eps, and the root is tracked through `continuation_steps`
+points of it. Where det J_i > 0 everywhere, e_i is a global diffeomorphism (docs/theory.md section 3), so this path
+exists and ends at the only root. Elsewhere it may meet det J_i <= 0, which the status reports, or end at one of several
+roots with det J_i > 0, which it cannot see.
+
+From root to root Newton steps are taken, halved until they shrink |g|; where they get stuck, they start again from the
+last root with the way to the next point halved. A root on the path counts when |g| <= tolerance (1 + |y|); the last one
+is polished and judged in u. With
 
     J_i^{-1} = I_d + L (I_Hp - R L)^{-1} R      (Woodbury)
 
-the implicit function theorem gives exact derivatives, in forward mode of any order and in reverse mode once.
-
-Past the boundary statuses may differ from the reference's: where a path meets det J_i = 0, either solver may jump to
-another root that the other one misses. Steep paths on which the reference gets stuck are mostly followed here.
+the implicit function theorem gives exact derivatives, in forward mode of any order and in reverse mode once. All
+sequences of a batch are solved side by side, in one compiled scan over positions and a key-value cache.
 """
 
-from collections.abc import Callable
+import contextlib
+import enum
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
 
-from prob_transformer import transform as reference
-from prob_transformer.accelerated.change_of_variables import residual_and_log_det
+from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.accelerated.elimination import inverse_and_log_det
 from prob_transformer.attention import (
     Attention,
     Past,
     logit_slopes,
+    require_attention,
     require_joint,
     weighted_covariance,
     weights_of_queries,
 )
-from prob_transformer.change_of_variables import attention_mean_at, low_rank_at
-from prob_transformer.transform import Solution, SolveStatus, residual_tolerance, status_after
+from prob_transformer.change_of_variables import attention_mean_at, low_rank_at, residual_and_log_det
 
+CONTINUATION_STEPS = 16
 # Newton steps tried for a root, halved ones included; pieces of a path are cut again up to as many a point on average.
 _MAX_STEPS = 64
 _SHORTEST_STEP = 2.0**-10
@@ -56,6 +63,63 @@ _SUFFICIENT_DECREASE = 1e-4
 _PIECES = 1024
 # In float32 a steep attention needs two steps in u until rounding is all that is left.
 _POLISHING_STEPS = 3
+
+
+
+class SolveStatus(enum.IntEnum):
+    """How solving for one position ended; the larger the worse, so that a maximum summarises."""
+
+    CONVERGED = 0
+    PAST_BOUNDARY = 1
+    NOT_CONVERGED = 2
+
+
+_MEANING = {
+    SolveStatus.PAST_BOUNDARY: (
+        "det J <= 0 was met at the root or on the way to it, so the equation may have several roots and the law of the "
+        "one found is not the density; scale query or key down (docs/theory.md section 3 has sufficient "
+        "conditions), or use `solve` to receive this root with its status"
+    ),
+    SolveStatus.NOT_CONVERGED: (
+        "the path from the noise was lost or ended outside tolerance; raise `continuation_steps` or use float64, and "
+        "if that does not help the path meets det J = 0: scale query or key down"
+    ),
+}
+
+
+class ImplicitSolveError(RuntimeError):
+    """The implicit equation u - mu(u) = noise was not solved as asked; `status` names how, and `position` where, which
+    is None for an equation that was solved inside jit."""
+
+    def __init__(self, status: SolveStatus, position: int | None = None):
+        self.status, self.position = status, position
+        where = "" if position is None else f" at position {position}"
+        super().__init__(f"{status.name.lower()}{where}: {_MEANING[status]}.")
+
+
+class Solution(NamedTuple):
+    """Embeddings (..., n, d) and, for each position, a `SolveStatus` code (..., n)."""
+
+    embeddings: Float[Array, "... n d"]
+    status: Int[Array, "... n"]
+
+
+def residual_tolerance(dtype: Any) -> float:
+    """Largest |e(u) - noise| accepted as a root, relative to 1 + max|noise|."""
+    return 1e-9 if jnp.dtype(dtype) == jnp.float64 else 1e-4
+
+
+def status_after(
+    mismatch: Float[Array, "... d"],
+    sign: Float[Array, "..."],
+    allowed: Float[Array, "..."] | float,
+    status_so_far: Int[Array, "..."],
+) -> Int[Array, "..."]:
+    """The worse of `status_so_far` and what a point of the path is: a root, if its mismatch is allowed, or not."""
+    # Written so that a NaN counts as not converged.
+    reached = jnp.abs(mismatch).max(-1) <= allowed
+    crossed = jnp.where(sign > 0, SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY)
+    return jnp.maximum(status_so_far, jnp.where(reached, crossed, SolveStatus.NOT_CONVERGED).astype(jnp.int32))
 
 
 class _Point(NamedTuple):
@@ -231,6 +295,15 @@ def _(
     return (u, status), (u_tangent, np.zeros(status.shape, jax.dtypes.float0))
 
 
+def solve_position(
+    attention: Attention, past: Past, noise: Float[Array, " d"], continuation_steps: int = CONTINUATION_STEPS
+) -> tuple[Float[Array, " d"], Int[Array, ""]]:
+    """The root u_i of e_i(u_i; past) = noise reached by continuation from the noise, and its `SolveStatus`."""
+    alone = jax.tree.map(lambda leaf: leaf[None], past)
+    root, status = _solve_position(attention, alone, noise[None], continuation_steps)
+    return root[0], status[0]
+
+
 @partial(jax.jit, static_argnums=2)
 def _solve(attention: Attention, noise: Float[Array, "... n d"], steps: int) -> Solution:
     # In half precision no root is within tolerance; it is solved in float32.
@@ -250,17 +323,65 @@ def _solve(attention: Attention, noise: Float[Array, "... n d"], steps: int) -> 
     return Solution(embeddings, status.T.reshape(noise.shape[:-1]))
 
 
-class CausalAttentionTransform(reference.CausalAttentionTransform):
-    """Noise (..., n, d) -> embeddings (..., n, d), as `prob_transformer.CausalAttentionTransform` with the same errors.
+def raise_unless_converged(solution: Solution) -> Float[Array, "... n d"]:
+    """The embeddings, or an `ImplicitSolveError`; inside jit, an error raised when the compiled code runs."""
+    embeddings, status = solution
+    if is_concrete(status):
+        codes = np.asarray(status)
+        if codes.any():
+            position = int(np.argwhere(codes > 0)[0][-1])
+            raise ImplicitSolveError(SolveStatus(int(codes[codes > 0][0])), position)
+        return embeddings
+    for failure in _MEANING:
+        embeddings = eqx.error_if(embeddings, status == failure, _inside_jit(failure))
+    return embeddings
 
-    Works in the dtype of noise and attention, float32 at least (where logits of more than about 1000 leave no root
-    within tolerance). The gradient of a call keeps the cache of every position, so its memory grows with n^2.
+
+def _inside_jit(failure: SolveStatus) -> str:
+    return f"{failure.name.lower()}: {_MEANING[failure]}."
+
+
+@contextlib.contextmanager
+def named_solve_errors() -> Iterator[None]:
+    """Raise what went wrong inside jit as the `ImplicitSolveError` that it is, whose first line names the status.
+
+    JAX reports an error of compiled code as a traceback of its callback, whose last lines say what it was. What runs
+    inside has to end inside, by jax.block_until_ready for one.
     """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        found = [failure for failure in _MEANING if _inside_jit(failure) in text]
+        if isinstance(error, ImplicitSolveError) or not found:
+            raise
+        raise ImplicitSolveError(found[0]) from error
+
+
+class CausalAttentionTransform(Transform):
+    """Noise (..., n, d) -> embeddings (..., n, d) with u_i - mu_i(u_i; u_<i) = noise_i, a coupled NumPyro transform.
+
+    Calling it solves the implicit equation (`solve` gives a status a position instead of an error) and raises
+    `ImplicitSolveError` where that did not converge or met det J <= 0. `inv` is the explicit residual.
+    `log_abs_det_jacobian` is -sum_i log|det J_i| in nats. Gradients of the call follow the implicit function theorem.
+    """
+
+    domain = constraints.real_matrix
+    codomain = constraints.real_matrix
+
+    def __init__(self, attention: Attention, continuation_steps: int = CONTINUATION_STEPS):
+        require_attention(attention)
+        require_count("continuation_steps", continuation_steps, 1, "1 solves directly from the noise")
+        self.attention = attention
+        self.continuation_steps = continuation_steps
 
     def solve(self, noise: Float[Array, "... n d"]) -> Solution:
         """Embeddings and a `SolveStatus` code for every position, never an error for a root that was not found."""
         noise = require_joint("noise", noise, self.attention)
         return _solve(self.attention, noise, self.continuation_steps)
+
+    def __call__(self, x: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+        return raise_unless_converged(self.solve(x))
 
     def _inverse(self, y: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
         return residual_and_log_det(self.attention, y).residual
@@ -269,3 +390,11 @@ class CausalAttentionTransform(reference.CausalAttentionTransform):
         self, x: Float[Array, "... n d"], y: Float[Array, "... n d"], intermediates: Any = None
     ) -> Float[Array, "..."]:
         return -residual_and_log_det(self.attention, y).log_det.sum(-1)
+
+    def tree_flatten(self) -> tuple[tuple[Attention], tuple[tuple[str], dict[str, int]]]:
+        return (self.attention,), (("attention",), {"continuation_steps": self.continuation_steps})
+
+    def eq(self, other: object, static: bool = False) -> bool | Bool[Array, ""]:
+        if type(other) is not type(self) or self.continuation_steps != other.continuation_steps:
+            return False
+        return eqx.tree_equal(self.attention, other.attention)
