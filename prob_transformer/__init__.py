@@ -17,14 +17,14 @@ from prob_transformer.margin import SupportTokens, stability_margin, support_tok
 from prob_transformer.objective import map_objective, weight_prior
 from prob_transformer.process import EmbeddingProcess
 from prob_transformer.query_key import RMSNorm, Rotary
-from prob_transformer.token_model import LinearDecoder, sampled_attention, token_model
-from prob_transformer.transform import (
+from prob_transformer.sampling import (
     CausalAttentionTransform,
     ImplicitSolveError,
     Solution,
     SolveStatus,
     named_solve_errors,
 )
+from prob_transformer.token_model import LinearDecoder, sampled_attention, token_model
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ expected number of roots (docs/theory.md section 3; `python -m theory_checks --o
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -24,21 +24,12 @@ from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import is_concrete, require_count, require_floating, require_positive
 from prob_transformer.attention import Attention, Past, require_attention
 from prob_transformer.change_of_variables import ResidualAndLogDet, residual_and_log_det, residual_and_log_det_at
-from prob_transformer.transform import CausalAttentionTransform, Solution, raise_unless_converged
+from prob_transformer.sampling import CausalAttentionTransform, Solution, raise_unless_converged
 
 PathName = Literal["reference", "accelerated"]
-
-
-class _Path(NamedTuple):
-    """The two directions: embeddings to noise, and noise to embeddings."""
-
-    residual_and_log_det: Callable[..., ResidualAndLogDet]
-    transform: type[CausalAttentionTransform]
-
-
-_PATHS: dict[PathName, _Path] = {
-    "reference": _Path(residual_and_log_det, CausalAttentionTransform),
-    "accelerated": _Path(accelerated.residual_and_log_det, accelerated.CausalAttentionTransform),
+_DENSITIES: dict[PathName, Callable[..., ResidualAndLogDet]] = {
+    "reference": residual_and_log_det,
+    "accelerated": accelerated.residual_and_log_det,
 }
 
 
@@ -52,7 +43,7 @@ class EmbeddingProcess(dist.Distribution):
     """NumPyro distribution of n = `length` embeddings of width d under an attention; event shape (n, d), nats.
 
     `noise_scale` and `first_scale` are standard deviations; their broadcast shape is the batch shape. `path` picks the
-    code that samples and evaluates whole sequences: "reference", or "accelerated" for long ones, whose log_prob has
+    code that evaluates whole sequences: "reference", or "accelerated" for long ones, whose log_prob has
     reverse-mode gradients only. Raises ValueError for a length below 2, scales that are not positive and finite, or
     another path.
     """
@@ -106,7 +97,7 @@ class EmbeddingProcess(dist.Distribution):
             axis = value.ndim - 2 - len(mapped)
             of_one = jax.vmap(lambda process, value: process.position_log_prob(value), (0, axis), axis)
             return of_one(self, value)
-        residual, _, log_det = _PATHS[self.path].residual_and_log_det(self.attention, value)
+        residual, _, log_det = _DENSITIES[self.path](self.attention, value)
         return _normal_log_density(residual, self._scales()) + log_det
 
     @validate_sample
@@ -121,7 +112,7 @@ class EmbeddingProcess(dist.Distribution):
         dtype = jnp.result_type(self.noise_scale, self.attention.query)
         noise = jax.random.normal(key, self.shape(sample_shape), dtype)
         scales = jnp.broadcast_to(self._scales()[..., None], noise.shape)
-        return _PATHS[self.path].transform(self.attention).solve(noise * scales)
+        return CausalAttentionTransform(self.attention).solve(noise * scales)
 
     def sample(self, key: PRNGKeyArray | None, sample_shape: tuple[int, ...] = ()) -> Float[Array, "... n d"]:
         """Exact draws where det J > 0 everywhere; raises `ImplicitSolveError` where one met det J <= 0 or no root."""
@@ -151,6 +142,7 @@ class EmbeddingProcess(dist.Distribution):
                 raise ValueError(full)
         else:
             position = eqx.error_if(position, position >= self.length, full)
+            past = eqx.tree_at(lambda past: past.position, past, position)
         residual, _, log_det = residual_and_log_det_at(self.attention, past, embedding)
         scale = jnp.where(position == 0, self.first_scale, self.noise_scale)
         return _normal_log_density(residual, scale) + log_det, past.write(self.attention, embedding)

@@ -65,7 +65,6 @@ _PIECES = 1024
 _POLISHING_STEPS = 3
 
 
-
 class SolveStatus(enum.IntEnum):
     """How solving for one position ended; the larger the worse, so that a maximum summarises."""
 

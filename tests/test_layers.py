@@ -68,10 +68,9 @@ def test_density_and_jacobian_are_those_of_the_whole_layer(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("transform", [CausalAttentionTransform, accelerated.CausalAttentionTransform])
-def test_noise_to_embeddings_and_back(name, transform):
-    _, layer, noise = problem(name, strength=0.2)
-    embeddings = transform(layer)(noise)
+def test_noise_to_embeddings_and_back(name):
+    _, layer, noise = problem(name, strength=0.1)
+    embeddings = CausalAttentionTransform(layer)(noise)
     np.testing.assert_allclose(residual_and_log_det(layer, embeddings).residual, noise, atol=1e-8)
 
 

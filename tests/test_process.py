@@ -247,7 +247,7 @@ def test_a_full_cache_is_refused_eagerly_and_inside_jit():
 def test_a_full_cache_longer_than_pythons_cached_integers_is_refused():
     process = EmbeddingProcess(ZERO, 300)
     with pytest.raises(ValueError, match="past: is full"):
-        process.extend(process.empty_past().seen_by(jnp.ones(300, bool)), np.ones(3))
+        process.extend(process.empty_past().before(process.attention, 300), np.ones(3))
 
 
 def test_inside_jit_numpyros_validation_gives_values_outside_the_support_no_density():

@@ -150,15 +150,15 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake("noise of unit size sampled", _PROCESS, "solve(noise * scales)", "solve(noise)"),
     _mistake(
         "transform's log-determinant of the inverse",
-        "transform.py",
+        "sampling.py",
         "return -residual_and_log_det(self.attention, y).log_det.sum(-1)",
         "return residual_and_log_det(self.attention, y).log_det.sum(-1)",
     ),
     _mistake(
         "explicit step instead of the implicit equation",
-        "transform.py",
-        "u = root_near(jax.lax.stop_gradient(guess), (attention, past, noise))",
-        "u = 2 * noise - residual_and_log_det_at(attention, past, noise).residual",
+        "sampling.py",
+        "return u, status_after(mismatch, search.here.sign, allowed, search.status)",
+        "return noise - _mismatch(noise, attention, past, noise), jnp.zeros_like(search.status)",
     ),
     # barrier, margin, radius
     _mistake(

@@ -1,7 +1,7 @@
 """The jitted path: the same numbers as the reference in `prob_transformer`, under the same names, at scale.
 
 Read in this order: elimination (many small inverses), cells (what is swept), sweep (the tiles), log_det (its gradient),
-change_of_variables, barrier, margin, transform; sharding spreads the cells over devices.
+change_of_variables, barrier, margin; sharding spreads the cells over devices.
 """
 
 from prob_transformer.accelerated.barrier import MeanBarrier, barrier, mean_barrier, subsampled_barrier
@@ -19,11 +19,9 @@ from prob_transformer.accelerated.sharding import (
     sharded_residual_and_log_det,
     sharded_subsampled_barrier,
 )
-from prob_transformer.accelerated.transform import CausalAttentionTransform
 
 __all__ = [
     "DEFAULT_TILING",
-    "CausalAttentionTransform",
     "Cells",
     "ConditioningMargin",
     "MeanBarrier",

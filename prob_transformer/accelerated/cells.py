@@ -88,7 +88,10 @@ class Cells(eqx.Module):
         cells = cls._of_heads(attention, embeddings)
         if attention.value is None:
             return cells
-        stacked_query = attention.scale * attention.query.reshape(-1, attention.width)
+        query = attention.query
+        if attention.rotary is not None:
+            query = jnp.swapaxes(attention.rotary.halves_first(jnp.swapaxes(query, 1, 2)), 1, 2)
+        stacked_query = attention.scale * query.reshape(-1, attention.width)
         through = attention.value_maps(stacked_query)
         return dataclasses.replace(cells, features=jnp.einsum("hrd,...nd->...hrn", through, embeddings))
 

@@ -27,8 +27,8 @@ from prob_transformer.attention import Attention, Past
 from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
 from prob_transformer.process import EmbeddingProcess
+from prob_transformer.sampling import SolveStatus
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
-from prob_transformer.transform import SolveStatus
 
 
 def _smc() -> Any:

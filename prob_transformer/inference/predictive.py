@@ -6,7 +6,7 @@ import jax
 import numpyro.infer
 from jaxtyping import Array, PRNGKeyArray
 
-from prob_transformer.transform import named_solve_errors
+from prob_transformer.sampling import named_solve_errors
 
 
 class Predictive(numpyro.infer.Predictive):

@@ -16,9 +16,8 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
-from prob_transformer.accelerated import CausalAttentionTransform
 from prob_transformer.process import EmbeddingProcess
-from prob_transformer.transform import SolveStatus
+from prob_transformer.sampling import CausalAttentionTransform, SolveStatus
 
 
 def embedding_process(site: dict[str, Any]) -> EmbeddingProcess | None:
@@ -50,9 +49,8 @@ class NoiseReparam(Reparam):
 
     Besides the site "<name>_noise" (..., n, d) the model gains the deterministic "<name>_solve_status" (..., n), a
     `SolveStatus` a position. A position whose root was not found keeps its noise as its embedding, so that nothing is
-    NaN: look at the status. Roots are found by the accelerated path whatever that of the process, several times faster
-    where every leapfrog step needs them; gradients follow the implicit function theorem. Raises ValueError for an
-    observed site or another distribution.
+    NaN: look at the status. Gradients follow the implicit function theorem. Raises ValueError for an observed site or
+    another distribution.
     """
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Float[Array, "... n d"]]:

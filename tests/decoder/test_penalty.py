@@ -64,8 +64,8 @@ def test_value_and_negative_share_are_those_of_the_autodiff_jacobian(name, dtype
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_worked_on_as_the_numbers_it_is(name, dtype):
     plain, sequences = problem(name)
-    if plain.frequencies is not None:
-        plain = plain._replace(frequencies=np.asarray(jnp.asarray(plain.frequencies, dtype), float))
+    untrained = {"frequencies": plain.frequencies, "key_gain": plain.key_gain}
+    plain = plain._replace(**jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype), float), untrained))
 
     def penalty(given):
         weights, inputs = given

@@ -168,14 +168,14 @@ def test_every_status_is_true_of_its_root():
 
 
 def test_solving_twice_with_the_same_shapes_compiles_once():
-    from prob_transformer import transform as module
+    from prob_transformer import sampling as module
 
     transform = CausalAttentionTransform(mild_attention(8))
     noise = np.random.default_rng(4).normal(size=(5, 3))
     transform.solve(noise)
     with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
         compiled = []
-        patch.setattr(module, "solve_position", lambda *args: compiled.append(args))
+        patch.setattr(module, "_solve_position", lambda *args: compiled.append(args))
         CausalAttentionTransform(mild_attention(9)).solve(noise + 1.0)
     assert compiled == []
 
