@@ -14,7 +14,7 @@ import pytest
 from prob_transformer import Attention, accelerated, residual_and_log_det
 from prob_transformer.accelerated import Tiling
 
-LENGTH, COUNT = 12, 5000
+LENGTH, COUNT = 12, 10_000
 IMPLEMENTATIONS = {
     "reference": residual_and_log_det,
     "blocked": partial(accelerated.residual_and_log_det, tiling=Tiling(8, 8)),
@@ -62,7 +62,11 @@ def wide(arrays):
     return jax.tree.map(lambda x: x.astype(jnp.float64), arrays)
 
 
-@pytest.fixture(scope="module", params=[(1, 4, 4, 5), (2, 2, 3, 5)], ids=["one head", "two heads with values"])
+@pytest.fixture(
+    scope="module",
+    params=[(1, 4, 4, 5), pytest.param((2, 2, 3, 5), marks=pytest.mark.slow)],
+    ids=["one head", "two heads with values"],
+)
 def cases(request):
     arrays = drawn(*request.param)
     rng = np.random.default_rng(1)
@@ -73,7 +77,7 @@ def cases(request):
         moved = jax.tree.map(lambda x: x * (1 + UNIT * rng.choice([-1, 1], size=x.shape)), wide(arrays))
         return [largest(a - b) for a, b in zip(outcome(residual_and_log_det, moved, weights), truth, strict=True)]
 
-    allowed = [50 * np.max(changes, axis=0) for changes in zip(*(change() for _ in range(4)), strict=True)]
+    allowed = [50 * np.max(changes, axis=0) for changes in zip(*(change() for _ in range(8)), strict=True)]
     return arrays, weights, truth, allowed
 
 
@@ -82,15 +86,19 @@ def cases(request):
 def test_errors_in_float32_are_those_of_inputs_rounded_to_float32(cases, name):
     arrays, weights, truth, allowed = cases
     found = outcome(IMPLEMENTATIONS[name], arrays, weights)
-    exceeded = np.zeros(COUNT, bool)
+    # Rounding may put a determinant on the boundary itself, which is said by its sign and its logarithm.
+    on_boundary = np.isneginf(found[0]).any(1)
+    exceeded = on_boundary.copy()
     for index, (got, true, most) in enumerate(zip(found, truth, allowed, strict=True)):
         assert got.dtype == jnp.float32
-        assert np.isfinite(got).all()
+        infinite = ~np.isfinite(got).reshape(COUNT, -1).all(1)
+        assert on_boundary[infinite].all()
         # The determinant is rounded to a unit; a gradient may be lost below what float32 can hold, or be a sum of
         # parts of the size of 1 / its argument that cancel exactly.
         floor = LENGTH * UNIT if index == 0 else 1e-28 + UNIT**2 * (1 + 1 / largest(jax.tree.leaves(arrays)[index - 1]))
-        exceeded |= largest(np.asarray(got, np.float64) - true) > most + floor
-    assert exceeded.sum() <= COUNT // 1000, np.flatnonzero(exceeded)[:10]
+        exceeded |= ~(largest(np.where(infinite.reshape(-1, *(1,) * (got.ndim - 1)), 0, got) - true) <= most + floor)
+    # Eight perturbations do not always show the largest change: logits that are equal in float32 alone, for one.
+    assert exceeded.sum() <= COUNT // 1000, np.flatnonzero(exceeded)
 
 
 @pytest.mark.usefixtures("optimised")
