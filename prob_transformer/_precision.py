@@ -1,4 +1,7 @@
-"""Half precision: bfloat16 and float16 are cast at the door, because determinants need the digits."""
+"""Settings of the caller that must not matter: half precision, and whether JAX may promote ranks.
+
+bfloat16 and float16 are cast at the door, because determinants need the digits.
+"""
 
 from collections.abc import Callable
 from functools import wraps
@@ -42,5 +45,16 @@ def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Para
             return function(*args, **kwargs)
         args, kwargs = at_least_float32((args, kwargs))
         return _cast(function(*args, **kwargs), lambda _: dtype)
+
+    return wrapped
+
+
+def ranks_promoted(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """The function where (b,) and (c, b) may meet in one operation, whatever jax_numpy_rank_promotion says outside."""
+
+    @wraps(function)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
 
     return wrapped

@@ -296,9 +296,10 @@ def softmax_weights(
     keys: Float[Array, "... p n"],
     visible: Bool[Array, "n b"],
     cap: float | None = None,
-) -> Float[Array, "... n b"]:
-    """softmax of the capped queries . keys over the visible keys, for b queries at once; zero where none is visible.
+) -> tuple[Float[Array, "... n b"], Int[Array, "... 1 b"]]:
+    """softmax of the capped queries . keys over visible keys, for b queries at once, and which key has the largest.
 
+    Weights are zero where no key is visible.
     Right for every finite input: logits that overflow leave their limit, all weight on the largest. The largest is met
     by its index, because compiled code may compute a logit twice and round it differently, which at logits of 1e9
     would leave no weight, or an infinite one.
@@ -324,13 +325,14 @@ def softmax_weights(
     exponent = (jnp.where(is_largest, 0, below) + (logits - fixed)) * of_queries * of_keys
     unnormalised = jnp.where(visible, jnp.exp(exponent), 0)
     total = unnormalised.sum(-2, keepdims=True)
-    return unnormalised / jnp.where(total > 0, total, 1)
+    return unnormalised / jnp.where(total > 0, total, 1), index
 
 
 def weights_of_queries(attention: Attention, past: Past, queries: Float[Array, "H p"]) -> Float[Array, "H n"]:
     """alpha of the plain queries q: softmax of the logits over the visible past, all zero when the past is empty."""
     seen = attention.seen_queries(queries, past.position)[..., None]
-    return softmax_weights(seen, jnp.swapaxes(past.keys, 1, 2), past.visible[:, None], attention.cap)[..., 0]
+    weights, _ = softmax_weights(seen, jnp.swapaxes(past.keys, 1, 2), past.visible[:, None], attention.cap)
+    return weights[..., 0]
 
 
 def attention_weights(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, "H n"]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from prob_transformer._precision import ranks_promoted
 from prob_transformer._validation import require_finite, require_floating
 
 
@@ -17,9 +18,11 @@ class RMSNorm(eqx.Module):
     gain: Float[Array, " d"]
     epsilon: float = eqx.field(static=True)
 
+    @ranks_promoted
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         return self.gain * x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
 
+    @ranks_promoted
     def slope(self, x: Float[Array, "... d"]) -> tuple[Float[Array, "... d"], Float[Array, "... d"]]:
         """gain and direction of its derivative diag(gain) (I - direction direction^T)."""
         inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
@@ -57,6 +60,7 @@ class Rotary(eqx.Module):
         end = 2 * self.frequencies.shape[0]
         return jnp.concatenate([x[..., 0:end:2], x[..., 1:end:2], x[..., end:]], -1)
 
+    @ranks_promoted
     def turn(
         self, x: Float[Array, "... p"], positions: Int[Array, "..."], backwards: bool = False
     ) -> Float[Array, "... p"]:

@@ -144,7 +144,7 @@ class _Search(NamedTuple):
 
 
 def _chosen(condition: Array, yes: _Point, no: _Point) -> _Point:
-    return _Point(*(jnp.where(condition, a, b) for a, b in zip(yes, no, strict=True)))
+    return _Point(*(jnp.where(jnp.broadcast_to(condition, a.shape), a, b) for a, b in zip(yes, no, strict=True)))
 
 
 def _queries(attention: Attention, y: Float[Array, "Hp b"]) -> Float[Array, "b H p"]:
@@ -190,11 +190,11 @@ def _follow_path(attention: Attention, past: Past, seen_noise: Float[Array, "Hp 
         # Where the path was lost or met det J <= 0 it is not followed further: straight to its end.
         on_path = status == SolveStatus.CONVERGED
         goal = jnp.where(on_path, jnp.minimum(reached + stride, (reached // _PIECES + 1) * _PIECES), end)
-        fraction = (goal / end).astype(seen_noise.dtype)
+        fraction = (goal / end).astype(seen_noise.dtype)[None]
         target = (1 - fraction) * begin + fraction * seen_noise
 
         mismatch = here.seen_residual - target
-        there = _at(attention, past, here.y - length * jnp.einsum("xyb,yb->xb", here.inverse, mismatch))
+        there = _at(attention, past, here.y - length[None] * jnp.einsum("xyb,yb->xb", here.inverse, mismatch))
         before, after = (jnp.linalg.norm(x, axis=0) for x in (mismatch, there.seen_residual - target))
         active = reached < end
         # The start is a root already. A NaN is not shorter.

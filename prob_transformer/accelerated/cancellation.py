@@ -17,13 +17,14 @@ from prob_transformer.accelerated.elimination import PERMITTED_GROWTH, eliminate
 from prob_transformer.attention import softmax_weights, weighted_covariance
 
 AT_ONCE = 8
+# A covariance so small that its rounding does not show beside the identity, PERMITTED_GROWTH taken into account.
+_NEGLIGIBLE = 1e-2
 
 
-def has_cancelled(size: Float[Array, "c b"], covariance: Float[Array, "c H Hp p b"]) -> Bool[Array, "c b"]:
-    """Where terms of this size left a covariance so much smaller that rounding shows beside the identity."""
-    left = jnp.abs(covariance).max((1, 2, 3))
+def has_cancelled(size: Float[Array, "c b"], left: Float[Array, "c b"]) -> Bool[Array, "c b"]:
+    """Where terms of one size leave a covariance bounded by another, so much smaller that rounding shows beside it."""
     # Written so that a NaN counts as cancelled.
-    return ~(size <= PERMITTED_GROWTH * (1e-2 + left))
+    return ~(size <= PERMITTED_GROWTH * (_NEGLIGIBLE + left))
 
 
 def small_matrix_at(rows: Rows, position: Int[Array, ""]) -> Float[Array, "Hp Hp"]:
@@ -32,7 +33,7 @@ def small_matrix_at(rows: Rows, position: Int[Array, ""]) -> Float[Array, "Hp Hp
     at = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, position, 1, x.ndim - 1), rows)
     distance = position - jnp.arange(rows.length)
     visible = distance > 0 if rows.window is None else (distance > 0) & (distance < rows.window)
-    weights = softmax_weights(at.queries, rows.attended[:, rank:], visible[:, None])[..., 0]
+    weights = softmax_weights(at.queries, rows.attended[:, rank:], visible[:, None])[0][..., 0]
     tokens = jnp.swapaxes(rows.attended, 1, 2)
     covariance = jax.vmap(weighted_covariance)(weights, tokens[..., :rank], tokens[..., rank:])
     if at.query_map is not None:

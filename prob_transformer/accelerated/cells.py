@@ -45,26 +45,52 @@ class QueryMap(NamedTuple):
 
         B_i = R_i diag(gain_i) (I - direction_i direction_i^T)
 
-    `angles` (..., r, n) turn the pairs (j, j + r) of coordinates; `gain` and `direction` (..., H, p, n) are a query
-    norm's. What a layer does not have is None.
+    `cosine` and `sine` (..., r, n) turn the pairs (j, j + r) of coordinates; `gain` and `direction` (..., H, p, n) are
+    those of a query norm. What a layer does not have is None.
     """
 
-    angles: Float[Array, "... r n"] | None = None
+    cosine: Float[Array, "... r n"] | None = None
+    sine: Float[Array, "... r n"] | None = None
     gain: Float[Array, "... H p n"] | None = None
     direction: Float[Array, "... H p n"] | None = None
 
-    def after(self, x: Float[Array, "c H _ p b"]) -> Float[Array, "c H _ p b"]:
+    def after(self, x: Float[Array, "c H a p b"]) -> Float[Array, "c H a p b"]:
         """x_i B_i for a block of positions."""
-        if self.angles is not None:
-            pairs = self.angles.shape[-2]
-            cosine, sine = (f(self.angles)[:, None, None] for f in (jnp.cos, jnp.sin))
-            first, second, rest = jnp.split(x, (pairs, 2 * pairs), 3)
-            turned = (first * cosine + second * sine, second * cosine - first * sine)
-            x = jnp.concatenate([*turned, rest], 3)
+        if self.cosine is not None and self.sine is not None:
+            x = _turned(x, self.cosine, -self.sine, 3)
         if self.gain is not None and self.direction is not None:
             x, direction = x * self.gain[:, :, None], self.direction[:, :, None]
             x = x - (x * direction).sum(3, keepdims=True) * direction
         return x
+
+    def pull_back(
+        self, x: Float[Array, "c H a p b"], pull: Float[Array, "c H p a b"]
+    ) -> tuple[Float[Array, "c H p a b"], "QueryMap"]:
+        """The pull on x and that on B_i of a pull on x_i B_i; pulls have the axis of p before that of a."""
+        if self.cosine is None or self.sine is None or self.gain is not None:
+            _, general = jax.vjp(lambda x, query_map: query_map.after(x), x, self)
+            of_x, of_map = general(jnp.swapaxes(pull, 2, 3))
+            return jnp.swapaxes(of_x, 2, 3), of_map
+        # Written out, because turning the axes of a large array around takes as long as its rotation.
+        pairs = self.cosine.shape[1]
+        low, high = x[:, :, :, :pairs], x[:, :, :, pairs : 2 * pairs]
+        of_low, of_high = pull[:, :, :pairs], pull[:, :, pairs : 2 * pairs]
+
+        def along(pull: Float[Array, "c H r a b"], x: Float[Array, "c H a r b"]) -> Float[Array, "c r b"]:
+            return jnp.einsum("chjab,chajb->cjb", pull, x)
+
+        of_map = QueryMap(along(of_low, low) + along(of_high, high), along(of_low, high) - along(of_high, low))
+        return _turned(pull, self.cosine, self.sine, 2), of_map
+
+
+def _turned(
+    x: Float[Array, "c H _ _ b"], cosine: Float[Array, "c r b"], sine: Float[Array, "c r b"], axis: int
+) -> Float[Array, "c H _ _ b"]:
+    shape = [1] * x.ndim
+    shape[0], shape[axis], shape[-1] = cosine.shape
+    cosine, sine = cosine.reshape(shape), sine.reshape(shape)
+    first, second, rest = jnp.split(x, (shape[axis], 2 * shape[axis]), axis)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis)
 
 
 class Cells(eqx.Module):
@@ -101,11 +127,13 @@ class Cells(eqx.Module):
         cells = cls._of_heads(attention, embeddings)
         query_map = cells.query_map
         if query_map is not None:
-            angles, gain, direction = query_map
-            if angles is not None:
-                angles = jnp.broadcast_to(angles[..., None, :, :], (*cells.keys.shape[:-2], *angles.shape[-2:]))
-            alone = (None if x is None else x[..., None, :, :] for x in (gain, direction))
-            query_map = QueryMap(angles, *alone)
+            each = cells.keys.shape[:-2]
+            rotation = (
+                None if x is None else jnp.broadcast_to(x[..., None, :, :], (*each, *x.shape[-2:]))
+                for x in query_map[:2]
+            )
+            norm = (None if x is None else x[..., None, :, :] for x in query_map[2:])
+            query_map = QueryMap(*rotation, *norm)
         queries, keys, features = (x[..., None, :, :] for x in (cells.queries, cells.keys, cells.features))
         return cls(queries, keys, features, query_map, attention.window)
 
@@ -126,10 +154,13 @@ class Cells(eqx.Module):
         keys = last(attention.seen_keys(attention.plain_keys(embeddings), positions)[attention.group_of_head])
         query_map = None
         if rotary is not None or norm is not None:
-            query_map = QueryMap(
-                None if rotary is None else rotary.angles(positions, plain.dtype, embeddings.shape[:-2]),
-                *((None, None) if norm is None else (last(x) for x in norm.slope(plain))),
-            )
+            query_map = QueryMap()
+            if rotary is not None:
+                angles = rotary.angles(positions, plain.dtype, embeddings.shape[:-2])
+                query_map = query_map._replace(cosine=jnp.cos(angles), sine=jnp.sin(angles))
+            if norm is not None:
+                gain, direction = (last(x) for x in norm.slope(plain))
+                query_map = query_map._replace(gain=gain, direction=direction)
         return cls(queries, keys, attention.scale * last(plain), query_map, attention.window)
 
     @property

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prob_transformer._precision import in_float32_at_least
+from prob_transformer._precision import in_float32_at_least, ranks_promoted
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling, padded
 from prob_transformer.accelerated.log_det import log_det
 from prob_transformer.accelerated.sweep import block_weights
@@ -18,6 +18,7 @@ from prob_transformer.attention import Attention, require_joint
 from prob_transformer.change_of_variables import ResidualAndLogDet
 
 
+@ranks_promoted
 def _blocked_mean(
     attention: Attention, cells: Cells, embeddings: Float[Array, "c n d"], tiling: Tiling
 ) -> Float[Array, "c n d"]:
@@ -32,7 +33,7 @@ def _blocked_mean(
     @jax.checkpoint
     def one_block(start: Int[Array, ""], queries: Array, keys: Array, attended: Array) -> Float[Array, "c b d"]:
         here = jax.lax.dynamic_slice_in_dim(queries, start, tiling.block, 3)
-        means = jnp.einsum("chsb,csd->chbd", block_weights(here, keys, start, attention.window), attended)
+        means = jnp.einsum("chsb,csd->chbd", block_weights(here, keys, start, attention.window)[0], attended)
         if attention.value is None:
             return means[:, 0]
         return jnp.einsum("hde,chbe->cbd", values, means)

@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from prob_transformer._precision import ranks_promoted
+
 # A growth of the elements by about this factor is let through before rows are exchanged.
 PERMITTED_GROWTH = 64
 REPAIRED_AT_ONCE = 32
@@ -154,6 +156,7 @@ def passes_probe(
     return (jnp.abs(product - jnp.asarray(signs, matrix.dtype)[:, None]) <= allowed).all(1)
 
 
+@ranks_promoted
 def inverse_and_log_det(matrix: Float[Array, "c m m b"], start: Array | int = 0) -> Eliminated:
     """Inverse, sign and log|det| of every matrix, with row exchanges where the fast elimination fails its probe."""
     groups, _, _, batch = matrix.shape

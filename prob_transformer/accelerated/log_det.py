@@ -16,6 +16,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from prob_transformer._precision import ranks_promoted
 from prob_transformer.accelerated.cells import Cells, Rows, Tiling, in_groups, padded
 from prob_transformer.accelerated.sweep import (
     LogDet,
@@ -50,19 +51,34 @@ class SubsampledTotal(NamedTuple):
 
 def _batched_over_cells(function: Callable) -> Callable:
     """Under vmap the new axis becomes more cells, instead of making every tile larger."""
-    batched = custom_vmap(function)
 
-    @batched.def_vmap
-    def _(axis_size: int, in_batched: Sequence[PyTree], *arguments: PyTree) -> tuple[PyTree, PyTree]:
-        def merged(x: Array, is_batched: bool) -> Array:
-            x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
+    function = ranks_promoted(function)
 
-        result = batched(*jax.tree.map(merged, arguments, tuple(in_batched)))
-        split = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), result)
-        return split, jax.tree.map(lambda _: True, split)
+    def over_cells(*arguments: PyTree) -> PyTree:
+        leaves, tree = jax.tree.flatten(arguments)
 
-    return batched
+        @custom_vmap
+        def flat(*leaves: Array) -> PyTree:
+            return function(*jax.tree.unflatten(tree, leaves))
+
+        @flat.def_vmap
+        def _(axis_size: int, in_batched: Sequence[bool], *leaves: Array) -> tuple[PyTree, PyTree]:
+            # So it is asked for what a derivative keeps fixed while its directions are batched.
+            if not any(in_batched):
+                result = function(*jax.tree.unflatten(tree, leaves))
+                return result, jax.tree.map(lambda _: False, result)
+
+            def merged(x: Array, is_batched: bool) -> Array:
+                x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+                return x.reshape(-1, *x.shape[2:])
+
+            result = flat(*map(merged, leaves, in_batched))
+            split = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), result)
+            return split, jax.tree.map(lambda _: True, split)
+
+        return flat(*leaves)
+
+    return over_cells
 
 
 @lru_cache
@@ -140,6 +156,7 @@ def cells_drawn(count: int, share: float) -> int:
     return min(count, max(2, round(count * share)))
 
 
+@ranks_promoted
 def _draw(
     cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differentiate: bool
 ) -> tuple[SubsampledTotal, Cells | None]:

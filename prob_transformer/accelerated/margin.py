@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._precision import in_float32_at_least
+from prob_transformer._precision import in_float32_at_least, ranks_promoted
 from prob_transformer._validation import require_count
 from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded
 from prob_transformer.accelerated.change_of_variables import residual_and_log_det
@@ -117,6 +117,7 @@ def _block_projection(
 
 
 @partial(jax.jit, static_argnums=(3, 4))
+@ranks_promoted
 def _largest_inverse_square(
     attention: Attention, embeddings: Float[Array, "c n d"], key: PRNGKeyArray, steps: int, tiling: Tiling
 ) -> Float[Array, "c n"]:

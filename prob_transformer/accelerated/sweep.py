@@ -76,8 +76,8 @@ def _product(tiling: Tiling, left: Float[Array, "... a b"], right: Float[Array, 
 
 def block_weights(
     queries: Float[Array, "c H p b"], keys: Float[Array, "c H p n"], start: Int[Array, ""], window: int | None = None
-) -> Float[Array, "c H n b"]:
-    """alpha_i of a block of queries over the strict past or its last window - 1 keys, keys first; zero without any."""
+) -> tuple[Float[Array, "c H n b"], Int[Array, "c H 1 b"]]:
+    """alpha_i of a block of queries over the strict past or its last window - 1 keys, keys first, and its largest."""
     distance = start + jnp.arange(queries.shape[-1]) - jnp.arange(keys.shape[-1])[:, None]
     visible = distance > 0 if window is None else (distance > 0) & (distance < window)
     return softmax_weights(queries, keys, visible)
@@ -86,14 +86,17 @@ def block_weights(
 class _Block(NamedTuple):
     """What both passes over the chunks share, in the names of the module docstring, features above keys.
 
-    `weights` are those of all tokens, `others` the same without t; `mean` is the weighted mean less the centre.
+    `weights` are those of all tokens, `others` the same without t, and `squares` sums of others |x_s - c|^2 and
+    others |k_s - c'|^2; `mean` is the weighted mean less the centre.
     """
 
     weights: Float[Array, "c H n b"]
     others: Float[Array, "c H n b"]
     top: Float[Array, "c H Hp+p b"]
     rest: Float[Array, "c H Hp+p b"]
+    squares: tuple[Float[Array, "c H b"], Float[Array, "c H b"]]
     offset: Float[Array, "c H Hp+p b"]
+    mean: Float[Array, "c H Hp+p b"]
     centre: Float[Array, "c H Hp+p 1"]
     first: Int[Array, ""] | int
     chunks: Int[Array, ""]
@@ -101,23 +104,25 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
         rank = rows.attended.shape[2] - queries.shape[2]
-        weights = block_weights(queries, rows.attended[:, :, rank:], start, rows.window)
+        weights, index = block_weights(queries, rows.attended[:, :, rank:], start, rows.window)
         # One but for the first position, whose past is empty.
         share = weights.sum(-1, keepdims=True) / weights.sum((-1, -2), keepdims=True)
         centre = rows.attended @ share
         centred = rows.attended - centre
-        index = jnp.argmax(weights, axis=-2, keepdims=True)
         others = jnp.where(lax.broadcasted_iota(index.dtype, weights.shape, 2) == index, 0, weights)
         top = jnp.take_along_axis(centred, index, axis=-1)
-        rest = centred @ others
-        offset = rest - others.sum(-2, keepdims=True) * top
+        lengths = [jnp.square(x).sum(2, keepdims=True) for x in (centred[:, :, :rank], centred[:, :, rank:])]
+        sums = jnp.concatenate([centred, *lengths], 2) @ others
+
+        def vectors() -> tuple[Array, ...]:
+            rest = sums[:, :, :-2]
+            offset = rest - others.sum(-2, keepdims=True) * top
+            return rest, offset, top + offset
+
+        rest, offset, mean = apart(start, vectors)
         first = 0 if rows.window is None else jnp.maximum(start - rows.window + 1, 0) // tiling.chunk
         chunks = (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
-        return cls(weights, others, top, rest, offset, centre, first, chunks)
-
-    @property
-    def mean(self) -> Float[Array, "c H Hp+p b"]:
-        return self.top + self.offset
+        return cls(weights, others, top, rest, (sums[:, :, -2], sums[:, :, -1]), offset, mean, centre, first, chunks)
 
     def chunk(
         self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int
@@ -127,10 +132,8 @@ class _Block(NamedTuple):
         return attended, lax.dynamic_slice_in_dim(self.others, begin, tiling.chunk, 2)
 
 
-def _covariance(
-    tiling: Tiling, rows: Rows, block: _Block, rank: int
-) -> tuple[Float[Array, "c H Hp p b"], Bool[Array, "c b"]]:
-    """Cov(x^h, k^h), and where it has cancelled."""
+def _moments(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[Array, "c H Hp p b"]:
+    """sum_{s != t} alpha_is O_s."""
 
     def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H products b"]:
         attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk))
@@ -140,37 +143,52 @@ def _covariance(
     moments = lax.fori_loop(
         block.first + 1, block.chunks, lambda step, moments: moments + of_chunk(step), of_chunk(block.first)
     )
-    moments = moments.reshape(*moments.shape[:2], rank, -1, moments.shape[-1])
+    return moments.reshape(*moments.shape[:2], rank, -1, moments.shape[-1])
+
+
+def _covariance(block: _Block, moments: Float[Array, "c H Hp p b"]) -> Float[Array, "c H Hp p b"]:
+    rank = moments.shape[2]
     from_mean = block.offset[:, :, :rank, None] * block.mean[:, :, None, rank:]
-    covariance = moments - from_mean - block.top[:, :, :rank, None] * block.rest[:, :, None, rank:]
+    return moments - from_mean - block.top[:, :, :rank, None] * block.rest[:, :, None, rank:]
 
-    def largest(x: Float[Array, "c H a b"]) -> Float[Array, "c b"]:
-        return jnp.abs(x).max((1, 2))
 
-    of_mean = largest(block.offset[:, :, :rank]) * largest(block.mean[:, :, rank:])
-    of_top = largest(block.top[:, :, :rank]) * largest(block.rest[:, :, rank:])
-    size = jnp.abs(moments).max((1, 2, 3)) + of_mean + of_top
-    return covariance, has_cancelled(size, covariance)
+def _cancelled(block: _Block, rank: int) -> Bool[Array, "c b"]:
+    """Where the terms of `_covariance` are much larger than sqrt(Var(x) Var(k)), which bounds what they leave."""
+
+    def sizes(squares: Array, part: slice) -> tuple[Array, Array]:
+        """Squares of the three terms' factors for features or keys, and the variance."""
+        offset, mean, top, rest = (x[:, :, part] for x in (block.offset, block.mean, block.top, block.rest))
+        share = block.others.sum(2)
+        through = (mean * rest).sum(2)
+        variance = squares - 2 * through + share * jnp.square(mean).sum(2) + (1 - share) * jnp.square(offset).sum(2)
+        return jnp.stack([squares, *(jnp.square(x).sum(2) for x in (offset, mean, top, rest))]), variance
+
+    features, variance = sizes(block.squares[0], slice(rank))
+    keys, other_variance = sizes(block.squares[1], slice(rank, None))
+    # Moments with moments, offset with mean, top with rest.
+    size = jnp.sqrt(features[0] * keys[0]) + jnp.sqrt(features[1] * keys[2]) + jnp.sqrt(features[3] * keys[4])
+    left = jnp.sqrt(jnp.maximum(variance, 0) * jnp.maximum(other_variance, 0))
+    return has_cancelled(size.max(1), left.max(1))
 
 
 def _mapped(
-    rows: Rows, start: Int[Array, ""], size: int, covariance: Float[Array, "c H Hp p b"]
+    rows: Rows, start: Int[Array, ""], size: int, covariance_of_block: Float[Array, "c H Hp p b"]
 ) -> tuple[Float[Array, "c H Hp p b"], Callable[..., tuple[Array, QueryMap | None]]]:
     """The covariance with the keys as the query sees them, Cov(x, k) B_i, and the pullback to it and to B_i."""
     if rows.query_map is None:
-        return covariance, lambda pull: (pull, None)
-    here = jax.tree.map(lambda x: _at(x, start, size), rows.query_map)
-    seen, pull_back = jax.vjp(lambda covariance, query_map: query_map.after(covariance), covariance, here)
-
-    def keys_first(pull: Float[Array, "c H p Hp b"]) -> tuple[Array, QueryMap]:
-        pull, change = pull_back(jnp.swapaxes(pull, 2, 3))
-        return jnp.swapaxes(pull, 2, 3), change
-
-    return seen, keys_first
+        return covariance_of_block, lambda pull: (pull, None)
+    here: QueryMap = jax.tree.map(lambda x: _at(x, start, size), rows.query_map)
+    covariance = apart(start, lambda: covariance_of_block)
+    seen = apart(start, lambda: here.after(covariance))
+    return seen, lambda pull: apart(start, lambda: here.pull_back(covariance, pull))
 
 
-def _small_matrix(covariance: Float[Array, "c H Hp p b"]) -> Float[Array, "c Hp Hp b"]:
-    """I - [Cov(x^h, k^h) B^h_i]_h, heads side by side."""
+def _small_matrix(
+    covariance: Float[Array, "c H Hp p b"], left_out: Bool[Array, "c b"] | bool
+) -> Float[Array, "c Hp Hp b"]:
+    """I - [Cov(x^h, k^h) B^h_i]_h, heads side by side, and I alone where a position is left out."""
+    if not isinstance(left_out, bool):
+        covariance = jnp.where(left_out[:, None, None, None], 0, covariance)
     groups, _, rank, _, count = covariance.shape
     joined = jnp.moveaxis(covariance, 1, 2).reshape(groups, rank, rank, count)
     return jnp.eye(rank, dtype=joined.dtype)[None, :, :, None] - joined
@@ -188,9 +206,10 @@ def block_log_det(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> LogDet:
     """Sign and log|det J_i| (c, block) of one block of queries."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
-    covariance, failed = _covariance(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
-    seen, _ = _mapped(rows, start, tiling.block, covariance)
-    _, sign, log_det = inverse_and_log_det(_small_matrix(seen), start)
+    rank = rows.attended.shape[2] - queries.shape[2]
+    failed = _cancelled(block, rank)
+    seen, _ = _mapped(rows, start, tiling.block, _covariance(block, _moments(tiling, rows, block, rank)))
+    _, sign, log_det = inverse_and_log_det(_small_matrix(seen, failed), start)
     sign, log_det, _ = repaired(failed, rows, start, sign, log_det)
     return LogDet(sign, log_det)
 
@@ -201,38 +220,44 @@ def block_small_inverse(
     """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
-    covariance, _ = _covariance(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
-    seen, _ = _mapped(rows, start, tiling.block, covariance)
-    return block.weights, inverse_and_log_det(_small_matrix(seen), start)
+    moments = _moments(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
+    seen, _ = _mapped(rows, start, tiling.block, _covariance(block, moments))
+    return block.weights, inverse_and_log_det(_small_matrix(seen, False), start)
 
 
 def block_log_det_gradient(
     tiling: Tiling, rows: Rows, scale: Float[Array, "c b"], start: Int[Array, ""], gradient: Rows
 ) -> LogDetGradient:
-    """Sign and log|det J_i| (c, block) of one block of queries, and `gradient` with the block's part added."""
+    """Sign and log|det J_i| (c, block) of one block of queries, and `gradient` with the block's part added.
+
+    Positions of scale 0 are not looked at: their sign is 1 and their log-determinant 0.
+    """
     queries = _at(rows.queries, start, tiling.block)
     groups, heads, size, count = queries.shape
     rank = heads * size
     block = _Block.of(tiling, rows, queries, start)
-    covariance, failed = _covariance(tiling, rows, block, rank)
-    seen, pull_back = _mapped(rows, start, count, covariance)
-    inverse, sign, log_det = inverse_and_log_det(_small_matrix(seen), start)
+    failed = _cancelled(block, rank)
+    moments = _moments(tiling, rows, block, rank)
+    seen, pull_back = _mapped(rows, start, count, _covariance(block, moments))
+    # A position that nothing is asked of, as those that fill the last chunk, may have no inverse.
+    inverse, sign, log_det = inverse_and_log_det(_small_matrix(seen, failed | (scale == 0)), start)
 
     # d log|det J_i| / dM_i is -J_i^{-T}; its rows are features and its columns keys, so the inverse itself has keys
     # first. Factor and scale of each query go to its weights, which are smaller.
-    in_block = jnp.where(failed, 0, scale)[:, None, None]
-    # Where nothing is asked for, the inverse may not exist.
-    inverse = jnp.where(in_block == 0, 0, inverse)
     pull, map_change = pull_back(inverse.reshape(groups, heads, size, rank, count))
-    factor = -in_block
+    factor = -jnp.where(failed, 0, scale)[:, None, None]
     query_map = jax.tree.map(
         lambda x, change: _added(x, start, change * factor.reshape(groups, *(1,) * (x.ndim - 2), count)),
         gradient.query_map,
         map_change,
     )
     mean, pull_mean, pull_offset = block.mean, _pulled(pull, block.mean), _pulled(pull, block.offset)
-    average = written_out(lambda b: pull[:, :, b] * covariance[:, :, :, b], size)
-    average = written_out(lambda a: average[:, :, a] - (pull_mean * mean)[:, :, a], rank)[:, :, None]
+    # <G_i, Cov_i> less what the means of features and keys have in it.
+    average = written_out(lambda b: pull[:, :, b] * moments[:, :, :, b], size)
+    through = (pull_mean * (block.offset + mean))[:, :, :rank]
+    average = written_out(lambda a: average[:, :, a] - through[:, :, a], rank)
+    average = average - ((pull_mean - pull_offset) * block.rest)[:, :, rank:].sum(2)
+    average = average[:, :, None]
     pull = pull.reshape(groups, heads, size * rank, count)
 
     def add_chunk(step: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
