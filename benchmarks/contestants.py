@@ -16,8 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from benchmarks import autodiff_jacobian, straightforward
-from prob_transformer import Attention, accelerated
-from prob_transformer.accelerated import DEFAULT_TILING, Cells, Tiling
+from prob_transformer import Attention
+from prob_transformer.kernels import blocked
+from prob_transformer.kernels.barrier import mean_barrier, subsampled_barrier
+from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 
 FAST, BFLOAT16, SUBSAMPLED = "fast exact", "fast exact, bfloat16 products", "fast subsampled"
 CLOSED_FORM, AUTODIFF, TORCH = "straightforward closed form, JAX", "autodiff Jacobian, JAX", "straightforward, PyTorch"
@@ -70,14 +72,14 @@ def fast_mean(
     queries: Float[Array, "c p n"], keys: Float[Array, "c p n"], tiling: Tiling = DEFAULT_TILING
 ) -> Float[Array, ""]:
     """The mean barrier by the accelerated path."""
-    return accelerated.mean_barrier(cells_of(queries, keys), tiling).mean
+    return mean_barrier(cells_of(queries, keys), tiling).mean
 
 
 def fast(tiling: Tiling = DEFAULT_TILING, name: str = FAST) -> Contestant:
     """The accelerated path."""
 
     def log_det(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> Float[Array, "c n"]:
-        return accelerated.residual_and_log_det(*side_by_side(queries, keys), tiling).log_det
+        return blocked.residual_and_log_det(*side_by_side(queries, keys), tiling).log_det
 
     return _by_jax(name, partial(fast_mean, tiling=tiling), log_det)
 
@@ -85,7 +87,7 @@ def fast(tiling: Tiling = DEFAULT_TILING, name: str = FAST) -> Contestant:
 def subsampled(share: float, seed: int) -> Contestant:
     """The accelerated path on a share of the cells."""
     key = jax.random.key(seed)
-    return _by_jax(SUBSAMPLED, lambda q, k: accelerated.subsampled_barrier(key, cells_of(q, k), share).mean)
+    return _by_jax(SUBSAMPLED, lambda q, k: subsampled_barrier(key, cells_of(q, k), share).mean)
 
 
 def closed_form() -> Contestant:

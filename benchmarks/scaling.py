@@ -14,7 +14,7 @@ from benchmarks.machine import matmul, matmul_operations
 from benchmarks.section import Column, Section, at_most
 from benchmarks.sizes import Sizes, draw_cells
 from benchmarks.timing import paired_rounds, ratio, spread
-from prob_transformer import accelerated
+from prob_transformer.kernels import blocked
 
 MOST_DEVIATION = 0.25
 
@@ -25,7 +25,7 @@ def _fast_at(queries: Any, keys: Any, positions: Int[np.ndarray, " k"]) -> tuple
     def total(
         queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]
     ) -> tuple[Float[Array, ""], Float[Array, "c k"]]:
-        values = accelerated.residual_and_log_det(*side_by_side(queries, keys)).log_det[:, positions]
+        values = blocked.residual_and_log_det(*side_by_side(queries, keys)).log_det[:, positions]
         return values.sum(), values
 
     (_, values), gradient = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(

@@ -24,6 +24,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from prob_transformer._implementation import Implementation
 from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_positive
 from prob_transformer.attention import Attention
@@ -31,23 +32,29 @@ from prob_transformer.change_of_variables import residual_and_log_det
 
 
 @in_float32_at_least
-def barrier(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n"]:
+def barrier(
+    attention: Attention, embeddings: Float[Array, "... n d"], *, implementation: Implementation | None = None
+) -> Float[Array, "... n"]:
     """b_i = -log|det J_i| in nats at every position; +inf on the boundary itself.
 
     Raises ValueError as `residual_and_log_det`. Source: theory section 4, second-hand for the per-position form.
     """
-    return -residual_and_log_det(attention, embeddings).log_det
+    return -residual_and_log_det(attention, embeddings, implementation=implementation).log_det
 
 
 @in_float32_at_least
 def one_sided_barrier(
-    attention: Attention, embeddings: Float[Array, "... n d"], threshold: Float[Array, ""] | float = 0.5
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+    threshold: Float[Array, ""] | float = 0.5,
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "... n"]:
     """phi_i of the module docstring at every position: 0 where det J_i >= threshold, +inf where det J_i <= 0.
 
     Raises ValueError unless threshold > 0, and as `residual_and_log_det`. Source: ours, theory section 5.
     """
-    _, sign, log_det = residual_and_log_det(attention, embeddings)
+    _, sign, log_det = residual_and_log_det(attention, embeddings, implementation=implementation)
     return jnp.where(sign > 0, one_sided_penalty(sign, log_det, threshold), jnp.inf)
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from prob_transformer._implementation import Implementation, is_blocked
 from prob_transformer._precision import in_float32_at_least
 from prob_transformer.attention import (
     Attention,
@@ -32,6 +33,7 @@ from prob_transformer.attention import (
     weighted_covariance,
     weights_of_queries,
 )
+from prob_transformer.kernels import blocked
 
 Result = TypeVar("Result")
 
@@ -110,22 +112,32 @@ def _jacobian_block(attention: Attention, embeddings: Float[Array, "... n d"]) -
 
 
 @in_float32_at_least
-def residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"]) -> ResidualAndLogDet:
+def residual_and_log_det(
+    attention: Attention, embeddings: Float[Array, "... n d"], *, implementation: Implementation | None = None
+) -> ResidualAndLogDet:
     """Residual e_i, sign(det J_i) and log|det J_i| in nats at every position of embeddings (..., n, d), in one pass.
 
     Closed form through the low-rank identity. log|det J_i| is exactly 0 at the first position (empty past) and at the
-    second (one past token, no covariance).
-    Where det J_i = 0 the sign is 0 and the log-determinant -inf: the degeneracy boundary itself.
+    second (one past token, no covariance). Where det J_i = 0 the sign is 0 and the log-determinant -inf: the degeneracy
+    boundary itself. `implementation` "blocked" computes the same numbers for long sequences, with memory linear in n.
     Raises ValueError if embeddings do not fit the attention, hold fewer than 2 positions, or are not finite.
     Equation: module docstring; docs/theory.md section 2.
     """
-    return _residual_and_log_det(attention, require_joint("embeddings", embeddings, attention))
+    embeddings = require_joint("embeddings", embeddings, attention)
+    if is_blocked(implementation):
+        return ResidualAndLogDet(*blocked.residual_and_log_det(attention, embeddings))
+    return _residual_and_log_det(attention, embeddings)
 
 
 @in_float32_at_least
-def attention_mean(attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+def attention_mean(
+    attention: Attention, embeddings: Float[Array, "... n d"], *, implementation: Implementation | None = None
+) -> Float[Array, "... n d"]:
     """mu_i = sum_h V_h sum_{s<i} alpha^h_is u_s at every position; mu_1 = 0. Raises as `residual_and_log_det`."""
-    return _attention_mean(attention, require_joint("embeddings", embeddings, attention))
+    embeddings = require_joint("embeddings", embeddings, attention)
+    if is_blocked(implementation):
+        return blocked.attention_mean(attention, embeddings)
+    return _attention_mean(attention, embeddings)
 
 
 @in_float32_at_least

@@ -15,12 +15,14 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from prob_transformer._implementation import Implementation, is_blocked
 from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention, Past, attention_weights, require_joint, weighted_mean
 from prob_transformer.change_of_variables import jacobian_block, residual_and_log_det
+from prob_transformer.kernels.conditioning import conditioning_margin
 
 MarginKind = Literal["determinant", "conditioning"]
 
@@ -39,18 +41,29 @@ class SupportTokens(NamedTuple):
 
 @in_float32_at_least
 def stability_margin(
-    attention: Attention, embeddings: Float[Array, "... n d"], kind: MarginKind = "determinant"
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+    kind: MarginKind = "determinant",
+    *,
+    key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "... n"]:
     """Margin m_i of every position: det J_i with its sign, or the smallest singular value of J_i.
 
     The determinant is inf where it exceeds the range of the dtype; `residual_and_log_det` still gives its logarithm.
-    Raises ValueError for an unknown kind, and as `residual_and_log_det`. Source: theory section 4, our definition.
+    The blocked conditioning margin is the upper end of `conditioning_margin`, whose iterations start from `key`. Raises
+    ValueError for an unknown kind, for a key that is missing, and as `residual_and_log_det`. Source: theory section 4,
+    our definition.
     """
     if kind == "determinant":
-        _, sign, log_det = residual_and_log_det(attention, embeddings)
+        _, sign, log_det = residual_and_log_det(attention, embeddings, implementation=implementation)
         return sign * jnp.exp(log_det)
-    if kind == "conditioning":
+    if kind == "conditioning" and not is_blocked(implementation):
         return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
+    if kind == "conditioning":
+        if key is None:
+            raise ValueError("key: got None; pass a JAX random key, from which the iterations start.")
+        return conditioning_margin(attention, embeddings, key).upper
     raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
 
 
@@ -96,12 +109,20 @@ def closest_positions(
 
 @in_float32_at_least
 def support_tokens(
-    attention: Attention, embeddings: Float[Array, "... n d"], k: int, kind: MarginKind = "determinant"
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+    k: int,
+    kind: MarginKind = "determinant",
+    *,
+    key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
 ) -> SupportTokens:
     """The k positions closest to the degeneracy boundary, and the past tokens that carry their weighted covariance.
 
     Closest means smallest |margin|, which for the determinant is the largest barrier b_i; a negative margin stays
-    visible in `margins`. Ties go to the earlier position. Raises ValueError if k is not between 1 and n.
+    visible in `margins`. Ties go to the earlier position. Raises ValueError if k is not between 1 and n, and as
+    `stability_margin`.
     """
     embeddings = require_joint("embeddings", embeddings, attention)
-    return closest_positions(attention, embeddings, stability_margin(attention, embeddings, kind), k)
+    margins = stability_margin(attention, embeddings, kind, key=key, implementation=implementation)
+    return closest_positions(attention, embeddings, margins, k)

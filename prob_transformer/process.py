@@ -8,8 +8,7 @@ expected number of roots (docs/theory.md section 3; `python -m theory_checks --o
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -19,18 +18,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
-from prob_transformer import accelerated
+from prob_transformer._implementation import Implementation, is_blocked
 from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import is_concrete, require_count, require_floating, require_positive
 from prob_transformer.attention import Attention, Past, require_attention
-from prob_transformer.change_of_variables import ResidualAndLogDet, residual_and_log_det, residual_and_log_det_at
+from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
 from prob_transformer.sampling import CausalAttentionTransform, Solution, raise_unless_converged
-
-PathName = Literal["reference", "accelerated"]
-_DENSITIES: dict[PathName, Callable[..., ResidualAndLogDet]] = {
-    "reference": residual_and_log_det,
-    "accelerated": accelerated.residual_and_log_det,
-}
 
 
 def _normal_log_density(residual: Float[Array, "... d"], scale: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -42,17 +35,16 @@ def _normal_log_density(residual: Float[Array, "... d"], scale: Float[Array, "..
 class EmbeddingProcess(dist.Distribution):
     """NumPyro distribution of n = `length` embeddings of width d under an attention; event shape (n, d), nats.
 
-    `noise_scale` and `first_scale` are standard deviations; their broadcast shape is the batch shape. `path` picks the
-    code that evaluates whole sequences: "reference", or "accelerated" for long ones, whose log_prob has
-    reverse-mode gradients only. Raises ValueError for a length below 2, scales that are not positive and finite, or
-    another path.
+    `noise_scale` and `first_scale` are standard deviations; their broadcast shape is the batch shape. With
+    `implementation` "blocked" the density of a sequence takes memory linear in its length, and has reverse-mode
+    gradients. Raises ValueError for a length below 2, scales that are not positive and finite, or another name.
     """
 
     arg_constraints: ClassVar = {"noise_scale": constraints.positive, "first_scale": constraints.positive}
     support = constraints.real_matrix
     reparametrized_params: ClassVar = ["noise_scale", "first_scale"]
     pytree_data_fields = ("attention", "noise_scale", "first_scale")
-    pytree_aux_fields = ("length", "path")
+    pytree_aux_fields = ("length", "implementation")
 
     def __init__(
         self,
@@ -61,7 +53,7 @@ class EmbeddingProcess(dist.Distribution):
         noise_scale: Float[Array, "..."] | float = 1.0,
         first_scale: Float[Array, "..."] | float = 1.0,
         *,
-        path: PathName = "reference",
+        implementation: Implementation | None = None,
         validate_args: bool | None = None,
     ):
         require_attention(attention)
@@ -70,9 +62,8 @@ class EmbeddingProcess(dist.Distribution):
         first_scale = require_floating("first_scale", first_scale)
         require_positive("noise_scale", noise_scale)
         require_positive("first_scale", first_scale)
-        if path not in get_args(PathName):
-            raise ValueError(f"path: got {path!r}; pass one of {', '.join(get_args(PathName))}.")
-        self.attention, self.length, self.path = attention, length, path
+        is_blocked(implementation)
+        self.attention, self.length, self.implementation = attention, length, implementation
         self.noise_scale, self.first_scale = jnp.broadcast_arrays(noise_scale, first_scale)
         super().__init__(self.noise_scale.shape, (length, attention.width), validate_args=validate_args)
 
@@ -97,7 +88,7 @@ class EmbeddingProcess(dist.Distribution):
             axis = value.ndim - 2 - len(mapped)
             of_one = jax.vmap(lambda process, value: process.position_log_prob(value), (0, axis), axis)
             return of_one(self, value)
-        residual, _, log_det = _DENSITIES[self.path](self.attention, value)
+        residual, _, log_det = residual_and_log_det(self.attention, value, implementation=self.implementation)
         return _normal_log_density(residual, self._scales()) + log_det
 
     @validate_sample

@@ -41,7 +41,6 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
 from prob_transformer._validation import is_concrete, require_count
-from prob_transformer.accelerated.elimination import inverse_and_log_det
 from prob_transformer.attention import (
     Attention,
     Past,
@@ -52,6 +51,7 @@ from prob_transformer.attention import (
     weights_of_queries,
 )
 from prob_transformer.change_of_variables import attention_mean_at, low_rank_at, residual_and_log_det
+from prob_transformer.kernels.elimination import inverse_and_log_det
 
 CONTINUATION_STEPS = 16
 # Newton steps tried for a root, halved ones included; pieces of a path are cut again up to as many a point on average.

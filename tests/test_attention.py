@@ -5,7 +5,7 @@ import pytest
 from jax.experimental import checkify
 from scipy.special import softmax
 
-from prob_transformer import CausalAttentionTransform, EmbeddingProcess, accelerated, residual_and_log_det
+from prob_transformer import CausalAttentionTransform, EmbeddingProcess, residual_and_log_det
 from prob_transformer.attention import (
     Attention,
     Past,
@@ -13,6 +13,7 @@ from prob_transformer.attention import (
     weighted_covariance,
     weighted_mean,
 )
+from prob_transformer.kernels import blocked
 
 
 def random_attention(rng, heads=2, size=3, width=4, values=True):
@@ -170,7 +171,7 @@ def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
     attention, u = Attention(np.ones((2, 2, 3)), np.ones((2, 2, 3))), np.ones((4, 3))
     for joint in (
         lambda: residual_and_log_det(attention, u),
-        lambda: accelerated.residual_and_log_det(attention, u),
+        lambda: blocked.residual_and_log_det(attention, u),
         lambda: EmbeddingProcess(attention, 4),
         lambda: CausalAttentionTransform(attention),
     ):

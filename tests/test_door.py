@@ -1,4 +1,4 @@
-"""What comes in at the door: half precision, processes made inside vmap, NumPy's ranks not promoted, second derivatives."""
+"""What comes in at the door: half precision, processes made inside vmap, ranks not promoted, second derivatives."""
 
 import os
 import subprocess
@@ -14,15 +14,15 @@ import pytest
 from prob_transformer import (
     Attention,
     EmbeddingProcess,
-    accelerated,
     barrier,
     certified_radius,
     residual_and_log_det,
     stability_margin,
     support_tokens,
 )
+from prob_transformer.kernels import blocked
 
-IMPLEMENTATIONS = {"reference": residual_and_log_det, "blocked": accelerated.residual_and_log_det}
+IMPLEMENTATIONS = {"reference": residual_and_log_det, "blocked": blocked.residual_and_log_det}
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -51,8 +51,8 @@ def test_half_precision_gives_the_numbers_of_float32_in_its_own_type(name, dtype
         certified_radius,
         lambda attention, u: support_tokens(attention, u, 2).margins,
         lambda attention, u: EmbeddingProcess(attention, 6, u.dtype.type(0.5), u.dtype.type(1)).log_prob(u),
-        accelerated.barrier,
-        accelerated.stability_margin,
+        partial(barrier, implementation="blocked"),
+        partial(stability_margin, implementation="blocked"),
     ],
 )
 def test_public_functions_take_bfloat16_and_give_it_back(function):
@@ -86,7 +86,6 @@ PROGRAM = """
 import jax
 import jax.numpy as jnp
 from prob_transformer import *
-from prob_transformer import accelerated
 rotary = Rotary(jnp.array([1.0, 0.1]))
 norm = RMSNorm(jnp.ones(4), 1e-6)
 plain = Attention(-0.3 * jnp.eye(4)[None], jnp.eye(4)[None])
@@ -96,7 +95,7 @@ for attention in (plain, Attention(plain.query, plain.key, rotary=rotary, query_
     jax.grad(process.log_prob)(u)
     stability_margin(attention, u, "conditioning")
     support_tokens(attention, u, 2)
-    jax.grad(lambda u: accelerated.residual_and_log_det(attention, u).log_det.sum())(u)
+    jax.grad(lambda u: blocked.residual_and_log_det(attention, u).log_det.sum())(u)
 certified_radius(plain, u)
 """
 
@@ -128,7 +127,7 @@ def test_cells_swept_together_have_the_gradients_of_each_alone(heads):
 
     @jax.jit
     def gradient(attention, u):
-        return jax.grad(lambda attention, u: accelerated.residual_and_log_det(attention, u).log_det.sum(), (0, 1))(
+        return jax.grad(lambda attention, u: blocked.residual_and_log_det(attention, u).log_det.sum(), (0, 1))(
             attention, u
         )
 

@@ -10,7 +10,6 @@ from prob_transformer import (
     Attention,
     CausalAttentionTransform,
     EmbeddingProcess,
-    accelerated,
     certified_radius,
     jacobian_block,
     residual_and_log_det,
@@ -85,7 +84,7 @@ def test_the_blocked_sweep_gives_the_same_values_and_gradients(name):
 
     found, expected = (
         jax.value_and_grad(lambda layer, inputs, density=density: total(density, layer, inputs), (0, 1))(layer, inputs)
-        for density in (accelerated.residual_and_log_det, residual_and_log_det)
+        for density in (blocked.residual_and_log_det, residual_and_log_det)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), found, expected)
 
@@ -95,9 +94,9 @@ def test_layers_that_a_method_does_not_cover_are_refused_by_name():
     _, rotary, _ = problem("rotary")
     _, normed, _ = problem("normed")
     with pytest.raises(ValueError, match="attention: has a cap"):
-        accelerated.residual_and_log_det(capped, inputs)
+        blocked.residual_and_log_det(capped, inputs)
     with pytest.raises(ValueError, match="attention: has rotary positions"):
-        accelerated.conditioning_margin(rotary, inputs, jax.random.key(0))
+        conditioning.conditioning_margin(rotary, inputs, jax.random.key(0))
     for layer in (capped, normed):
         with pytest.raises(ValueError, match="attention: has a norm or a cap"):
             certified_radius(layer, inputs)

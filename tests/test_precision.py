@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prob_transformer import Attention, accelerated, residual_and_log_det
-from prob_transformer.accelerated import Tiling
+from prob_transformer import Attention, residual_and_log_det
+from prob_transformer.kernels import blocked
+from prob_transformer.kernels.cells import Tiling
 
 LENGTH, COUNT = 12, 10_000
 IMPLEMENTATIONS = {
     "reference": residual_and_log_det,
-    "blocked": partial(accelerated.residual_and_log_det, tiling=Tiling(8, 8)),
+    "blocked": partial(blocked.residual_and_log_det, tiling=Tiling(8, 8)),
 }
 UNIT = float(np.finfo(np.float32).eps)
 

@@ -206,7 +206,10 @@ def test_gradients_of_the_log_density_match_finite_differences():
         (lambda: EmbeddingProcess(ZERO, 2.5), "length: got 2.5"),
         (lambda: EmbeddingProcess(ZERO, 3, noise_scale=0.0), "noise_scale: got 0.0; pass a value greater than 0"),
         (lambda: EmbeddingProcess(ZERO, 3, noise_scale=-1.0), "noise_scale: got -1.0"),
-        (lambda: EmbeddingProcess(ZERO, 3, path="fast"), "path: got 'fast'; pass one of reference, accelerated"),
+        (
+            lambda: EmbeddingProcess(ZERO, 3, implementation="fast"),
+            "implementation: got 'fast'; pass None or one of reference, blocked",
+        ),
         (lambda: EmbeddingProcess(ZERO, 3, first_scale=np.nan), "first_scale: contains NaN or inf"),
         (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.ones((3, 2))), r"value: has shape \(3, 2\)"),
         (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.ones((4, 3))), r"value: has shape \(4, 3\)"),
@@ -268,8 +271,8 @@ def test_an_expanded_process_broadcasts():
 def test_both_paths_give_the_same_draws_and_densities():
     query, key, value, _ = draw(0, (2, 3, 2, 5, True), scale=0.3)
     slow, fast = (
-        EmbeddingProcess(Attention(query, key, value), 7, jnp.array([0.5, 1.0]), path=path)
-        for path in ("reference", "accelerated")
+        EmbeddingProcess(Attention(query, key, value), 7, jnp.array([0.5, 1.0]), implementation=name)
+        for name in ("reference", "blocked")
     )
     drawn = slow.sample(jax.random.key(0), (3,))
     np.testing.assert_allclose(fast.sample(jax.random.key(0), (3,)), drawn, atol=1e-8)

@@ -37,9 +37,11 @@ from models.char_gpt.model import Attended, Block, CharGPT
 from models.char_gpt.product_penalties import PENALTY_AT, product_penalty
 from models.char_gpt.regularisers import regularised
 from models.char_gpt.sharding import SITE_SPECS, Tree, at_site
-from prob_transformer import Attention, accelerated, one_sided_penalty, residual_and_log_det, weight_prior
-from prob_transformer.accelerated import DEFAULT_TILING, Cells, MeanBarrier, Tiling
+from prob_transformer import Attention, one_sided_penalty, residual_and_log_det, weight_prior
 from prob_transformer.change_of_variables import ResidualAndLogDet
+from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier
+from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
+from prob_transformer.kernels.sharding import sharded_mean_barrier, sharded_subsampled_barrier
 
 
 class LossTerms(NamedTuple):
@@ -83,7 +85,7 @@ def site_density(
     """Residual, sign and log|det J_i| at a site: (B, n, ...) for "embedding", (L, H, B, n, ...) for "layers"."""
     if path == "reference":
         return _everywhere(residual_and_log_det, site, model, embeddings, inputs)
-    density = accelerated.residual_and_log_det
+    density = partial(residual_and_log_det, implementation="blocked")
     if site == "embedding":
         return density(model.prior_stage, embeddings)
     # All layers in one call: its tiles are compiled once, and take their sequences from any layer.
@@ -124,11 +126,11 @@ def accelerated_barrier(cells: Cells, config: Config, key: PRNGKeyArray, mesh: M
     if mesh is not None:
         spec = SITE_SPECS[config.barrier_site]
         if config.barrier_share < 1:
-            return accelerated.sharded_subsampled_barrier(key, cells, config.barrier_share, mesh, spec, tiling)
-        return accelerated.sharded_mean_barrier(cells, mesh, spec, tiling)
+            return sharded_subsampled_barrier(key, cells, config.barrier_share, mesh, spec, tiling)
+        return sharded_mean_barrier(cells, mesh, spec, tiling)
     if config.barrier_share < 1:
-        return accelerated.subsampled_barrier(key, cells, config.barrier_share, tiling)
-    return accelerated.mean_barrier(cells, tiling)
+        return subsampled_barrier(key, cells, config.barrier_share, tiling)
+    return mean_barrier(cells, tiling)
 
 
 def tiling_of(product_dtype: ProductDtype) -> Tiling:

@@ -7,7 +7,7 @@
     cells and densities of the embedding                      (B, ...)          sequences over "data"
 
 From the first four the compiler partitions decoder, loss and optimiser; the cells of the last two are swept device by
-device (`prob_transformer.accelerated.sharding`), those of the embedding, which has one head, by each device along
+device (`prob_transformer.kernels.sharding`), those of the embedding, which has one head, by each device along
 "heads" again. The numbers are those of one device up to rounding, but for what a subsampled barrier draws.
 
 With several processes every one runs the same program on its own devices. Process 0 alone writes and prints.
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from models.char_gpt.config import Config, Site
 from models.char_gpt.model import CharGPT
-from prob_transformer import accelerated
+from prob_transformer.kernels.sharding import mesh as mesh_of
 
 Tree = TypeVar("Tree")
 
@@ -69,7 +69,7 @@ def mesh_for(config: Config, data: int, heads: int) -> Mesh:
     for option, given, axis, parts in (("batch", config.batch, "data", data), ("heads", config.heads, "heads", heads)):
         if given % parts:
             raise ValueError(f"--{option}: got {given} for --mesh {axis}={parts}; pass a multiple of {parts}.")
-    return accelerated.mesh(data, heads)
+    return mesh_of(data, heads)
 
 
 def is_first_process() -> bool:
@@ -143,7 +143,7 @@ def at_site(function: Callable[..., Tree], site: Site, mesh: Mesh | None) -> Cal
 
     def sharded(model: CharGPT, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]) -> Tree:
         in_specs = specs(model), PartitionSpec("data"), PartitionSpec(None, "data")
-        # Unchecked for the reason given in prob_transformer/accelerated/sharding.py.
+        # Unchecked for the reason given in prob_transformer/kernels/sharding.py.
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=SITE_SPECS[site], check_vma=False)(
             model, embeddings, inputs
         )

@@ -14,10 +14,10 @@ with w^T u_s = g_off . x_s + h_i . W_K u_s, so that w^T C_u and w^T e_i need no 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prob_transformer.accelerated.sweep import LogDet
 from prob_transformer.attention import Attention
 from prob_transformer.decoder.jacobian import inner_map
 from prob_transformer.decoder.view import Head, Reading, View, pulled_to_query, view_from
+from prob_transformer.kernels.sweep import LogDet
 
 
 def _bordered(layer: Attention, head: Head, view: View, positions: Int[Array, " b"]) -> Float[Array, "b p+1 p+1"]:

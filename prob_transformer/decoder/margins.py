@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from prob_transformer._precision import at_least_float32
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
-from prob_transformer.accelerated.sweep import LogDet
 from prob_transformer.attention import Attention
 from prob_transformer.decoder.determinant import block_log_det
 from prob_transformer.decoder.jacobian import factored_jacobian, smallest_singular_value
 from prob_transformer.decoder.support import closest_positions
 from prob_transformer.decoder.view import Head, Reading, heads_of
+from prob_transformer.kernels.sweep import LogDet
 from prob_transformer.margin import MarginKind, SupportTokens
 
 Values = Literal["identity", "own"]

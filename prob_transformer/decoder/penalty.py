@@ -20,11 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from prob_transformer._precision import at_least_float32
 from prob_transformer._validation import require_embeddings
-from prob_transformer.accelerated.barrier import mean_barrier
-from prob_transformer.accelerated.cells import Cells
-from prob_transformer.accelerated.sweep import LogDet
 from prob_transformer.attention import Attention, Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
+from prob_transformer.kernels.barrier import mean_barrier
+from prob_transformer.kernels.cells import Cells
+from prob_transformer.kernels.sweep import LogDet
 
 # Positions a step of the reference.
 _BLOCK = 32

@@ -86,13 +86,6 @@ def _site_blocks(potential: Potential, curvature: Curvature) -> list[Float[Array
 @eqx.filter_jit
 def _value(potential: Potential) -> Float[Array, ""]:
     z = potential.centre()
-    for name, site in potential.trace(z).items():
-        # Its derivatives are hand-written to first order; batches of second ones fail deep inside JAX.
-        if getattr(site.get("fn"), "path", None) == "accelerated":
-            raise ValueError(
-                f"model: site {name!r} has path='accelerated', whose second derivatives cannot be taken side by side; "
-                "pass path='reference', which has the same density, here (not necessarily to find_map)."
-            )
     return potential.value(z)
 
 

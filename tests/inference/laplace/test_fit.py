@@ -60,8 +60,8 @@ def matrix_regression(x, y, cholesky):
         numpyro.sample("y", dist.MultivariateNormal(x @ w, scale_tril=cholesky), obs=y)
 
 
-def observed_process(attention, y, scale=0.5, path="reference"):
-    u = numpyro.sample("embeddings", EmbeddingProcess(attention, y.shape[0], 0.4, 1.7, path=path))
+def observed_process(attention, y, scale=0.5, implementation=None):
+    u = numpyro.sample("embeddings", EmbeddingProcess(attention, y.shape[0], 0.4, 1.7, implementation=implementation))
     numpyro.sample("y", dist.Normal(u, scale).to_event(2), obs=y)
 
 
@@ -222,11 +222,13 @@ def test_the_token_models_precision_is_the_hessian_of_the_hand_written_objective
     np.testing.assert_allclose(result.log_evidence, evidence, rtol=1e-12)
 
 
-def test_the_accelerated_path_is_refused_by_name():
-    y = np.zeros((2, 2))
-    found = mode_at({"embeddings": y}, observed_process, ZERO, y, path="accelerated")
-    with pytest.raises(ValueError, match=r"model: site 'embeddings' has path='accelerated', .* pass path='reference'"):
-        laplace(observed_process, ZERO, y, at=found, path="accelerated")
+def test_the_blocked_implementation_has_the_precision_of_the_reference():
+    y = np.random.default_rng(0).normal(size=(3, 2))
+    attention = Attention(*0.5 * np.random.default_rng(1).normal(size=(2, 1, 2, 2)))
+    found = find_map(observed_process, attention, y)
+    reference = laplace(observed_process, attention, y, at=found)
+    blocked = laplace(observed_process, attention, y, at=found, implementation="blocked")
+    np.testing.assert_allclose(blocked.covariance(), reference.covariance(), rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize(("structure", "rank"), [("full", None), ("low-rank", 2)])

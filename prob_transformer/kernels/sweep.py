@@ -34,10 +34,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer.accelerated.cancellation import has_cancelled, repaired
-from prob_transformer.accelerated.cells import QueryMap, Rows, Tiling
-from prob_transformer.accelerated.elimination import Eliminated, apart, inverse_and_log_det, written_out
 from prob_transformer.attention import softmax_weights
+from prob_transformer.kernels.cancellation import has_cancelled, repaired
+from prob_transformer.kernels.cells import QueryMap, Rows, Tiling
+from prob_transformer.kernels.elimination import Eliminated, apart, inverse_and_log_det, written_out
 
 
 class LogDet(NamedTuple):

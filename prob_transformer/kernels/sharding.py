@@ -25,11 +25,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_count
-from prob_transformer.accelerated.barrier import MeanBarrier, mean_barrier, subsampled_barrier
-from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
-from prob_transformer.accelerated.change_of_variables import residual_and_log_det
 from prob_transformer.attention import Attention, require_joint
-from prob_transformer.change_of_variables import ResidualAndLogDet, Result
+from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier
+from prob_transformer.kernels.blocked import BlockedDensity, residual_and_log_det
+from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Result, Tiling
 
 
 def mesh(data: int, heads: int) -> Mesh:
@@ -138,8 +137,8 @@ def sharded_subsampled_barrier(
 @partial(jax.jit, static_argnums=(2, 3, 4))
 def _residual_and_log_det(
     attention: Attention, embeddings: Float[Array, "... n d"], mesh: Mesh, spec: PartitionSpec, tiling: Tiling
-) -> ResidualAndLogDet:
-    def one_shard(attention: Attention, embeddings: Float[Array, "... n d"]) -> ResidualAndLogDet:
+) -> BlockedDensity:
+    def one_shard(attention: Attention, embeddings: Float[Array, "... n d"]) -> BlockedDensity:
         return residual_and_log_det(attention, embeddings, tiling)
 
     return _shard_map(one_shard, mesh, (PartitionSpec(), spec), spec)(attention, embeddings)
@@ -152,7 +151,7 @@ def sharded_residual_and_log_det(
     mesh: Mesh,
     spec: PartitionSpec,
     tiling: Tiling = DEFAULT_TILING,
-) -> ResidualAndLogDet:
+) -> BlockedDensity:
     """`residual_and_log_det` of one attention on sequences whose leading axes are spread over the mesh as `spec` says.
 
     The result stays where it was computed. Raises ValueError as `residual_and_log_det` and `sharded_mean_barrier`.

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import prob_transformer as reference
-from prob_transformer import accelerated
-from prob_transformer.accelerated import Cells, Tiling
-from prob_transformer.accelerated.barrier import _mean_barrier, _subsampled_barrier
-from tests.support.long import SHAPES, TILINGS, draw
+from prob_transformer.kernels import barrier as kernel_barrier
+from prob_transformer.kernels.barrier import _mean_barrier, _subsampled_barrier
+from prob_transformer.kernels.cells import Cells, Tiling
+from tests.support.long import SHAPES, draw
 
 TILING = Tiling(8, 16)
 # As in training, where the barrier is one term among others: its gradient is not asked for with cotangent one.
@@ -25,7 +25,7 @@ def problem(count=6, shape=(1, 2, 3, 20, False)):
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 def test_barrier_equals_the_reference(shape):
     attention, embeddings = draw(2, shape, batch=(2,))
-    got = accelerated.barrier(attention, embeddings, TILINGS[0])
+    got = reference.barrier(attention, embeddings, implementation="blocked")
     np.testing.assert_allclose(got, reference.barrier(attention, embeddings), atol=1e-11)
 
 
@@ -33,7 +33,7 @@ def test_the_mean_and_its_gradient_equal_the_mean_of_the_reference():
     attention, embeddings = draw(0, (2, 3, 4, 20, True), batch=(2, 2))
 
     def fast(attention, u):
-        return LAMBDA * accelerated.mean_barrier(Cells.of(attention, u), TILING).mean
+        return LAMBDA * kernel_barrier.mean_barrier(Cells.of(attention, u), TILING).mean
 
     def slow(attention, u):
         return LAMBDA * reference.barrier(attention, u).mean()
@@ -49,13 +49,15 @@ def test_the_negative_share_is_that_of_the_reference():
     attention, embeddings = draw(0, (1, 2, 3, 20, False), scale=3.0, batch=(5,))
     sign = np.asarray(reference.residual_and_log_det(attention, embeddings).sign)
     assert 0 < (sign <= 0).mean() < 1
-    found = accelerated.mean_barrier(Cells.of(attention, jnp.asarray(embeddings)), TILING)
+    found = kernel_barrier.mean_barrier(Cells.of(attention, jnp.asarray(embeddings)), TILING)
     np.testing.assert_allclose(found.negative_share, (sign <= 0).mean(), rtol=1e-12)
-    whole = accelerated.subsampled_barrier(jax.random.key(0), Cells.of(attention, jnp.asarray(embeddings)), 1.0, TILING)
+    whole = kernel_barrier.subsampled_barrier(
+        jax.random.key(0), Cells.of(attention, jnp.asarray(embeddings)), 1.0, TILING
+    )
     np.testing.assert_allclose(whole.negative_share, (sign <= 0).mean(), rtol=1e-12)
     # Of equal cells any share has the same positions past the boundary.
     equal = Cells.of(attention, jnp.stack([jnp.asarray(embeddings[0])] * 6))
-    some = accelerated.subsampled_barrier(jax.random.key(0), equal, 1 / 3, TILING)
+    some = kernel_barrier.subsampled_barrier(jax.random.key(0), equal, 1 / 3, TILING)
     np.testing.assert_allclose(some.negative_share, (sign[0] <= 0).mean(), rtol=1e-12)
     assert some.negative_share > 0
 
@@ -65,17 +67,17 @@ def test_a_position_on_the_boundary_itself_is_counted(share):
     # The past -1 and 1 attended evenly has variance 1, so det J = 1 - 1 at the third of three positions.
     ones = jnp.ones((1, 1, 1))
     cells = Cells.of(reference.Attention(ones, ones), jnp.stack([jnp.array([[-1.0], [1.0], [0.0]])] * 6))
-    found = accelerated.subsampled_barrier(jax.random.key(0), cells, share, TILING)
+    found = kernel_barrier.subsampled_barrier(jax.random.key(0), cells, share, TILING)
     np.testing.assert_allclose([found.mean, found.negative_share], [np.inf, 1 / 3], rtol=1e-12)
-    np.testing.assert_allclose(accelerated.mean_barrier(cells, TILING)[:2], [np.inf, 1 / 3], rtol=1e-12)
+    np.testing.assert_allclose(kernel_barrier.mean_barrier(cells, TILING)[:2], [np.inf, 1 / 3], rtol=1e-12)
 
 
 def test_a_share_of_one_is_the_exact_mean_with_variance_zero():
     cells, barrier = problem()
-    found = accelerated.subsampled_barrier(jax.random.key(0), cells, 1.0, TILING)
+    found = kernel_barrier.subsampled_barrier(jax.random.key(0), cells, 1.0, TILING)
     np.testing.assert_allclose(found.mean, barrier.mean(), atol=1e-13)
     assert found.variance == 0
-    assert accelerated.mean_barrier(cells, TILING).variance == 0
+    assert kernel_barrier.mean_barrier(cells, TILING).variance == 0
 
 
 def test_subsampled_value_gradient_and_variance_are_unbiased():
@@ -87,7 +89,7 @@ def test_subsampled_value_gradient_and_variance_are_unbiased():
 
     def estimate(key):
         def value(cells):
-            found = accelerated.subsampled_barrier(key, cells, share, TILING)
+            found = kernel_barrier.subsampled_barrier(key, cells, share, TILING)
             return LAMBDA * found.mean, found
 
         (_, found), slope = jax.value_and_grad(value, has_aux=True)(cells)
@@ -100,7 +102,7 @@ def test_subsampled_value_gradient_and_variance_are_unbiased():
     assert abs(mean.mean() - barrier.mean()) < 4 * np.sqrt(true_variance / draws)
     assert abs(mean.var() / true_variance - 1) < 0.12
     assert abs(variance.mean() / true_variance - 1) < 0.12
-    exact = jax.grad(lambda cells: LAMBDA * accelerated.mean_barrier(cells, TILING).mean)(cells)
+    exact = jax.grad(lambda cells: LAMBDA * kernel_barrier.mean_barrier(cells, TILING).mean)(cells)
     for one, two in zip(jax.tree.leaves(slope), jax.tree.leaves(exact), strict=True):
         error = np.abs(one.mean(0) - two) / (one.std(0) / np.sqrt(draws) + 1e-12)
         # Thousands of entries, hence five standard errors; positions that no query sees have gradient zero in both.
@@ -110,10 +112,10 @@ def test_subsampled_value_gradient_and_variance_are_unbiased():
 
 def test_at_least_two_cells_are_drawn_so_that_a_variance_can_be_given():
     cells, barrier = problem()
-    found = accelerated.subsampled_barrier(jax.random.key(0), cells, 1e-6, TILING)
+    found = kernel_barrier.subsampled_barrier(jax.random.key(0), cells, 1e-6, TILING)
     assert found.variance > 0
     one, barrier = problem(count=1)
-    found = accelerated.subsampled_barrier(jax.random.key(0), one, 0.5, TILING)
+    found = kernel_barrier.subsampled_barrier(jax.random.key(0), one, 0.5, TILING)
     np.testing.assert_allclose(found.mean, barrier.mean(), atol=1e-13)
     assert found.variance == 0
 
@@ -123,8 +125,8 @@ def test_one_compilation_for_one_shape():
     before = _mean_barrier._cache_size(), _subsampled_barrier._cache_size()
     for seed in range(3):
         scaled = jax.tree.map(partial(jnp.multiply, 1.0 + seed), cells)
-        accelerated.mean_barrier(scaled, TILING)
-        accelerated.subsampled_barrier(jax.random.key(seed), scaled, 2 / 3, TILING)
+        kernel_barrier.mean_barrier(scaled, TILING)
+        kernel_barrier.subsampled_barrier(jax.random.key(seed), scaled, 2 / 3, TILING)
     assert (_mean_barrier._cache_size(), _subsampled_barrier._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
@@ -132,4 +134,4 @@ def test_one_compilation_for_one_shape():
 def test_a_share_outside_zero_to_one_is_refused(share):
     cells, _ = problem()
     with pytest.raises(ValueError, match=r"share: got .*; pass a share of the cells greater than 0 and at most 1"):
-        accelerated.subsampled_barrier(jax.random.key(0), cells, share, TILING)
+        kernel_barrier.subsampled_barrier(jax.random.key(0), cells, share, TILING)

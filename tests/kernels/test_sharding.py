@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from prob_transformer import Attention, accelerated, barrier, residual_and_log_det
-from prob_transformer.accelerated import Cells, Tiling
+from prob_transformer import Attention, barrier, residual_and_log_det
+from prob_transformer.kernels import sharding
+from prob_transformer.kernels.cells import Cells, Tiling
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ((8, 1, "float64"), (4, 2, "float64"), (2, 4, "float64"), (4, 2, "float32"))
@@ -79,9 +80,9 @@ def weighted_density(density, parameters, residual_weight, log_det_weight):
 def on_devices(out):
     results = {}
     for data, heads, dtype in CASES:
-        found = sharded_mean(accelerated.mesh(data, heads), HEADS_AND_SEQUENCES, layers(dtype))
+        found = sharded_mean(sharding.mesh(data, heads), HEADS_AND_SEQUENCES, layers(dtype))
         results.update({f"{data}x{heads}/{dtype}/{name}": value for name, value in found.items()})
-    mesh = accelerated.mesh(4, 2)
+    mesh = sharding.mesh(4, 2)
     found = sharded_mean(mesh, SEQUENCES, layers("float64"))
     results.update({f"repeated/{name}": value for name, value in found.items()})
     results.update({f"subsampled/{name}": value for name, value in sharded_draws(mesh).items()})
@@ -94,7 +95,7 @@ def sharded_mean(mesh, spec, parameters):
     on_heads = spec[1]
 
     def mean(query, key, embeddings):
-        found = accelerated.sharded_mean_barrier(at_every_head(Cells.of, query, key, embeddings), mesh, spec, TILING)
+        found = sharding.sharded_mean_barrier(at_every_head(Cells.of, query, key, embeddings), mesh, spec, TILING)
         return found.mean, found
 
     specs = (PartitionSpec(None, on_heads), PartitionSpec(None, on_heads), PartitionSpec(None, "data"))
@@ -118,7 +119,7 @@ def sharded_draws(mesh):
 
     def draw(parameters, key, share):
         cells = jax.tree.map(lambda x: x[0], at_every_head(Cells.of, *parameters))
-        return accelerated.sharded_subsampled_barrier(key, cells, share, mesh, spec, TILING)
+        return sharding.sharded_subsampled_barrier(key, cells, share, mesh, spec, TILING)
 
     @jax.jit
     def draws(parameters, keys):
@@ -135,7 +136,7 @@ def sharded_density(mesh):
     parameters, *weights = joint()
 
     def density(attention, embeddings):
-        return accelerated.sharded_residual_and_log_det(attention, embeddings, mesh, ALL_ON_SEQUENCES, TILING)
+        return sharding.sharded_residual_and_log_det(attention, embeddings, mesh, ALL_ON_SEQUENCES, TILING)
 
     def scalar(parameters):
         return weighted_density(density, parameters, *weights)
@@ -266,13 +267,13 @@ def test_drawing_everything_gives_the_mean_and_its_gradient(found):
 @pytest.mark.parametrize(("data", "heads"), [(2, 1), (1, 3)])
 def test_a_mesh_of_more_devices_than_there_are_is_refused(data, heads):
     with pytest.raises(ValueError, match=rf"data, heads: got {data} \* {heads} = .* pass a product of 1, or start JAX"):
-        accelerated.mesh(data, heads)
+        sharding.mesh(data, heads)
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, True])
 def test_a_mesh_of_no_devices_is_refused(count):
     with pytest.raises(ValueError, match=r"heads: got .* pass an integer of at least 1"):
-        accelerated.mesh(1, count)
+        sharding.mesh(1, count)
 
 
 @pytest.mark.parametrize(
@@ -288,22 +289,22 @@ def test_cells_that_cannot_be_spread_are_refused(spec, message):
     mesh = AbstractMesh((4, 2), ("data", "heads"))
     cells = at_every_head(Cells.of, *layers("float64", 6))
     with pytest.raises(ValueError, match=message):
-        accelerated.sharded_mean_barrier(cells, mesh, spec)
+        sharding.sharded_mean_barrier(cells, mesh, spec)
     with pytest.raises(ValueError, match=message):
-        accelerated.sharded_subsampled_barrier(jax.random.key(0), cells, 0.5, mesh, spec)
+        sharding.sharded_subsampled_barrier(jax.random.key(0), cells, 0.5, mesh, spec)
 
 
 def test_sequences_that_cannot_be_spread_are_refused():
     (query, key, value, embeddings), *_ = joint()
     mesh = AbstractMesh((3, 1), ("data", "heads"))
     with pytest.raises(ValueError, match="embeddings: axis 0 has length 8 for 3 devices along data"):
-        accelerated.sharded_residual_and_log_det(Attention(query, key, value), embeddings, mesh, PartitionSpec("data"))
+        sharding.sharded_residual_and_log_det(Attention(query, key, value), embeddings, mesh, PartitionSpec("data"))
 
 
 def test_a_share_outside_0_and_1_is_refused():
     cells = at_every_head(Cells.of, *layers("float64"))
     with pytest.raises(ValueError, match="share: got 0; pass a share"):
-        accelerated.sharded_subsampled_barrier(jax.random.key(0), cells, 0, accelerated.mesh(1, 1), PartitionSpec())
+        sharding.sharded_subsampled_barrier(jax.random.key(0), cells, 0, sharding.mesh(1, 1), PartitionSpec())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The barrier at scale: every position, its mean with value and gradient in one sweep, and an unbiased share of it."""
+"""The mean barrier at scale, with value and gradient in one sweep, and an unbiased share of it."""
 
 from functools import partial
 from typing import NamedTuple
@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._precision import in_float32_at_least
-from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling
-from prob_transformer.accelerated.log_det import log_det, log_det_total, subsampled_log_det_total
-from prob_transformer.attention import Attention, require_joint
+from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
+from prob_transformer.kernels.log_det import log_det_total, subsampled_log_det_total
 
 
 class MeanBarrier(NamedTuple):
@@ -22,20 +21,6 @@ class MeanBarrier(NamedTuple):
     mean: Float[Array, ""]
     negative_share: Float[Array, ""]
     variance: Float[Array, ""]
-
-
-@partial(jax.jit, static_argnums=2)
-def _barrier(attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling) -> Float[Array, "... n"]:
-    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
-    return -log_det(Cells.of(attention, flat), tiling).log_det.reshape(embeddings.shape[:-1])
-
-
-@in_float32_at_least
-def barrier(
-    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
-) -> Float[Array, "... n"]:
-    """b_i = -log|det J_i| in nats at every position, as `prob_transformer.barrier`. Raises as that function."""
-    return _barrier(attention, require_joint("embeddings", embeddings, attention), tiling)
 
 
 @partial(jax.jit, static_argnums=1, inline=True)

@@ -1,4 +1,4 @@
-"""Margins at scale: det J_i from the sweep, sigma_min(J_i) by Lanczos steps that never form J_i.
+"""sigma_min(J_i) at scale, by Lanczos steps that never form J_i.
 
 With L = [Cov(v^h, k^h) / sqrt(p)]_h and R the stacked queries, J_i = I - L R has the inverse
 
@@ -15,7 +15,7 @@ Ritz value theta <= sigma_min^{-2} whatever the start, and for a start drawn uni
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._precision import in_float32_at_least, ranks_promoted
 from prob_transformer._validation import require_count
-from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded
-from prob_transformer.accelerated.change_of_variables import residual_and_log_det
-from prob_transformer.accelerated.sweep import block_small_inverse
 from prob_transformer.attention import Attention, require_joint
-from prob_transformer.margin import MarginKind, SupportTokens, closest_positions
+from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded
+from prob_transformer.kernels.sweep import block_small_inverse
 
 DEFAULT_STEPS = 16
 DEFAULT_FAILURE = 1e-6
@@ -171,44 +169,3 @@ def conditioning_margin(
     exact = steps >= min(attention.width, 2 * attention.heads * attention.head_size + 1)
     error = 0.0 if exact else relative_error(attention.width, steps, failure)
     return ConditioningMargin(upper, upper * math.sqrt(1 - error))
-
-
-@in_float32_at_least
-def stability_margin(
-    attention: Attention,
-    embeddings: Float[Array, "... n d"],
-    kind: MarginKind = "determinant",
-    *,
-    key: PRNGKeyArray | None = None,
-    steps: int = DEFAULT_STEPS,
-    tiling: Tiling = DEFAULT_TILING,
-) -> Float[Array, "... n"]:
-    """Margin m_i of every position, as `prob_transformer.stability_margin`; "conditioning" needs a key.
-
-    The conditioning margin is the upper end of `conditioning_margin`. Raises ValueError for an unknown kind, for
-    conditioning without a key, and as `residual_and_log_det`.
-    """
-    if kind == "determinant":
-        _, sign, log_det = residual_and_log_det(attention, embeddings, tiling)
-        return sign * jnp.exp(log_det)
-    if kind == "conditioning":
-        if key is None:
-            raise ValueError("key: got None; pass a JAX random key, from which the iterations start.")
-        return conditioning_margin(attention, embeddings, key, steps, tiling=tiling).upper
-    raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
-
-
-@in_float32_at_least
-def support_tokens(
-    attention: Attention,
-    embeddings: Float[Array, "... n d"],
-    k: int,
-    kind: MarginKind = "determinant",
-    *,
-    key: PRNGKeyArray | None = None,
-    tiling: Tiling = DEFAULT_TILING,
-) -> SupportTokens:
-    """The k positions closest to the boundary, as `prob_transformer.support_tokens`. Raises as `stability_margin`."""
-    embeddings = require_joint("embeddings", embeddings, attention)
-    margins = stability_margin(attention, embeddings, kind, key=key, tiling=tiling)
-    return closest_positions(attention, embeddings, margins, k)

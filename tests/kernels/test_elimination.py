@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prob_transformer.accelerated.elimination import (
+from prob_transformer.kernels.elimination import (
     PERMITTED_GROWTH,
     REPAIRED_AT_ONCE,
     eliminate,

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prob_transformer as reference
-from prob_transformer import Attention, accelerated
-from prob_transformer.accelerated import DEFAULT_TILING, Cells, Tiling
-from prob_transformer.accelerated import change_of_variables as module
-from prob_transformer.accelerated.log_det import log_det
+from prob_transformer import Attention
+from prob_transformer.kernels import blocked
+from prob_transformer.kernels import change_of_variables as module
+from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
+from prob_transformer.kernels.log_det import log_det
 from tests.support.long import SHAPES, TILINGS, draw
 from theory_checks.rounding import amplification
 from theory_checks.strategies import SHAPES as SMALL_SHAPES
@@ -33,7 +34,7 @@ def test_value_and_gradient_equal_the_reference(shape, tiling):
     attention, embeddings = draw(0, shape, batch=(3,))
 
     def fast(attention, embeddings):
-        return accelerated.residual_and_log_det(attention, embeddings, tiling)
+        return blocked.residual_and_log_det(attention, embeddings, tiling)
 
     expected = reference.residual_and_log_det(attention, embeddings)
     got = fast(attention, embeddings)
@@ -41,7 +42,7 @@ def test_value_and_gradient_equal_the_reference(shape, tiling):
     np.testing.assert_allclose(got.log_det, expected.log_det, atol=1e-11)
     np.testing.assert_array_equal(got.sign, expected.sign)
     np.testing.assert_allclose(
-        accelerated.attention_mean(attention, embeddings, tiling),
+        blocked.attention_mean(attention, embeddings, tiling),
         reference.attention_mean(attention, embeddings),
         atol=1e-13,
     )
@@ -70,13 +71,13 @@ def test_the_default_tiling_over_several_blocks(dtype):
     attention, embeddings = draw(0, (2, 4, 8, 300, True), dtype, batch=(2,))
     wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (attention, embeddings))
     expected = reference.residual_and_log_det(*wide)
-    got = accelerated.residual_and_log_det(attention, embeddings)
+    got = blocked.residual_and_log_det(attention, embeddings)
     assert {array.dtype for array in got} == {jnp.dtype(dtype)}
     tolerance = 1e-5 if dtype == np.float32 else 1e-12
     np.testing.assert_allclose(got.log_det, expected.log_det, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(got.residual, expected.residual, rtol=tolerance, atol=tolerance)
     slopes = zip(
-        jax.tree.leaves(pullback(accelerated.residual_and_log_det, attention, embeddings)),
+        jax.tree.leaves(pullback(blocked.residual_and_log_det, attention, embeddings)),
         jax.tree.leaves(pullback(reference.residual_and_log_det, *wide)),
         strict=True,
     )
@@ -93,7 +94,7 @@ def test_adversarial_geometry_stays_within_rounding_of_the_reference(dtype, data
     attention = Attention(case.query, case.key, case.value)
     wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (attention, case.embeddings))
     expected = reference.residual_and_log_det(*wide)
-    got = accelerated.residual_and_log_det(attention, case.embeddings)
+    got = blocked.residual_and_log_det(attention, case.embeddings)
     kappa = amplification(case, np.asarray(reference.jacobian_block(*wide)))
     error = np.abs(np.asarray(got.log_det) - np.asarray(expected.log_det)).max()
     assert error <= 200 * np.finfo(dtype).eps * kappa
@@ -102,7 +103,7 @@ def test_adversarial_geometry_stays_within_rounding_of_the_reference(dtype, data
 def test_the_first_two_positions_have_exactly_zero_log_det():
     for shape in SHAPES:
         attention, embeddings = draw(3, shape, scale=30.0)
-        got = accelerated.residual_and_log_det(attention, embeddings, TILINGS[0])
+        got = blocked.residual_and_log_det(attention, embeddings, TILINGS[0])
         assert got.log_det[:2].tolist() == [0.0, 0.0]
         assert got.sign[:2].tolist() == [1.0, 1.0]
 
@@ -110,7 +111,7 @@ def test_the_first_two_positions_have_exactly_zero_log_det():
 def test_on_the_boundary_the_sign_is_zero_and_the_log_det_minus_infinity():
     # Past (-1, 1), query 0: uniform weights, variance exactly 1, so J = 1 - a vanishes at a = 1.
     attention = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)))
-    got = accelerated.residual_and_log_det(attention, jnp.array([[-1.0], [1.0], [0.0]]))
+    got = blocked.residual_and_log_det(attention, jnp.array([[-1.0], [1.0], [0.0]]))
     assert got.sign[2] == 0
     assert got.log_det[2] == -jnp.inf
 
@@ -129,7 +130,7 @@ def test_vmap_and_jit_equal_one_call_with_a_batch():
     attention, embeddings = draw(1, SHAPES[3], batch=(2, 3))
 
     def fast(u):
-        return accelerated.residual_and_log_det(attention, u, TILINGS[1])
+        return blocked.residual_and_log_det(attention, u, TILINGS[1])
 
     together = fast(embeddings)
     for other in (jax.jit(fast)(embeddings), jax.vmap(fast)(embeddings), jax.vmap(jax.vmap(fast))(embeddings)):
@@ -137,7 +138,7 @@ def test_vmap_and_jit_equal_one_call_with_a_batch():
             np.testing.assert_allclose(one, two, atol=1e-12)
     queries = jnp.stack([attention.query, 0.5 * attention.query])
     many = jax.vmap(
-        lambda query: accelerated.residual_and_log_det(
+        lambda query: blocked.residual_and_log_det(
             Attention(query, attention.key, attention.value), embeddings, TILINGS[1]
         )
     )(queries)
@@ -149,8 +150,8 @@ def test_vmap_and_jit_equal_one_call_with_a_batch():
 
 def test_bfloat16_products_keep_float32_determinants():
     attention, embeddings = draw(0, (1, 4, 8, 64, False), np.float32, batch=(2,))
-    exact = accelerated.residual_and_log_det(attention, embeddings).log_det
-    narrow = accelerated.residual_and_log_det(attention, embeddings, Tiling(product_dtype="bfloat16")).log_det
+    exact = blocked.residual_and_log_det(attention, embeddings).log_det
+    narrow = blocked.residual_and_log_det(attention, embeddings, Tiling(product_dtype="bfloat16")).log_det
     assert narrow.dtype == jnp.float32
     # Eight bits of mantissa in a sum of weighted products: visible, and small.
     assert 0 < np.abs(narrow - exact).max() < 0.05
@@ -160,7 +161,7 @@ def test_one_compilation_for_one_shape_and_tiling():
     attention, embeddings = draw(0, (1, 2, 3, 19, False))
     before = module._residual_and_log_det._cache_size()
     for factor in (1.0, 2.0, 3.0):
-        accelerated.residual_and_log_det(attention, factor * embeddings)
+        blocked.residual_and_log_det(attention, factor * embeddings)
     assert module._residual_and_log_det._cache_size() == before + 1
 
 
@@ -170,7 +171,7 @@ def temporary_bytes(length, heads=2, size=8):
 
     def total(query, key, embeddings):
         value = jnp.broadcast_to(jnp.eye(heads * size, dtype=jnp.float32), (heads, heads * size, heads * size))
-        return accelerated.residual_and_log_det(Attention(query, key, value), embeddings).log_det.sum()
+        return blocked.residual_and_log_det(Attention(query, key, value), embeddings).log_det.sum()
 
     compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(weight, weight, embeddings).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -193,10 +194,10 @@ def test_memory_grows_linearly_with_the_length():
 def test_a_tiling_that_does_not_fit_is_refused_by_name(tiling, message):
     attention, embeddings = draw(0, SHAPES[0])
     with pytest.raises(ValueError, match=message):
-        accelerated.residual_and_log_det(attention, embeddings, tiling)
+        blocked.residual_and_log_det(attention, embeddings, tiling)
 
 
-@pytest.mark.parametrize("function", [accelerated.residual_and_log_det, accelerated.attention_mean])
+@pytest.mark.parametrize("function", [blocked.residual_and_log_det, blocked.attention_mean])
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import prob_transformer as reference
-from prob_transformer import Attention, accelerated
-from prob_transformer.accelerated import Tiling
-from prob_transformer.accelerated.margin import relative_error
+from prob_transformer import Attention
+from prob_transformer.kernels import conditioning
+from prob_transformer.kernels.cells import Tiling
+from prob_transformer.kernels.conditioning import relative_error
 from tests.support.long import draw
 
 TILING = Tiling(8, 16)
@@ -24,7 +25,7 @@ def test_enough_steps_give_the_smallest_singular_value_exactly(shape, steps):
     # d steps always, and 2Hp + 1 of them where that is fewer: J^-1 J^-T is the identity plus a matrix of rank 2Hp.
     attention, embeddings = draw(0, shape, batch=(2,))
     expected = smallest_singular_values(attention, embeddings)
-    found = accelerated.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+    found = conditioning.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
     np.testing.assert_allclose(found.upper, expected, rtol=1e-7)
     np.testing.assert_array_equal(found.lower, found.upper)
 
@@ -34,7 +35,7 @@ def test_the_two_ends_are_apart_until_the_step_that_makes_them_exact(steps):
     # H = 1 and p = 2: Hp + 1 = 3 and 2Hp = 4 steps are too few for the 5 eigenvalues of J^-1 J^-T.
     attention, embeddings = draw(0, (1, 2, 12, 20, False), batch=(2,))
     expected = smallest_singular_values(attention, embeddings)
-    found = accelerated.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+    found = conditioning.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
     assert found.upper.max() > 0
     assert (found.upper - expected).max() > 1e-6
     assert (found.lower <= expected * (1 + 1e-9)).all()
@@ -49,7 +50,7 @@ def test_the_two_ends_hold_the_smallest_singular_value_between_them(dtype):
     assert expected.min() < 0.2
     rounding = 1e-4 if dtype == np.float32 else 1e-9
     for steps in (2, 4, 8, 14):
-        found = accelerated.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+        found = conditioning.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
         assert (found.upper >= expected * (1 - rounding)).all()
         assert (found.lower <= expected * (1 + rounding)).all()
     np.testing.assert_allclose(found.upper, expected, rtol=0.02)
@@ -61,7 +62,7 @@ def test_the_lower_end_fails_no_more_often_than_it_may():
     expected = smallest_singular_values(attention, embeddings)
     keys = jax.random.split(KEY, 200)
     find = jax.jit(
-        lambda key: accelerated.conditioning_margin(attention, embeddings, key, 6, failure=0.5, tiling=TILING).lower
+        lambda key: conditioning.conditioning_margin(attention, embeddings, key, 6, failure=0.5, tiling=TILING).lower
     )
     too_high = np.mean([np.asarray(find(key)) > expected * (1 + 1e-9) for key in keys], axis=0)
     assert too_high.max() <= 0.5
@@ -77,12 +78,12 @@ def test_more_steps_and_a_smaller_failure_move_the_bound_as_the_theorem_says():
 
 def test_on_the_boundary_both_ends_are_zero():
     attention = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)))
-    found = accelerated.conditioning_margin(attention, jnp.array([[-1.0], [1.0], [0.0]]), KEY)
+    found = conditioning.conditioning_margin(attention, jnp.array([[-1.0], [1.0], [0.0]]), KEY)
     assert found.upper[2] == found.lower[2] == 0
     np.testing.assert_allclose(found.upper[:2], 1)
     # In the plane too, where the eigenvalues of what is not finite are NaN.
     attention = Attention(2 * jnp.eye(4)[None, :, :2], jnp.eye(4)[None, :, :2])
-    found = accelerated.conditioning_margin(attention, jnp.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), KEY)
+    found = conditioning.conditioning_margin(attention, jnp.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), KEY)
     np.testing.assert_array_equal([found.upper[2], found.lower[2]], 0)
 
 
@@ -91,9 +92,9 @@ def test_margins_and_support_tokens_equal_the_reference(kind):
     attention, embeddings = draw(1, (2, 3, 4, 20, True), scale=2.0, batch=(2,))
     determinants = np.linalg.det(np.asarray(reference.jacobian_block(attention, embeddings)))
     assert 0 < (determinants < 0).mean() < 1
-    margin = accelerated.stability_margin(attention, embeddings, kind, key=KEY, tiling=TILING)
+    margin = reference.stability_margin(attention, embeddings, kind, key=KEY, implementation="blocked")
     np.testing.assert_allclose(margin, reference.stability_margin(attention, embeddings, kind), rtol=1e-7)
-    found = accelerated.support_tokens(attention, embeddings, 4, kind, key=KEY, tiling=TILING)
+    found = reference.support_tokens(attention, embeddings, 4, kind, key=KEY, implementation="blocked")
     expected = reference.support_tokens(attention, embeddings, 4, kind)
     np.testing.assert_array_equal(found.positions, expected.positions)
     np.testing.assert_allclose(found.margins, expected.margins, rtol=1e-7)
@@ -103,12 +104,12 @@ def test_margins_and_support_tokens_equal_the_reference(kind):
 def test_bad_arguments_are_refused_by_name():
     attention, embeddings = draw(0, (1, 2, 3, 5, False))
     with pytest.raises(ValueError, match="kind: got 'other'; pass one of determinant, conditioning"):
-        accelerated.stability_margin(attention, embeddings, "other")
+        reference.stability_margin(attention, embeddings, "other", implementation="blocked")
     with pytest.raises(ValueError, match="key: got None; pass a JAX random key"):
-        accelerated.stability_margin(attention, embeddings, "conditioning")
+        reference.stability_margin(attention, embeddings, "conditioning", implementation="blocked")
     with pytest.raises(ValueError, match=r"steps: got 0; pass an integer of at least 1"):
-        accelerated.conditioning_margin(attention, embeddings, KEY, 0)
+        conditioning.conditioning_margin(attention, embeddings, KEY, 0)
     with pytest.raises(ValueError, match=r"failure: got 1\.0; pass a probability between 0 and 1"):
-        accelerated.conditioning_margin(attention, embeddings, KEY, failure=1.0)
+        conditioning.conditioning_margin(attention, embeddings, KEY, failure=1.0)
     with pytest.raises(ValueError, match="k: got 6; pass at most n = 5"):
-        accelerated.support_tokens(attention, embeddings, 6)
+        reference.support_tokens(attention, embeddings, 6, implementation="blocked")

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer.accelerated.cells import Rows
-from prob_transformer.accelerated.elimination import PERMITTED_GROWTH, eliminate_with_exchanges
 from prob_transformer.attention import softmax_weights, weighted_covariance
+from prob_transformer.kernels.cells import Rows
+from prob_transformer.kernels.elimination import PERMITTED_GROWTH, eliminate_with_exchanges
 
 AT_ONCE = 8
 # A covariance so small that its rounding does not show beside the identity, PERMITTED_GROWTH taken into account.

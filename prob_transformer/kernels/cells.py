@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention
-from prob_transformer.change_of_variables import Result
+
+Result = TypeVar("Result")
 
 
 class Tiling(NamedTuple):

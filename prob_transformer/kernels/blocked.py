@@ -5,17 +5,25 @@ backwards; memory grows linearly with n. docs/accelerated.md derives the gradien
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from prob_transformer._precision import in_float32_at_least, ranks_promoted
-from prob_transformer.accelerated.cells import DEFAULT_TILING, Cells, Tiling, padded
-from prob_transformer.accelerated.log_det import log_det
-from prob_transformer.accelerated.sweep import block_weights
 from prob_transformer.attention import Attention, require_joint
-from prob_transformer.change_of_variables import ResidualAndLogDet
+from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling, padded
+from prob_transformer.kernels.log_det import log_det
+from prob_transformer.kernels.sweep import block_weights
+
+
+class BlockedDensity(NamedTuple):
+    """What `change_of_variables.ResidualAndLogDet` holds: residual (..., n, d), sign and log|det J_i| (..., n)."""
+
+    residual: Float[Array, "... n d"]
+    sign: Float[Array, "... n"]
+    log_det: Float[Array, "... n"]
 
 
 @ranks_promoted
@@ -52,21 +60,19 @@ def _attention_mean(
 
 
 @partial(jax.jit, static_argnums=2)
-def _residual_and_log_det(
-    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling
-) -> ResidualAndLogDet:
+def _residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling) -> BlockedDensity:
     flat = embeddings.reshape(-1, *embeddings.shape[-2:])
     cells = Cells.of(attention, flat)
     sign, values = log_det(cells, tiling)
     residual = flat - _blocked_mean(attention, cells, flat, tiling)
     shape = embeddings.shape[:-1]
-    return ResidualAndLogDet(residual.reshape(embeddings.shape), sign.reshape(shape), values.reshape(shape))
+    return BlockedDensity(residual.reshape(embeddings.shape), sign.reshape(shape), values.reshape(shape))
 
 
 @in_float32_at_least
 def residual_and_log_det(
     attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
-) -> ResidualAndLogDet:
+) -> BlockedDensity:
     """Residual e_i, sign(det J_i) and log|det J_i| in nats at every position of embeddings (..., n, d).
 
     As `prob_transformer.residual_and_log_det`, in the dtype of the arguments; the gradient is reverse mode only, and

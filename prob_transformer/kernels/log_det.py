@@ -17,8 +17,8 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from prob_transformer._precision import ranks_promoted
-from prob_transformer.accelerated.cells import Cells, Rows, Tiling, in_groups, padded
-from prob_transformer.accelerated.sweep import (
+from prob_transformer.kernels.cells import Cells, Rows, Tiling, in_groups, padded
+from prob_transformer.kernels.sweep import (
     LogDet,
     LogDetGradient,
     block_log_det,

@@ -1,0 +1,17 @@
+"""Which code computes: one choice, made by the same argument everywhere."""
+
+from typing import Literal, get_args
+
+Implementation = Literal["reference", "blocked"]
+
+
+def is_blocked(implementation: Implementation | None) -> bool:
+    """Whether the blocked kernels are asked for; None is the reference. Raises ValueError for another name.
+
+    The reference alone has derivatives in forward mode. The blocked one has a gradient, and forward derivatives of it.
+    """
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation: got {implementation!r}; pass None or one of {', '.join(get_args(Implementation))}."
+        )
+    return implementation == "blocked"
