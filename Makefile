@@ -56,6 +56,9 @@ test-deep: $(INSTALLED) ## every drawn check on far more cases, for a long night
 benchmark: $(INSTALLED_FOR_BENCHMARK) ## time and memory of the accelerated path; killed, it goes on where it was [BENCHMARK=FILE]
 	$(RUN) -m benchmarks --out $(BENCHMARK)
 
+benchmark-accelerator: $(INSTALLED_FOR_BENCHMARK) ## the kernels on a GPU in eight minutes; killed, it keeps what is done [BENCHMARK=FILE]
+	$(RUN) -m benchmarks.accelerator --out $(BENCHMARK)
+
 benchmark-inference: $(INSTALLED) ## MAP, Laplace, NUTS and particles against the truth
 	$(RUN) -m benchmarks.inference --out $(RESULTS)/inference.json
 

@@ -1,6 +1,6 @@
 """Causal self-attention as a generative stochastic process: exact likelihood, barrier prior, stability margins.
 
-Read in this order: attention, change_of_variables, transform, process, barrier, margin, certified_radius, token_model,
+Read in this order: attention, change_of_variables, sampling, process, barrier, margin, certified_radius, token_model,
 objective.
 """
 

@@ -14,6 +14,7 @@ from prob_transformer import (
     jacobian_block,
     residual_and_log_det,
 )
+from prob_transformer.kernels import blocked, conditioning
 from tests.support.layers import layer_of
 from tests.support.plain_decoder import draw, jacobians, mean_at, rotation
 

@@ -164,8 +164,8 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake(
         "barrier of the wrong sign",
         "barrier.py",
-        "return -residual_and_log_det(attention, embeddings).log_det",
-        "return residual_and_log_det(attention, embeddings).log_det",
+        "return -residual_and_log_det(attention, embeddings, implementation",
+        "return residual_and_log_det(attention, embeddings, implementation",
     ),
     _mistake(
         "largest instead of smallest singular value", _MARGIN, "compute_uv=False)[..., -1]", "compute_uv=False)[..., 0]"

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import prob_transformer as reference
 from prob_transformer import Attention
 from prob_transformer.kernels import blocked
-from prob_transformer.kernels import change_of_variables as module
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det
 from tests.support.long import SHAPES, TILINGS, draw
@@ -159,10 +158,10 @@ def test_bfloat16_products_keep_float32_determinants():
 
 def test_one_compilation_for_one_shape_and_tiling():
     attention, embeddings = draw(0, (1, 2, 3, 19, False))
-    before = module._residual_and_log_det._cache_size()
+    before = blocked._residual_and_log_det._cache_size()
     for factor in (1.0, 2.0, 3.0):
         blocked.residual_and_log_det(attention, factor * embeddings)
-    assert module._residual_and_log_det._cache_size() == before + 1
+    assert blocked._residual_and_log_det._cache_size() == before + 1
 
 
 def temporary_bytes(length, heads=2, size=8):

@@ -86,6 +86,13 @@ def _site_blocks(potential: Potential, curvature: Curvature) -> list[Float[Array
 @eqx.filter_jit
 def _value(potential: Potential) -> Float[Array, ""]:
     z = potential.centre()
+    for name, site in potential.trace(z).items():
+        # Products with the Hessian are linear maps here, and JAX cannot make one of the gradient of a blocked sweep.
+        if getattr(site.get("fn"), "implementation", None) == "blocked":
+            raise ValueError(
+                f"model: site {name!r} has implementation='blocked', whose gradient cannot be linearised; pass "
+                "implementation='reference', which has the same density, here (not necessarily to find_map)."
+            )
     return potential.value(z)
 
 
