@@ -15,6 +15,7 @@ from prob_transformer.change_of_variables import (
 )
 from prob_transformer.margin import SupportTokens, stability_margin, support_tokens
 from prob_transformer.objective import map_objective, weight_prior
+from prob_transformer.penalty import BarrierPenalty, barrier_penalty
 from prob_transformer.process import EmbeddingProcess
 from prob_transformer.query_key import RMSNorm, Rotary
 from prob_transformer.sampling import (
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attention",
+    "BarrierPenalty",
     "CausalAttentionTransform",
     "EmbeddingProcess",
     "ImplicitSolveError",
@@ -43,6 +45,7 @@ __all__ = [
     "SupportTokens",
     "attention_mean",
     "barrier",
+    "barrier_penalty",
     "certified_radius",
     "jacobian_block",
     "map_objective",

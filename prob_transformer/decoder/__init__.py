@@ -4,7 +4,7 @@ Read in this order: layer (what a layer is), moments, view, jacobian, determinan
 """
 
 from prob_transformer.decoder.margins import LayerMargins, decoder_margins, layer_margins
-from prob_transformer.decoder.penalty import BarrierPenalty, barrier_penalty
+from prob_transformer.penalty import BarrierPenalty, barrier_penalty
 
 __all__ = [
     "BarrierPenalty",

@@ -73,12 +73,13 @@ def _require_equal_shards(name: str, leading: tuple[int, ...], mesh: Mesh, spec:
             )
 
 
-def _shard_map(
+def over_mesh(
     function: Callable[..., Result],
     mesh: Mesh,
     in_specs: PartitionSpec | tuple[PartitionSpec, ...],
     out_specs: PartitionSpec,
 ) -> Callable[..., Result]:
+    """`function` on every device's own part, as `in_specs` and `out_specs` say."""
     # Unchecked, because the loops of the sweep start from constants, which the checker takes for equal on all devices.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -88,7 +89,7 @@ def _mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling)
     def one_shard(cells: Cells) -> MeanBarrier:
         return lax.pmean(mean_barrier(cells, tiling), _axes(spec))
 
-    return _shard_map(one_shard, mesh, spec, PartitionSpec())(cells)
+    return over_mesh(one_shard, mesh, spec, PartitionSpec())(cells)
 
 
 @in_float32_at_least
@@ -114,7 +115,7 @@ def _subsampled_barrier(
         found = lax.pmean(subsampled_barrier(own, cells, share, tiling), axes)
         return found._replace(variance=found.variance / shards)
 
-    return _shard_map(one_shard, mesh, (PartitionSpec(), spec), PartitionSpec())(key, cells)
+    return over_mesh(one_shard, mesh, (PartitionSpec(), spec), PartitionSpec())(key, cells)
 
 
 @in_float32_at_least
@@ -141,7 +142,7 @@ def _residual_and_log_det(
     def one_shard(attention: Attention, embeddings: Float[Array, "... n d"]) -> BlockedDensity:
         return residual_and_log_det(attention, embeddings, tiling)
 
-    return _shard_map(one_shard, mesh, (PartitionSpec(), spec), spec)(attention, embeddings)
+    return over_mesh(one_shard, mesh, (PartitionSpec(), spec), spec)(attention, embeddings)
 
 
 @in_float32_at_least

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prob_transformer import Attention
-from prob_transformer.decoder import barrier_penalty
+from prob_transformer import Attention, barrier_penalty
+from prob_transformer.kernels.cells import Tiling
 from tests.support import layers
 from tests.support.plain_decoder import draw, jacobians
 
@@ -125,7 +125,7 @@ def test_blocks_and_their_padding_leave_no_trace():
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(40, WIDTH)))
     found = barrier_penalty([(layer_of(weights_of(plain), plain), inputs)])
     mean, share = truth(plain, np.asarray(inputs)[None])
-    np.testing.assert_allclose(found, (mean, share), rtol=1e-10)
+    np.testing.assert_allclose(found[:2], (mean, share), rtol=1e-10)
 
 
 def test_layers_count_by_their_places():
@@ -136,7 +136,51 @@ def test_layers_count_by_their_places():
     found = barrier_penalty([(layer_of(weights_of(p), p), jnp.asarray(x)) for p, x in pairs])
     places = np.array([x.shape[0] * x.shape[1] for _, x in pairs])
     expected = np.array([truth(p, x) for p, x in pairs])
-    np.testing.assert_allclose(found, places @ expected / places.sum(), rtol=1e-10)
+    np.testing.assert_allclose(found[:2], places @ expected / places.sum(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["rotary", "capped"])
+def test_the_one_sided_form_is_its_formula_of_the_autodiff_determinants(name):
+    plain, sequences = problem(name)
+    blocks = np.stack([np.eye(WIDTH) - jacobians(plain, inputs, False, False) for inputs in sequences])
+    sign, log_det = np.linalg.slogdet(blocks)
+    x = log_det - np.log(0.8)
+    inside = np.where(x < 0, -x * np.exp(1 / np.where(x < -1e-3, x, -1e-3)), 0)
+    largest = np.log(0.8) - np.log(np.finfo(float).smallest_subnormal)
+    expected = np.where(sign > 0, inside, largest * (1 + np.logaddexp(x, 0)))
+    assert ((inside > 1e-3) & (sign > 0)).any()
+    layer = layer_of(weights_of(plain), plain)
+    found = barrier_penalty([(layer, jnp.asarray(sequences))], form="one-sided", threshold=0.8)
+    np.testing.assert_allclose(found.mean, expected.mean(), rtol=1e-9)
+    assert found.variance == 0
+
+
+def test_a_share_is_unbiased_and_its_variance_that_of_the_draws():
+    plain, _ = problem("rotary")
+    sequences = jnp.asarray(np.random.default_rng(2).normal(size=(3, 12, WIDTH)))
+    pairs = [(layer_of(weights_of(p), p), sequences) for p in (plain, draw(8, heads=4, groups=2, size=4, width=WIDTH))]
+    exact = barrier_penalty(pairs)
+    keys = jax.random.split(jax.random.key(0), 3000)
+    draws = jax.jit(jax.vmap(lambda key: barrier_penalty(pairs, share=0.25, key=key, tiling=Tiling(8, 8))))(keys)
+    error = draws.mean.std() / np.sqrt(len(keys))
+    assert abs(draws.mean.mean() - exact.mean) < 4 * error
+    assert abs(draws.variance.mean() / draws.mean.var() - 1) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"form": "both"}, "form: got 'both'; pass one of two-sided, one-sided"),
+        ({"share": 0.0}, "share: got 0.0; pass a share"),
+        ({"share": 0.5}, "key: got None; pass a JAX random key"),
+        ({"share": 0.5, "form": "one-sided"}, "share: got 0.5; the one-sided penalty"),
+        ({"threshold": 0.0}, "threshold: got 0.0"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_named(asked, message):
+    plain, sequences = problem("swept")
+    with pytest.raises(ValueError, match=message):
+        barrier_penalty([(layer_of(weights_of(plain), plain), sequences)], **asked)
 
 
 def test_what_does_not_fit_is_named():
@@ -155,11 +199,11 @@ def test_a_position_on_the_boundary_itself_is_counted(window):
     # The past -1 and 1 attended evenly has variance 1, so det J = 1 - 1 at the third of three positions.
     layer = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), window=window)
     found = barrier_penalty([(layer, jnp.array([[-1.0], [1.0], [0.0]]))])
-    np.testing.assert_allclose(found, (np.inf, 1 / 3), rtol=1e-12)
+    np.testing.assert_allclose(found[:2], (np.inf, 1 / 3), rtol=1e-12)
 
 
 def test_a_plain_layer_is_read_by_its_own_weights():
     # det(I - A Cov) by hand: one head, d = 1, past (0, 2), the third token at 0 attends evenly.
     layer = Attention(jnp.array([[[1.5]]]), jnp.array([[[1.0]]]))
     found = barrier_penalty([(layer, jnp.array([[0.0], [2.0], [0.0]]))])
-    np.testing.assert_allclose(found, (-np.log(abs(1 - 1.5 * 1.0)) / 3, 1 / 3), rtol=1e-12)
+    np.testing.assert_allclose(found[:2], (-np.log(abs(1 - 1.5 * 1.0)) / 3, 1 / 3), rtol=1e-12)

@@ -225,7 +225,7 @@ def test_the_token_models_precision_is_the_hessian_of_the_hand_written_objective
 def test_the_blocked_implementation_is_refused_by_name():
     y = np.zeros((2, 2))
     found = mode_at({"embeddings": y}, observed_process, ZERO, y, implementation="blocked")
-    with pytest.raises(ValueError, match=r"model: site 'embeddings' has implementation='blocked', .* pass implementation"):
+    with pytest.raises(ValueError, match=r"site .embeddings. has implementation=.blocked., .* pass implementation"):
         laplace(observed_process, ZERO, y, at=found, implementation="blocked")
 
 
