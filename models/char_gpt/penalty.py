@@ -21,7 +21,6 @@ A regulariser in place of the barrier changes ce alone (`models.char_gpt.regular
 share of sequences, heads and layers drawn anew every step.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -36,12 +35,17 @@ from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Si
 from models.char_gpt.model import Attended, Block, CharGPT
 from models.char_gpt.product_penalties import PENALTY_AT, product_penalty
 from models.char_gpt.regularisers import regularised
-from models.char_gpt.sharding import SITE_SPECS, Tree, at_site
-from prob_transformer import Attention, one_sided_penalty, residual_and_log_det, weight_prior
+from models.char_gpt.sharding import Tree, at_site
+from prob_transformer import (
+    Attention,
+    BarrierPenalty,
+    barrier_penalty,
+    one_sided_penalty,
+    residual_and_log_det,
+    weight_prior,
+)
 from prob_transformer.change_of_variables import ResidualAndLogDet
-from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
-from prob_transformer.kernels.sharding import sharded_mean_barrier, sharded_subsampled_barrier
+from prob_transformer.kernels.cells import DEFAULT_TILING, Tiling
 
 
 class LossTerms(NamedTuple):
@@ -111,26 +115,27 @@ def _density_at(site: Site, path: Path, mesh: Mesh | None) -> Callable[..., Resi
     return at_site(lambda model, embeddings, inputs: site_density(model, site, embeddings, inputs, path), site, mesh)
 
 
-def site_cells(model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], attended: Attended) -> Cells:
-    """The cells of a site for the accelerated barrier, with leading axes as in `site_density`; the decoder's own."""
+def site_layers(
+    model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]
+) -> list[tuple[Attention, Float[Array, "B n d"]]]:
+    """The attentions of a site with what they attend over, for `barrier_penalty`."""
     if site == "embedding":
-        return Cells.of(model.prior_stage, embeddings)
-    queries, keys = (jnp.moveaxis(x, 2, 1)[..., None, :, :] for x in (attended.queries, attended.keys))
-    scaled = queries / math.sqrt(queries.shape[-2])
-    return Cells(scaled, keys, scaled)
+        return [(model.prior_stage, embeddings)]
+    return [(Attention(block.query, block.key), given) for block, given in zip(model.blocks, inputs, strict=True)]
 
 
-def accelerated_barrier(cells: Cells, config: Config, key: PRNGKeyArray, mesh: Mesh | None = None) -> MeanBarrier:
-    """Mean barrier over the cells of the site, or its estimate from `barrier_share` of them drawn with the key."""
-    tiling = tiling_of(config.product_dtype)
-    if mesh is not None:
-        spec = SITE_SPECS[config.barrier_site]
-        if config.barrier_share < 1:
-            return sharded_subsampled_barrier(key, cells, config.barrier_share, mesh, spec, tiling)
-        return sharded_mean_barrier(cells, mesh, spec, tiling)
-    if config.barrier_share < 1:
-        return subsampled_barrier(key, cells, config.barrier_share, tiling)
-    return mean_barrier(cells, tiling)
+def swept_barrier(
+    model: CharGPT,
+    config: Config,
+    embeddings: Float[Array, "B n d"],
+    attended: Attended,
+    key: PRNGKeyArray,
+    mesh: Mesh | None = None,
+) -> BarrierPenalty:
+    """Mean barrier of the site, or its estimate from `barrier_share` of heads and sequences drawn with the key."""
+    layers = site_layers(model, config.barrier_site, embeddings, attended.inputs)
+    share = config.barrier_share
+    return barrier_penalty(layers, share=share, key=key, mesh=mesh, tiling=tiling_of(config.product_dtype))
 
 
 def tiling_of(product_dtype: ProductDtype) -> Tiling:
@@ -166,8 +171,7 @@ def loss_terms(
     if (config.path, config.objective) == ("accelerated", "margin") and config.barrier_form == "two-sided":
         # The barrier's sweep before the decoder's backward pass and not beside it, where each slows the other.
         logits, attended = jax.lax.optimization_barrier((logits, attended))
-        cells = site_cells(model, config.barrier_site, embeddings, attended)
-        estimate = accelerated_barrier(cells, config, key, mesh)
+        estimate = swept_barrier(model, config, embeddings, attended, key, mesh)
         logits, estimate = jax.lax.optimization_barrier((logits, estimate))
     else:
         estimate = _site_penalty(model, config, embeddings, attended, mesh)
@@ -193,7 +197,7 @@ def _cross_entropy_terms(
 
 def _site_penalty(
     model: CharGPT, config: Config, embeddings: Float[Array, "B n d"], attended: Attended, mesh: Mesh | None
-) -> MeanBarrier:
+) -> BarrierPenalty:
     """The mean penalty of margin or map at the site, from the densities of all positions.
 
     Without a determinant the share past the boundary is not known, and given as 0 like that of plain training.
@@ -202,7 +206,7 @@ def _site_penalty(
         penalty_of = partial(product_penalty, config.barrier_form)
         everywhere = at_site(partial(_everywhere, penalty_of, config.barrier_site), config.barrier_site, mesh)
         mean = everywhere(model, embeddings, attended.inputs).mean()
-        return MeanBarrier(mean, jnp.zeros_like(mean), jnp.zeros_like(mean))
+        return BarrierPenalty(mean, jnp.zeros_like(mean), jnp.zeros_like(mean))
     residual, sign, log_det = _density_at(config.barrier_site, config.path, mesh)(model, embeddings, attended.inputs)
     if config.barrier_form == "one-sided":
         penalty = one_sided_penalty(sign, log_det, config.barrier_threshold)
@@ -213,7 +217,7 @@ def _site_penalty(
         scale = jnp.where(is_first, config.first_scale, config.noise_scale).astype(residual.dtype)
         penalty = penalty - jstats.norm.logpdf(residual, 0.0, scale[:, None]).sum(-1)
     mean = penalty.mean()
-    return MeanBarrier(mean, (sign <= 0).mean(dtype=mean.dtype), jnp.zeros_like(mean))
+    return BarrierPenalty(mean, (sign <= 0).mean(dtype=mean.dtype), jnp.zeros_like(mean))
 
 
 def site_signs(
