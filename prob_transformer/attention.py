@@ -141,6 +141,10 @@ class Attention(eqx.Module):
         """Which of the G key groups each head reads."""
         return jnp.arange(self.heads) // (self.heads // self.key.shape[0])
 
+    def of_heads(self, x: Float[Array, "G ..."]) -> Float[Array, "H ..."]:
+        """What belongs to the key groups, once for each head."""
+        return x if self.key.shape[0] == self.heads else x[self.group_of_head]
+
     @property
     def is_bilinear(self) -> bool:
         """Whether logits are scale q . k_s, with no rotation, norm or cap in between."""
@@ -149,7 +153,7 @@ class Attention(eqx.Module):
     @property
     def interaction(self) -> Float[Array, "H d d"]:
         """A_h = scale W_K^T W_Q: the logit of past position s for query i is u_s^T A_h u_i if nothing is between."""
-        return self.scale * jnp.einsum("hpa,hpb->hab", self.key[self.group_of_head], self.query)
+        return self.scale * jnp.einsum("hpa,hpb->hab", self.of_heads(self.key), self.query)
 
     def head_alone(self, head: Int[Array, ""] | int) -> "Attention":
         """One head with identity values, as heads are looked at alone."""
@@ -187,14 +191,14 @@ class Attention(eqx.Module):
         """v = V u of every head, or u itself for identity values."""
         if self.value is None:
             return jnp.broadcast_to(inputs, (self.heads, *inputs.shape))
-        values = jnp.einsum("gvd,...d->g...v", self.value, inputs)[self.group_of_head]
+        values = self.of_heads(jnp.einsum("gvd,...d->g...v", self.value, inputs))
         return values if self.output is None else jnp.einsum("hdv,h...v->h...d", self.output, values)
 
     def value_maps(self, left: Float[Array, "a d"]) -> Float[Array, "H a d"]:
         """left V_h of every head, as matrices. Raises ValueError where values are the identity."""
         if self.value is None:
             raise ValueError("value: is None; identity values need no maps.")
-        value = self.value[self.group_of_head]
+        value = self.of_heads(self.value)
         if self.output is None:
             return jnp.einsum("ad,hde->hae", left, value)
         return jnp.einsum("hav,hve->hae", jnp.einsum("ad,hdv->hav", left, self.output), value)
@@ -285,7 +289,7 @@ class Past(eqx.Module):
 def _rows(
     attention: Attention, embeddings: Float[Array, "n d"], positions: Int[Array, " n"]
 ) -> tuple[Float[Array, "H n p"], Float[Array, "H n d"], Float[Array, "H n Hp"]]:
-    keys = attention.seen_keys(attention.plain_keys(embeddings), positions)[attention.group_of_head]
+    keys = attention.of_heads(attention.seen_keys(attention.plain_keys(embeddings), positions))
     values = attention.values(embeddings)
     stacked_query = attention.query.reshape(-1, attention.width)
     return keys, values, jnp.einsum("qd,hsd->hsq", stacked_query, values)

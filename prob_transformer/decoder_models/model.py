@@ -63,7 +63,7 @@ def attention_logits(layer: Attention, inputs: Float[Array, "n d"]) -> Float[Arr
     """Logits with which each position attends to its past and itself, -inf where it sees nothing."""
     positions = jnp.arange(inputs.shape[0])
     queries = layer.seen_queries(layer.plain_queries(inputs), positions)
-    keys = layer.seen_keys(layer.plain_keys(inputs), positions)[layer.group_of_head]
+    keys = layer.of_heads(layer.seen_keys(layer.plain_keys(inputs), positions))
     logits = capped(jnp.einsum("hip,hsp->his", queries, keys), layer.cap)
     visible = layer.sees(positions[:, None], positions[None]) | jnp.eye(inputs.shape[0], dtype=bool)
     return jnp.where(visible, logits, -jnp.inf)

@@ -152,7 +152,7 @@ class Cells(eqx.Module):
             return jnp.moveaxis(x if rotary is None else rotary.halves_first(x), (0, -2), (-3, -1))
 
         queries = last(attention.seen_queries(plain, positions))
-        keys = last(attention.seen_keys(attention.plain_keys(embeddings), positions)[attention.group_of_head])
+        keys = last(attention.of_heads(attention.seen_keys(attention.plain_keys(embeddings), positions)))
         query_map = None
         if rotary is not None or norm is not None:
             query_map = QueryMap()
