@@ -1,7 +1,7 @@
 """Causal self-attention as a generative stochastic process: exact likelihood, barrier prior, stability margins.
 
-Read in this order: attention, change_of_variables, sampling, process, barrier, margin, certified_radius, token_model,
-objective.
+Read in this order: attention, change_of_variables, sampling, process, barrier, margins, certified_radius, token_model,
+objective; penalty for training, and self_inclusion for layers as decoders have them.
 """
 
 from prob_transformer.attention import Attention, Past
@@ -13,7 +13,15 @@ from prob_transformer.change_of_variables import (
     jacobian_block,
     residual_and_log_det,
 )
-from prob_transformer.margin import SupportTokens, stability_margin, support_tokens
+from prob_transformer.kernels.conditioning import ConditioningMargin, conditioning_margin
+from prob_transformer.margins import (
+    LayerMargins,
+    SupportTokens,
+    decoder_margins,
+    layer_margins,
+    stability_margin,
+    support_tokens,
+)
 from prob_transformer.objective import map_objective, weight_prior
 from prob_transformer.penalty import BarrierPenalty, barrier_penalty
 from prob_transformer.process import EmbeddingProcess
@@ -33,8 +41,10 @@ __all__ = [
     "Attention",
     "BarrierPenalty",
     "CausalAttentionTransform",
+    "ConditioningMargin",
     "EmbeddingProcess",
     "ImplicitSolveError",
+    "LayerMargins",
     "LinearDecoder",
     "Past",
     "RMSNorm",
@@ -47,7 +57,10 @@ __all__ = [
     "barrier",
     "barrier_penalty",
     "certified_radius",
+    "conditioning_margin",
+    "decoder_margins",
     "jacobian_block",
+    "layer_margins",
     "map_objective",
     "named_solve_errors",
     "one_sided_barrier",

@@ -19,7 +19,7 @@ def _mistake(name: str, file: str, old: str, new: str, *more: tuple[str, str]) -
 
 
 _ATTENTION, _CHANGE, _PROCESS = "attention.py", "change_of_variables.py", "process.py"
-_MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margin.py", "certified_radius.py", "objective.py", "token_model.py"
+_MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margins.py", "certified_radius.py", "objective.py", "token_model.py"
 
 MISTAKES: tuple[Mistake, ...] = (
     # attention

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from prob_transformer import Attention
-from prob_transformer.decoder import barrier_penalty, decoder_margins
+from prob_transformer import Attention, barrier_penalty, decoder_margins
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 16, 2, 2, 24, 8
 TEXT = (

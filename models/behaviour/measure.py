@@ -12,7 +12,7 @@ each for the strict past and with the position itself included. Behaviour, in na
 
 Baselines: entropy, of the attention weights that the model computes, mean over layers and heads; log position; and past
 share, the mean of log(1 - alpha_ii) with alpha_ii the weight of a position on itself. The last is no geometry, but d
-times it is a term of log|det J_i| with the position included (prob_transformer/decoder/determinant.py).
+times it is a term of log|det J_i| with the position included (prob_transformer/self_inclusion.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer import Attention
-from prob_transformer.decoder import layer_margins
+from prob_transformer import Attention, layer_margins
 from prob_transformer.decoder_models.model import Decoder, attention_logits
 
 READINGS = ("strict", "inclusive")

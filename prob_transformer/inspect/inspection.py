@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from prob_transformer import layer_margins
 from prob_transformer.attention import Attention
-from prob_transformer.decoder import layer_margins
-from prob_transformer.decoder.margins import Values
+from prob_transformer.margins import Values
 
 CARRIERS = 3
 

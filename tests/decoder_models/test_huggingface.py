@@ -7,7 +7,7 @@ from safetensors.flax import save_file as save_jax
 from safetensors.numpy import save_file
 from scipy.special import erf, softmax
 
-from prob_transformer.decoder import decoder_margins
+from prob_transformer import decoder_margins
 from prob_transformer.decoder_models.huggingface import read_folder
 from prob_transformer.decoder_models.tokenizer import encode
 from tests.support.tiny_models import GPT2, LLAMA, gpt2_weights, llama_weights, write

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from models import wikipedia
-from prob_transformer import Attention
-from prob_transformer.decoder import layer_margins
+from prob_transformer import Attention, layer_margins
 from prob_transformer.decoder_models import smollm2
 from prob_transformer.decoder_models.gguf_file import read_gguf
 from prob_transformer.decoder_models.tokenizer import encode

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from prob_transformer.decoder import decoder_margins
+from prob_transformer import decoder_margins
 from tests.support.plain_decoder import draw, jacobians
 
 FOLDER = Path(__file__).parents[2] / "docs/examples"

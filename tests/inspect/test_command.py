@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from prob_transformer.decoder import layer_margins
+from prob_transformer import layer_margins
 from prob_transformer.decoder_models.load import load
 from prob_transformer.inference import results
 from prob_transformer.inspect import command

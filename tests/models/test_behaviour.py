@@ -12,7 +12,7 @@ from models.behaviour.__main__ import COLUMNS, _shown, main
 from models.behaviour.measure import PAST_SHARE, SHORTEST_PAST, attention, logit_change, measure, passages
 from models.behaviour.relation import Relation, partial_correlation, relation
 from models.behaviour.verdict import verdict
-from prob_transformer.decoder import layer_margins
+from prob_transformer import layer_margins
 from prob_transformer.decoder_models.load import load
 from tests.support.tiny_models import LLAMA, llama_weights, write
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import softmax
 
 from prob_transformer import Attention, barrier, stability_margin, support_tokens
-from prob_transformer.margin import _closest_positions
+from prob_transformer.margins import _closest_positions
 from tests.support.dense import dense_truth, draw
 
 SHAPE = (2, 2, 3, 6, True)

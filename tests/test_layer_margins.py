@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from prob_transformer import Attention, Rotary
-from prob_transformer.decoder import decoder_margins, layer_margins
+from prob_transformer import Attention, Rotary, decoder_margins, layer_margins
 from tests.support.layers import layer_of
 from tests.support.plain_decoder import draw, jacobians, weights_at
 

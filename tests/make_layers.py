@@ -3,7 +3,7 @@
 In an environment of its own, from the root of a clone:
 
     pip install torch==2.13.0 transformers==5.24.0 safetensors sentencepiece protobuf ml_dtypes tokenizers
-    python -m tests.decoder.make_layers
+    python -m tests.make_layers
 
 Tiny layers with drawn weights: their maps, the inputs, the logits that transformers' own module hands to its softmax,
 and sign and log|det J| of every head and position by autograd in float64, J of the map e = u - mu(u) with identity

@@ -1,11 +1,20 @@
-"""Stability margins of a trained decoder: sign, barrier, both margins and support tokens by layer, head and position.
+"""Stability margins and support tokens: how far each position is from the degeneracy boundary det J_i = 0.
 
+Two margins that can rank positions differently when d > 1, so every report names the one it used:
+
+    determinant   det J_i, with its sign: 1 without attention, 0 on the boundary, negative past it
+    conditioning  sigma_min(J_i): u_i moves by at most 1 / sigma_min times a small change of eps_i, its past fixed
+
+Both speak of the generator, noise to embedding, at one position. The sensitivity of u -> mu(u), which a decoder
+computes, is I - J_i, bounded at the boundary with past and A fixed. Neither is a margin of the sequence (theory
+section 4).
+
+Layers of trained decoders are looked at head by head, and with the position among its own keys too (`layer_margins`).
 What is analysed is the map e_i = u_i - mu_i(u_i) of each head on the layer's own normalised inputs, not the residual
-block u + mu that the decoder computes. The closed forms are in jacobian.py and determinant.py.
-
-Inputs of any dtype are worked on in float64, but for the sums of the covariances, which are made in the dtype of the
-inputs, in float32 for narrower ones; so are the results given. A logit of 50 rounded in float32 leaves
-c = 1 - alpha_ii six digits, and det J_i of a self-inclusive head has c^d in it.
+block u + mu that the decoder computes; the closed forms are in self_inclusion.py. Inputs of any dtype are worked on in
+float64 there, but for the sums of the covariances, which are made in the dtype of the inputs, in float32 for narrower
+ones; so are the results given. A logit of 50 rounded in float32 leaves c = 1 - alpha_ii six digits, and det J_i of a
+self-inclusive head has c^d in it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,17 +25,166 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._precision import at_least_float32
+from prob_transformer._implementation import Implementation, is_blocked
+from prob_transformer._precision import at_least_float32, in_float32_at_least
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
-from prob_transformer.attention import Attention
-from prob_transformer.decoder.determinant import block_log_det
-from prob_transformer.decoder.jacobian import factored_jacobian, smallest_singular_value
-from prob_transformer.decoder.support import closest_positions
-from prob_transformer.decoder.view import Head, Reading, heads_of
+from prob_transformer.attention import Attention, Past, attention_weights, require_joint, weighted_mean
+from prob_transformer.change_of_variables import jacobian_block, residual_and_log_det
+from prob_transformer.kernels.conditioning import conditioning_margin
 from prob_transformer.kernels.sweep import LogDet
-from prob_transformer.margin import MarginKind, SupportTokens
+from prob_transformer.self_inclusion import (
+    Head,
+    Reading,
+    block_log_det,
+    factored_jacobian,
+    heads_of,
+    smallest_singular_value,
+    view_from,
+)
+
+MarginKind = Literal["determinant", "conditioning"]
+
+
+class SupportTokens(NamedTuple):
+    """The k positions closest to the boundary, closest first.
+
+    `positions` (..., k); `margins` (..., k) of the kind asked for; `carriers` (..., k, n): the share of each past
+    token in the total weighted variance that the position attends to (summing to 1, or all 0 where that variance is 0).
+    """
+
+    positions: Int[Array, "... k"]
+    margins: Float[Array, "... k"]
+    carriers: Float[Array, "... k n"]
+
+
+@in_float32_at_least
+def stability_margin(
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+    kind: MarginKind = "determinant",
+    *,
+    key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "... n"]:
+    """Margin m_i of every position: det J_i with its sign, or the smallest singular value of J_i.
+
+    The determinant is inf where it exceeds the range of the dtype; `residual_and_log_det` still gives its logarithm.
+    The blocked conditioning margin is the upper end of `conditioning_margin`, whose iterations start from `key`. Raises
+    ValueError for an unknown kind, for a key that is missing, and as `residual_and_log_det`. Source: theory section 4,
+    our definition.
+    """
+    if kind == "determinant":
+        _, sign, log_det = residual_and_log_det(attention, embeddings, implementation=implementation)
+        return sign * jnp.exp(log_det)
+    if kind == "conditioning" and not is_blocked(implementation):
+        return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
+    if kind == "conditioning":
+        if key is None:
+            raise ValueError("key: got None; pass a JAX random key, from which the iterations start.")
+        return conditioning_margin(attention, embeddings, key).upper
+    raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
+
+
+def _variance_share_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, " n"]:
+    """Share of past token s in sum_h tr Cov_{alpha^h}(v^h): sum_h alpha^h_s |v^h_s - v^h_mean|^2, normalised."""
+    weights = attention_weights(attention, past, embedding)
+    means = jax.vmap(weighted_mean)(weights, past.values)
+    spread = (weights * jnp.square(past.values - means[:, None]).sum(-1)).sum(0)
+    total = spread.sum()
+    return spread / jnp.where(total > 0, total, 1.0)
+
+
+@partial(jax.jit, static_argnums=3, inline=True)
+def _closest_positions(
+    attention: Attention, embeddings: Float[Array, "... n d"], margins: Float[Array, "... n"], k: int
+) -> SupportTokens:
+    positions = jnp.argsort(jnp.abs(margins), axis=-1, stable=True)[..., :k]
+
+    def one_sequence(sequence: Float[Array, "n d"], chosen: Int[Array, " k"]) -> Float[Array, "k n"]:
+        past = Past.of(attention, sequence)
+
+        def one_position(position: Int[Array, ""]) -> Float[Array, " n"]:
+            return _variance_share_at(attention, past.before(attention, position), sequence[position])
+
+        return jax.vmap(one_position)(chosen)
+
+    for _ in range(embeddings.ndim - 2):
+        one_sequence = jax.vmap(one_sequence)
+    return SupportTokens(
+        positions, jnp.take_along_axis(margins, positions, axis=-1), one_sequence(embeddings, positions)
+    )
+
+
+def closest_positions(
+    attention: Attention, embeddings: Float[Array, "... n d"], margins: Float[Array, "... n"], k: int
+) -> SupportTokens:
+    """The k positions of smallest |margin| and their carriers. Raises ValueError if k is not between 1 and n."""
+    require_count("k", k, 1, "the number of positions to return")
+    if k > embeddings.shape[-2]:
+        raise ValueError(f"k: got {k}; pass at most n = {embeddings.shape[-2]}, the number of positions.")
+    return _closest_positions(attention, embeddings, margins, k)
+
+
+@in_float32_at_least
+def support_tokens(
+    attention: Attention,
+    embeddings: Float[Array, "... n d"],
+    k: int,
+    kind: MarginKind = "determinant",
+    *,
+    key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
+) -> SupportTokens:
+    """The k positions closest to the degeneracy boundary, and the past tokens that carry their weighted covariance.
+
+    Closest means smallest |margin|, which for the determinant is the largest barrier b_i; a negative margin stays
+    visible in `margins`. Ties go to the earlier position. Raises ValueError if k is not between 1 and n, and as
+    `stability_margin`.
+    """
+    embeddings = require_joint("embeddings", embeddings, attention)
+    margins = stability_margin(attention, embeddings, kind, key=key, implementation=implementation)
+    return closest_positions(attention, embeddings, margins, k)
+
+
+def _carriers_of_head(
+    layer: Attention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " k"], reading: Reading
+) -> Float[Array, "k n"]:
+    """Share of every token in sum_s alpha_s |v_s - v_mean|^2: summing to 1, or all 0 where that variance is 0."""
+    view = view_from(layer, head, inputs[:, :1], positions, reading)
+    weights = view.past_share[:, None] * view.weights
+    weights = weights.at[jnp.arange(positions.shape[0]), positions].set(view.own_share)
+    values = inputs if head.value is None or head.output is None else inputs @ head.value.T @ head.output.T
+    spread = weights * jnp.square(values - (weights @ values)[:, None]).sum(-1)
+    total = spread.sum(-1, keepdims=True)
+    return spread / jnp.where(total > 0, total, 1)
+
+
+def _closest_of_heads(
+    layer: Attention,
+    inputs: Float[Array, "n d"],
+    positions: Int[Array, " m"],
+    distance: Float[Array, "H m"],
+    margins: Float[Array, "H m"],
+    k: int,
+    reading: Reading,
+    own_values: bool,
+) -> SupportTokens:
+    """The k positions of smallest distance of every head, (H, k), their margins, and their carriers (H, k, n).
+
+    The first position of a text has no past, so its margin says nothing of the text: it comes after all others.
+    """
+    order = jnp.argsort(jnp.where(positions > 0, distance, jnp.inf), axis=-1, stable=True)[:, :k]
+    chosen = positions[order]
+
+    def of_head(parts: tuple[Head, Int[Array, " k"]]) -> Float[Array, "k n"]:
+        head, there = parts
+        return _carriers_of_head(layer, head, inputs, there, reading)
+
+    carriers = lax.map(of_head, (heads_of(layer, inputs, own_values), chosen))
+    return SupportTokens(chosen, jnp.take_along_axis(margins, order, axis=-1), carriers)
+
 
 Values = Literal["identity", "own"]
 
@@ -126,7 +284,7 @@ def _margins(
     if asked.joint:
         blocks = partial(_joint, layer, heads, inputs, asked=asked)
         together, together_smallest = _in_blocks(blocks, positions, _BLOCK_OF_FULL_MATRICES)
-    support = closest_positions(layer, inputs, positions, distance, margins, k, asked.reading, asked.own_values)
+    support = _closest_of_heads(layer, inputs, positions, distance, margins, k, asked.reading, asked.own_values)
     joint_sign, joint_log_det = (None, None) if together is None else together
     found = LayerMargins(positions, sign, log, smallest, joint_sign, joint_log_det, together_smallest, support)
     narrow = jnp.dtype(asked.reading.narrow)
@@ -162,7 +320,7 @@ def layer_margins(
     as the layer computes it, instead of to its strict past only. Kind "conditioning" costs a singular value
     decomposition a position and head: choose `positions` for it. Support tokens are ranked by determinant where it is
     among `kinds`. Raises ValueError for arguments that do not fit, and where the dtype cannot hold the numbers.
-    Equations: jacobian.py and determinant.py.
+    Equations: self_inclusion.py.
     """
     if isinstance(kinds, str) or not kinds or any(kind not in get_args(MarginKind) for kind in kinds):
         raise ValueError(f"kinds: got {kinds!r}; pass one or more of {', '.join(get_args(MarginKind))} in a tuple.")

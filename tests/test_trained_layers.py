@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prob_transformer import Attention, RMSNorm, Rotary, barrier_penalty
-from prob_transformer.decoder import layer_margins
+from prob_transformer import Attention, RMSNorm, Rotary, barrier_penalty, layer_margins
 from prob_transformer.decoder_models.model import attention_logits
 
 STORED = np.load(Path(__file__).parent / "layers.npz")
