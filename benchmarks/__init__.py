@@ -1,7 +1,7 @@
-"""Time, memory and agreement of the accelerated path against straightforward versions: `python -m benchmarks`.
+"""Time, memory and agreement of the kernels against straightforward versions: `python -m benchmarks`.
 
 Read in this order: sizes (what is measured), timing (paired rounds), straightforward, straightforward_torch and
-autodiff_jacobian (whom the accelerated path is held against), contestants, and one file a section of the table.
+autodiff_jacobian (whom the kernels is held against), contestants, and one file a section of the table.
 """
 
 import os

@@ -128,7 +128,7 @@ def training_step(barrier: bool, narrow: bool, sizes: Sizes) -> dict[str, Any]:
     """Seconds of a step of Adam on drawn characters, with or without the barrier on every layer and head."""
     asked: dict[str, Any] = dict(sizes.model)
     if barrier:
-        asked |= {"objective": "margin", "path": "accelerated", "barrier_site": "layers"}
+        asked |= {"objective": "margin", "implementation": "blocked", "barrier_site": "layers"}
     config = Config(**asked, product_dtype="bfloat16" if barrier and narrow else "float32")
     model = CharGPT(jax.random.key(SEED), config, 96)
     optimiser = optax.adam(1e-3)

@@ -71,12 +71,12 @@ def _by_jax(name: str, mean: Callable, log_det: Callable | None = None) -> Conte
 def fast_mean(
     queries: Float[Array, "c p n"], keys: Float[Array, "c p n"], tiling: Tiling = DEFAULT_TILING
 ) -> Float[Array, ""]:
-    """The mean barrier by the accelerated path."""
+    """The mean barrier by the kernels."""
     return mean_barrier(cells_of(queries, keys), tiling).mean
 
 
 def fast(tiling: Tiling = DEFAULT_TILING, name: str = FAST) -> Contestant:
-    """The accelerated path."""
+    """The kernels."""
 
     def log_det(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> Float[Array, "c n"]:
         return blocked.residual_and_log_det(*side_by_side(queries, keys), tiling).log_det
@@ -85,7 +85,7 @@ def fast(tiling: Tiling = DEFAULT_TILING, name: str = FAST) -> Contestant:
 
 
 def subsampled(share: float, seed: int) -> Contestant:
-    """The accelerated path on a share of the cells."""
+    """The kernels on a share of the cells."""
     key = jax.random.key(seed)
     return _by_jax(SUBSAMPLED, lambda q, k: subsampled_barrier(key, cells_of(q, k), share).mean)
 

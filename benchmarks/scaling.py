@@ -20,7 +20,7 @@ MOST_DEVIATION = 0.25
 
 
 def _fast_at(queries: Any, keys: Any, positions: Int[np.ndarray, " k"]) -> tuple[Float[Array, "c k"], Any]:
-    """log|det J_i| at some positions and the gradient of their sum, by the accelerated path in float32."""
+    """log|det J_i| at some positions and the gradient of their sum, by the kernels in float32."""
 
     def total(
         queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]

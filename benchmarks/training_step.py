@@ -30,13 +30,13 @@ def configurations(sizes: Sizes) -> dict[str, Config]:
         "batch": sizes.batch,
         "seed": sizes.seed,
     }
-    barrier = {**model, "objective": "margin", "path": "accelerated"}
+    barrier = {**model, "objective": "margin", "implementation": "blocked"}
     return {
         PLAIN: Config(**model),
         EXACT: Config(**barrier),
         SUBSAMPLED: Config(**barrier, barrier_share=sizes.share),
         BFLOAT16: Config(**barrier, product_dtype="bfloat16"),
-        REFERENCE: Config(**{**barrier, "path": "reference"}),
+        REFERENCE: Config(**{**barrier, "implementation": "reference"}),
     }
 
 

@@ -31,9 +31,9 @@ _HELP = {
     "noise_scale": "sigma of the embedding process, for map",
     "first_scale": "sigma_1 of the embedding process, for map",
     "evaluation_windows": "validation windows that are evaluated",
-    "path": "which implementation of the density trains and watches; both give the same numbers",
-    "barrier_share": "share of sequences, heads and layers whose barrier enters a step (margin, accelerated)",
-    "product_dtype": "type of the large matrix products of the accelerated path; determinants stay float32",
+    "implementation": "which one of the density trains and watches; both give the same numbers",
+    "barrier_share": "share of sequences, heads and layers whose barrier enters a step (margin, blocked)",
+    "product_dtype": "type of the large matrix products of the blocked implementation; determinants stay float32",
     "rematerialise": "blocks: recompute every layer in the backward pass instead of storing it",
 }
 

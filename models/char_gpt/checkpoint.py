@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 
-from models.char_gpt.config import Config
+from models.char_gpt.config import Config, renamed
 from prob_transformer.provenance import atomic_path
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def read_header(path: Path) -> dict[str, Any]:
 def load(path: Path, config: Config, corpus_sha256: str, like: "State") -> tuple["State", int, dict[str, Any]]:
     """State, step and record of a checkpoint of this very run. Raises ValueError if it is not, or damaged."""
     header = read_header(path)
-    if header["configuration"] != config.as_dict():
-        changed = [key for key, value in config.as_dict().items() if header["configuration"].get(key) != value]
+    saved = renamed(header["configuration"])
+    if saved != config.as_dict():
+        changed = [key for key, value in config.as_dict().items() if saved.get(key) != value]
         raise ValueError(f"--out: {path} is of a run that differs in {', '.join(changed)}; pass another folder.")
     if header["corpus_sha256"] != corpus_sha256:
         raise ValueError(f"--out: {path} was trained on another text; pass its --corpus, or another folder.")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+from prob_transformer._implementation import Implementation
 from prob_transformer._validation import require_seed
 
 Objective = Literal["ce", "margin", "map"]
@@ -11,7 +12,6 @@ Site = Literal["embedding", "layers"]
 SITES: tuple[Site, ...] = get_args(Site)
 BarrierForm = Literal["two-sided", "one-sided", "trace", "frobenius"]
 Regulariser = Literal["none", "dropout", "weight-decay", "embedding-noise", "jacobian", "spectral"]
-Path = Literal["reference", "accelerated"]
 ProductDtype = Literal["float32", "bfloat16"]
 Rematerialise = Literal["none", "blocks"]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "barrier_site": SITES,
     "barrier_form": get_args(BarrierForm),
     "regulariser": get_args(Regulariser),
-    "path": get_args(Path),
+    "implementation": get_args(Implementation),
     "product_dtype": get_args(ProductDtype),
     "rematerialise": get_args(Rematerialise),
 }
@@ -51,7 +51,7 @@ class Config:
     backtrack: int = 0
     checkpoint_every: int = 200
     evaluation_windows: int = 256
-    path: Path = "reference"
+    implementation: Implementation = "reference"
     barrier_share: float = 1.0
     product_dtype: ProductDtype = "float32"
     rematerialise: Rematerialise = "none"
@@ -73,8 +73,8 @@ class Config:
                 raise ValueError(f"{_option(name)}: got 0; pass a number greater than 0.")
         if not 0 < self.barrier_share <= 1:
             raise ValueError(f"--barrier-share: got {self.barrier_share}; pass a share greater than 0 and at most 1.")
-        if self.barrier_share < 1 and (self.path, self.objective) != ("accelerated", "margin"):
-            raise ValueError("--barrier-share: below 1 needs --path accelerated and --objective margin.")
+        if self.barrier_share < 1 and (self.implementation, self.objective) != ("blocked", "margin"):
+            raise ValueError("--barrier-share: below 1 needs --implementation blocked and --objective margin.")
         if self.barrier_form != "two-sided" and self.objective != "margin":
             raise ValueError(f"--barrier-form: {self.barrier_form} needs --objective margin, got {self.objective}.")
         if self.barrier_share < 1 and self.barrier_form != "two-sided":
@@ -85,8 +85,10 @@ class Config:
             raise ValueError(
                 f"--regulariser-strength: got {self.regulariser_strength} for dropout; pass a share below 1."
             )
-        if self.product_dtype != "float32" and self.path != "accelerated":
-            raise ValueError(f"--product-dtype: got {self.product_dtype}; narrower products need --path accelerated.")
+        if self.product_dtype != "float32" and self.implementation != "blocked":
+            raise ValueError(
+                f"--product-dtype: got {self.product_dtype}; narrower products need --implementation blocked."
+            )
         if self.width % self.heads:
             raise ValueError(f"--heads: got {self.heads}; pass a divisor of --width, {self.width}.")
 
@@ -107,6 +109,18 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def made(self, saved: Any) -> bool:
+        """Whether a saved configuration is this one, in the names of today or of version 0.1."""
+        return renamed(saved) == self.as_dict()
+
+
+def renamed(saved: Any) -> Any:
+    """A saved configuration in the names of today: `path` "accelerated" is now `implementation` "blocked"."""
+    if not isinstance(saved, dict) or "path" not in saved:
+        return saved
+    implementation = {"accelerated": "blocked"}.get(saved["path"], saved["path"])
+    return {key: value for key, value in saved.items() if key != "path"} | {"implementation": implementation}
 
 
 def _option(name: str) -> str:

@@ -17,7 +17,7 @@ With `barrier_form` "one-sided" the penalty of margin is `prob_transformer.one_s
 `barrier_threshold` on; with "trace" and "frobenius" one of `models.char_gpt.product_penalties`, without a determinant.
 A regulariser in place of the barrier changes ce alone (`models.char_gpt.regularisers`).
 
-`path` picks the implementation: the reference, or the accelerated one, which can also estimate the barrier from a
+`implementation` is the reference or the blocked one, which can also estimate the barrier from a
 share of sequences, heads and layers drawn anew every step.
 """
 
@@ -31,7 +31,7 @@ import jax.scipy.stats as jstats
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from models.char_gpt.config import Config, Path, ProductDtype, Rematerialise, Site
+from models.char_gpt.config import Config, ProductDtype, Rematerialise, Site
 from models.char_gpt.model import Attended, Block, CharGPT
 from models.char_gpt.product_penalties import PENALTY_AT, product_penalty
 from models.char_gpt.regularisers import regularised
@@ -44,6 +44,7 @@ from prob_transformer import (
     residual_and_log_det,
     weight_prior,
 )
+from prob_transformer._implementation import Implementation
 from prob_transformer.change_of_variables import ResidualAndLogDet
 from prob_transformer.kernels.cells import DEFAULT_TILING, Tiling
 
@@ -84,10 +85,10 @@ def site_density(
     site: Site,
     embeddings: Float[Array, "B n d"],
     inputs: Float[Array, "L B n d"],
-    path: Path = "reference",
+    implementation: Implementation = "reference",
 ) -> ResidualAndLogDet:
     """Residual, sign and log|det J_i| at a site: (B, n, ...) for "embedding", (L, H, B, n, ...) for "layers"."""
-    if path == "reference":
+    if implementation == "reference":
         return _everywhere(residual_and_log_det, site, model, embeddings, inputs)
     density = partial(residual_and_log_det, implementation="blocked")
     if site == "embedding":
@@ -110,9 +111,11 @@ def _everywhere(
     return _stacked([_at_every_head(density, block, attended) for block, attended in layers])
 
 
-def _density_at(site: Site, path: Path, mesh: Mesh | None) -> Callable[..., ResidualAndLogDet]:
+def _density_at(site: Site, implementation: Implementation, mesh: Mesh | None) -> Callable[..., ResidualAndLogDet]:
     """`site_density` as a function of model, embeddings and inputs, over a mesh if there is one."""
-    return at_site(lambda model, embeddings, inputs: site_density(model, site, embeddings, inputs, path), site, mesh)
+    return at_site(
+        lambda model, embeddings, inputs: site_density(model, site, embeddings, inputs, implementation), site, mesh
+    )
 
 
 def site_layers(
@@ -168,7 +171,7 @@ def loss_terms(
     if config.objective == "ce":
         return _cross_entropy_terms(model, windows, config, key, strength, prior)
     logits, embeddings, attended = forward(model, windows[:, :-1], config.rematerialise)
-    if (config.path, config.objective) == ("accelerated", "margin") and config.barrier_form == "two-sided":
+    if (config.implementation, config.objective) == ("blocked", "margin") and config.barrier_form == "two-sided":
         # The barrier's sweep before the decoder's backward pass and not beside it, where each slows the other.
         logits, attended = jax.lax.optimization_barrier((logits, attended))
         estimate = swept_barrier(model, config, embeddings, attended, key, mesh)
@@ -207,7 +210,9 @@ def _site_penalty(
         everywhere = at_site(partial(_everywhere, penalty_of, config.barrier_site), config.barrier_site, mesh)
         mean = everywhere(model, embeddings, attended.inputs).mean()
         return BarrierPenalty(mean, jnp.zeros_like(mean), jnp.zeros_like(mean))
-    residual, sign, log_det = _density_at(config.barrier_site, config.path, mesh)(model, embeddings, attended.inputs)
+    residual, sign, log_det = _density_at(config.barrier_site, config.implementation, mesh)(
+        model, embeddings, attended.inputs
+    )
     if config.barrier_form == "one-sided":
         penalty = one_sided_penalty(sign, log_det, config.barrier_threshold)
     else:
@@ -225,20 +230,24 @@ def site_signs(
     site: Site,
     embeddings: Float[Array, "B n d"],
     attended: Attended,
-    path: Path = "reference",
+    implementation: Implementation = "reference",
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "... n-2"], Float[Array, "... n-2"]]:
     """Sign and log|det J_i| at a site, axes as in `site_density`.
 
     The first two positions, whose determinant is 1 by definition, are left out.
     """
-    density = _density_at(site, path, mesh)(model, embeddings, attended.inputs)
+    density = _density_at(site, implementation, mesh)(model, embeddings, attended.inputs)
     return density.sign[..., 2:], density.log_det[..., 2:]
 
 
 def negatives_at(
-    model: CharGPT, windows: Int[Array, "B n+1"], site: Site, path: Path = "reference", mesh: Mesh | None = None
+    model: CharGPT,
+    windows: Int[Array, "B n+1"],
+    site: Site,
+    implementation: Implementation = "reference",
+    mesh: Mesh | None = None,
 ) -> Int[Array, ""]:
     """How many determinants of the batch are not positive at the site."""
     _, embeddings, attended = forward(model, windows[:, :-1])
-    return (site_signs(model, site, embeddings, attended, path, mesh)[0] <= 0).sum()
+    return (site_signs(model, site, embeddings, attended, implementation, mesh)[0] <= 0).sum()

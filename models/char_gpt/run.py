@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from models.char_gpt import checkpoint
-from models.char_gpt.config import Config
+from models.char_gpt.config import Config, renamed
 from models.char_gpt.evaluation import evaluate
 from models.char_gpt.model import CharGPT
 from models.char_gpt.sharding import is_first_process
@@ -28,10 +28,10 @@ def finished(out: Path, config: Config, corpus_sha256: str) -> dict[str, Any] | 
         return None
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        made_by = metrics["provenance"]["configuration"], metrics["corpus"]["sha256"]
+        configuration, text = metrics["provenance"]["configuration"], metrics["corpus"]["sha256"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--out: {path} is not the metrics of a run; delete it, or pass another folder.") from None
-    return metrics if made_by == (config.as_dict(), corpus_sha256) else None
+    return metrics if config.made(configuration) and text == corpus_sha256 else None
 
 
 def run(config: Config, corpus: Corpus, out: Path, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -73,4 +73,4 @@ def parameter_count(model: CharGPT) -> int:
 
 def configuration_of(out: Path) -> Config:
     """The configuration of the run whose checkpoint is in `out`. Raises ValueError if there is none."""
-    return Config(**checkpoint.read_header(out / checkpoint.NAME)["configuration"])
+    return Config(**renamed(checkpoint.read_header(out / checkpoint.NAME)["configuration"]))

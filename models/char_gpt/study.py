@@ -70,7 +70,7 @@ class Profile(NamedTuple):
     base: Config
 
 
-_SHARED: dict[str, Any] = {"path": "accelerated", "checkpoint_every": 250}
+_SHARED: dict[str, Any] = {"implementation": "blocked", "checkpoint_every": 250}
 PROFILES = {
     "smoke": Profile(
         (0, 1),

@@ -87,8 +87,8 @@ def _finished(path: Path, chosen: dict[str, Config], corpus: Corpus) -> dict[str
     found = {}
     for line in lines.read(path):
         config = chosen.get(line["run"])
-        made_by = line["provenance"]["configuration"], line["corpus"]["sha256"]
-        if config is None or made_by != (config.as_dict(), corpus.sha256):
+        configuration, text = line["provenance"]["configuration"], line["corpus"]["sha256"]
+        if config is None or not config.made(configuration) or text != corpus.sha256:
             raise ValueError(
                 f"--out: {path} holds {line['run']} of another sweep, text or version; pass another folder."
             )

@@ -89,7 +89,7 @@ def backtracked(
     """
 
     def negatives(candidate: CharGPT) -> Int[Array, ""]:
-        return negatives_at(candidate, windows, config.barrier_site, config.path, mesh)
+        return negatives_at(candidate, windows, config.barrier_site, config.implementation, mesh)
 
     def apply(scale: Float[Array, ""]) -> CharGPT:
         return eqx.apply_updates(model, jax.tree.map(lambda u: scale * u, update))
@@ -131,7 +131,7 @@ def train_step(data: StepData, state: State, config: Config, mesh: Mesh | None =
 @eqx.filter_jit
 def _look(data: StepData, model: CharGPT, config: Config, mesh: Mesh | None) -> dict[Site, Look]:
     windows = over_data(draw_windows(data.characters, data.seed, data.step, config), mesh)
-    return constrained(look(model, windows, config.path, mesh), mesh)
+    return constrained(look(model, windows, config.implementation, mesh), mesh)
 
 
 def initial_state(config: Config, vocabulary_size: int) -> State:

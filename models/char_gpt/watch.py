@@ -7,10 +7,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from models.char_gpt.config import SITES, Path, Site
+from models.char_gpt.config import SITES, Site
 from models.char_gpt.lines import finite_or_none
 from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import forward, site_signs
+from prob_transformer._implementation import Implementation
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -29,11 +30,13 @@ class Look(NamedTuple):
 
 
 def look(
-    model: CharGPT, windows: Int[Array, "B n+1"], path: Path = "reference", mesh: Mesh | None = None
+    model: CharGPT, windows: Int[Array, "B n+1"], implementation: Implementation = "reference", mesh: Mesh | None = None
 ) -> dict[Site, Look]:
     """Both sites on a batch of windows."""
     _, embeddings, attended = forward(model, windows[:, :-1])
-    return {site: _of_site(*site_signs(model, site, embeddings, attended, path, mesh), site) for site in SITES}
+    return {
+        site: _of_site(*site_signs(model, site, embeddings, attended, implementation, mesh), site) for site in SITES
+    }
 
 
 def _of_site(sign: Float[Array, "..."], log_det: Float[Array, "..."], site: Site) -> Look:

@@ -46,11 +46,11 @@ def test_the_steps_differ_in_their_barrier_alone():
         for name, config in found.items()
     }
     assert changed == {
-        PLAIN: {"objective": "ce", "path": "reference"},
+        PLAIN: {"objective": "ce", "implementation": "reference"},
         EXACT: {},
         SUBSAMPLED: {"barrier_share": QUICK.share},
         BFLOAT16: {"product_dtype": "bfloat16"},
-        REFERENCE: {"path": "reference"},
+        REFERENCE: {"implementation": "reference"},
     }
     assert found[EXACT]["barrier_site"] == "layers"
     # The step: batch 8, length 256, width 128, 4 heads of 32, 4 layers.

@@ -1,4 +1,4 @@
-"""The accelerated path of the character GPT against the reference path: same loss, same gradient."""
+"""The blocked implementation of the character GPT's barrier against the reference: same loss, same gradient."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def value_and_gradient(problem, config):
 )
 def test_both_paths_give_the_same_loss_and_gradient(problem, objective, site, form):
     slow = dataclasses.replace(SMALL, objective=objective, barrier_site=site, barrier_form=form)
-    terms, gradient = value_and_gradient(problem, dataclasses.replace(slow, path="accelerated"))
+    terms, gradient = value_and_gradient(problem, dataclasses.replace(slow, implementation="blocked"))
     expected_terms, expected_gradient = value_and_gradient(problem, slow)
     assert abs(expected_terms.penalty) > 1e-3
     for got, expected in zip(terms, expected_terms, strict=True):
@@ -66,14 +66,14 @@ def test_both_paths_see_the_same_margins(problem):
     model, windows = problem
     keys = lambda m: [block.query for block in m.blocks]  # noqa: E731
     model = eqx.tree_at(keys, model, [2.0 * block.key for block in model.blocks])
-    slow, fast = (eqx.filter_jit(look)(model, windows, path) for path in ("reference", "accelerated"))
+    slow, fast = (eqx.filter_jit(look)(model, windows, path) for path in ("reference", "blocked"))
     assert int(slow["layers"].negatives.sum()) > 0
     for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9)
 
 
 def test_rematerialising_the_blocks_changes_nothing(problem):
-    config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", path="accelerated")
+    config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", implementation="blocked")
     terms, gradient = value_and_gradient(problem, dataclasses.replace(config, rematerialise="blocks"))
     expected_terms, expected_gradient = value_and_gradient(problem, config)
     np.testing.assert_allclose(terms.loss, expected_terms.loss, rtol=1e-13)
@@ -83,7 +83,7 @@ def test_rematerialising_the_blocks_changes_nothing(problem):
 
 def test_a_subsampled_barrier_depends_on_the_key_and_says_how_much_it_varies(problem):
     config = dataclasses.replace(
-        SMALL, objective="margin", barrier_site="layers", path="accelerated", barrier_share=0.25
+        SMALL, objective="margin", barrier_site="layers", implementation="blocked", barrier_share=0.25
     )
     model, windows = problem
     several = [compiled_loss_terms(model, windows, config, 1000, key) for key in jax.random.split(KEY, 60)]

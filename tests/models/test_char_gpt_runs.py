@@ -10,7 +10,7 @@ from models.char_gpt import __main__ as command
 from models.char_gpt import checkpoint, training
 from models.char_gpt.config import Config
 from models.char_gpt.perturbations import LEVELS
-from models.char_gpt.run import finished, run
+from models.char_gpt.run import configuration_of, finished, run
 from models.char_gpt.training import TrainingDivergedError, train
 from models.corpus import load
 from tests.support.words import write_words
@@ -53,6 +53,22 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(corpus, tmp_path):
         assert resumed_record["crossings"] == record["crossings"]
         assert resumed_record["watch"] == record["watch"]
         assert resumed_record["history"] == record["history"]
+
+
+def test_a_checkpoint_of_version_0_1_goes_on(corpus, tmp_path):
+    config = dataclasses.replace(TINY, implementation="blocked")
+    whole, _ = train(config, corpus, tmp_path / "whole")
+    out = tmp_path / "old"
+    train(config, corpus, out, stop_at=2)
+    file = out / checkpoint.NAME
+    header, state = file.read_bytes().split(b"\n", 1)
+    old = json.loads(header)
+    assert old["configuration"].pop("implementation") == "blocked"
+    old["configuration"]["path"] = "accelerated"
+    file.write_bytes(json.dumps(old).encode() + b"\n" + state)
+    assert configuration_of(out) == config
+    resumed, _ = train(config, corpus, out)
+    assert same(whole, resumed)
 
 
 def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(corpus, tmp_path, monkeypatch):

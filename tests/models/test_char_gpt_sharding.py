@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The learning rate is 0 at the first step and full at the second, so that is the one that moves the parameters.
 STEPS = 2
 SIZES = {"steps": STEPS, "layers": 1, "width": 8, "heads": 4, "context": 8, "batch": 8}
-BARRIER = {"barrier_site": "layers", "barrier_weight": 1.0, "path": "accelerated"}
+BARRIER = {"barrier_site": "layers", "barrier_weight": 1.0, "implementation": "blocked"}
 CASES = {
     "margin": ((4, 2), Config(objective="margin", **BARRIER, **SIZES)),
     "ce": ((8, 1), Config(objective="ce", **SIZES)),

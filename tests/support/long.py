@@ -1,4 +1,4 @@
-"""Attention problems long enough to be cut into several blocks and chunks, for the tests of the accelerated path."""
+"""Attention problems long enough to be cut into several blocks and chunks, for the tests of the kernels."""
 
 import numpy as np
 
