@@ -26,7 +26,7 @@ SEED ?= $(shell date +%Y%m%d)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-22s%s\n", $$1, $$2}' Makefile
-	@echo 'some tests: make test TESTS="tests/test_margin.py"; another Python: make test PYTHON=python3.13 VENV=.venv-3.13'
+	@echo 'some tests: make test TESTS="tests/test_margins.py"; another Python: make test PYTHON=python3.13 VENV=.venv-3.13'
 
 reproduce: $(INSTALLED) ## checks, training, figures and results/report.html [PROFILE=smoke|quick|full]
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json

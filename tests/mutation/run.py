@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("attention", "change_of_variables", "barrier", "margin", "process")
-TESTED_BY = ("barrier", "attention", "margin", "change_of_variables", "process", "transform", "token_model")
+MODULES = ("attention", "change_of_variables", "barrier", "margins", "process")
+TESTED_BY = ("barrier", "attention", "margins", "change_of_variables", "process", "sampling", "token_model")
 SHARE = 0.9
 # Seconds that the tests of one mutant may take before it counts as timed out.
 TIMEOUT = 600.0
