@@ -183,6 +183,7 @@ def test_densities_and_log_determinants_are_those_of_the_process():
     np.testing.assert_allclose(transform.log_abs_det_jacobian(draws, draws)[0], -log_det, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_gradients_match_finite_differences_to_second_order():
     attention, noise = attention_of(3), jnp.asarray(noise_of(2)[0])
 
@@ -208,6 +209,7 @@ def test_gradients_match_finite_differences_to_second_order():
     np.testing.assert_allclose(mixed, (above_mixed - below_mixed) / 2e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_long_sequence_is_one_scan_compiled_once():
     # Query = -key: the symmetric part of the interaction is negative semidefinite, so det J >= 1.
     rng = np.random.default_rng(5)

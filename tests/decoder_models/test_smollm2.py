@@ -59,12 +59,14 @@ def middle(loaded, prompt):
     return layer, inputs, truth
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_an_independent_implementation_over_200_positions(loaded, prompt):
     whole = np.concatenate([prompt, np.array(CONTINUATION.split(), np.int32)])
     found = np.asarray(loaded[0](whole)).argmax(-1)
     np.testing.assert_array_equal(found[63:-1], whole[64:])
 
 
+@pytest.mark.slow
 def test_the_tokenizer_keeps_digits_apart_and_adds_nothing(loaded):
     _, tokenizer = loaded
     pieces = [tokenizer.decode([number]) for number in encode(tokenizer, "In 1984, naïve.")]
@@ -74,6 +76,7 @@ def test_the_tokenizer_keeps_digits_apart_and_adds_nothing(loaded):
         assert tokenizer.decode(encode(tokenizer, text).tolist()) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "inclusive", "dtype"),
     [

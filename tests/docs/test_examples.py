@@ -21,6 +21,7 @@ def example(request):
     return module
 
 
+@pytest.mark.slow
 def test_the_penalty_keeps_heads_from_the_boundary(example):
     found = example.compare(steps=60)
     without, with_penalty = found[0.0], found[0.05]

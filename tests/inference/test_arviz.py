@@ -74,6 +74,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.slow
 def test_nuts_shows_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch):
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)

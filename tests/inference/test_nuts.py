@@ -74,6 +74,7 @@ def test_in_the_safe_region_both_ways_to_sample_embeddings_have_the_posterior_of
         assert_mean(f(*u), (joint * f(u1, u2, u3)).sum())
 
 
+@pytest.mark.slow
 def test_tokens_as_gaussian_observations_in_two_dimensions():
     _, mean, variance = conjugate_truth()
     result = token_run()
@@ -97,6 +98,7 @@ def token_run():
     return nuts(token_model, attention, BUMPS, TOKENS, seed=1, **OPTIONS, **scales)
 
 
+@pytest.mark.slow
 def test_a_parameter_by_quadrature_with_one_compilation_for_data_of_one_shape_and_progress_for_each_run():
     traced, told = [], ([], [])
 

@@ -135,6 +135,7 @@ def test_past_the_boundary_the_process_proposal_reports_it_and_drops_lost_partic
     assert np.isfinite(np.asarray(result.embeddings)).all()
 
 
+@pytest.mark.slow
 def test_resampling_moves_caches_and_paths_together():
     # With hardly any noise every path must satisfy u_i = mu_i(u_i; its own past).
     query, key, value, _ = draw(3, (1, 2, 2, 3, True), scale=0.3)

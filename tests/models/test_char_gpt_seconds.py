@@ -6,6 +6,7 @@ import re
 import time
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from models.char_gpt import __main__ as command
@@ -41,6 +42,7 @@ def test_one_window_has_no_standard_error(monkeypatch, tmp_path):
     assert "8 validation characters (one window, so no standard error)" in console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_step_are_without_the_first_of_every_start_and_the_bar_says_what_it_does(
     tmp_path, monkeypatch, capsys
 ):

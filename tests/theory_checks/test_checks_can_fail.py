@@ -238,6 +238,7 @@ def test_mistake_is_caught(replaced, identifier, name, mistake):
     assert not result(identifier).as_stated
 
 
+@pytest.mark.slow
 def test_few_cases_tell_a_certified_radius_from_twice_of_it(replaced):
     few = Plan(quick=True, cases=30)
     assert certified_radius_check.run(few).holds
@@ -265,6 +266,7 @@ def test_token_probabilities_notice_a_wrong_embedding_density(replaced, monkeypa
     assert kolmogorov._tokens(Plan())["worst"] > kolmogorov.TOLERANCE
 
 
+@pytest.mark.slow
 def test_optimum_notices_a_wrong_barrier_scaling(monkeypatch):
     assert map_equivalence.optimum()["relative_difference"] < map_equivalence.OPTIMUM_TOLERANCE
     monkeypatch.setattr(map_equivalence, "map_objective", mean_barrier)

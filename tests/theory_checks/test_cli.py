@@ -183,6 +183,7 @@ def test_every_check_is_complete():
             assert text.strip() == text != ""
 
 
+@pytest.mark.slow
 def test_one_real_check_from_the_command_line(tmp_path):
     path = tmp_path / "results" / "checks.json"
     command = [sys.executable, "-m", "theory_checks", "--quick", "--seed", "3", "--json", str(path)]

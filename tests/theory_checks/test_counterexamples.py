@@ -253,6 +253,7 @@ def test_a_chosen_root_defines_a_law_where_the_formula_has_mass_above_one():
 # 8. Coordinates
 
 
+@pytest.mark.slow
 def test_in_noise_coordinates_the_joint_density_of_embeddings_has_no_barrier():
     rng = np.random.default_rng(0)
     basis = special_ortho_group.rvs(2, random_state=0)
