@@ -238,7 +238,6 @@ def test_mistake_is_caught(replaced, identifier, name, mistake):
     assert not result(identifier).as_stated
 
 
-@pytest.mark.slow
 def test_few_cases_tell_a_certified_radius_from_twice_of_it(replaced):
     few = Plan(quick=True, cases=30)
     assert certified_radius_check.run(few).holds
