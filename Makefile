@@ -45,7 +45,7 @@ test-all: $(INSTALLED) ## every test [TESTS=FILES]
 # Refusals are left out: here a wrong shape is refused before our own message. Pages run what is beyond the core.
 test-shapes: $(INSTALLED) ## the core with the shapes of its annotations checked at every call
 	$(RUN) -m pytest -n 2 -p tests.shapes --jaxtyping-packages=prob_transformer,beartype.beartype -k "not refused and not on_a_page" \
-		tests/test_*.py tests/accelerated
+		tests/test_*.py tests/kernels
 
 test-deep: $(INSTALLED) ## every drawn check on far more cases, for a long night, with a new seed each day [SEED=N]
 	$(RUN) -m theory_checks --seed $(SEED) --only finite --cases 100000 --json $(RESULTS)/deep/finite.json

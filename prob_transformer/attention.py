@@ -16,7 +16,7 @@ The past is strict: with s <= i and identity values the first position has e_1 =
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -295,18 +295,46 @@ def _rows(
     return keys, values, jnp.einsum("qd,hsd->hsq", stacked_query, values)
 
 
+class SoftmaxWeights(NamedTuple):
+    """Weights of all keys but that of the largest (..., n, b), the largest (..., 1, b), and its key (..., 1, b)."""
+
+    others: Float[Array, "... n b"]
+    largest: Float[Array, "... 1 b"]
+    key: Int[Array, "... 1 b"]
+
+    @property
+    def is_largest(self) -> Bool[Array, "... n b"]:
+        return _positions(self.others) == self.key
+
+    @property
+    def all(self) -> Float[Array, "... n b"]:
+        return jnp.where(self.is_largest, self.largest, self.others)
+
+
+def _positions(x: Float[Array, "... n b"]) -> Int[Array, "... n b"]:
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+
+
+def _index_of_largest(x: Float[Array, "... n b"]) -> Int[Array, "... 1 b"]:
+    """Of each column, and n where it is -inf throughout."""
+    length = x.shape[-2]
+    largest = jnp.maximum(x.max(-2, keepdims=True), jnp.finfo(x.dtype).min)
+    if x.shape[-1] == 1:
+        # XLA may compute the logits of a single query twice and round them differently: no comparison then.
+        return jnp.where(x.max(-2, keepdims=True) < largest, length, jnp.argmax(x, axis=-2, keepdims=True))
+    # Two passes of vectors, where argmax takes one number after the other.
+    return jnp.where(x >= largest, _positions(x), length).min(-2, keepdims=True)
+
+
 def softmax_weights(
     queries: Float[Array, "... p b"],
     keys: Float[Array, "... p n"],
     visible: Bool[Array, "n b"],
     cap: float | None = None,
-) -> tuple[Float[Array, "... n b"], Int[Array, "... 1 b"]]:
-    """softmax of the capped queries . keys over visible keys, for b queries at once, and which key has the largest.
+) -> SoftmaxWeights:
+    """softmax of the capped queries . keys over visible keys, for b queries at once; all 0 where no key is visible.
 
-    Weights are zero where no key is visible.
-    Right for every finite input: logits that overflow leave their limit, all weight on the largest. The largest is met
-    by its index, because compiled code may compute a logit twice and round it differently, which at logits of 1e9
-    would leave no weight, or an infinite one.
+    Right for every finite input: logits that overflow leave their limit, all weight on the largest.
     """
 
     def too_large_by(x: Float[Array, "... p m"]) -> Float[Array, "... 1 1"]:
@@ -320,23 +348,23 @@ def softmax_weights(
     if cap is not None:
         logits = capped(logits * of_queries * of_keys, cap)
         of_queries = of_keys = jnp.ones_like(of_keys)
-    fixed = jax.lax.stop_gradient(logits)
     visible = jnp.broadcast_to(visible, logits.shape)
-    index = jnp.argmax(jnp.where(visible, fixed, -jnp.inf), axis=-2, keepdims=True)
-    below = jnp.minimum(fixed - jnp.take_along_axis(fixed, index, axis=-2), 0)
-    is_largest = jax.lax.broadcasted_iota(index.dtype, below.shape, below.ndim - 2) == index
-    # The value is that of the fixed logits, the derivative that of all of them: a softmax does not see what they share.
-    exponent = (jnp.where(is_largest, 0, below) + (logits - fixed)) * of_queries * of_keys
-    unnormalised = jnp.where(visible, jnp.exp(exponent), 0)
-    total = unnormalised.sum(-2, keepdims=True)
-    return unnormalised / jnp.where(total > 0, total, 1), index
+    index = _index_of_largest(jax.lax.stop_gradient(jnp.where(visible, logits, -jnp.inf)))
+    is_any = index < logits.shape[-2]
+    index = jnp.where(is_any, index, 0)
+    below = logits - jnp.take_along_axis(logits, index, axis=-2, mode="promise_in_bounds")
+    below = jnp.where(below > 0, 0, below)
+    exponent = jnp.where(visible & (_positions(logits) != index), below, -jnp.inf) * of_queries * of_keys
+    unnormalised = jnp.exp(exponent)
+    total = 1 + unnormalised.sum(-2, keepdims=True)
+    return SoftmaxWeights(unnormalised / total, jnp.where(is_any, 1 / total, 0), index)
 
 
 def weights_of_queries(attention: Attention, past: Past, queries: Float[Array, "H p"]) -> Float[Array, "H n"]:
     """alpha of the plain queries q: softmax of the logits over the visible past, all zero when the past is empty."""
     seen = attention.seen_queries(queries, past.position)[..., None]
-    weights, _ = softmax_weights(seen, jnp.swapaxes(past.keys, 1, 2), past.visible[:, None], attention.cap)
-    return weights[..., 0]
+    keys = jnp.swapaxes(past.keys, 1, 2)
+    return softmax_weights(seen, keys, past.visible[:, None], attention.cap).all[..., 0]
 
 
 def attention_weights(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, "H n"]:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_REPORTED_PACKAGES = ("jax", "jaxlib", "numpyro", "equinox", "optimistix", "optax", "numpy", "scipy", "arviz")
+_REPORTED_PACKAGES = ("jax", "jaxlib", "numpyro", "equinox", "optax", "numpy", "scipy", "arviz")
 
 
 def _package_versions() -> dict[str, str]:

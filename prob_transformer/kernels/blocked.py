@@ -41,7 +41,7 @@ def _blocked_mean(
     @jax.checkpoint
     def one_block(start: Int[Array, ""], queries: Array, keys: Array, attended: Array) -> Float[Array, "c b d"]:
         here = jax.lax.dynamic_slice_in_dim(queries, start, tiling.block, 3)
-        means = jnp.einsum("chsb,csd->chbd", block_weights(here, keys, start, attention.window)[0], attended)
+        means = jnp.einsum("chsb,csd->chbd", block_weights(here, keys, start, attention.window).all, attended)
         if attention.value is None:
             return means[:, 0]
         return jnp.einsum("hde,chbe->cbd", values, means)

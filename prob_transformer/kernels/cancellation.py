@@ -33,7 +33,7 @@ def small_matrix_at(rows: Rows, position: Int[Array, ""]) -> Float[Array, "Hp Hp
     at = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, position, 1, x.ndim - 1), rows)
     distance = position - jnp.arange(rows.length)
     visible = distance > 0 if rows.window is None else (distance > 0) & (distance < rows.window)
-    weights = softmax_weights(at.queries, rows.attended[:, rank:], visible[:, None])[0][..., 0]
+    weights = softmax_weights(at.queries, rows.attended[:, rank:], visible[:, None]).all[..., 0]
     tokens = jnp.swapaxes(rows.attended, 1, 2)
     covariance = jax.vmap(weighted_covariance)(weights, tokens[..., :rank], tokens[..., rank:])
     if at.query_map is not None:

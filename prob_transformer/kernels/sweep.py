@@ -13,10 +13,11 @@ numbers, on one side:
     logits      T_is = <G_i, O_s>           G_i = w_i d(log|det J_i|)/dM_i = -w_i (B_i J_i^{-1})^T
     features    W_s  = sum_i alpha_is G_i   so that dx_s = W_s k_s and dk_s = W_s^T x_s
 
-c and c' are the block's average weighted means: the covariance does not depend on them, and taking them off keeps the
-products small where all tokens lie far from the origin. That is not enough where a query attends to one far-off token t
-nearly alone: E_i is then a large square that has to cancel. So t, the token of the largest weight, stays out of all
-products. With a, b its centred rows and w, m, m' the sums over s != t of alpha_s, alpha_s (x_s - c), alpha_s (k_s-c'),
+c and c' average the block's tokens of the largest weight: the covariance does not depend on them, and taking them off
+keeps the products small where all tokens lie far from the origin. That is not enough where a query attends to one
+far-off token t nearly alone: E_i is then a large square that has to cancel. So t, the token of the largest weight,
+stays out of all products. With a, b its centred rows and w, m, m' the sums over s != t of alpha_s,
+alpha_s (x_s - c) and alpha_s (k_s - c'),
 
     delta = m - w a,    delta' = m' - w b                                  how far the means lie from token t
     Cov_i = sum_{s != t} alpha_is O_s - delta (b + delta')^T - a m'^T       every term is of the size of w
@@ -27,6 +28,7 @@ enter through B_i = d q^_i / d q_i alone, the identity without them. docs/accele
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,10 +36,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer.attention import softmax_weights
+from prob_transformer.attention import SoftmaxWeights, softmax_weights
 from prob_transformer.kernels.cancellation import has_cancelled, repaired
 from prob_transformer.kernels.cells import QueryMap, Rows, Tiling
 from prob_transformer.kernels.elimination import Eliminated, apart, inverse_and_log_det, written_out
+
+# How many lengths of the past are compiled apart.
+_PREFIXES = 4
 
 
 class LogDet(NamedTuple):
@@ -76,73 +81,85 @@ def _product(tiling: Tiling, left: Float[Array, "... a b"], right: Float[Array, 
 
 def block_weights(
     queries: Float[Array, "c H p b"], keys: Float[Array, "c H p n"], start: Int[Array, ""], window: int | None = None
-) -> tuple[Float[Array, "c H n b"], Int[Array, "c H 1 b"]]:
-    """alpha_i of a block of queries over the strict past or its last window - 1 keys, keys first, and its largest."""
+) -> SoftmaxWeights:
+    """alpha_i of a block of queries over the strict past or its last window - 1 keys, keys first."""
     distance = start + jnp.arange(queries.shape[-1]) - jnp.arange(keys.shape[-1])[:, None]
     visible = distance > 0 if window is None else (distance > 0) & (distance < window)
     return softmax_weights(queries, keys, visible)
 
 
+def _chunks(
+    tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]
+) -> tuple[Int[Array, ""] | int, Int[Array, ""]]:
+    """The first chunk of keys that a block of queries sees, and how far they go."""
+    first = 0 if rows.window is None else jnp.maximum(start - rows.window + 1, 0) // tiling.chunk
+    return first, (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
+
+
 class _Block(NamedTuple):
     """What both passes over the chunks share, in the names of the module docstring, features above keys.
 
-    `weights` are those of all tokens, `others` the same without t, and `squares` sums of others |x_s - c|^2 and
-    others |k_s - c'|^2; `mean` is the weighted mean less the centre.
+    `share` is w, `squares` are sums over s != t of alpha_s |x_s - c|^2 and alpha_s |k_s - c'|^2; `mean` is the weighted
+    mean less the centre.
     """
 
-    weights: Float[Array, "c H n b"]
-    others: Float[Array, "c H n b"]
+    weights: SoftmaxWeights
+    share: Float[Array, "c H 1 b"]
     top: Float[Array, "c H Hp+p b"]
     rest: Float[Array, "c H Hp+p b"]
-    squares: tuple[Float[Array, "c H b"], Float[Array, "c H b"]]
+    squares: Float[Array, "c H 2 b"]
     offset: Float[Array, "c H Hp+p b"]
     mean: Float[Array, "c H Hp+p b"]
     centre: Float[Array, "c H Hp+p 1"]
-    first: Int[Array, ""] | int
-    chunks: Int[Array, ""]
 
     @classmethod
     def of(cls, tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
+        # Tokens that no query of the block sees are left out in a few steps, each of them compiled apart.
+        count = rows.length // tiling.chunk
+        parts = min(_PREFIXES, count)
+        prefixes = [-(-count * part // parts) for part in range(1, parts + 1)]
+        is_too_short = jnp.asarray(prefixes) < _chunks(tiling, rows, queries, start)[1]
+        branches = [partial(cls._of_prefix, rows, queries, start, prefix * tiling.chunk) for prefix in prefixes]
+        return lax.switch(is_too_short.sum(), branches)
+
+    @classmethod
+    def _of_prefix(cls, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""], length: int) -> "_Block":
+        """From the first `length` tokens, the weights padded by zeros to all of them."""
         rank = rows.attended.shape[2] - queries.shape[2]
-        weights, index = block_weights(queries, rows.attended[:, :, rank:], start, rows.window)
-        # One but for the first position, whose past is empty.
-        share = weights.sum(-1, keepdims=True) / weights.sum((-1, -2), keepdims=True)
-        centre = rows.attended @ share
-        centred = rows.attended - centre
-        others = jnp.where(lax.broadcasted_iota(index.dtype, weights.shape, 2) == index, 0, weights)
-        top = jnp.take_along_axis(centred, index, axis=-1)
+        attended = rows.attended[..., :length]
+        others, largest, key = block_weights(queries, attended[:, :, rank:], start, rows.window)
+        top = jnp.take_along_axis(attended, key, axis=-1, mode="promise_in_bounds")
+        centre = top @ _transposed(largest / largest.sum(-1, keepdims=True))
+        top, centred = top - centre, attended - centre
+        rest = centred @ others
         lengths = [jnp.square(x).sum(2, keepdims=True) for x in (centred[:, :, :rank], centred[:, :, rank:])]
-        sums = jnp.concatenate([centred, *lengths], 2) @ others
-
-        def vectors() -> tuple[Array, ...]:
-            rest = sums[:, :, :-2]
-            offset = rest - others.sum(-2, keepdims=True) * top
-            return rest, offset, top + offset
-
-        rest, offset, mean = apart(start, vectors)
-        first = 0 if rows.window is None else jnp.maximum(start - rows.window + 1, 0) // tiling.chunk
-        chunks = (start + queries.shape[-1] + tiling.chunk - 1) // tiling.chunk
-        return cls(weights, others, top, rest, (sums[:, :, -2], sums[:, :, -1]), offset, mean, centre, first, chunks)
+        squares = jnp.concatenate(lengths, 2) @ others
+        share = others.sum(-2, keepdims=True)
+        offset = rest - share * top
+        others = jnp.pad(others, [(0, 0), (0, 0), (0, rows.length - length), (0, 0)])
+        return cls(SoftmaxWeights(others, largest, key), share, top, rest, squares, offset, top + offset, centre)
 
     def chunk(
         self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int
     ) -> tuple[Float[Array, "c H rows k"], Float[Array, "c H k b"]]:
         """Centred rows of one chunk, and its weights without t."""
         attended = _at(rows.attended, begin, tiling.chunk) - self.centre
-        return attended, lax.dynamic_slice_in_dim(self.others, begin, tiling.chunk, 2)
+        return attended, lax.dynamic_slice_in_dim(self.weights.others, begin, tiling.chunk, 2)
 
 
-def _moments(tiling: Tiling, rows: Rows, block: _Block, rank: int) -> Float[Array, "c H Hp p b"]:
+def _moments(
+    tiling: Tiling, rows: Rows, block: _Block, queries: Float[Array, "c H p b"], start: Int[Array, ""]
+) -> Float[Array, "c H Hp p b"]:
     """sum_{s != t} alpha_is O_s."""
+    rank = rows.attended.shape[2] - queries.shape[2]
+    first, chunks = _chunks(tiling, rows, queries, start)
 
     def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H products b"]:
         attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk))
         outer = attended[:, :, :rank, None] * attended[:, :, None, rank:]
         return _product(tiling, outer.reshape(*outer.shape[:2], -1, tiling.chunk), weights)
 
-    moments = lax.fori_loop(
-        block.first + 1, block.chunks, lambda step, moments: moments + of_chunk(step), of_chunk(block.first)
-    )
+    moments = lax.fori_loop(first + 1, chunks, lambda step, moments: moments + of_chunk(step), of_chunk(first))
     return moments.reshape(*moments.shape[:2], rank, -1, moments.shape[-1])
 
 
@@ -154,20 +171,19 @@ def _covariance(block: _Block, moments: Float[Array, "c H Hp p b"]) -> Float[Arr
 
 def _cancelled(block: _Block, rank: int) -> Bool[Array, "c b"]:
     """Where the terms of `_covariance` are much larger than sqrt(Var(x) Var(k)), which bounds what they leave."""
-
-    def sizes(squares: Array, part: slice) -> tuple[Array, Array]:
-        """Squares of the three terms' factors for features or keys, and the variance."""
-        offset, mean, top, rest = (x[:, :, part] for x in (block.offset, block.mean, block.top, block.rest))
-        share = block.others.sum(2)
-        through = (mean * rest).sum(2)
-        variance = squares - 2 * through + share * jnp.square(mean).sum(2) + (1 - share) * jnp.square(offset).sum(2)
-        return jnp.stack([squares, *(jnp.square(x).sum(2) for x in (offset, mean, top, rest))]), variance
-
-    features, variance = sizes(block.squares[0], slice(rank))
-    keys, other_variance = sizes(block.squares[1], slice(rank, None))
-    # Moments with moments, offset with mean, top with rest.
-    size = jnp.sqrt(features[0] * keys[0]) + jnp.sqrt(features[1] * keys[2]) + jnp.sqrt(features[3] * keys[4])
-    left = jnp.sqrt(jnp.maximum(variance, 0) * jnp.maximum(other_variance, 0))
+    is_feature = jnp.arange(block.top.shape[2]) < rank
+    halves = jnp.stack([is_feature, ~is_feature]).astype(block.top.dtype)
+    products = jnp.stack([jnp.square(block.top), block.top * block.rest, jnp.square(block.offset)], 2)
+    halves = jnp.broadcast_to(halves, (*products.shape[:3], *halves.shape))
+    top, through, offset = jnp.moveaxis(halves @ products, 2, 0)
+    # About token t, so that all terms are of the size of w.
+    variance = block.squares - 2 * through + block.share * top - offset
+    # |rest|, by Cauchy and Schwarz, |top| and |offset| of features and keys.
+    rest, top, offset = jnp.sqrt(block.share * block.squares), jnp.sqrt(top), jnp.sqrt(offset)
+    moments = jnp.sqrt(block.squares)
+    mean = top + offset
+    size = moments[:, :, 0] * moments[:, :, 1] + offset[:, :, 0] * mean[:, :, 1] + top[:, :, 0] * rest[:, :, 1]
+    left = jnp.sqrt(jnp.maximum(variance, 0)).prod(2)
     return has_cancelled(size.max(1), left.max(1))
 
 
@@ -208,7 +224,7 @@ def block_log_det(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> LogDet:
     block = _Block.of(tiling, rows, queries, start)
     rank = rows.attended.shape[2] - queries.shape[2]
     failed = _cancelled(block, rank)
-    seen, _ = _mapped(rows, start, tiling.block, _covariance(block, _moments(tiling, rows, block, rank)))
+    seen, _ = _mapped(rows, start, tiling.block, _covariance(block, _moments(tiling, rows, block, queries, start)))
     _, sign, log_det = inverse_and_log_det(_small_matrix(seen, failed), start)
     sign, log_det, _ = repaired(failed, rows, start, sign, log_det)
     return LogDet(sign, log_det)
@@ -220,9 +236,9 @@ def block_small_inverse(
     """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
-    moments = _moments(tiling, rows, block, rows.attended.shape[2] - queries.shape[2])
+    moments = _moments(tiling, rows, block, queries, start)
     seen, _ = _mapped(rows, start, tiling.block, _covariance(block, moments))
-    return block.weights, inverse_and_log_det(_small_matrix(seen, False), start)
+    return block.weights.all, inverse_and_log_det(_small_matrix(seen, False), start)
 
 
 def block_log_det_gradient(
@@ -237,7 +253,7 @@ def block_log_det_gradient(
     rank = heads * size
     block = _Block.of(tiling, rows, queries, start)
     failed = _cancelled(block, rank)
-    moments = _moments(tiling, rows, block, rank)
+    moments = _moments(tiling, rows, block, queries, start)
     seen, pull_back = _mapped(rows, start, count, _covariance(block, moments))
     # A position that nothing is asked of, as those that fill the last chunk, may have no inverse.
     inverse, sign, log_det = inverse_and_log_det(_small_matrix(seen, failed | (scale == 0)), start)
@@ -281,14 +297,13 @@ def block_log_det_gradient(
 
     nothing = jnp.zeros_like(queries)
     start_carry = (nothing, nothing[:, :, :1], gradient.attended)
-    query_part, total, attended = lax.fori_loop(block.first, block.chunks, add_chunk, start_carry)
+    query_part, total, attended = lax.fori_loop(*_chunks(tiling, rows, queries, start), add_chunk, start_carry)
     # What token t gets: its own weight, and what the slopes of the others leave, for all slopes sum to zero.
     query_part = query_part - block.top[:, :, rank:] * total
-    only_top = block.weights - block.others
-    top_weight = only_top.sum(-2, keepdims=True)
-    of_top = jnp.concatenate([jnp.zeros_like(pull_offset[:, :, :rank]), queries * total], 2)
-    of_top = of_top / jnp.where(top_weight > 0, top_weight, 1) + pull_offset * factor
-    attended = attended - of_top @ _transposed(only_top)
+    of_top = pull_offset * (block.weights.largest * factor)
+    of_top = of_top.at[:, :, rank:].add(queries * total)
+    is_top = block.weights.is_largest.astype(of_top.dtype)
+    attended = attended - of_top @ _transposed(is_top)
     found = Rows(_added(gradient.queries, start, query_part), attended, query_map, rows.window)
     sign, log_det, found = repaired(failed, rows, start, sign, log_det, scale, found)
     return LogDetGradient(sign, log_det, found)

@@ -36,7 +36,7 @@ SHARE = 0.9
 # Seconds that the tests of one mutant may take before it counts as timed out.
 TIMEOUT = 600.0
 # Imported before forking; none of them starts a JAX backend, whose threads a fork would not survive.
-SHARED_IMPORTS = ("hypothesis", "jax", "numpyro.infer", "optimistix", "pytest", "scipy.integrate", "scipy.stats")
+SHARED_IMPORTS = ("hypothesis", "jax", "numpyro.infer", "pytest", "scipy.integrate", "scipy.stats")
 
 # What a worker copies, and what must come from its copy when the tests run.
 COPIED = ("prob_transformer", "models", "theory_checks", "tests")
