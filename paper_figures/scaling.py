@@ -13,7 +13,7 @@ NAME = "scaling"
 SOURCE = "benchmark"
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu.json"
 CAPTION = (
-    "The accelerated barrier, value and gradient, 4 cells (one sequence, 4 heads of size 32) in float32 on two CPU cores. Left: time of a call, median of "
+    "The blocked barrier, value and gradient, 4 cells (one sequence, 4 heads of size 32) in float32 on two CPU cores. Left: time of a call, median of "
     "paired rounds with the smallest and largest, and its slope of 2 (dashed, through the first point). Right: peak memory of "
     "a fresh process, interpreter, libraries and compilation included, and what the compiler plans for the arrays."
 )

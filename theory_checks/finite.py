@@ -20,7 +20,7 @@ from prob_transformer import (
 )
 from theory_checks.check import Check, Outcome, Plan, for_each_drawn
 from theory_checks.compiling import quick_jit
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases
+from theory_checks.strategies import FEW_SHAPES, HUGE_LOGITS, KINDS, SHAPES, Case, drawn_cases
 
 VOCABULARY = 3
 # From this number of cases on every shape is drawn.
@@ -128,7 +128,7 @@ def run(plan: Plan) -> Outcome:
 
     precisions = plan.pick(("float64", "float32"), ("float32",))
     for precision in precisions:
-        drawn = drawn_cases(np.dtype(precision), shapes=shapes)
+        drawn = drawn_cases(np.dtype(precision), (*KINDS, HUGE_LOGITS), shapes)
         for_each_drawn(drawn, -(-cases // len(precisions)), evaluate, plan.seed)
     boundary = counts.pop("boundary", 0)
     failing = sum(counts.values())
@@ -153,14 +153,16 @@ CHECK = Check(
     id="finite",
     claim="no NaN anywhere, gradients included",
     statement=(
-        "For finite arguments with logits of up to a thousand the residual, log|det J_i|, barrier, margins, log "
-        "density, both objectives and their gradients are finite, but for det J_i = 0 itself (sign 0, log-determinant "
-        "-inf) and determinants beyond the range of the dtype."
+        "For finite arguments the residual, log|det J_i|, barrier, margins, log density, both objectives and their "
+        "gradients are finite, with logits of up to a thousand in every geometry drawn and of up to 1e18 between "
+        "normal tokens, but for det J_i = 0 itself (sign 0, log-determinant -inf) and determinants beyond the range "
+        "of the dtype."
     ),
     mark="ours",
     regime=(
         "Every kind of geometry in theory_checks/strategies.py in float64 and float32: ties, near-duplicates, "
-        "collinear, far from the origin, scales of 1e-6 to 1e6, logits of hundreds whose weights underflow."
+        "collinear, far from the origin, scales of 1e-6 to 1e6, logits of hundreds whose weights underflow, and "
+        "logits of 1e6 to 1e18."
     ),
     counterexample=(
         "The same formula as first written down, exponentials summed as they are, gives NaN or inf once logits "

@@ -85,6 +85,8 @@ KINDS: tuple[str, ...] = (
     "small",
     "sharp",
 )
+# Logits of up to 1e18, of which one takes all the weight: their own rounding is far above any tolerance on numbers.
+HUGE_LOGITS = "huge-logits"
 
 # Ranges of the strength and extremity of a case.
 _STRENGTHS, _EXTREMITIES = (0.1, 3.0), (0.0, 1.0)
@@ -191,7 +193,7 @@ def _geometry(
     if kind == "sharp":
         # Logits of hundreds: most weights underflow to zero, and ties share what is left.
         return points[numbers.integers(0, shape.length, size=shape.length)], 10.0 ** (1 + 2 * extremity)
-    return points, 1.0
+    return points, 10.0 ** (6 + 12 * extremity) if kind == HUGE_LOGITS else 1.0
 
 
 def _build(
@@ -221,8 +223,9 @@ def make_case(
     shape: Shape, kind: str, seed: int, strength: float = 1.0, extremity: float = 0.5, dtype: Any = np.float64
 ) -> Case:
     """The case with these drawn numbers; `strength` scales A, `extremity` in [0, 1] how far the geometry goes."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(KINDS)}.")
+    kinds = (*KINDS, HUGE_LOGITS)
+    if kind not in kinds:
+        raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(kinds)}.")
     return _build(np.random.default_rng(seed), shape, kind, seed, strength, extremity, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What the accelerated path works on: attentions with positions in the last axis, and how a sweep over them is cut."""
+"""What the blocked implementation works on: attentions, positions last, and how a sweep over them is cut."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """What the drawn cases promise: finite arrays, special values, and the geometry that each kind names."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import find
@@ -8,6 +10,7 @@ from scipy import stats
 from theory_checks import plain
 from theory_checks.check import for_each_drawn
 from theory_checks.strategies import (
+    HUGE_LOGITS,
     KINDS,
     LINE_SHAPES,
     SHAPES,
@@ -116,10 +119,13 @@ def test_kinds_have_the_geometry_they_name():
     assert np.abs(cases["offset"].embeddings.mean(axis=0)).max() > 100
     assert np.abs(cases["large"].embeddings).max() > 1e5
     assert np.abs(cases["small"].embeddings).max() < 1e-5
-    logits = np.einsum(
-        "sa,hab,ib->his", *(cases["sharp"].embeddings, cases["sharp"].interaction, cases["sharp"].embeddings)
-    )
-    assert np.exp(logits - logits.max(axis=-1, keepdims=True)).min() == 0
+
+    def logits(case: Case) -> Any:
+        return np.einsum("sa,hab,ib->his", case.embeddings, case.interaction, case.embeddings)
+
+    sharp = logits(cases["sharp"])
+    assert np.exp(sharp - sharp.max(axis=-1, keepdims=True)).min() == 0
+    assert np.abs(logits(make_case(SHAPE, HUGE_LOGITS, 0, extremity=1.0))).max() > 1e18
 
 
 def test_unknown_kind_is_refused_by_name():
