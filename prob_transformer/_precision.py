@@ -23,8 +23,10 @@ def _floating(tree: PyTree) -> list[Array]:
 
 def _cast(tree: Tree, choose: Callable[[DTypeLike], DTypeLike]) -> Tree:
     def one(leaf: Array) -> Array:
-        is_floating = jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)
-        return jnp.asarray(leaf, choose(leaf.dtype)) if is_floating else leaf
+        dtype = getattr(leaf, "dtype", bool)
+        if not jnp.issubdtype(dtype, jnp.floating) or choose(dtype) == dtype:
+            return leaf
+        return jnp.asarray(leaf, choose(dtype))
 
     return jax.tree.map(one, tree)
 
@@ -35,16 +37,15 @@ def at_least_float32(tree: Tree) -> Tree:
 
 
 def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """The function worked out in float32 where all its arrays are half precision, its result in their type."""
+    """The function with every half-precision array in float32; its result in half precision where all arrays were."""
 
     @wraps(function)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         arrays = _floating((args, kwargs))
-        dtype = jnp.result_type(*arrays) if arrays else jnp.dtype(jnp.float32)
-        if dtype.itemsize >= 4:
-            return function(*args, **kwargs)
         args, kwargs = at_least_float32((args, kwargs))
-        return _cast(function(*args, **kwargs), lambda _: dtype)
+        result = function(*args, **kwargs)
+        dtype = jnp.result_type(*arrays) if arrays else jnp.dtype(jnp.float32)
+        return result if dtype.itemsize >= 4 else _cast(result, lambda _: dtype)
 
     return wrapped
 

@@ -107,13 +107,17 @@ class Attention(eqx.Module):
             output = _require_shape("output", output, (heads, width, inner), "(H, d, v)")
         for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
             if norm is not None:
+                if not isinstance(norm, RMSNorm):
+                    raise ValueError(f"{name}: got {type(norm).__name__}; pass an RMSNorm(gain, epsilon).")
                 _require_shape(name, norm.gain, (size,), "a gain (p,)")
+        if rotary is not None and not isinstance(rotary, Rotary):
+            raise ValueError(f"rotary: got {type(rotary).__name__}; pass a Rotary(frequencies).")
         if rotary is not None and 2 * rotary.frequencies.shape[0] > size:
             raise ValueError(
                 f"rotary: has {rotary.frequencies.shape[0]} frequencies; pass at most p / 2 for head size p = {size}."
             )
         if window is not None:
-            require_count("window", window, 1, "a position sees at least itself")
+            require_count("window", window, 1, "a window counts the position itself, so that 1 leaves no past")
         for name, number in (("scale", scale), ("cap", cap)):
             if number is not None:
                 require_positive(name, number)
@@ -221,7 +225,7 @@ def require_attention(attention: Any) -> None:
     if attention.value is None and heads > 1:
         raise ValueError(
             f"value: is None with H = {heads} heads; identity values exist for H = 1 only, "
-            f"pass value maps of shape ({heads}, {width}, {width})."
+            f"pass value maps of shape ({heads}, {width}, {width}), or look at each head alone by layer_margins."
         )
 
 

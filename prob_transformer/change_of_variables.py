@@ -4,9 +4,10 @@
     J_i = de_i/du_i = I - sum_h Cov_{alpha^h_i}(v^h, d logit^h / du_i)
     log p(u_i | u_<i) = log N(e_i; 0, sigma^2 I) + log|det J_i|
 
-mu_i depends on u_i because u_i is its own query, hence the determinant. The Jacobian of the whole map from u_1..n to
-e_1..n is block lower triangular, so its log-determinant is sum_i log|det J_i|. With v_s = V u_s and the slopes
-g_s = d logit_s / d q, which are W_K u_s / sqrt(p) unless the layer has more between queries and logits,
+u_i are the embeddings, mu_i is what attention makes of u_i and those before it, and the residual e_i is distributed as
+noise. mu_i depends on u_i because u_i is its own query, hence the determinant. The Jacobian of the whole map from
+u_1..n to e_1..n is block lower triangular, so its log-determinant is sum_i log|det J_i|. With values v_s = V u_s and
+the slopes g_s = d logit_s / d q, which are W_K u_s / sqrt(p) unless the layer has more between queries and logits,
 
     L_i = [Cov(v^h, g^h)]_h  (d x Hp),      R = [W_Q^h]_h  (Hp x d),
 

@@ -143,9 +143,11 @@ def barrier_penalty(
     _check(asked, key)
     alike = defaultdict[Any, list[Cells]](list)
     found: list[tuple[int, MeanBarrier]] = []
-    for index, (layer, given) in enumerate(layers):
+    for index, pair in enumerate(layers):
         try:
-            inputs = require_embeddings("inputs", given, layer.width)
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Attention)):
+                raise ValueError(f"got {type(pair).__name__}; pass a pair (Attention, inputs).")
+            layer, inputs = pair[0], require_embeddings("inputs", pair[1], pair[0].width)
             if layer.cap is not None and (share < 1 or mesh is not None):
                 raise ValueError("a layer with a cap has no share and no mesh; leave share and mesh out.")
         except ValueError as error:

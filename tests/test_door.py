@@ -14,6 +14,8 @@ import pytest
 from prob_transformer import (
     Attention,
     EmbeddingProcess,
+    RMSNorm,
+    Rotary,
     barrier,
     certified_radius,
     residual_and_log_det,
@@ -62,6 +64,33 @@ def test_public_functions_take_bfloat16_and_give_it_back(function):
     assert found.dtype == jnp.bfloat16
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (Attention(query, key), embeddings))
     np.testing.assert_array_equal(found, function(*wide).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("wide", ["rotary", "norm", "weights", "embeddings"])
+def test_one_array_in_float32_leaves_no_other_in_half_precision(name, wide, size):
+    rng = np.random.default_rng(3)
+    weights = jnp.asarray(rng.normal(size=(2, 1, size, size)), jnp.bfloat16)
+    rotary = Rotary(jnp.asarray(0.1 ** np.arange(size // 2), jnp.bfloat16))
+    arrays = {
+        "weights": weights,
+        "norm": jnp.ones(size, jnp.bfloat16),
+        "rotary": rotary,
+        # Beyond position 256 bfloat16 does not count.
+        "embeddings": jnp.asarray(rng.normal(size=(300, size)), jnp.bfloat16),
+    }
+
+    def numbers(arrays):
+        norm = RMSNorm(arrays["norm"], 1e-6)
+        layer = Attention(*arrays["weights"], query_norm=norm, key_norm=norm, rotary=arrays["rotary"])
+        return IMPLEMENTATIONS[name](layer, arrays["embeddings"])
+
+    in_float32 = partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+    found = numbers(arrays | {wide: in_float32(arrays[wide])})
+    for got, expected in zip(found, numbers(in_float32(arrays)), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_a_process_made_inside_vmap_is_used_outside_as_numpyros_normal_is():

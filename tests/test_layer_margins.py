@@ -236,6 +236,8 @@ def ones(*shape):
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), key_bias=ones(4, 2)), "key_bias: has shape"),
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), rotary=Rotary(ones(2))), "rotary: has 2 frequencies"),
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), window=0), "window: got 0"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), key_norm=ones(2)), "key_norm: got ndarray; pass an RMSNorm"),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), rotary=10000.0), "rotary: got float; pass a Rotary"),
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), scale=-1.0), "scale: got"),
         (lambda: Rotary(ones(2, 2)), "frequencies: has shape"),
     ],

@@ -186,6 +186,9 @@ def test_arguments_that_do_not_go_together_are_named(asked, message):
 def test_what_does_not_fit_is_named():
     plain, sequences = problem("swept")
     layer = layer_of(weights_of(plain), plain)
+    for wrong in ((sequences, layer), layer, (layer,)):
+        with pytest.raises(ValueError, match=r"layer 0: got .*; pass a pair"):
+            barrier_penalty([wrong])
     with pytest.raises(ValueError, match="layers: got none"):
         barrier_penalty([])
     with pytest.raises(ValueError, match="layer 1: inputs: has shape"):
