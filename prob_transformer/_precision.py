@@ -37,15 +37,16 @@ def at_least_float32(tree: Tree) -> Tree:
 
 
 def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """The function with every half-precision array in float32; its result in half precision where all arrays were."""
+    """The function with all its arrays in their common type or float32; its result in half precision if all are."""
 
     @wraps(function)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         arrays = _floating((args, kwargs))
-        args, kwargs = at_least_float32((args, kwargs))
-        result = function(*args, **kwargs)
         dtype = jnp.result_type(*arrays) if arrays else jnp.dtype(jnp.float32)
-        return result if dtype.itemsize >= 4 else _cast(result, lambda _: dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        args, kwargs = _cast((args, kwargs), lambda _: wide)
+        result = function(*args, **kwargs)
+        return result if dtype == wide else _cast(result, lambda _: dtype)
 
     return wrapped
 

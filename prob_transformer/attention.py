@@ -16,7 +16,7 @@ The past is strict: with s <= i and identity values the first position has e_1 =
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -32,6 +32,7 @@ from prob_transformer._validation import (
     require_positive,
 )
 from prob_transformer.query_key import RMSNorm, Rotary
+from prob_transformer.softmax import capped, softmax_weights
 
 
 def _require_shape(name: str, array: Array | None, shape: tuple[int, ...], meaning: str) -> Array | None:
@@ -235,11 +236,6 @@ def require_joint(name: str, embeddings: Any, attention: Attention) -> Float[Arr
     return require_embeddings(name, embeddings, attention.width)
 
 
-def capped(logits: Float[Array, "*S"], cap: float | None) -> Float[Array, "*S"]:
-    """c tanh(z / c), or z itself without a cap."""
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
 def _with_bias(x: Float[Array, "H ... p"], bias: Float[Array, "H p"] | None) -> Float[Array, "H ... p"]:
     return x if bias is None else x + bias.reshape(bias.shape[0], *(1,) * (x.ndim - 2), bias.shape[1])
 
@@ -297,71 +293,6 @@ def _rows(
     values = attention.values(embeddings)
     stacked_query = attention.query.reshape(-1, attention.width)
     return keys, values, jnp.einsum("qd,hsd->hsq", stacked_query, values)
-
-
-class SoftmaxWeights(NamedTuple):
-    """Weights of all keys but that of the largest (..., n, b), the largest (..., 1, b), and its key (..., 1, b)."""
-
-    others: Float[Array, "... n b"]
-    largest: Float[Array, "... 1 b"]
-    key: Int[Array, "... 1 b"]
-
-    @property
-    def is_largest(self) -> Bool[Array, "... n b"]:
-        return _positions(self.others) == self.key
-
-    @property
-    def all(self) -> Float[Array, "... n b"]:
-        return jnp.where(self.is_largest, self.largest, self.others)
-
-
-def _positions(x: Float[Array, "... n b"]) -> Int[Array, "... n b"]:
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
-
-
-def _index_of_largest(x: Float[Array, "... n b"]) -> Int[Array, "... 1 b"]:
-    """Of each column, and n where it is -inf throughout."""
-    length = x.shape[-2]
-    largest = jnp.maximum(x.max(-2, keepdims=True), jnp.finfo(x.dtype).min)
-    if x.shape[-1] == 1:
-        # XLA may compute the logits of a single query twice and round them differently: no comparison then.
-        return jnp.where(x.max(-2, keepdims=True) < largest, length, jnp.argmax(x, axis=-2, keepdims=True))
-    # Two passes of vectors, where argmax takes one number after the other.
-    return jnp.where(x >= largest, _positions(x), length).min(-2, keepdims=True)
-
-
-def softmax_weights(
-    queries: Float[Array, "... p b"],
-    keys: Float[Array, "... p n"],
-    visible: Bool[Array, "n b"],
-    cap: float | None = None,
-) -> SoftmaxWeights:
-    """softmax of the capped queries . keys over visible keys, for b queries at once; all 0 where no key is visible.
-
-    Right for every finite input: logits that overflow leave their limit, all weight on the largest.
-    """
-
-    def too_large_by(x: Float[Array, "... p m"]) -> Float[Array, "... 1 1"]:
-        largest = math.sqrt(float(jnp.finfo(x.dtype).max)) / x.shape[-2]
-        return jax.lax.stop_gradient(jnp.maximum(jnp.abs(x).max((-2, -1), keepdims=True) / largest, 1))
-
-    # Rows that no query sees hold anything.
-    keys = jnp.where(visible.any(-1), keys, 0)
-    of_queries, of_keys = too_large_by(queries), too_large_by(keys)
-    logits = jnp.swapaxes(keys / of_keys, -2, -1) @ (queries / of_queries)
-    if cap is not None:
-        logits = capped(logits * of_queries * of_keys, cap)
-        of_queries = of_keys = jnp.ones_like(of_keys)
-    visible = jnp.broadcast_to(visible, logits.shape)
-    index = _index_of_largest(jax.lax.stop_gradient(jnp.where(visible, logits, -jnp.inf)))
-    is_any = index < logits.shape[-2]
-    index = jnp.where(is_any, index, 0)
-    below = logits - jnp.take_along_axis(logits, index, axis=-2, mode="promise_in_bounds")
-    below = jnp.where(below > 0, 0, below)
-    exponent = jnp.where(visible & (_positions(logits) != index), below, -jnp.inf) * of_queries * of_keys
-    unnormalised = jnp.exp(exponent)
-    total = 1 + unnormalised.sum(-2, keepdims=True)
-    return SoftmaxWeights(unnormalised / total, jnp.where(is_any, 1 / total, 0), index)
 
 
 def weights_of_queries(attention: Attention, past: Past, queries: Float[Array, "H p"]) -> Float[Array, "H n"]:

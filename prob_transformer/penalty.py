@@ -148,6 +148,8 @@ def barrier_penalty(
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Attention)):
                 raise ValueError(f"got {type(pair).__name__}; pass a pair (Attention, inputs).")
             layer, inputs = pair[0], require_embeddings("inputs", pair[1], pair[0].width)
+            if inputs.size == 0:
+                raise ValueError(f"inputs: has shape {inputs.shape}; pass at least one sequence.")
             if layer.cap is not None and (share < 1 or mesh is not None):
                 raise ValueError("a layer with a cap has no share and no mesh; leave share and mesh out.")
         except ValueError as error:

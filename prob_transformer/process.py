@@ -112,9 +112,11 @@ class EmbeddingProcess(dist.Distribution):
         return raise_unless_converged(self.solve_sample(key, sample_shape))
 
     def empty_past(self) -> Past:
-        """The cache before the first position, with room for `length` of them."""
-        return Past.empty(self.attention, self.length, jnp.result_type(self.noise_scale, self.attention.query))
+        """The cache before the first position, with room for `length` of them, in float32 at least."""
+        dtype = jnp.result_type(self.noise_scale, self.attention.query)
+        return Past.empty(self.attention, self.length, jnp.promote_types(dtype, jnp.float32))
 
+    @in_float32_at_least
     def extend(self, past: Past, embedding: Float[Array, " d"]) -> tuple[Float[Array, "..."], Past]:
         """log p(embedding | past) in nats, and the cache with the embedding added: one more position of the sequence.
 

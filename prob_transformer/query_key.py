@@ -66,8 +66,10 @@ class Rotary(eqx.Module):
     ) -> Float[Array, "... p"]:
         """R_s x_s for the position s of each row, or R_s^T x_s when turned backwards."""
         count = self.frequencies.shape[0]
-        angles = positions.astype(x.dtype)[..., None] * self.frequencies.astype(x.dtype)
-        cosine, sine = jnp.cos(angles), jnp.sin(angles)
+        # Half precision does not count beyond a few hundred positions.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        angles = positions.astype(wide)[..., None] * self.frequencies.astype(wide)
+        cosine, sine = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
         if backwards:
             sine = -sine
         turned, rest = x[..., : 2 * count], x[..., 2 * count :]

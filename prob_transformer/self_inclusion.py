@@ -58,8 +58,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer.attention import Attention, capped
+from prob_transformer.attention import Attention
 from prob_transformer.kernels.sweep import LogDet
+from prob_transformer.softmax import capped
 
 # Keys a step of the sweep over the past; later ones are not touched for earlier queries.
 CHUNK = 128

@@ -93,6 +93,27 @@ def test_one_array_in_float32_leaves_no_other_in_half_precision(name, wide, size
         np.testing.assert_array_equal(got, expected)
 
 
+def test_a_blocked_product_of_weights_has_the_digits_of_the_inputs():
+    rng = np.random.default_rng(4)
+    attention = Attention(*rng.normal(size=(3, 1, 4, 4)).astype(np.float32))
+    embeddings = rng.normal(size=(8, 4))
+    narrow, wide = (function(attention, embeddings).log_det for function in IMPLEMENTATIONS.values())
+    np.testing.assert_allclose(narrow, wide, rtol=1e-12, atol=1e-12)
+
+
+def test_a_process_in_bfloat16_is_extended_in_float32():
+    rng = np.random.default_rng(5)
+    weights = jnp.asarray(rng.normal(size=(2, 1, 4, 4)), jnp.bfloat16)
+    embeddings = jnp.asarray(rng.normal(size=(5, 4)), jnp.bfloat16)
+    process = EmbeddingProcess(Attention(*weights), 5, jnp.bfloat16(0.5), jnp.bfloat16(1))
+    past, total = process.empty_past(), 0.0
+    for embedding in embeddings:
+        found, past = process.extend(past, embedding)
+        total += found
+    wide = EmbeddingProcess(Attention(*weights.astype(jnp.float32)), 5, jnp.float32(0.5), jnp.float32(1))
+    np.testing.assert_allclose(total, wide.log_prob(embeddings.astype(jnp.float32)), rtol=1e-6)
+
+
 def test_a_process_made_inside_vmap_is_used_outside_as_numpyros_normal_is():
     rng = np.random.default_rng(2)
     attention = Attention(*0.3 * rng.normal(size=(2, 1, 2, 2)))

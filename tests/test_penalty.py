@@ -193,6 +193,8 @@ def test_what_does_not_fit_is_named():
         barrier_penalty([])
     with pytest.raises(ValueError, match="layer 1: inputs: has shape"):
         barrier_penalty([(layer, sequences), (layer, sequences[..., :3])])
+    with pytest.raises(ValueError, match=r"layer 0: inputs: has shape .*; pass at least one sequence"):
+        barrier_penalty([(layer, sequences[:0])])
     with pytest.raises(ValueError, match="layer 0: inputs: has n = 1"):
         barrier_penalty([(layer, sequences[:, :1])])
 

@@ -18,7 +18,7 @@ def _mistake(name: str, file: str, old: str, new: str, *more: tuple[str, str]) -
     return Mistake(name, ((file, old, new), *((file, other_old, other_new) for other_old, other_new in more)))
 
 
-_ATTENTION, _CHANGE, _PROCESS = "attention.py", "change_of_variables.py", "process.py"
+_SOFTMAX, _ATTENTION, _CHANGE, _PROCESS = "softmax.py", "attention.py", "change_of_variables.py", "process.py"
 _MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margins.py", "certified_radius.py", "objective.py", "token_model.py"
 
 MISTAKES: tuple[Mistake, ...] = (
@@ -50,12 +50,19 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     _mistake(
         "softmax without its largest logit",
-        _ATTENTION,
-        "jnp.minimum(fixed - jnp.take_along_axis(fixed, index, axis=-2), 0)",
-        "fixed",
-        ("jnp.where(is_largest, 0, below)", "below"),
+        _SOFTMAX,
+        'below = logits - jnp.take_along_axis(logits, index, axis=-2, mode="promise_in_bounds")',
+        "below = logits",
+        ("below = jnp.where(below > 0, 0, below)", "largest = jnp.exp(jnp.take_along_axis(logits, index, axis=-2))"),
+        ("total = 1 + unnormalised", "total = largest + unnormalised"),
+        ("jnp.where(is_any, 1 / total, 0)", "jnp.where(is_any, largest / total, 0)"),
     ),
-    _mistake("weights taken for constants in the gradient", _ATTENTION, "+ (logits - fixed))", ")"),
+    _mistake(
+        "weights taken for constants in the gradient",
+        _SOFTMAX,
+        "below = jnp.where(below > 0, 0, below)",
+        "below = jax.lax.stop_gradient(jnp.where(below > 0, 0, below))",
+    ),
     _mistake(
         "moments not centred",
         _ATTENTION,

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from prob_transformer.attention import Attention, capped
+from prob_transformer.attention import Attention
 from prob_transformer.query_key import RMSNorm
+from prob_transformer.softmax import capped
 
 Tokens = Int[Array, " n"] | Int[np.ndarray, " n"]
 

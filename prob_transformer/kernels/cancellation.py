@@ -1,27 +1,29 @@
 """Positions whose covariance cancels in the products of a block, worked out again one by one.
 
 The block takes products of tokens relative to its own centre. Where a position attends to tokens that (nearly) coincide
-and lie far from that centre, their covariance is a small difference of large numbers. Such positions are few; theirs is
-formed from tokens centred at their own mean, as in the reference, and differentiated by JAX.
+and lie far from that centre, their covariance is a small difference of large numbers. Theirs is formed from tokens
+centred at their own mean, as in the reference, and differentiated by JAX, which costs more: where tokens form far-apart
+clusters and all positions are such, the sweep takes sixteen to twenty times as long.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer.attention import softmax_weights, weighted_covariance
+from prob_transformer.attention import weighted_covariance
 from prob_transformer.kernels.cells import Rows
-from prob_transformer.kernels.elimination import PERMITTED_GROWTH, eliminate_with_exchanges
+from prob_transformer.kernels.elimination import PERMITTED_GROWTH, Eliminated, eliminate_with_exchanges
+from prob_transformer.softmax import softmax_weights
 
 AT_ONCE = 8
 # A covariance so small that its rounding does not show beside the identity, PERMITTED_GROWTH taken into account.
 _NEGLIGIBLE = 1e-2
 
 
-def has_cancelled(size: Float[Array, "c b"], left: Float[Array, "c b"]) -> Bool[Array, "c b"]:
+def has_cancelled(size: Float[Array, "*S"], left: Float[Array, "*S"]) -> Bool[Array, "*S"]:
     """Where terms of one size leave a covariance bounded by another, so much smaller that rounding shows beside it."""
     # Written so that a NaN counts as cancelled.
     return ~(size <= PERMITTED_GROWTH * (_NEGLIGIBLE + left))
@@ -43,20 +45,26 @@ def small_matrix_at(rows: Rows, position: Int[Array, ""]) -> Float[Array, "Hp Hp
     return jnp.eye(rank, dtype=joined.dtype) - joined
 
 
+class Repaired(NamedTuple):
+    """Inverse, if asked for, sign and log|det J_i| of a block, and the gradient in the rows, if asked for."""
+
+    found: Eliminated
+    gradient: Any
+
+
 def repaired(
     failed: Bool[Array, "c b"],
     rows: Rows,
     start: Int[Array, ""],
-    sign: Float[Array, "c b"],
-    log_det: Float[Array, "c b"],
+    found: Eliminated,
     scale: Float[Array, "c b"] | None = None,
     gradient: Rows | None = None,
-) -> tuple[Float[Array, "c b"], Float[Array, "c b"], Any]:
-    """Sign and log|det J_i| with those of the failed positions put right, and their part added to the gradient."""
+) -> Repaired:
+    """What was found of a block with the failed positions put right, and their part added to the gradient."""
     count, batch = min(AT_ONCE, failed.size), failed.shape[1]
 
-    def some(carry: tuple[Array, Array, Array, Rows | None]) -> tuple[Array, Array, Array, Rows | None]:
-        failed, sign, log_det, gradient = carry
+    def some(carry: tuple[Array, Repaired]) -> tuple[Array, Repaired]:
+        failed, (found, gradient) = carry
         order = jnp.argsort(~failed.ravel(), stable=True)[:count]
         cell, index = jnp.divmod(order, batch)
         is_asked = failed[cell, index]
@@ -66,15 +74,20 @@ def repaired(
             return jax.vmap(small_matrix_at)(chosen, start + index)
 
         matrices, pull_back = jax.vjp(small, chosen)
-        inverse, new_sign, new_log_det = eliminate_with_exchanges(jnp.moveaxis(matrices, 0, -1)[None])
+        new = jax.tree.map(lambda x: x[0], eliminate_with_exchanges(jnp.moveaxis(matrices, 0, -1)[None]))
         if gradient is not None and scale is not None:
             factor = jnp.where(is_asked, scale[cell, index], 0)
-            pull = jnp.where(factor == 0, 0, factor * jnp.swapaxes(inverse[0], 0, 1))
+            pull = jnp.where(factor == 0, 0, factor * jnp.swapaxes(new.inverse, 0, 1))
             (change,) = pull_back(jnp.moveaxis(pull, -1, 0))
             gradient = jax.tree.map(lambda x, more: x.at[cell].add(more), gradient, change)
-        sign = sign.at[cell, index].set(jnp.where(is_asked, new_sign[0], sign[cell, index]))
-        log_det = log_det.at[cell, index].set(jnp.where(is_asked, new_log_det[0], log_det[cell, index]))
-        return failed.at[cell, index].set(False), sign, log_det, gradient
 
-    _, sign, log_det, gradient = lax.while_loop(lambda carry: carry[0].any(), some, (failed, sign, log_det, gradient))
-    return sign, log_det, gradient
+        def put(old: Array, new: Array) -> Array:
+            kept = jnp.moveaxis(old, -1, 1)[cell, index]
+            asked = is_asked.reshape(-1, *(1,) * (kept.ndim - 1))
+            return old.at[cell, ..., index].set(jnp.where(asked, jnp.moveaxis(new, -1, 0), kept))
+
+        inverse = None if found.inverse is None else put(found.inverse, new.inverse)
+        found = Eliminated(inverse, put(found.sign, new.sign), put(found.log_det, new.log_det))
+        return failed.at[cell, index].set(False), Repaired(found, gradient)
+
+    return lax.while_loop(lambda carry: carry[0].any(), some, (failed, Repaired(found, gradient)))[1]

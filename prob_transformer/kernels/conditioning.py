@@ -81,13 +81,21 @@ def _block_projection(
     steps: int,
     start: Array,
 ) -> Float[Array, "c b steps steps"]:
-    weights, (inverse, _, _) = block_small_inverse(tiling, rows, start)
+    softmax, inverse = block_small_inverse(tiling, rows, start)
+    weights = softmax.all
+    # Weighted deviations sum to zero, so that any centre may be taken off: far-off tokens would drown what they leave.
+    # The median of the tokens of the largest weight, because a single one far off must not move it.
     keys = rows.cells().keys
+    keys = keys - jnp.median(jnp.take_along_axis(keys, softmax.key, axis=-1), -1, keepdims=True)
+    heaviest = jnp.take_along_axis(embeddings, softmax.key.reshape(embeddings.shape[0], -1, 1), axis=1)
+    embeddings = embeddings - jnp.median(heaviest, 1, keepdims=True)
     heads, size = attention.heads, attention.head_size
     stacked_query = attention.scale * attention.query.reshape(heads * size, attention.width)
     values = None if attention.value is None else attention.value_maps(jnp.eye(attention.width, dtype=keys.dtype))
 
     def centred(scores: Float[Array, "c H n b"]) -> Float[Array, "c H n b"]:
+        # First at the token of the largest weight, whose own deviation is then as small as the weight of the others.
+        scores = scores - jnp.take_along_axis(scores, softmax.key, axis=2, mode="promise_in_bounds")
         return weights * (scores - (weights * scores).sum(-2, keepdims=True))
 
     def through_values(y: Float[Array, "c b d"]) -> Float[Array, "c H b d"]:

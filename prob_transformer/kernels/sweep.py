@@ -36,10 +36,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer.attention import SoftmaxWeights, softmax_weights
 from prob_transformer.kernels.cancellation import has_cancelled, repaired
 from prob_transformer.kernels.cells import QueryMap, Rows, Tiling
 from prob_transformer.kernels.elimination import Eliminated, apart, inverse_and_log_det, written_out
+from prob_transformer.softmax import SoftmaxWeights, softmax_weights
 
 # How many lengths of the past are compiled apart.
 _PREFIXES = 4
@@ -126,10 +126,12 @@ class _Block(NamedTuple):
     def _of_prefix(cls, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""], length: int) -> "_Block":
         """From the first `length` tokens, the weights padded by zeros to all of them."""
         rank = rows.attended.shape[2] - queries.shape[2]
-        attended = rows.attended[..., :length]
+        is_seen = jnp.arange(length) < start + queries.shape[-1] - 1
+        attended = jnp.where(is_seen, rows.attended[..., :length], 0)
         others, largest, key = block_weights(queries, attended[:, :, rank:], start, rows.window)
         top = jnp.take_along_axis(attended, key, axis=-1, mode="promise_in_bounds")
-        centre = top @ _transposed(largest / largest.sum(-1, keepdims=True))
+        total = largest.sum(-1, keepdims=True)
+        centre = top @ _transposed(largest / jnp.where(total > 0, total, 1))
         top, centred = top - centre, attended - centre
         rest = centred @ others
         lengths = [jnp.square(x).sum(2, keepdims=True) for x in (centred[:, :, :rank], centred[:, :, rank:])]
@@ -140,10 +142,11 @@ class _Block(NamedTuple):
         return cls(SoftmaxWeights(others, largest, key), share, top, rest, squares, offset, top + offset, centre)
 
     def chunk(
-        self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int
+        self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int, start: Int[Array, ""]
     ) -> tuple[Float[Array, "c H rows k"], Float[Array, "c H k b"]]:
-        """Centred rows of one chunk, and its weights without t."""
-        attended = _at(rows.attended, begin, tiling.chunk) - self.centre
+        """Centred rows of one chunk, 0 from the block's last on, which no query sees; and its weights without t."""
+        is_seen = begin + jnp.arange(tiling.chunk) < start + self.top.shape[-1] - 1
+        attended = jnp.where(is_seen, _at(rows.attended, begin, tiling.chunk) - self.centre, 0)
         return attended, lax.dynamic_slice_in_dim(self.weights.others, begin, tiling.chunk, 2)
 
 
@@ -155,7 +158,7 @@ def _moments(
     first, chunks = _chunks(tiling, rows, queries, start)
 
     def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H products b"]:
-        attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk))
+        attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk, start))
         outer = attended[:, :, :rank, None] * attended[:, :, None, rank:]
         return _product(tiling, outer.reshape(*outer.shape[:2], -1, tiling.chunk), weights)
 
@@ -184,7 +187,7 @@ def _cancelled(block: _Block, rank: int) -> Bool[Array, "c b"]:
     mean = top + offset
     size = moments[:, :, 0] * moments[:, :, 1] + offset[:, :, 0] * mean[:, :, 1] + top[:, :, 0] * rest[:, :, 1]
     left = jnp.sqrt(jnp.maximum(variance, 0)).prod(2)
-    return has_cancelled(size.max(1), left.max(1))
+    return has_cancelled(size, left).any(1)
 
 
 def _mapped(
@@ -226,19 +229,20 @@ def block_log_det(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> LogDet:
     failed = _cancelled(block, rank)
     seen, _ = _mapped(rows, start, tiling.block, _covariance(block, _moments(tiling, rows, block, queries, start)))
     _, sign, log_det = inverse_and_log_det(_small_matrix(seen, failed), start)
-    sign, log_det, _ = repaired(failed, rows, start, sign, log_det)
-    return LogDet(sign, log_det)
+    return LogDet(*repaired(failed, rows, start, Eliminated(None, sign, log_det)).found[1:])
 
 
 def block_small_inverse(
     tiling: Tiling, rows: Rows, start: Int[Array, ""]
-) -> tuple[Float[Array, "c H n b"], Eliminated]:
-    """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
+) -> tuple[SoftmaxWeights, Float[Array, "c Hp Hp b"]]:
+    """Weights of one block of queries, keys first, and the inverses of their I - R L."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
+    failed = _cancelled(block, rows.attended.shape[2] - queries.shape[2])
     moments = _moments(tiling, rows, block, queries, start)
     seen, _ = _mapped(rows, start, tiling.block, _covariance(block, moments))
-    return block.weights.all, inverse_and_log_det(_small_matrix(seen, False), start)
+    found = inverse_and_log_det(_small_matrix(seen, failed), start)
+    return block.weights, repaired(failed, rows, start, found).found.inverse
 
 
 def block_log_det_gradient(
@@ -279,7 +283,7 @@ def block_log_det_gradient(
     def add_chunk(step: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         query_part, total, found = carry
         begin = step * tiling.chunk
-        attended, weights = block.chunk(tiling, rows, begin)
+        attended, weights = block.chunk(tiling, rows, begin, start)
         weights = weights * factor
         # Positions first: the product runs at half speed when it has to turn its left side around.
         turned = apart(step, lambda: _transposed(attended))
@@ -305,7 +309,7 @@ def block_log_det_gradient(
     is_top = block.weights.is_largest.astype(of_top.dtype)
     attended = attended - of_top @ _transposed(is_top)
     found = Rows(_added(gradient.queries, start, query_part), attended, query_map, rows.window)
-    sign, log_det, found = repaired(failed, rows, start, sign, log_det, scale, found)
+    (_, sign, log_det), found = repaired(failed, rows, start, Eliminated(None, sign, log_det), scale, found)
     return LogDetGradient(sign, log_det, found)
 
 

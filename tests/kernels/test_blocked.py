@@ -125,6 +125,50 @@ def test_far_off_keys_and_values_keep_the_digits_of_their_covariance():
     np.testing.assert_allclose(far, plain, atol=1e-3)
 
 
+def test_one_head_does_not_hide_that_another_has_lost_its_digits():
+    # Head 0 has a covariance of hundreds, of tokens about the centre; that of head 1 is left of two far clusters.
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=(64, 2))
+    side = np.where(np.arange(64) % 2 == 0, 1.0, -1.0)
+    embeddings = np.stack([30 * normal[:, 0], 30 * side + 0.5 * normal[:, 1], side * 20 / 30, 0 * side], 1)
+    query, key, value = (np.zeros(shape) for shape in ((2, 1, 4), (2, 1, 4), (2, 4, 4)))
+    query[0, 0, 3] = query[1, 0, 2] = key[0, 0, 0] = key[1, 0, 1] = 1
+    value[0, 3, 0], value[1, 2, 1] = -1, 3.9
+    arrays = [x.astype(np.float32) for x in (query, key, value, embeddings)]
+
+    def log_dets(arrays, implementation):
+        attention = Attention(*arrays[:3], scale=1.0)
+        return reference.residual_and_log_det(attention, arrays[3], implementation=implementation).log_det
+
+    expected = log_dets([x.astype(np.float64) for x in arrays], "reference")
+    np.testing.assert_allclose(log_dets(arrays, "blocked"), expected, atol=2e-4)
+
+
+def test_a_window_that_leaves_no_past_has_zero_gradients():
+    attention, embeddings = draw(0, (1, 2, 2, 20, False))
+    attention = Attention(attention.query, attention.key, window=1)
+    barriers, gradient = jax.value_and_grad(lambda u: reference.barrier(attention, u, implementation="blocked").sum())(
+        embeddings
+    )
+    assert barriers == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("scale", [1e12, 1e18])
+def test_what_no_query_sees_does_not_overflow_into_the_gradient(scale):
+    attention, embeddings = draw(0, (1, 2, 2, 20, False), np.float32)
+    embeddings[-1] *= np.float32(scale)
+
+    def gradient(arrays, implementation):
+        attention, embeddings = arrays
+        return jax.grad(lambda u: reference.barrier(attention, u, implementation=implementation)[:-1].sum())(embeddings)
+
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (attention, embeddings))
+    np.testing.assert_allclose(
+        gradient((attention, jnp.asarray(embeddings)), "blocked"), gradient(wide, "reference"), atol=1e-4
+    )
+
+
 def test_vmap_and_jit_equal_one_call_with_a_batch():
     attention, embeddings = draw(1, SHAPES[3], batch=(2, 3))
 

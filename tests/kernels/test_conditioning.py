@@ -113,3 +113,20 @@ def test_bad_arguments_are_refused_by_name():
         conditioning.conditioning_margin(attention, embeddings, KEY, failure=1.0)
     with pytest.raises(ValueError, match="k: got 6; pass at most n = 5"):
         reference.support_tokens(attention, embeddings, 6, implementation="blocked")
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e6])
+def test_one_far_off_token_leaves_both_ends_their_digits(scale):
+    attention, embeddings = draw(3, (1, 2, 4, 64, False), np.float32)
+    embeddings[30] *= np.float32(scale)
+    expected = smallest_singular_values(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (attention, embeddings)))
+    found = conditioning.conditioning_margin(attention, embeddings, KEY)
+    np.testing.assert_allclose(found.upper, expected, rtol=4e-6)
+    assert (found.lower <= expected * (1 + 4e-6)).all()
+
+
+@pytest.mark.parametrize("place", [10.0, 1e4])
+def test_tokens_that_coincide_far_from_the_origin_have_margin_one(place):
+    attention, _ = draw(3, (1, 2, 4, 64, False), np.float32)
+    found = conditioning.conditioning_margin(attention, np.full((64, 4), place, np.float32), KEY)
+    np.testing.assert_allclose(found, 1, rtol=1e-6)
