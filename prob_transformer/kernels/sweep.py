@@ -126,8 +126,7 @@ class _Block(NamedTuple):
     def _of_prefix(cls, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""], length: int) -> "_Block":
         """From the first `length` tokens, the weights padded by zeros to all of them."""
         rank = rows.attended.shape[2] - queries.shape[2]
-        is_seen = jnp.arange(length) < start + queries.shape[-1] - 1
-        attended = jnp.where(is_seen, rows.attended[..., :length], 0)
+        attended = rows.attended[..., :length]
         others, largest, key = block_weights(queries, attended[:, :, rank:], start, rows.window)
         top = jnp.take_along_axis(attended, key, axis=-1, mode="promise_in_bounds")
         total = largest.sum(-1, keepdims=True)
@@ -142,11 +141,10 @@ class _Block(NamedTuple):
         return cls(SoftmaxWeights(others, largest, key), share, top, rest, squares, offset, top + offset, centre)
 
     def chunk(
-        self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int, start: Int[Array, ""]
+        self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int
     ) -> tuple[Float[Array, "c H rows k"], Float[Array, "c H k b"]]:
-        """Centred rows of one chunk, 0 from the block's last on, which no query sees; and its weights without t."""
-        is_seen = begin + jnp.arange(tiling.chunk) < start + self.top.shape[-1] - 1
-        attended = jnp.where(is_seen, _at(rows.attended, begin, tiling.chunk) - self.centre, 0)
+        """Centred rows of one chunk, and its weights without t."""
+        attended = _at(rows.attended, begin, tiling.chunk) - self.centre
         return attended, lax.dynamic_slice_in_dim(self.weights.others, begin, tiling.chunk, 2)
 
 
@@ -158,7 +156,7 @@ def _moments(
     first, chunks = _chunks(tiling, rows, queries, start)
 
     def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H products b"]:
-        attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk, start))
+        attended, weights = apart(step, lambda: block.chunk(tiling, rows, step * tiling.chunk))
         outer = attended[:, :, :rank, None] * attended[:, :, None, rank:]
         return _product(tiling, outer.reshape(*outer.shape[:2], -1, tiling.chunk), weights)
 
@@ -283,7 +281,7 @@ def block_log_det_gradient(
     def add_chunk(step: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         query_part, total, found = carry
         begin = step * tiling.chunk
-        attended, weights = block.chunk(tiling, rows, begin, start)
+        attended, weights = block.chunk(tiling, rows, begin)
         weights = weights * factor
         # Positions first: the product runs at half speed when it has to turn its left side around.
         turned = apart(step, lambda: _transposed(attended))
