@@ -5,7 +5,7 @@ bfloat16 and float16 are cast at the door, because determinants need the digits.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def _floating(tree: PyTree) -> list[Array]:
 
 
 def _cast(tree: Tree, choose: Callable[[DTypeLike], DTypeLike]) -> Tree:
-    def one(leaf: Array) -> Array:
+    def one(leaf: Any) -> Any:
         dtype = getattr(leaf, "dtype", bool)
         if not jnp.issubdtype(dtype, jnp.floating) or choose(dtype) == dtype:
             return leaf

@@ -208,7 +208,7 @@ class Attention(eqx.Module):
             return jnp.einsum("ad,hde->hae", left, value)
         return jnp.einsum("hav,hve->hae", jnp.einsum("ad,hdv->hav", left, self.output), value)
 
-    def sees(self, positions: Int[Array, "*S"], past: Int[Array, "*S"]) -> Bool[Array, "*S"]:
+    def sees(self, positions: Int[Array, "..."], past: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Whether a position attends to another one: s < i, and s > i - w under a window."""
         distance = positions - past
         recent = True if self.window is None else distance < self.window

@@ -303,7 +303,7 @@ def smallest_singular_value(factored: Factored) -> Float[Array, " b"]:
     return scale * jnp.linalg.svd(core, compute_uv=False)[:, -1]
 
 
-def _bordered(layer: Attention, head: Head, view: View, positions: Int[Array, " b"]) -> Float[Array, "b p+1 p+1"]:
+def _bordered(layer: Attention, head: Head, view: View, positions: Int[Array, " b"]) -> Float[Array, "b r r"]:
     """B A of the module docstring for identity values with the position itself included."""
     through_keys = view.own_slope @ head.unbiased_keys.T
     mean = (view.weights * through_keys).sum(-1, keepdims=True)

@@ -51,7 +51,9 @@ def test_half_precision_gives_the_numbers_of_float32_in_its_own_type(name, dtype
         partial(stability_margin, kind="conditioning"),
         certified_radius,
         lambda attention, u: support_tokens(attention, u, 2).margins,
-        lambda attention, u: EmbeddingProcess(attention, 6, u.dtype.type(0.5), u.dtype.type(1)).log_prob(u),
+        lambda attention, u: EmbeddingProcess(
+            attention, 6, jnp.asarray(0.5, u.dtype), jnp.asarray(1, u.dtype)
+        ).log_prob(u),
         partial(barrier, implementation="blocked"),
         partial(stability_margin, implementation="blocked"),
     ],
@@ -105,12 +107,14 @@ def test_a_process_in_bfloat16_is_extended_in_float32():
     rng = np.random.default_rng(5)
     weights = jnp.asarray(rng.normal(size=(2, 1, 4, 4)), jnp.bfloat16)
     embeddings = jnp.asarray(rng.normal(size=(5, 4)), jnp.bfloat16)
-    process = EmbeddingProcess(Attention(*weights), 5, jnp.bfloat16(0.5), jnp.bfloat16(1))
+    process = EmbeddingProcess(Attention(*weights), 5, jnp.asarray(0.5, jnp.bfloat16), jnp.asarray(1, jnp.bfloat16))
     past, total = process.empty_past(), 0.0
     for embedding in embeddings:
         found, past = process.extend(past, embedding)
         total += found
-    wide = EmbeddingProcess(Attention(*weights.astype(jnp.float32)), 5, jnp.float32(0.5), jnp.float32(1))
+    wide = EmbeddingProcess(
+        Attention(*weights.astype(jnp.float32)), 5, jnp.asarray(0.5, jnp.float32), jnp.asarray(1, jnp.float32)
+    )
     np.testing.assert_allclose(total, wide.log_prob(embeddings.astype(jnp.float32)), rtol=1e-6)
 
 

@@ -177,13 +177,13 @@ def test_a_share_is_unbiased_and_its_variance_that_of_the_draws():
         ({"threshold": 0.0}, "threshold: got 0.0"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_named(asked, message):
+def test_arguments_that_do_not_go_together_are_refused_by_name(asked, message):
     plain, sequences = problem("swept")
     with pytest.raises(ValueError, match=message):
         barrier_penalty([(layer_of(weights_of(plain), plain), sequences)], **asked)
 
 
-def test_what_does_not_fit_is_named():
+def test_what_does_not_fit_is_refused_by_name():
     plain, sequences = problem("swept")
     layer = layer_of(weights_of(plain), plain)
     for wrong in ((sequences, layer), layer, (layer,)):

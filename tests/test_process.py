@@ -51,7 +51,7 @@ def test_the_default_scales_are_one():
 def test_a_noise_scale_whose_square_underflows_has_the_density_of_float64(noise_scale):
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 2, 2), jnp.float32)
     # Without interaction between far-off scales: the residuals of all but the first are of the size of the noise.
-    small = EmbeddingProcess(Attention(0 * query, key), 3, np.float32(noise_scale))
+    small = EmbeddingProcess(Attention(0 * query, key), 3, jnp.asarray(noise_scale, jnp.float32))
     embeddings = jnp.array([[0.0, 0.0], [1.0, -2.0], [2.0, 0.5]], jnp.float32) * np.float32(noise_scale)
     expected = norm.logpdf([0.0, 0.0], 0, 1).sum() + 4 * -np.log(np.float64(np.float32(noise_scale)))
     expected += norm.logpdf([1.0, -2.0, 1.5, 1.5], 0, 1).sum()

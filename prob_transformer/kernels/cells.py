@@ -178,7 +178,7 @@ class Rows(eqx.Module):
     """Cells as the sweep reads them: queries (..., H, p, n), and features above keys, (..., H, Hp + p, n)."""
 
     queries: Float[Array, "... H p n"]
-    attended: Float[Array, "... H Hp+p n"]
+    attended: Float[Array, "... H rows n"]
     query_map: QueryMap | None = None
     window: int | None = eqx.field(static=True, default=None)
 

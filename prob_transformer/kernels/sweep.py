@@ -105,12 +105,12 @@ class _Block(NamedTuple):
 
     weights: SoftmaxWeights
     share: Float[Array, "c H 1 b"]
-    top: Float[Array, "c H Hp+p b"]
-    rest: Float[Array, "c H Hp+p b"]
+    top: Float[Array, "c H rows b"]
+    rest: Float[Array, "c H rows b"]
     squares: Float[Array, "c H 2 b"]
-    offset: Float[Array, "c H Hp+p b"]
-    mean: Float[Array, "c H Hp+p b"]
-    centre: Float[Array, "c H Hp+p 1"]
+    offset: Float[Array, "c H rows b"]
+    mean: Float[Array, "c H rows b"]
+    centre: Float[Array, "c H rows 1"]
 
     @classmethod
     def of(cls, tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
@@ -211,7 +211,7 @@ def _small_matrix(
     return jnp.eye(rank, dtype=joined.dtype)[None, :, :, None] - joined
 
 
-def _pulled(matrices: Float[Array, "c H p Hp k"], attended: Float[Array, "c H Hp+p k"]) -> Float[Array, "c H Hp+p k"]:
+def _pulled(matrices: Float[Array, "c H p Hp k"], attended: Float[Array, "c H rows k"]) -> Float[Array, "c H rows k"]:
     """The matrices, keys first, applied to the keys, above their transposes applied to the features."""
     size, rank = matrices.shape[2:4]
     of_keys = written_out(lambda b: matrices[:, :, b] * attended[:, :, rank + b, None], size)
