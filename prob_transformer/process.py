@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import constraints
@@ -50,8 +51,8 @@ class EmbeddingProcess(dist.Distribution):
         self,
         attention: Attention,
         length: int,
-        noise_scale: Float[Array, "..."] | float = 1.0,
-        first_scale: Float[Array, "..."] | float = 1.0,
+        noise_scale: Float[Array, "..."] | np.floating | float = 1.0,
+        first_scale: Float[Array, "..."] | np.floating | float = 1.0,
         *,
         implementation: Implementation | None = None,
         validate_args: bool | None = None,
