@@ -120,7 +120,7 @@ def _check(asked: _Asked, key: PRNGKeyArray | None) -> None:
 
 
 def barrier_penalty(
-    layers: Iterable[tuple[Attention, Float[Array, "... n d"]]],
+    layers: Iterable[tuple[Attention, Float[Array, "... _n _d"]]],
     *,
     form: Form = "two-sided",
     threshold: Float[Array, ""] | float = 0.5,
