@@ -209,13 +209,18 @@ class Attention(eqx.Module):
         return jnp.einsum("hav,hve->hae", jnp.einsum("ad,hdv->hav", left, self.output), value)
 
     def sees(self, positions: Int[Array, "..."], past: Int[Array, "..."]) -> Bool[Array, "..."]:
-        """Whether a position attends to another one: s < i, and s > i - w under a window."""
-        distance = positions - past
-        recent = True if self.window is None else distance < self.window
-        return (distance > 0) & recent
+        """Whether a position attends to another one, under this layer's window."""
+        return is_past(positions, past, self.window)
 
     def _turned(self, x: Float[Array, "H ... p"], positions: Int[Array, "..."]) -> Float[Array, "H ... p"]:
         return x if self.rotary is None else self.rotary.turn(x, positions)
+
+
+def is_past(positions: Int[Array, "..."], past: Int[Array, "..."], window: int | None = None) -> Bool[Array, "..."]:
+    """Whether a position may be attended to by another one: s < i, and s > i - w under a window."""
+    distance = positions - past
+    recent = True if window is None else distance < window
+    return (distance > 0) & recent
 
 
 def require_attention(attention: Any) -> None:

@@ -43,12 +43,12 @@ def _positions(x: Float[Array, "... n b"]) -> Int[Array, "... n b"]:
 def _index_of_largest(x: Float[Array, "... n b"]) -> Int[Array, "... 1 b"]:
     """Of each column, and n where it is -inf throughout."""
     length = x.shape[-2]
-    largest = jnp.maximum(x.max(-2, keepdims=True), jnp.finfo(x.dtype).min)
+    largest = x.max(-2, keepdims=True)
     if x.shape[-1] == 1:
         # XLA may compute the logits of a single query twice and round them differently: no comparison then.
-        return jnp.where(x.max(-2, keepdims=True) < largest, length, jnp.argmax(x, axis=-2, keepdims=True))
+        return jnp.where(jnp.isneginf(largest), length, jnp.argmax(x, axis=-2, keepdims=True))
     # Two passes of vectors, where argmax takes one number after the other.
-    return jnp.where(x >= largest, _positions(x), length).min(-2, keepdims=True)
+    return jnp.where((x >= largest) & ~jnp.isneginf(x), _positions(x), length).min(-2, keepdims=True)
 
 
 def softmax_weights(

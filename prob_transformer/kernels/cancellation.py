@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer.attention import weighted_covariance
+from prob_transformer.attention import is_past, weighted_covariance
 from prob_transformer.kernels.cells import Rows
 from prob_transformer.kernels.elimination import PERMITTED_GROWTH, Eliminated, eliminate_with_exchanges
 from prob_transformer.softmax import softmax_weights
@@ -31,10 +31,9 @@ def has_cancelled(size: Float[Array, "*S"], left: Float[Array, "*S"]) -> Bool[Ar
 
 def small_matrix_at(rows: Rows, position: Int[Array, ""]) -> Float[Array, "Hp Hp"]:
     """I - [Cov(x^h, k^h) B^h]_h of one cell (H, ., n) and position, centred at the position's own means."""
-    rank = rows.attended.shape[1] - rows.queries.shape[1]
+    rank = rows.rank
     at = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, position, 1, x.ndim - 1), rows)
-    distance = position - jnp.arange(rows.length)
-    visible = distance > 0 if rows.window is None else (distance > 0) & (distance < rows.window)
+    visible = is_past(position, jnp.arange(rows.length), rows.window)
     weights = softmax_weights(at.queries, rows.attended[:, rank:], visible[:, None]).all[..., 0]
     tokens = jnp.swapaxes(rows.attended, 1, 2)
     covariance = jax.vmap(weighted_covariance)(weights, tokens[..., :rank], tokens[..., rank:])
@@ -46,7 +45,7 @@ def small_matrix_at(rows: Rows, position: Int[Array, ""]) -> Float[Array, "Hp Hp
 
 
 class Repaired(NamedTuple):
-    """Inverse, if asked for, sign and log|det J_i| of a block, and the gradient in the rows, if asked for."""
+    """Inverse, sign and log|det J_i| of a block, and the gradient in the rows, if asked for."""
 
     found: Eliminated
     gradient: Any
@@ -86,8 +85,7 @@ def repaired(
             asked = is_asked.reshape(-1, *(1,) * (kept.ndim - 1))
             return old.at[cell, ..., index].set(jnp.where(asked, jnp.moveaxis(new, -1, 0), kept))
 
-        inverse = None if found.inverse is None else put(found.inverse, new.inverse)
-        found = Eliminated(inverse, put(found.sign, new.sign), put(found.log_det, new.log_det))
+        found = jax.tree.map(put, found, new)
         return failed.at[cell, index].set(False), Repaired(found, gradient)
 
     return lax.while_loop(lambda carry: carry[0].any(), some, (failed, Repaired(found, gradient)))[1]

@@ -182,6 +182,11 @@ class Rows(eqx.Module):
     query_map: QueryMap | None = None
     window: int | None = eqx.field(static=True, default=None)
 
+    @property
+    def rank(self) -> int:
+        """Hp: how many of the attended rows are features."""
+        return self.attended.shape[-2] - self.queries.shape[-2]
+
     @classmethod
     def of(cls, cells: Cells) -> "Rows":
         attended = jnp.concatenate([cells.features, cells.keys], -2)
@@ -189,8 +194,7 @@ class Rows(eqx.Module):
 
     def cells(self) -> Cells:
         """Undoes `of`."""
-        rank = self.attended.shape[-2] - self.queries.shape[-2]
-        features, keys = self.attended[..., :rank, :], self.attended[..., rank:, :]
+        features, keys = self.attended[..., : self.rank, :], self.attended[..., self.rank :, :]
         return Cells(self.queries, keys, features, self.query_map, self.window)
 
     @property

@@ -81,7 +81,7 @@ def _block_projection(
     steps: int,
     start: Array,
 ) -> Float[Array, "c b steps steps"]:
-    softmax, inverse = block_small_inverse(tiling, rows, start)
+    softmax, (inverse, _, _) = block_small_inverse(tiling, rows, start)
     weights = softmax.all
     # Weighted deviations sum to zero, so that any centre may be taken off: far-off tokens would drown what they leave.
     # The median of the tokens of the largest weight, because a single one far off must not move it.

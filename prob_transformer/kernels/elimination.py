@@ -12,7 +12,7 @@ pivoting, a few at a time.
 
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ def written_out(term: Callable[[int], Array], count: int) -> Array:
 
 
 class Eliminated(NamedTuple):
-    """Inverse (c, m, m, b), or None where not kept, sign of the determinant (c, b) and log|det| (c, b) in nats."""
+    """Inverse (c, m, m, b), sign of the determinant (c, b) and log|det| (c, b) in nats."""
 
-    inverse: Any
+    inverse: Float[Array, "c m m b"]
     sign: Float[Array, "c b"]
     log_det: Float[Array, "c b"]
 

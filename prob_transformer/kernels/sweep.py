@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from prob_transformer.attention import is_past
 from prob_transformer.kernels.cancellation import has_cancelled, repaired
 from prob_transformer.kernels.cells import QueryMap, Rows, Tiling
 from prob_transformer.kernels.elimination import Eliminated, apart, inverse_and_log_det, written_out
@@ -83,9 +84,8 @@ def block_weights(
     queries: Float[Array, "c H p b"], keys: Float[Array, "c H p n"], start: Int[Array, ""], window: int | None = None
 ) -> SoftmaxWeights:
     """alpha_i of a block of queries over the strict past or its last window - 1 keys, keys first."""
-    distance = start + jnp.arange(queries.shape[-1]) - jnp.arange(keys.shape[-1])[:, None]
-    visible = distance > 0 if window is None else (distance > 0) & (distance < window)
-    return softmax_weights(queries, keys, visible)
+    positions = start + jnp.arange(queries.shape[-1])
+    return softmax_weights(queries, keys, is_past(positions[None], jnp.arange(keys.shape[-1])[:, None], window))
 
 
 def _chunks(
@@ -125,7 +125,7 @@ class _Block(NamedTuple):
     @classmethod
     def _of_prefix(cls, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""], length: int) -> "_Block":
         """From the first `length` tokens, the weights padded by zeros to all of them."""
-        rank = rows.attended.shape[2] - queries.shape[2]
+        rank = rows.rank
         attended = rows.attended[..., :length]
         others, largest, key = block_weights(queries, attended[:, :, rank:], start, rows.window)
         top = jnp.take_along_axis(attended, key, axis=-1, mode="promise_in_bounds")
@@ -152,7 +152,7 @@ def _moments(
     tiling: Tiling, rows: Rows, block: _Block, queries: Float[Array, "c H p b"], start: Int[Array, ""]
 ) -> Float[Array, "c H Hp p b"]:
     """sum_{s != t} alpha_is O_s."""
-    rank = rows.attended.shape[2] - queries.shape[2]
+    rank = rows.rank
     first, chunks = _chunks(tiling, rows, queries, start)
 
     def of_chunk(step: Int[Array, ""] | int) -> Float[Array, "c H products b"]:
@@ -221,26 +221,19 @@ def _pulled(matrices: Float[Array, "c H p Hp k"], attended: Float[Array, "c H ro
 
 def block_log_det(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> LogDet:
     """Sign and log|det J_i| (c, block) of one block of queries."""
-    queries = _at(rows.queries, start, tiling.block)
-    block = _Block.of(tiling, rows, queries, start)
-    rank = rows.attended.shape[2] - queries.shape[2]
-    failed = _cancelled(block, rank)
-    seen, _ = _mapped(rows, start, tiling.block, _covariance(block, _moments(tiling, rows, block, queries, start)))
-    _, sign, log_det = inverse_and_log_det(_small_matrix(seen, failed), start)
-    return LogDet(*repaired(failed, rows, start, Eliminated(None, sign, log_det)).found[1:])
+    _, (_, sign, log_det) = block_small_inverse(tiling, rows, start)
+    return LogDet(sign, log_det)
 
 
-def block_small_inverse(
-    tiling: Tiling, rows: Rows, start: Int[Array, ""]
-) -> tuple[SoftmaxWeights, Float[Array, "c Hp Hp b"]]:
-    """Weights of one block of queries, keys first, and the inverses of their I - R L."""
+def block_small_inverse(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> tuple[SoftmaxWeights, Eliminated]:
+    """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
-    failed = _cancelled(block, rows.attended.shape[2] - queries.shape[2])
+    failed = _cancelled(block, rows.rank)
     moments = _moments(tiling, rows, block, queries, start)
     seen, _ = _mapped(rows, start, tiling.block, _covariance(block, moments))
     found = inverse_and_log_det(_small_matrix(seen, failed), start)
-    return block.weights, repaired(failed, rows, start, found).found.inverse
+    return block.weights, repaired(failed, rows, start, found).found
 
 
 def block_log_det_gradient(
@@ -258,11 +251,11 @@ def block_log_det_gradient(
     moments = _moments(tiling, rows, block, queries, start)
     seen, pull_back = _mapped(rows, start, count, _covariance(block, moments))
     # A position that nothing is asked of, as those that fill the last chunk, may have no inverse.
-    inverse, sign, log_det = inverse_and_log_det(_small_matrix(seen, failed | (scale == 0)), start)
+    eliminated = inverse_and_log_det(_small_matrix(seen, failed | (scale == 0)), start)
 
     # d log|det J_i| / dM_i is -J_i^{-T}; its rows are features and its columns keys, so the inverse itself has keys
     # first. Factor and scale of each query go to its weights, which are smaller.
-    pull, map_change = pull_back(inverse.reshape(groups, heads, size, rank, count))
+    pull, map_change = pull_back(eliminated.inverse.reshape(groups, heads, size, rank, count))
     factor = -jnp.where(failed, 0, scale)[:, None, None]
     query_map = jax.tree.map(
         lambda x, change: _added(x, start, change * factor.reshape(groups, *(1,) * (x.ndim - 2), count)),
@@ -307,7 +300,7 @@ def block_log_det_gradient(
     is_top = block.weights.is_largest.astype(of_top.dtype)
     attended = attended - of_top @ _transposed(is_top)
     found = Rows(_added(gradient.queries, start, query_part), attended, query_map, rows.window)
-    (_, sign, log_det), found = repaired(failed, rows, start, Eliminated(None, sign, log_det), scale, found)
+    (_, sign, log_det), found = repaired(failed, rows, start, eliminated, scale, found)
     return LogDetGradient(sign, log_det, found)
 
 
