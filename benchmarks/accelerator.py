@@ -29,9 +29,9 @@ from models.char_gpt.config import Config
 from models.char_gpt.model import CharGPT
 from models.char_gpt.penalty import loss_terms
 from prob_transformer import Attention, residual_and_log_det
+from prob_transformer.files import provenance, write_json
 from prob_transformer.kernels.barrier import mean_barrier
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells
-from prob_transformer.provenance import provenance, write_json
 
 SECONDS = 450.0
 SEED = 0

@@ -14,7 +14,7 @@ from benchmarks.result import ROOT
 from benchmarks.section import Section
 from benchmarks.table import markdown
 from models import cli
-from prob_transformer.provenance import write_text
+from prob_transformer.files import write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"

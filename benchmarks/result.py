@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.machine import machine, versions
 from benchmarks.section import Plan, Section
-from prob_transformer.provenance import provenance, write_json
+from prob_transformer.files import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = ("benchmarks", "models", "prob_transformer")

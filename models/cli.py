@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from prob_transformer import ImplicitSolveError
-from prob_transformer.output import replace_unencodable
+from prob_transformer.files import replace_unencodable
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -22,7 +22,7 @@ from mwparserfromhell.nodes import Node, Tag, Wikilink
 from tqdm import tqdm
 
 from models.cli import run
-from prob_transformer.provenance import file_sha256, installed_file, write_json, write_text
+from prob_transformer.files import file_sha256, installed_file, write_json, write_text
 
 DUMP_NAME = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 DUMP_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"

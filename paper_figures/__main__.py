@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from models import cli
-from paper_figures import (
+from paper_figures.figures import (
     boundary_plane,
     calibration_ranks,
     central_path,

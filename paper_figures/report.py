@@ -14,7 +14,7 @@ from paper_figures.runs import Runs, load_runs
 from paper_figures.saved import load_checks
 from paper_figures.study_section import study_section
 from paper_figures.verdicts import load_verdicts
-from prob_transformer.provenance import write_text
+from prob_transformer.files import write_text
 
 
 def _checks_section(checks: dict[str, Any]) -> str:

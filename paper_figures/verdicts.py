@@ -15,7 +15,7 @@ from paper_figures.analysis.tables import markdown
 from paper_figures.analysis.verdicts import judge
 from paper_figures.runs import Runs, load_runs
 from paper_figures.saved import load_record
-from prob_transformer.provenance import provenance, write_json
+from prob_transformer.files import provenance, write_json
 
 RULES = {
     "selection": "largest strength whose mean clean validation loss is at most the budget above that of ce",

@@ -13,7 +13,9 @@ from prob_transformer.change_of_variables import (
     jacobian_block,
     residual_and_log_det,
 )
+from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.kernels.conditioning import ConditioningMargin, conditioning_margin
+from prob_transformer.logits import RMSNorm, Rotary
 from prob_transformer.margins import (
     LayerMargins,
     SupportTokens,
@@ -23,9 +25,6 @@ from prob_transformer.margins import (
     support_tokens,
 )
 from prob_transformer.objective import map_objective, weight_prior
-from prob_transformer.penalty import BarrierPenalty, barrier_penalty
-from prob_transformer.process import EmbeddingProcess
-from prob_transformer.query_key import RMSNorm, Rotary
 from prob_transformer.sampling import (
     CausalAttentionTransform,
     ImplicitSolveError,
@@ -34,6 +33,7 @@ from prob_transformer.sampling import (
     named_solve_errors,
 )
 from prob_transformer.token_model import LinearDecoder, sampled_attention, token_model
+from prob_transformer.training_barrier import BarrierPenalty, barrier_penalty
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,7 @@ import json
 from importlib import metadata
 from importlib.util import find_spec
 
-from prob_transformer.provenance import checkout
+from prob_transformer.files import checkout
 
 
 class MissingExtraError(ImportError):

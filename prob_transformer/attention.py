@@ -31,7 +31,7 @@ from prob_transformer._validation import (
     require_floating,
     require_positive,
 )
-from prob_transformer.query_key import RMSNorm, Rotary
+from prob_transformer.logits import RMSNorm, Rotary
 from prob_transformer.softmax import capped, softmax_weights
 
 

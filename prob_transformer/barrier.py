@@ -24,8 +24,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._implementation import Implementation
-from prob_transformer._precision import in_float32_at_least
 from prob_transformer._validation import require_positive
 from prob_transformer.attention import Attention
 from prob_transformer.change_of_variables import residual_and_log_det

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from prob_transformer._precision import in_float32_at_least
+from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer.attention import (
     Attention,
     Past,

@@ -12,7 +12,7 @@ the slopes g_s = d logit_s / d q, which are W_K u_s / sqrt(p) unless the layer h
     L_i = [Cov(v^h, g^h)]_h  (d x Hp),      R = [W_Q^h]_h  (Hp x d),
 
 J_i = I_d - L_i R, and Sylvester's identity gives det J_i = det(I_Hp - R L_i): the small determinant computed below.
-Derivations: docs/theory.md. `EmbeddingProcess.position_log_prob` (process.py) adds up the third line.
+Derivations: docs/theory.md. `EmbeddingProcess.position_log_prob` (embedding_process.py) adds up the third line.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._precision import in_float32_at_least
 from prob_transformer.attention import (
     Attention,
     Past,

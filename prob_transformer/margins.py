@@ -27,8 +27,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from prob_transformer._dtypes import at_least_float32, in_float32_at_least
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._precision import at_least_float32, in_float32_at_least
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
 from prob_transformer.attention import Attention, Past, attention_weights, require_joint, weighted_mean
 from prob_transformer.change_of_variables import jacobian_block, residual_and_log_det

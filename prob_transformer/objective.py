@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.scipy.stats as jstats
 from jaxtyping import Array, Float, Int, PyTree
 
-from prob_transformer._precision import in_float32_at_least
+from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._validation import require_floating, require_positive
 from prob_transformer.attention import Attention, require_joint
 from prob_transformer.change_of_variables import residual_and_log_det

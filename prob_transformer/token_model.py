@@ -22,7 +22,7 @@ from numpyro.distributions import constraints
 from prob_transformer._validation import is_concrete, require_count, require_finite, require_floating
 from prob_transformer.attention import Attention
 from prob_transformer.barrier import barrier
-from prob_transformer.process import EmbeddingProcess
+from prob_transformer.embedding_process import EmbeddingProcess
 
 Objective = Literal["full", "margin"]
 Decoder = Callable[[Float[Array, "... n d"]], Float[Array, "... n V"]]

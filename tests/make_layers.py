@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModel, Gemma2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tests.decoder_models.make_foreign import causal, own_margins, slogdet
+from tests.pretrained.make_foreign import causal, own_margins, slogdet
 
 LENGTH, SIZES = (
     10,

@@ -121,7 +121,7 @@ for module in pkgutil.walk_packages(prob_transformer.__path__, "prob_transformer
 """,
     )
     assert (done.stdout.splitlines(), done.stderr) == (
-        ["prob_transformer.decoder_models MissingExtraError", "prob_transformer.inspect.table ModuleNotFoundError"],
+        ["prob_transformer.pretrained MissingExtraError", "prob_transformer.inspection.table ModuleNotFoundError"],
         "",
     )
 
@@ -174,8 +174,8 @@ _USES = {
     "datatree": ("xarray", "inference", "datatree({}, None, {})"),
     "save": ("xarray", "inference", "save(None, 'result.nc')"),
     "load": ("xarray", "inference", "load('result.zarr')"),
-    "decoder_models": ("gguf", "inspect", "import prob_transformer.decoder_models.load"),
-    "tree": ("xarray", "inspect", "prob_transformer.inspect.tree(None, {})"),
+    "pretrained": ("gguf", "inspect", "import prob_transformer.pretrained.load"),
+    "tree": ("xarray", "inspect", "prob_transformer.inspection.tree(None, {})"),
 }
 
 
@@ -183,7 +183,7 @@ def test_every_use_of_a_missing_package_names_the_extra(core):
     done = run(
         core,
         f"""
-import jax, jax.numpy as jnp, prob_transformer.inspect
+import jax, jax.numpy as jnp, prob_transformer.inspection
 from prob_transformer import Attention, LinearDecoder
 from prob_transformer.inference import datatree, load, particle_filter, save
 for use in {[use for *_, use in _USES.values()]!r}:

@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from models import cli
-from prob_transformer.provenance import provenance, write_json
+from prob_transformer.files import provenance, write_json
 from theory_checks.check import Check, Plan, Result
 from theory_checks.registry import select
 from theory_checks.running import run_checks

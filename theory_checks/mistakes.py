@@ -18,7 +18,7 @@ def _mistake(name: str, file: str, old: str, new: str, *more: tuple[str, str]) -
     return Mistake(name, ((file, old, new), *((file, other_old, other_new) for other_old, other_new in more)))
 
 
-_SOFTMAX, _ATTENTION, _CHANGE, _PROCESS = "softmax.py", "attention.py", "change_of_variables.py", "process.py"
+_SOFTMAX, _ATTENTION, _CHANGE, _PROCESS = "softmax.py", "attention.py", "change_of_variables.py", "embedding_process.py"
 _MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margins.py", "certified_radius.py", "objective.py", "token_model.py"
 
 MISTAKES: tuple[Mistake, ...] = (

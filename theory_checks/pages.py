@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models import cli
-from prob_transformer.provenance import write_text
+from prob_transformer.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- measured -->", "<!-- /measured -->"

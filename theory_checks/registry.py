@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from theory_checks import (
+from theory_checks.check import Check
+from theory_checks.claims import (
     boundedness,
     certified_radius,
     change_of_variables,
@@ -18,7 +19,6 @@ from theory_checks import (
     sampler_law,
     support_tokens,
 )
-from theory_checks.check import Check
 
 CHECKS: tuple[Check, ...] = (
     change_of_variables.CHECK,

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.table import Table
 
-from prob_transformer.provenance import provenance, write_json
+from prob_transformer.files import provenance, write_json
 from theory_checks.mistakes import MISTAKES, Mistake
 from theory_checks.registry import select
 

@@ -15,7 +15,7 @@ from prob_transformer import Attention
 from prob_transformer.inference import find_map, particle_filter
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.nuts import nuts
-from theory_checks.token_truth import BUMPS, SCALES, TOKENS, conjugate_truth, gaussian_posterior
+from theory_checks.truth.token_truth import BUMPS, SCALES, TOKENS, conjugate_truth, gaussian_posterior
 
 LENGTH, WIDTH = 4, 2
 

@@ -13,7 +13,7 @@ from benchmarks.inference.sizes import Sizes
 from benchmarks.section import Column, Section, at_most
 from prob_transformer.inference import ParticleStatus, particle_filter
 from prob_transformer.inference.proposals import ProposalName
-from theory_checks.token_truth import SCALES, EvidenceCase, cases
+from theory_checks.truth.token_truth import SCALES, EvidenceCase, cases
 
 
 @eqx.filter_jit

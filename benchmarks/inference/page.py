@@ -11,7 +11,7 @@ from benchmarks.page import load as load_result
 from benchmarks.result import ROOT
 from benchmarks.table import markdown
 from models import cli
-from prob_transformer.provenance import write_text
+from prob_transformer.files import write_text
 
 RESULT = ROOT / "benchmarks" / "inference" / "result.json"
 PAGE = ROOT / "docs" / "inference_benchmark.md"

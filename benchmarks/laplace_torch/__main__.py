@@ -21,7 +21,7 @@ from benchmarks.laplace_torch.problem import STRUCTURES, problem
 from benchmarks.machine import machine, versions
 from models import cli
 from models.char_gpt.laplace import load_run
-from prob_transformer.provenance import provenance, write_json
+from prob_transformer.files import provenance, write_json
 
 _SIZES = {
     "training_windows": (16, "windows of training text that the curvature is of"),

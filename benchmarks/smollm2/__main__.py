@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from models import wikipedia
 from models.cli import run
-from prob_transformer.decoder_models import smollm2
-from prob_transformer.decoder_models.tokenizer import encode
-from prob_transformer.provenance import provenance, write_json
+from prob_transformer.files import provenance, write_json
+from prob_transformer.pretrained import smollm2
+from prob_transformer.pretrained.tokenizer import encode
 
 ARTICLES = (0, 37, 90)
 PASSAGE, PROMPT, CONTINUED = 512, 64, 200

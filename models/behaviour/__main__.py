@@ -21,9 +21,9 @@ from models.behaviour.relation import relation
 from models.behaviour.verdict import verdict
 from models.cli import run
 from prob_transformer._validation import require_count
-from prob_transformer.decoder_models.load import load
-from prob_transformer.inspect.command import read_text
-from prob_transformer.provenance import provenance, write_json
+from prob_transformer.files import provenance, write_json
+from prob_transformer.inspection.command import read_text
+from prob_transformer.pretrained.load import load
 
 _COUNTS = {
     "passages": (20, 2, "passages of text, which the intervals are over"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import equinox as eqx
 
 from models.char_gpt.config import Config, renamed
-from prob_transformer.provenance import atomic_path
+from prob_transformer.files import atomic_path
 
 if TYPE_CHECKING:
     from models.char_gpt.training import State

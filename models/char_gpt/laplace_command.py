@@ -15,9 +15,9 @@ from models.char_gpt import last_layer, linear_maps
 from models.char_gpt.evaluation import evaluation_windows
 from models.char_gpt.laplace import Structure, covered, curvature, evidence_of, load_run, training_windows, tuned
 from models.char_gpt.predictive import Score, probit, sampled, score
+from prob_transformer.files import provenance
 from prob_transformer.inference.laplace.kfac import Positions
 from prob_transformer.inference.results import datatree, save
-from prob_transformer.provenance import provenance
 
 DRAWS, CHARACTERS = 32, 32_768
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prob_transformer.provenance import write_text
+from prob_transformer.files import write_text
 
 NAME = "runs.jsonl"
 

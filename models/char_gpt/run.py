@@ -16,7 +16,7 @@ from models.char_gpt.model import CharGPT
 from models.char_gpt.sharding import is_first_process
 from models.char_gpt.training import seconds_per_step, train
 from models.corpus import Corpus
-from prob_transformer.provenance import atomic_path, provenance, write_json
+from prob_transformer.files import atomic_path, provenance, write_json
 
 METRICS, MARGINS = "metrics.json", "margins.npz"
 

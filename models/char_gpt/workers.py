@@ -20,7 +20,7 @@ from models.char_gpt.config import Config
 from models.char_gpt.evaluation import measure
 from models.char_gpt.run import parameter_count
 from models.char_gpt.study import run_name
-from prob_transformer.provenance import provenance
+from prob_transformer.files import provenance
 
 _WATCH_SECONDS = 1.0
 # Read once a worker, not once a run.

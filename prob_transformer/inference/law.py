@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float
 
 from prob_transformer.attention import Attention, Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
+from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.inference.reparam import embedding_process
-from prob_transformer.process import EmbeddingProcess
 
 # Of A + A^T, in units of its largest entry times its size and the rounding of its dtype.
 _ROUNDING = 8

@@ -24,6 +24,8 @@ from numpyro.infer.util import constrain_fn
 from prob_transformer._validation import require_count, require_positive
 from prob_transformer.attention import Attention
 from prob_transformer.change_of_variables import residual_and_log_det
+from prob_transformer.embedding_process import EmbeddingProcess
+from prob_transformer.files import provenance
 from prob_transformer.inference.joint import (
     Sites,
     Space,
@@ -35,8 +37,6 @@ from prob_transformer.inference.joint import (
 from prob_transformer.inference.law import NO_LAW, Law, law_of, processes
 from prob_transformer.inference.minimise import Iterate, MapStatus, Minimum, minimise
 from prob_transformer.inference.results import Dims, datatree, for_arviz
-from prob_transformer.process import EmbeddingProcess
-from prob_transformer.provenance import provenance
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Float, Num
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
+from prob_transformer.files import provenance
 from prob_transformer.inference.gauge import REMEDY, Gauge
 from prob_transformer.inference.law import NO_LAW, Law
 from prob_transformer.inference.reparam import noise_name
 from prob_transformer.inference.results import Dims, datatree, for_arviz
-from prob_transformer.provenance import provenance
 
 if TYPE_CHECKING:
     import xarray as xr

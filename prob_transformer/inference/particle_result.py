@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count
+from prob_transformer.embedding_process import EmbeddingProcess
+from prob_transformer.files import provenance
 from prob_transformer.inference.law import Law, law_of
 from prob_transformer.inference.results import Dims, datatree, for_arviz
 from prob_transformer.inference.smoothing import ancestral_indices, smoothing_indices
-from prob_transformer.process import EmbeddingProcess
-from prob_transformer.provenance import provenance
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -24,9 +24,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from prob_transformer._extras import require
 from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.attention import Attention, Past
+from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
-from prob_transformer.process import EmbeddingProcess
 from prob_transformer.sampling import SolveStatus
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
 

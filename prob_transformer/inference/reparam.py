@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
-from prob_transformer.process import EmbeddingProcess
+from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.sampling import CausalAttentionTransform, SolveStatus
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from prob_transformer._extras import require
-from prob_transformer.provenance import atomic_path
+from prob_transformer.files import atomic_path
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from prob_transformer._precision import in_float32_at_least
+from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det_total, subsampled_log_det_total
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prob_transformer._precision import in_float32_at_least, ranks_promoted
+from prob_transformer._dtypes import in_float32_at_least, ranks_promoted
 from prob_transformer.attention import Attention, require_joint
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling, padded
 from prob_transformer.kernels.log_det import log_det

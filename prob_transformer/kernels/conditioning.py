@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._precision import in_float32_at_least, ranks_promoted
+from prob_transformer._dtypes import in_float32_at_least, ranks_promoted
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention, require_joint
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from prob_transformer._precision import ranks_promoted
+from prob_transformer._dtypes import ranks_promoted
 
 # A growth of the elements by about this factor is let through before rows are exchanged.
 PERMITTED_GROWTH = 64

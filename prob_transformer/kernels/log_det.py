@@ -16,7 +16,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from prob_transformer._precision import ranks_promoted
+from prob_transformer._dtypes import ranks_promoted
 from prob_transformer.kernels.cells import Cells, Rows, Tiling, in_groups, padded
 from prob_transformer.kernels.sweep import (
     LogDet,

@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from prob_transformer._precision import in_float32_at_least
+from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention, require_joint
 from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier

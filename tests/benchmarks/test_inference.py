@@ -17,7 +17,7 @@ from benchmarks.laplace_torch import page as laplace_torch
 from benchmarks.section import is_met
 from prob_transformer import jacobian_block
 from prob_transformer.inference.calibration import ranks, uniformity
-from theory_checks.token_truth import gaussian_posterior
+from theory_checks.truth.token_truth import gaussian_posterior
 
 
 def test_the_conjugate_truth_is_that_of_the_joint_gaussian_of_embeddings_and_data():

@@ -225,8 +225,8 @@ def check(path: Path, screenshots: Path | None) -> None:
 @contextlib.contextmanager
 def tiny_page() -> Iterator[Path]:
     """The page of a random model of the Llama family: one token a byte, and one that is markup."""
-    from prob_transformer.decoder_models.load import load
-    from prob_transformer.inspect import main
+    from prob_transformer.inspection import main
+    from prob_transformer.pretrained.load import load
     from tests.support.tiny_models import LLAMA, byte_tokenizer, llama_weights, write
 
     with tempfile.TemporaryDirectory() as name:

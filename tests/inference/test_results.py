@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from prob_transformer.files import provenance
 from prob_transformer.inference import datatree, load, save
-from prob_transformer.provenance import provenance
 
 ATTRS = provenance(7, {"steps": 5, "rate": 0.1}, "python -m x") | {"objective": "negative log joint"}
 ENDINGS = [".nc", ".zarr"]

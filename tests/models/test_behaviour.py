@@ -13,7 +13,7 @@ from models.behaviour.measure import PAST_SHARE, SHORTEST_PAST, attention, logit
 from models.behaviour.relation import Relation, partial_correlation, relation
 from models.behaviour.verdict import verdict
 from prob_transformer import layer_margins
-from prob_transformer.decoder_models.load import load
+from prob_transformer.pretrained.load import load
 from tests.support.tiny_models import LLAMA, llama_weights, write
 
 

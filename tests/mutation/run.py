@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("attention", "change_of_variables", "barrier", "margins", "process")
-TESTED_BY = ("barrier", "attention", "margins", "change_of_variables", "process", "sampling", "token_model")
+MODULES = ("softmax", "attention", "change_of_variables", "barrier", "margins", "embedding_process")
+TESTED_BY = (
+    "barrier", "attention", "margins", "change_of_variables", "embedding_process", "sampling", "token_model",
+)  # fmt: skip
 SHARE = 0.9
 # Seconds that the tests of one mutant may take before it counts as timed out.
 TIMEOUT = 600.0
@@ -341,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if mutant.outcome in ("survived", "timeout"):
                     print(f"{name}.py:{mutant.line} {mutant.outcome} {mutant.operator}\n{mutant.detail}", flush=True)
             print(f"{name}: {_share(found[name]):.1%} killed, {time.monotonic() - start:.0f} s", flush=True)
-    from prob_transformer.provenance import provenance, write_json
+    from prob_transformer.files import provenance, write_json
 
     record = provenance(None, {"own_tests_only": options.own_tests_only})
     record["packages"]["cosmic-ray"] = version

@@ -7,9 +7,9 @@ import matplotlib as mpl
 import pytest
 from matplotlib import pyplot as plt
 
-from paper_figures import style
-from paper_figures.claims import __main__ as command
-from paper_figures.claims import errors
+from paper_figures.figures import style
+from paper_figures.figures.claims import __main__ as command
+from paper_figures.figures.claims import errors
 from theory_checks import registry
 
 RESULTS = Path(command.__file__).resolve().parents[2] / "results" / "reference" / "theory_checks.json"

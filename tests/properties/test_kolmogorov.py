@@ -15,12 +15,12 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
-from theory_checks import plain
+from theory_checks.claims.kolmogorov import reach, sheared
+from theory_checks.claims.normalisation import TAIL, roots, signed_density
 from theory_checks.compiling import quick_jit
-from theory_checks.kolmogorov import reach, sheared
-from theory_checks.normalisation import TAIL, roots, signed_density
-from theory_checks.quadrature import integrate
 from theory_checks.strategies import SIMPLE_NUMBERS, Case, Shape, safe_cases
+from theory_checks.truth import plain
+from theory_checks.truth.quadrature import integrate
 
 # Between tokens many deviations of the noise apart the density is a narrow peak, which the first nodes of a quadrature
 # would miss: embeddings and values are therefore at most one deviation from 0.

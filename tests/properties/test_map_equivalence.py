@@ -18,11 +18,11 @@ from scipy.special import log_softmax
 
 from prob_transformer import Attention, LinearDecoder, map_objective, token_model
 from tests.support.dense import dense_truth
-from theory_checks import plain
+from theory_checks.claims.map_equivalence import Setting, bayesian_model, by_hand, relative_difference
 from theory_checks.compiling import quick_jit
-from theory_checks.map_equivalence import Setting, bayesian_model, by_hand, relative_difference
 from theory_checks.rounding import amplification
 from theory_checks.strategies import SIMPLE_NUMBERS, Case, Shape, shrinking_cases
+from theory_checks.truth import plain
 
 VOCABULARY = 2
 SMALL, LARGE = Shape(1, 1, 1, 3, False), Shape(2, 1, 2, 3, True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prob_transformer import Attention, certified_radius, stability_margin
 from tests.support.dense import dense_truth
-from theory_checks.certified_radius import distance_found
+from theory_checks.claims.certified_radius import distance_found
 from theory_checks.compiling import quick_jit
 from theory_checks.rounding import log_det_tolerance
 from theory_checks.strategies import LINE_SHAPES, SIMPLE_NUMBERS, WIDE_SHAPES, Case, Shape, safe_cases, shrinking_cases

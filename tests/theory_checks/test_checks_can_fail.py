@@ -20,9 +20,9 @@ from prob_transformer import (
     token_model,
     weight_prior,
 )
-from theory_checks import certified_radius as certified_radius_check
-from theory_checks import change_of_variables, kolmogorov, map_equivalence
 from theory_checks.check import Plan, Result, evaluate
+from theory_checks.claims import certified_radius as certified_radius_check
+from theory_checks.claims import change_of_variables, kolmogorov, map_equivalence
 from theory_checks.registry import CHECKS
 from theory_checks.strategies import SHAPES
 

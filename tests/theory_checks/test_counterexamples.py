@@ -22,8 +22,8 @@ from prob_transformer import (
     stability_margin,
     weight_prior,
 )
-from theory_checks.change_of_variables import dense_residual
-from theory_checks.normalisation import interaction_attention, scalar_attention
+from theory_checks.claims.change_of_variables import dense_residual
+from theory_checks.claims.normalisation import interaction_attention, scalar_attention
 
 PAST = np.array([-1.0, 1.0, 0.3])
 

@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import norm
 
 from models.scalar import scalar_attention
-from theory_checks.normalisation import masses, scalar_residual
-from theory_checks.quadrature import expected_roots, expected_roots_plane, integrate
+from theory_checks.claims.normalisation import masses, scalar_residual
+from theory_checks.truth.quadrature import expected_roots, expected_roots_plane, integrate
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 3])

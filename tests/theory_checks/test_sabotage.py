@@ -26,7 +26,7 @@ def test_every_mistake_fits_its_file_and_still_parses(mistake):
 def test_names_differ_and_cover_the_core():
     assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) >= 20
     files = {file for mistake in MISTAKES for file, _, _ in mistake.replacements}
-    assert {"attention.py", "change_of_variables.py", "barrier.py", "margins.py", "process.py"} <= files
+    assert {"attention.py", "change_of_variables.py", "barrier.py", "margins.py", "embedding_process.py"} <= files
 
 
 def test_a_mistake_that_no_longer_fits_is_named():

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import find
 from scipy import stats
 
-from theory_checks import plain
 from theory_checks.check import for_each_drawn
 from theory_checks.strategies import (
     HUGE_LOGITS,
@@ -21,6 +20,7 @@ from theory_checks.strategies import (
     make_case,
     shrinking_cases,
 )
+from theory_checks.truth import plain
 
 SHAPE = Shape(2, 2, 3, 6, True)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._validation import require_count
+from prob_transformer.files import provenance
 from prob_transformer.inference.joint import key_or_seed
 from prob_transformer.inference.laplace.curvature import Curvature
 from prob_transformer.inference.laplace.potential import Potential
@@ -25,7 +26,6 @@ from prob_transformer.inference.laplace.predictive import (
 from prob_transformer.inference.law import NO_LAW, Law, law_of, processes
 from prob_transformer.inference.map import MapResult
 from prob_transformer.inference.results import Dims, datatree, for_arviz
-from prob_transformer.provenance import provenance
 from prob_transformer.sampling import named_solve_errors
 
 if TYPE_CHECKING:

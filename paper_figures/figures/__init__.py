@@ -1,0 +1,1 @@
+"""The figures, one a file, and their one style."""

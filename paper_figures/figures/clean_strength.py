@@ -1,0 +1,56 @@
+"""Clean loss against the strength of every method, with the budget and the strength that the rule chose."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paper_figures.analysis.selection import BUDGET, select
+from paper_figures.figures.style import BLACK, METHOD_STYLES, panel_grid, signed_ticks
+from paper_figures.runs import BASELINE, Runs, clean_loss, load_runs
+
+NAME = "clean_strength"
+SOURCE = "runs"
+CAPTION = (
+    "Clean validation loss against the strength of each method (lambda for the barriers), as a change from plain "
+    "cross-entropy of the same seeds; small points are seeds, the line is their mean. Dotted: the budget of 0.5 %. Ring: the "
+    "strength chosen, the largest whose mean keeps the budget. A strength without a point diverged on some seed. The axis "
+    "is linear within 1 % and logarithmic beyond."
+)
+_COLUMNS = 4
+
+
+def draw(runs: Path) -> Figure:
+    """The figure from the sweep under `runs`; ValueError if there is none."""
+    sweep = load_runs(runs)
+    methods = [method for method in sweep.methods if method != BASELINE]
+    figure, panels = panel_grid(len(methods), _COLUMNS, 1.9, sharey=True)
+    for panel, method in zip(panels, methods, strict=True):
+        _panel(panel, sweep, method)
+    for panel in panels[::_COLUMNS]:
+        panel.set_ylabel("change of clean loss (%)")
+    return figure
+
+
+def _panel(panel: Axes, sweep: Runs, method: str) -> None:
+    reference = np.array([clean_loss(run, "validation") for run in sweep.baseline])
+    means = {}
+    for strength in sweep.strengths(method):
+        losses = np.array([clean_loss(run, "validation") for run in sweep.finished(method, strength)])
+        if len(losses):
+            means[strength] = 100 * (losses.mean() / reference.mean() - 1)
+            changes = 100 * (losses / reference - 1)
+            panel.plot([strength] * len(changes), changes, ".", color="#999999", markersize=3, zorder=1)
+    panel.plot(list(means), list(means.values()), **METHOD_STYLES[method])
+    chosen = select(sweep, method)
+    if chosen is not None:
+        panel.plot(chosen.strength, means[chosen.strength], "o", markersize=11, fillstyle="none", color=BLACK)
+    panel.axhline(100 * BUDGET, color=BLACK, linestyle=":", linewidth=1.0)
+    panel.set_xscale("log")
+    panel.set_yscale("symlog", linthresh=1.0)
+    signed_ticks(panel.yaxis, (-10, -1, 0, 1, 10, 100))
+    strengths = sweep.strengths(method)
+    panel.set_xlim(strengths[0] / 2, strengths[-1] * 2)
+    panel.set_title(method)
+    panel.set_xlabel("strength")

