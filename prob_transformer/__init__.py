@@ -25,13 +25,8 @@ from prob_transformer.margins import (
     support_tokens,
 )
 from prob_transformer.objective import map_objective, weight_prior
-from prob_transformer.sampling import (
-    CausalAttentionTransform,
-    ImplicitSolveError,
-    Solution,
-    SolveStatus,
-    named_solve_errors,
-)
+from prob_transformer.root_finder import ImplicitSolveError, Solution, SolveStatus
+from prob_transformer.sampling import CausalAttentionTransform, named_solve_errors
 from prob_transformer.token_model import LinearDecoder, sampled_attention, token_model
 from prob_transformer.training_barrier import BarrierPenalty, barrier_penalty
 

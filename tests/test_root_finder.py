@@ -12,8 +12,8 @@ from scipy.special import softmax
 
 import prob_transformer
 from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProcess, ImplicitSolveError, SolveStatus
-from prob_transformer import sampling as module
-from prob_transformer.sampling import residual_tolerance
+from prob_transformer import root_finder as module
+from prob_transformer.root_finder import residual_tolerance
 from tests.support.dense import SHAPES, dense_map, dense_truth, draw
 
 # Most of the time goes into compiling, so many tests share one shape: heads, head size, width, length, own values.
@@ -215,17 +215,17 @@ def test_a_long_sequence_is_one_scan_compiled_once():
     rng = np.random.default_rng(5)
     key, noise = rng.normal(size=(1, 4, 16)), rng.normal(size=(1000, 16))
     transform = CausalAttentionTransform(Attention(-key, key), continuation_steps=4)
-    before = module._solve._cache_size()
+    before = module.solve_sequences._cache_size()
     embeddings, status = transform.solve(noise)
     again = CausalAttentionTransform(Attention(-2 * key, 2 * key), continuation_steps=4).solve(noise[::-1])
-    assert module._solve._cache_size() == before + 1
+    assert module.solve_sequences._cache_size() == before + 1
     assert (status == SolveStatus.CONVERGED).all()
     assert (again.status == SolveStatus.CONVERGED).all()
     np.testing.assert_allclose(transform.inv(embeddings), noise, atol=1e-8)
 
 
 def test_there_is_one_loop_over_positions_and_no_lapack_in_it():
-    traced = module._solve.trace(attention_of(0), jnp.zeros((4, 6, 3)), 16)
+    traced = module.solve_sequences.trace(attention_of(0), jnp.zeros((4, 6, 3)), 16)
     assert [eqn.params["length"] for eqn in traced.jaxpr.eqns if eqn.primitive.name == "scan"] == [6]
     assert "lapack" not in traced.lower().as_text()
 

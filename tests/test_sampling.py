@@ -168,7 +168,7 @@ def test_every_status_is_true_of_its_root():
 
 
 def test_solving_twice_with_the_same_shapes_compiles_once():
-    from prob_transformer import sampling as module
+    from prob_transformer import root_finder as module
 
     transform = CausalAttentionTransform(mild_attention(8))
     noise = np.random.default_rng(4).normal(size=(5, 3))

@@ -18,7 +18,7 @@ from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_m
 from prob_transformer._validation import require_finite
 from prob_transformer.attention import Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
-from prob_transformer.sampling import SolveStatus
+from prob_transformer.root_finder import SolveStatus
 
 # The example of docs/theory.md section 3.
 PAST = (-1.0, 1.0, 0.3)

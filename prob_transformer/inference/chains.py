@@ -16,7 +16,7 @@ from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.inference.joint import Sites, observed_data
 from prob_transformer.inference.law import statistics
 from prob_transformer.inference.reparam import embedding_process, status_name, through_noise
-from prob_transformer.sampling import SolveStatus
+from prob_transformer.root_finder import SolveStatus
 
 # NumPyro's own radius of random starts and number of tries.
 _RADIUS, _TRIES = 2.0, 100

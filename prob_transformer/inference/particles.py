@@ -27,7 +27,7 @@ from prob_transformer.attention import Attention, Past
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
-from prob_transformer.sampling import SolveStatus
+from prob_transformer.root_finder import SolveStatus
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from prob_transformer.attention import Attention, Past, attention_weights, weighted_mean
 from prob_transformer.change_of_variables import residual_and_log_det_at
-from prob_transformer.sampling import SolveStatus, solve_position
+from prob_transformer.root_finder import SolveStatus, solve_position
 
 ProposalName = Literal["process", "direct"]
 # Anything above 1 bounds density / q given the past, because mu_i is bounded; more only wastes particles.

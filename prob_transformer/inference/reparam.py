@@ -17,7 +17,8 @@ from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
 from prob_transformer.embedding_process import EmbeddingProcess
-from prob_transformer.sampling import CausalAttentionTransform, SolveStatus
+from prob_transformer.root_finder import SolveStatus
+from prob_transformer.sampling import CausalAttentionTransform
 
 
 def embedding_process(site: dict[str, Any]) -> EmbeddingProcess | None:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from prob_transformer import Attention, EmbeddingProcess
 from prob_transformer.inference import NoiseReparam, through_noise
-from prob_transformer.sampling import SolveStatus
+from prob_transformer.root_finder import SolveStatus
 from tests.support.dense import dense_map, draw
 
 
