@@ -157,13 +157,13 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake("noise of unit size sampled", _PROCESS, "solve(noise * scales)", "solve(noise)"),
     _mistake(
         "transform's log-determinant of the inverse",
-        "sampling.py",
+        "root_finder.py",
         "return -residual_and_log_det(self.attention, y).log_det.sum(-1)",
         "return residual_and_log_det(self.attention, y).log_det.sum(-1)",
     ),
     _mistake(
         "explicit step instead of the implicit equation",
-        "sampling.py",
+        "root_finder.py",
         "return u, status_after(mismatch, search.here.sign, allowed, search.status)",
         "return noise - _mismatch(noise, attention, past, noise), jnp.zeros_like(search.status)",
     ),
