@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(core):
     unpacked = {path for path in core.iterdir() if not path.is_symlink()}
     assert {path.name for path in unpacked} == {"prob_transformer", ABOUT}
     assert {path.name for path in (core / "prob_transformer").glob("py.typed")} == {"py.typed"}
-    assert {path.name for path in (core / "prob_transformer/inspect").glob("page.*")} == {
+    assert {path.name for path in (core / "prob_transformer/inspection").glob("page.*")} == {
         "page.css",
         "page.html",
         "page.js",
@@ -121,7 +121,7 @@ for module in pkgutil.walk_packages(prob_transformer.__path__, "prob_transformer
 """,
     )
     assert (done.stdout.splitlines(), done.stderr) == (
-        ["prob_transformer.pretrained MissingExtraError", "prob_transformer.inspection.table ModuleNotFoundError"],
+        ["prob_transformer.inspection.table ModuleNotFoundError", "prob_transformer.pretrained MissingExtraError"],
         "",
     )
 

@@ -157,7 +157,7 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake("noise of unit size sampled", _PROCESS, "solve(noise * scales)", "solve(noise)"),
     _mistake(
         "transform's log-determinant of the inverse",
-        "root_finder.py",
+        "sampling.py",
         "return -residual_and_log_det(self.attention, y).log_det.sum(-1)",
         "return residual_and_log_det(self.attention, y).log_det.sum(-1)",
     ),
