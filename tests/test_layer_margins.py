@@ -240,6 +240,10 @@ def ones(*shape):
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), rotary=10000.0), "rotary: got float; pass a Rotary"),
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), scale=-1.0), "scale: got"),
         (lambda: Rotary(ones(2, 2)), "frequencies: has shape"),
+        (
+            lambda: next(decoder_margins([Attention(ones(4, 2, 3), ones(2, 2, 3))])),
+            "layer 0: got Attention; pass a pair",
+        ),
     ],
 )
 def test_layers_that_do_not_fit_are_refused_by_name(make, message):
