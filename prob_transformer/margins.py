@@ -357,7 +357,7 @@ def decoder_margins(layers: Iterable[tuple[Attention, Float[Array, "n d"]]], **a
     """Margins of a whole decoder, one layer at a time: `layer_margins(layer, inputs, **asked)` of every pair.
 
     `layers` is any iterable of a layer and its normalised inputs; when it is a generator that runs the model as it is
-    read, only one layer's numbers are in memory at a time, and memory does not grow with depth. ValueErrors name the layer.
+    read, memory holds one layer's numbers only and does not grow with depth. ValueErrors name the layer.
     """
     for index, pair in enumerate(layers):
         try:
