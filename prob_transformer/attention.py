@@ -241,6 +241,13 @@ def require_joint(name: str, embeddings: Any, attention: Attention) -> Float[Arr
     return require_embeddings(name, embeddings, attention.width)
 
 
+def require_layer(pair: Any) -> tuple[Attention, Float[Array, "... n d"]]:
+    """A layer and its inputs (..., n, d), checked."""
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Attention)):
+        raise ValueError(f"got {type(pair).__name__}; pass a pair (Attention, inputs).")
+    return pair[0], require_embeddings("inputs", pair[1], pair[0].width)
+
+
 def _with_bias(x: Float[Array, "H ... p"], bias: Float[Array, "H p"] | None) -> Float[Array, "H ... p"]:
     return x if bias is None else x + bias.reshape(bias.shape[0], *(1,) * (x.ndim - 2), bias.shape[1])
 

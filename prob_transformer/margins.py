@@ -30,7 +30,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from prob_transformer._dtypes import at_least_float32, in_float32_at_least
 from prob_transformer._implementation import Implementation, is_blocked
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
-from prob_transformer.attention import Attention, Past, attention_weights, require_joint, weighted_mean
+from prob_transformer.attention import (
+    Attention,
+    Past,
+    attention_weights,
+    require_joint,
+    require_layer,
+    weighted_mean,
+)
 from prob_transformer.change_of_variables import jacobian_block, residual_and_log_det
 from prob_transformer.kernels.conditioning import conditioning_margin
 from prob_transformer.kernels.sweep import LogDet
@@ -327,7 +334,7 @@ def layer_margins(
     if values not in get_args(Values):
         raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")
     if joint and values == "identity":
-        raise ValueError('joint: heads with identity values exist alone only; pass values="own".')
+        raise ValueError('joint=True needs values="own": heads with identity values cannot be combined.')
     inputs = at_least_float32(require_embeddings("inputs", inputs, layer.width))
     if inputs.ndim != 2:
         raise ValueError(f"inputs: has shape {inputs.shape}; pass one sequence (n, d) at a time.")
@@ -350,11 +357,11 @@ def decoder_margins(layers: Iterable[tuple[Attention, Float[Array, "n d"]]], **a
     """Margins of a whole decoder, one layer at a time: `layer_margins(layer, inputs, **asked)` of every pair.
 
     `layers` is any iterable of a layer and its normalised inputs; when it is a generator that runs the model as it is
-    read, one layer's numbers are alive at a time and memory does not grow with depth. ValueErrors name the layer.
+    read, memory holds one layer's numbers only and does not grow with depth. ValueErrors name the layer.
     """
-    for index, (layer, inputs) in enumerate(layers):
+    for index, pair in enumerate(layers):
         try:
-            found = layer_margins(layer, inputs, **asked)
+            found = layer_margins(*require_layer(pair), **asked)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from None
         yield found

@@ -21,8 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._dtypes import at_least_float32
-from prob_transformer._validation import require_embeddings, require_positive
-from prob_transformer.attention import Attention, Past
+from prob_transformer._validation import require_positive
+from prob_transformer.attention import Attention, Past, require_layer
 from prob_transformer.barrier import one_sided_penalty
 from prob_transformer.change_of_variables import residual_and_log_det_at
 from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier
@@ -145,9 +145,7 @@ def barrier_penalty(
     found: list[tuple[int, MeanBarrier]] = []
     for index, pair in enumerate(layers):
         try:
-            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Attention)):
-                raise ValueError(f"got {type(pair).__name__}; pass a pair (Attention, inputs).")
-            layer, inputs = pair[0], require_embeddings("inputs", pair[1], pair[0].width)
+            layer, inputs = require_layer(pair)
             if inputs.size == 0:
                 raise ValueError(f"inputs: has shape {inputs.shape}; pass at least one sequence.")
             if layer.cap is not None and (share < 1 or mesh is not None):

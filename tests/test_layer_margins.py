@@ -188,7 +188,7 @@ def test_a_decoder_is_read_one_layer_at_a_time():
         ({"kinds": ("norm",)}, "kinds: got"),
         ({"values": "other"}, "values: got 'other'; pass one of identity, own"),
         ({"values": "own"}, "the layer has no value maps"),
-        ({"joint": True}, 'joint: .* pass values="own"'),
+        ({"joint": True}, 'joint=True needs values="own"'),
         ({"k": 0}, "k: got 0"),
         ({"k": 8}, "k: got 8; pass at most the number of positions, 7"),
         ({"positions": []}, "positions: pass at least one"),
@@ -240,6 +240,10 @@ def ones(*shape):
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), rotary=10000.0), "rotary: got float; pass a Rotary"),
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), scale=-1.0), "scale: got"),
         (lambda: Rotary(ones(2, 2)), "frequencies: has shape"),
+        (
+            lambda: next(decoder_margins([Attention(ones(4, 2, 3), ones(2, 2, 3))])),
+            "layer 0: got Attention; pass a pair",
+        ),
     ],
 )
 def test_layers_that_do_not_fit_are_refused_by_name(make, message):
