@@ -36,6 +36,12 @@ def at_least_float32(tree: Tree) -> Tree:
     return _cast(tree, lambda dtype: jnp.promote_types(dtype, jnp.float32))
 
 
+def in_common_type(tree: Tree) -> Tree:
+    """The tree with all its arrays of floating point in their common type, float32 at least."""
+    dtype = jnp.result_type(jnp.float32, *_floating(tree))
+    return _cast(tree, lambda _: dtype)
+
+
 def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """The function with all its arrays in their common type or float32; its result in half precision if all are."""
 
@@ -43,10 +49,9 @@ def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Para
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         arrays = _floating((args, kwargs))
         dtype = jnp.result_type(*arrays) if arrays else jnp.dtype(jnp.float32)
-        wide = jnp.promote_types(dtype, jnp.float32)
-        args, kwargs = _cast((args, kwargs), lambda _: wide)
+        args, kwargs = in_common_type((args, kwargs))
         result = function(*args, **kwargs)
-        return result if dtype == wide else _cast(result, lambda _: dtype)
+        return result if dtype == jnp.promote_types(dtype, jnp.float32) else _cast(result, lambda _: dtype)
 
     return wrapped
 

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer._validation import (
+    is_concrete,
     require_count,
     require_embeddings,
     require_finite,
@@ -119,6 +120,8 @@ class Attention(eqx.Module):
             )
         if window is not None:
             require_count("window", window, 1, "a window counts the position itself, so that 1 leaves no past")
+            # JAX takes NumPy's numbers for arrays, which a static field must not be.
+            window = int(window)
         for name, number in (("scale", scale), ("cap", cap)):
             if number is not None:
                 require_positive(name, number)
@@ -161,7 +164,9 @@ class Attention(eqx.Module):
         return self.scale * jnp.einsum("hpa,hpb->hab", self.of_heads(self.key), self.query)
 
     def head_alone(self, head: Int[Array, ""] | int) -> "Attention":
-        """One head with identity values, as heads are looked at alone."""
+        """One head with identity values, as heads are looked at alone. Raises ValueError for a number out of range."""
+        if is_concrete(head) and not 0 <= int(head) < self.heads:
+            raise ValueError(f"head: got {head}; pass 0 to {self.heads - 1}.")
         group = self.group_of_head[head]
         return Attention(
             self.query[head][None],

@@ -18,6 +18,9 @@ class RMSNorm(eqx.Module):
     gain: Float[Array, " d"]
     epsilon: float = eqx.field(static=True)
 
+    def __init__(self, gain: Float[Array, " d"], epsilon: float):
+        self.gain, self.epsilon = require_floating("gain", gain), epsilon
+
     @ranks_promoted
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         return self.gain * x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._dtypes import at_least_float32, in_float32_at_least
+from prob_transformer._dtypes import at_least_float32, in_float32_at_least, ranks_promoted
 from prob_transformer._implementation import Implementation, is_blocked
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
 from prob_transformer.attention import (
@@ -94,13 +94,18 @@ def stability_margin(
     raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
 
 
-def _variance_share_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, " n"]:
-    """Share of past token s in sum_h tr Cov_{alpha^h}(v^h): sum_h alpha^h_s |v^h_s - v^h_mean|^2, normalised."""
-    weights = attention_weights(attention, past, embedding)
-    means = jax.vmap(weighted_mean)(weights, past.values)
-    spread = (weights * jnp.square(past.values - means[:, None]).sum(-1)).sum(0)
+def _variance_share(weights: Float[Array, "H n"], values: Float[Array, "H n d"]) -> Float[Array, " n"]:
+    """Share of token s in sum_h tr Cov_{alpha^h}(v^h): sum_h alpha^h_s |v^h_s - v^h_mean|^2, normalised."""
+    is_attended = (weights > 0)[..., None]
+    # Relative to the token of the largest weight, as in `weighted_covariance`, and to the largest deviation, whose
+    # square might leave the range of the dtype.
+    heaviest = jnp.argmax(weights, -1)[:, None, None]
+    values = jnp.where(is_attended, values - jnp.take_along_axis(values, heaviest, axis=1), 0)
+    deviations = jnp.where(is_attended, values - jax.vmap(weighted_mean)(weights, values)[:, None], 0)
+    largest = jnp.abs(deviations).max()
+    spread = (weights * jnp.square(deviations / jnp.where(largest > 0, largest, 1)).sum(-1)).sum(0)
     total = spread.sum()
-    return spread / jnp.where(total > 0, total, 1.0)
+    return spread / jnp.where(total > 0, total, 1)
 
 
 @partial(jax.jit, static_argnums=3, inline=True)
@@ -113,7 +118,8 @@ def _closest_positions(
         past = Past.of(attention, sequence)
 
         def one_position(position: Int[Array, ""]) -> Float[Array, " n"]:
-            return _variance_share_at(attention, past.before(attention, position), sequence[position])
+            before = past.before(attention, position)
+            return _variance_share(attention_weights(attention, before, sequence[position]), before.values)
 
         return jax.vmap(one_position)(chosen)
 
@@ -163,9 +169,7 @@ def _carriers_of_head(
     weights = view.past_share[:, None] * view.weights
     weights = weights.at[jnp.arange(positions.shape[0]), positions].set(view.own_share)
     values = inputs if head.value is None or head.output is None else inputs @ head.value.T @ head.output.T
-    spread = weights * jnp.square(values - (weights @ values)[:, None]).sum(-1)
-    total = spread.sum(-1, keepdims=True)
-    return spread / jnp.where(total > 0, total, 1)
+    return jax.vmap(lambda weights: _variance_share(weights[None], values[None]))(weights)
 
 
 def _closest_of_heads(
@@ -264,6 +268,7 @@ def _joint(
 
 
 @partial(jax.jit, static_argnames=("asked", "k"))
+@ranks_promoted
 def _margins(
     layer: Attention, inputs: Float[Array, "n d"], positions: Int[Array, " m"], asked: _Asked, k: int
 ) -> LayerMargins:

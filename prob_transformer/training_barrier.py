@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._dtypes import at_least_float32
+from prob_transformer._dtypes import in_common_type
 from prob_transformer._validation import require_positive
 from prob_transformer.attention import Attention, Past, require_layer
 from prob_transformer.barrier import one_sided_penalty
@@ -28,7 +28,12 @@ from prob_transformer.change_of_variables import residual_and_log_det_at
 from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det
-from prob_transformer.kernels.sharding import over_mesh, sharded_mean_barrier, sharded_subsampled_barrier
+from prob_transformer.kernels.sharding import (
+    over_mesh,
+    require_equal_shards,
+    sharded_mean_barrier,
+    sharded_subsampled_barrier,
+)
 from prob_transformer.kernels.sweep import LogDet
 
 Form = Literal["two-sided", "one-sided"]
@@ -84,10 +89,15 @@ def _penalty(values: LogDet, asked: _Asked) -> MeanBarrier:
     return MeanBarrier(mean, (values.sign <= 0).mean(dtype=mean.dtype), jnp.zeros_like(mean))
 
 
+def _spec(leading: tuple[int, ...]) -> PartitionSpec:
+    """Sequences over "data" and heads, where there are several, over "heads", for the axes ([b,] H)."""
+    heads = "heads" if leading[-1] > 1 else None
+    return PartitionSpec("data", heads) if len(leading) > 1 else PartitionSpec(heads)
+
+
 def _of_cells(cells: Cells, asked: _Asked, key: PRNGKeyArray | None) -> MeanBarrier:
-    """Over cells (L, ..., H, 1, p, n) of layers that are alike."""
-    heads = "heads" if cells.keys.shape[-4] > 1 else None
-    spec = PartitionSpec(None, "data", heads) if cells.keys.ndim > 5 else PartitionSpec(None, heads)
+    """Over cells (L, [b,] H, 1, p, n) of layers that are alike."""
+    spec = PartitionSpec(None, *_spec(cells.keys.shape[1:-3]))
     if asked.form == "one-sided":
 
         def values(cells: Cells) -> LogDet:
@@ -150,9 +160,14 @@ def barrier_penalty(
                 raise ValueError(f"inputs: has shape {inputs.shape}; pass at least one sequence.")
             if layer.cap is not None and (share < 1 or mesh is not None):
                 raise ValueError("a layer with a cap has no share and no mesh; leave share and mesh out.")
+            layer, inputs = in_common_type((layer, inputs))
+            if inputs.ndim > 3:
+                inputs = inputs.reshape(-1, *inputs.shape[-2:])
+            if mesh is not None:
+                leading = (*inputs.shape[:-2], layer.heads)
+                require_equal_shards("sequences and heads", leading, mesh, _spec(leading))
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from None
-        layer, inputs = at_least_float32((layer, inputs))
         if layer.cap is not None:
             found.append((inputs[..., 0].size * layer.heads, _penalty(_reference(layer, inputs), asked)))
             continue

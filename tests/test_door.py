@@ -150,6 +150,9 @@ for attention in (plain, Attention(plain.query, plain.key, rotary=rotary, query_
     support_tokens(attention, u, 2)
     jax.grad(lambda u: residual_and_log_det(attention, u, implementation="blocked").log_det.sum())(u)
 certified_radius(plain, u)
+own = Attention(jnp.ones((2, 2, 4)), jnp.ones((2, 2, 4)), jnp.ones((2, 4, 4)), jnp.ones((2, 4, 4)))
+for values, inclusive in (("identity", False), ("own", True)):
+    layer_margins(own, u, values=values, self_inclusive=inclusive, kinds=("determinant", "conditioning"), k=2)
 """
 
 
@@ -168,6 +171,27 @@ def test_the_blocked_path_has_a_second_derivative():
         for density in IMPLEMENTATIONS.values()
     )
     np.testing.assert_allclose(blocked, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e7], ids=["plain", "computed again alone"])
+def test_a_weight_of_zero_has_a_derivative_on_the_blocked_path(far):
+    rng = np.random.default_rng(3)
+    attention = Attention(*rng.normal(size=(2, 1, 2, 2)))
+    u = rng.normal(size=(6, 2))
+    # Two tokens that nearly coincide, far from the others: their covariance cancels in the products of a block.
+    u[1:3] = far + 1e-3 * u[1:3] if far else u[1:3]
+    attention = Attention(attention.query / (1 + far), attention.key) if far else attention
+
+    def slope(density, weight):
+        def gradient(weight):
+            return jax.grad(lambda u: weight * density(attention, u).log_det[3:].sum())(jnp.asarray(u))
+
+        return jax.jacfwd(gradient)(weight)
+
+    for weight in (0.0, 1.0):
+        blocked, expected = (slope(density, weight) for density in IMPLEMENTATIONS.values())
+        assert np.abs(expected).max() > 0
+        np.testing.assert_allclose(blocked, expected, rtol=1e-8, atol=1e-9 * np.abs(expected).max())
 
 
 @pytest.mark.usefixtures("optimised")

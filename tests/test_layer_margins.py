@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from prob_transformer import Attention, Rotary, decoder_margins, layer_margins
+from prob_transformer import Attention, RMSNorm, Rotary, decoder_margins, layer_margins
 from tests.support.layers import layer_of
 from tests.support.plain_decoder import draw, jacobians, weights_at
 
@@ -240,6 +240,8 @@ def ones(*shape):
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), rotary=10000.0), "rotary: got float; pass a Rotary"),
         (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3), scale=-1.0), "scale: got"),
         (lambda: Rotary(ones(2, 2)), "frequencies: has shape"),
+        (lambda: RMSNorm("gain", 1e-6), "gain: "),
+        (lambda: Attention(ones(4, 2, 3), ones(2, 2, 3)).head_alone(4), "head: got 4; pass 0 to 3"),
         (
             lambda: next(decoder_margins([Attention(ones(4, 2, 3), ones(2, 2, 3))])),
             "layer 0: got Attention; pass a pair",

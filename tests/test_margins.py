@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from prob_transformer import Attention, barrier, stability_margin, support_tokens
+from prob_transformer import Attention, barrier, layer_margins, stability_margin, support_tokens
 from prob_transformer.margins import _closest_positions
 from tests.support.dense import dense_truth, draw
 
@@ -144,3 +144,28 @@ def test_bad_input_is_refused_by_name(call, message):
     attention, embeddings, _ = case(0)
     with pytest.raises(ValueError, match=message):
         call(attention, embeddings)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_carriers_are_zero_where_all_attended_values_coincide(dtype):
+    row = np.array([0.1, 0.7, 0.3], dtype)
+    embeddings = np.tile(row, (8, 1))
+    attention = Attention(*np.ones((2, 1, 1, 3), dtype))
+    assert not np.any(support_tokens(attention, embeddings, 8).carriers)
+    assert not np.any(layer_margins(attention, embeddings, k=8).support.carriers)
+
+
+@pytest.mark.parametrize(("size", "offset", "spread"), [(1e20, 0, 1), (1e-24, 0, 1), (1, 1e3, 1e-3)])
+def test_carriers_of_large_small_and_far_off_tokens_in_float32(size, offset, spread):
+    rng = np.random.default_rng(2)
+    embeddings = np.asarray(size * (offset + spread * rng.normal(size=(5, 3))), np.float32)
+    query, key = np.asarray(rng.normal(size=(2, 1, 2, 3)) / (size * max(1, offset)), np.float32)
+    found = support_tokens(Attention(query, key), embeddings, 5)
+    query, key, u = (np.asarray(x, np.float64) for x in (query[0], key[0], embeddings))
+    for position, carriers in zip(found.positions.tolist(), found.carriers, strict=True):
+        past = u[:position]
+        weights = softmax((query @ u[position]) @ (key @ past.T) / np.sqrt(2)) if position else np.zeros(0)
+        share = weights * np.square(past - weights @ past).sum(-1)
+        expected = np.zeros(5)
+        expected[:position] = share / share.sum() if position > 1 else 0
+        np.testing.assert_allclose(carriers, expected, atol=2e-3)

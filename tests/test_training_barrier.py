@@ -212,3 +212,15 @@ def test_a_plain_layer_is_read_by_its_own_weights():
     layer = Attention(jnp.array([[[1.5]]]), jnp.array([[[1.0]]]))
     found = barrier_penalty([(layer, jnp.array([[0.0], [2.0], [0.0]]))])
     np.testing.assert_allclose(found[:2], (-np.log(abs(1 - 1.5 * 1.0)) / 3, 1 / 3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["two-sided", "one-sided"])
+def test_a_layer_of_two_precisions_is_worked_on_in_the_wider_one(form):
+    weights = np.random.default_rng(1).normal(size=(2, 2, 2, 3))
+    inputs = np.random.default_rng(2).normal(size=(6, 3))
+    narrow = [jnp.asarray(x, jnp.float32) for x in (*weights, inputs)]
+    bias = np.ones((2, 2))
+    mixed = barrier_penalty([(Attention(*narrow[:2], key_bias=bias), narrow[2])], form=form)
+    wide = [np.asarray(x, np.float64) for x in narrow]
+    expected = barrier_penalty([(Attention(*wide[:2], key_bias=bias), wide[2])], form=form)
+    np.testing.assert_allclose(mixed.mean, expected.mean, rtol=1e-14)

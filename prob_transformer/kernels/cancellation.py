@@ -76,7 +76,8 @@ def repaired(
         new = jax.tree.map(lambda x: x[0], eliminate_with_exchanges(jnp.moveaxis(matrices, 0, -1)[None]))
         if gradient is not None and scale is not None:
             factor = jnp.where(is_asked, scale[cell, index], 0)
-            pull = jnp.where(factor == 0, 0, factor * jnp.swapaxes(new.inverse, 0, 1))
+            inverse = jnp.where((factor == 0) & ~jnp.isfinite(new.inverse), 0, new.inverse)
+            pull = factor * jnp.swapaxes(inverse, 0, 1)
             (change,) = pull_back(jnp.moveaxis(pull, -1, 0))
             gradient = jax.tree.map(lambda x, more: x.at[cell].add(more), gradient, change)
 

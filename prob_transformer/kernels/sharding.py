@@ -58,7 +58,8 @@ def _axes(spec: PartitionSpec) -> tuple[str, ...]:
     return tuple(axis for entry in spec for axis in _named(entry))
 
 
-def _require_equal_shards(name: str, leading: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) -> None:
+def require_equal_shards(name: str, leading: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) -> None:
+    """Raises ValueError unless `spec` names axes of the mesh that divide the leading axes of an array evenly."""
     if len(spec) > len(leading):
         raise ValueError(f"spec: got {spec}; pass at most one entry for each of the leading axes {leading} of {name}.")
     for number, (length, entry) in enumerate(zip(leading, spec, strict=False)):
@@ -99,7 +100,7 @@ def sharded_mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: 
     Mesh axes that the spec does not name repeat the work. Raises ValueError for shards of unequal size and for a spec
     that fits neither the mesh nor the cells.
     """
-    _require_equal_shards("cells", cells.keys.shape[:-3], mesh, spec)
+    require_equal_shards("cells", cells.keys.shape[:-3], mesh, spec)
     return _mean_barrier(cells, mesh, spec, tiling)
 
 
@@ -131,7 +132,7 @@ def sharded_subsampled_barrier(
 
     Raises ValueError as `subsampled_barrier` and `sharded_mean_barrier`. Equations: module docstring.
     """
-    _require_equal_shards("cells", cells.keys.shape[:-3], mesh, spec)
+    require_equal_shards("cells", cells.keys.shape[:-3], mesh, spec)
     return _subsampled_barrier(key, cells, share, mesh, spec, tiling)
 
 
@@ -158,5 +159,5 @@ def sharded_residual_and_log_det(
     The result stays where it was computed. Raises ValueError as `residual_and_log_det` and `sharded_mean_barrier`.
     """
     embeddings = require_joint("embeddings", embeddings, attention)
-    _require_equal_shards("embeddings", embeddings.shape[:-2], mesh, spec)
+    require_equal_shards("embeddings", embeddings.shape[:-2], mesh, spec)
     return _residual_and_log_det(attention, embeddings, mesh, spec, tiling)

@@ -170,8 +170,12 @@ def _covariance(block: _Block, moments: Float[Array, "c H Hp p b"]) -> Float[Arr
     return moments - from_mean - block.top[:, :, :rank, None] * block.rest[:, :, None, rank:]
 
 
-def _cancelled(block: _Block, rank: int) -> Bool[Array, "c b"]:
-    """Where the terms of `_covariance` are much larger than sqrt(Var(x) Var(k)), which bounds what they leave."""
+def _cancelled(block: _Block, rows: Rows, start: Int[Array, ""]) -> Bool[Array, "c b"]:
+    """Where the terms of `_covariance` are much larger than sqrt(Var(x) Var(k)), which bounds what they leave.
+
+    A query norm multiplies them by the gain of B_i before they are compared with the identity.
+    """
+    rank = rows.rank
     is_feature = jnp.arange(block.top.shape[2]) < rank
     halves = jnp.stack([is_feature, ~is_feature]).astype(block.top.dtype)
     products = jnp.stack([jnp.square(block.top), block.top * block.rest, jnp.square(block.offset)], 2)
@@ -185,6 +189,10 @@ def _cancelled(block: _Block, rank: int) -> Bool[Array, "c b"]:
     mean = top + offset
     size = moments[:, :, 0] * moments[:, :, 1] + offset[:, :, 0] * mean[:, :, 1] + top[:, :, 0] * rest[:, :, 1]
     left = jnp.sqrt(jnp.maximum(variance, 0)).prod(2)
+    gain = None if rows.query_map is None else rows.query_map.gain
+    if gain is not None:
+        factor = jnp.abs(_at(gain, start, size.shape[-1])).max(2)
+        size, left = size * factor, left * factor
     return has_cancelled(size, left).any(1)
 
 
@@ -229,7 +237,7 @@ def block_small_inverse(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> tu
     """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
-    failed = _cancelled(block, rows.rank)
+    failed = _cancelled(block, rows, start)
     moments = _moments(tiling, rows, block, queries, start)
     seen, _ = _mapped(rows, start, tiling.block, _covariance(block, moments))
     found = inverse_and_log_det(_small_matrix(seen, failed), start)
@@ -241,17 +249,20 @@ def block_log_det_gradient(
 ) -> LogDetGradient:
     """Sign and log|det J_i| (c, block) of one block of queries, and `gradient` with the block's part added.
 
-    Positions of scale 0 are not looked at: their sign is 1 and their log-determinant 0.
+    Positions of scale 0 add nothing, whether they have an inverse or not.
     """
     queries = _at(rows.queries, start, tiling.block)
     groups, heads, size, count = queries.shape
     rank = heads * size
     block = _Block.of(tiling, rows, queries, start)
-    failed = _cancelled(block, rank)
+    failed = _cancelled(block, rows, start)
     moments = _moments(tiling, rows, block, queries, start)
     seen, pull_back = _mapped(rows, start, count, _covariance(block, moments))
-    # A position that nothing is asked of, as those that fill the last chunk, may have no inverse.
-    eliminated = inverse_and_log_det(_small_matrix(seen, failed | (scale == 0)), start)
+    eliminated = inverse_and_log_det(_small_matrix(seen, failed), start)
+    # A position that nothing is asked of, as those that fill the last chunk, may have no inverse. Where it has one, the
+    # derivative in its scale needs it.
+    unasked = (scale == 0)[:, None, None] & ~jnp.isfinite(eliminated.inverse)
+    eliminated = eliminated._replace(inverse=jnp.where(unasked, 0, eliminated.inverse))
 
     # d log|det J_i| / dM_i is -J_i^{-T}; its rows are features and its columns keys, so the inverse itself has keys
     # first. Factor and scale of each query go to its weights, which are smaller.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prob_transformer as reference
-from prob_transformer import Attention
+from prob_transformer import Attention, RMSNorm
 from prob_transformer.kernels import blocked
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det
@@ -237,3 +237,22 @@ def test_a_tiling_that_does_not_fit_is_refused_by_name(tiling, message):
 def test_bad_embeddings_are_refused_by_name(function, embeddings, message):
     with pytest.raises(ValueError, match=message):
         function(Attention(np.ones((1, 2, 2)), np.ones((1, 2, 2))), embeddings, DEFAULT_TILING)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6])
+def test_a_query_norm_undoes_the_size_of_its_weights(size):
+    # Two clusters far apart, tokens nearly coinciding in each: the norm multiplies what is left by 1 / size.
+    rng = np.random.default_rng(0)
+    side = np.where(np.arange(24) % 2 == 0, 1.0, -1.0)
+    u = np.stack([side, 0.85 - 0.05 * side], 1) + 1e-5 * rng.normal(size=(24, 2))
+    eye = np.eye(2)[None]
+
+    def found(density, dtype):
+        weights = (np.asarray(x, dtype) for x in (size * eye, 1e5 * eye))
+        attention = Attention(*weights, query_norm=RMSNorm(jnp.ones(2, dtype), 1e-30))
+        return density(attention, jnp.asarray(u, dtype)).log_det
+
+    # The truth in float64 of the float32 numbers, for their rounding moves the clusters.
+    u = np.asarray(u, np.float32)
+    expected = found(reference.residual_and_log_det, np.float64)
+    np.testing.assert_allclose(found(blocked.residual_and_log_det, np.float32), expected, atol=3e-5)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from prob_transformer import Attention, barrier, residual_and_log_det
+from prob_transformer import Attention, barrier, barrier_penalty, residual_and_log_det
 from prob_transformer.kernels import sharding
 from prob_transformer.kernels.cells import Cells, Tiling
 
@@ -87,7 +87,24 @@ def on_devices(out):
     results.update({f"repeated/{name}": value for name, value in found.items()})
     results.update({f"subsampled/{name}": value for name, value in sharded_draws(mesh).items()})
     results.update({f"density/{name}": value for name, value in sharded_density(mesh).items()})
+    results.update({f"penalty/{name}": value for name, value in sharded_penalty(mesh).items()})
     np.savez(out, **results)
+
+
+def sharded_penalty(mesh):
+    """Both forms of the penalty of a layer on two batch axes, and what three sequences on four devices raise."""
+    query, key, embeddings = (x[0] for x in layers("float64"))
+    layer = Attention(query, key)
+    found = {
+        form: barrier_penalty([(layer, embeddings.reshape(4, 2, 12, 5))], form=form, mesh=mesh, tiling=TILING).mean
+        for form in ("two-sided", "one-sided")
+    }
+    for form in list(found):
+        try:
+            barrier_penalty([(layer, embeddings), (layer, embeddings[:3])], form=form, mesh=mesh)
+        except ValueError as error:
+            found[f"{form} refused"] = str(error)
+    return found
 
 
 def sharded_mean(mesh, spec, parameters):
@@ -252,6 +269,15 @@ def test_subsampled_barrier_is_unbiased_and_reports_the_variance_of_independent_
     np.testing.assert_allclose(found["subsampled/variance"].mean(), independent, rtol=0.2)
     # What shards that drew alike would give is told apart from that.
     assert draw_variance(shards.sum(1)).sum() / by_cell.size**2 > 4 * independent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["two-sided", "one-sided"])
+def test_the_penalty_takes_several_batch_axes_and_names_a_layer_that_cannot_be_spread(found, form):
+    query, key, embeddings = (x[0] for x in layers("float64"))
+    alone = barrier_penalty([(Attention(query, key), embeddings)], form=form)
+    np.testing.assert_allclose(found[f"penalty/{form}"], alone.mean, rtol=1e-12)
+    assert "layer 1: sequences and heads: axis 0 has length 3 for 4 devices" in str(found[f"penalty/{form} refused"])
 
 
 @pytest.mark.slow
