@@ -154,7 +154,7 @@ def slopes_on_the_line(a, past, u):
 
 def test_the_draw_whose_path_jumped_to_another_branch_is_refused():
     process = EmbeddingProcess(Attention(np.ones((1, 1, 1)), np.ones((1, 1, 1))), 5, 1.0, 3.0)
-    with pytest.raises(ImplicitSolveError, match="past_boundary at position 4"):
+    with pytest.raises(ImplicitSolveError, match=r"(past_boundary|not_converged) at position 4"):
         process.sample(jax.random.key(119))
 
 
