@@ -347,6 +347,8 @@ def _solve(attention: Attention, noise: Float[Array, "... n d"], steps: int) -> 
     # In half precision no root is within tolerance; it is solved in float32.
     dtype = jnp.result_type(jnp.float32, noise, *jax.tree.leaves(attention))
     length, width = noise.shape[-2:]
+    if noise.size == 0:
+        return Solution(noise, jnp.zeros(noise.shape[:-1], jnp.int32))
     attention = jax.tree.map(lambda leaf: leaf.astype(dtype), attention)
     sequences = noise.reshape(-1, length, width).astype(dtype)
 
