@@ -107,7 +107,11 @@ class EmbeddingProcess(dist.Distribution):
         return CausalAttentionTransform(self.attention).solve(noise * scales)
 
     def sample(self, key: PRNGKeyArray | None, sample_shape: tuple[int, ...] = ()) -> Float[Array, "... n d"]:
-        """Exact draws where det J > 0 everywhere; raises `ImplicitSolveError` where one met det J <= 0 or no root."""
+        """Draws of shape (*sample_shape, n, d), which follow the density exactly where det J > 0 everywhere.
+
+        Raises `ImplicitSolveError` where the solver found no root or found det J <= 0 on its path. A narrow crossing
+        can be missed (docs/limits.md).
+        """
         if key is None:
             raise ValueError("key: got None; pass a JAX random key.")
         return raise_unless_converged(self.solve_sample(key, sample_shape))

@@ -12,12 +12,14 @@ larger than the equation in u, and still right.
 
 t moves in a straight line from the residual at u = eps to eps, and the root is tracked through `continuation_steps`
 points of it. Where det J_i > 0 everywhere, e_i is a global diffeomorphism (docs/theory.md section 3), so this path
-exists and ends at the only root. Elsewhere it may meet det J_i <= 0, which the status reports, or end at one of several
-roots with det J_i > 0, which it cannot see.
+exists and ends at the only root. Elsewhere it may meet det J_i <= 0, or end at one of several roots with det J_i > 0,
+which the status does not report.
 
 From root to root Newton steps are taken, halved until they shrink |g|; where they get stuck, they start again from the
 last root with the way to the next point halved. A root on the path counts when |g| <= tolerance (1 + |y|); the last one
-is polished and judged in u. With
+is polished and judged in u. Newton steps may jump over det J_i <= 0. So where a piece differs from the mean of the
+tangents at its ends, its determinant is checked at inner points of the straight segment, and the piece is halved where
+one is not positive. A crossing narrower than the distance of these points can be missed (docs/limits.md). With
 
     J_i^{-1} = I_d + L (I_Hp - R L)^{-1} R      (Woodbury)
 
@@ -34,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from prob_transformer.attention import (
     Attention,
@@ -56,6 +58,9 @@ _SUFFICIENT_DECREASE = 1e-4
 _PIECES = 1024
 # In float32 a steep attention needs two steps in u until rounding is all that is left.
 _POLISHING_STEPS = 3
+# A piece that differs from its two tangents by a larger share of its length has its determinant checked inside.
+_STRAIGHT = 0.01
+_INNER_POINTS = 7
 
 
 class SolveStatus(enum.IntEnum):
@@ -124,7 +129,8 @@ class _Point(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """How far each sequence is on its path, in pieces; `root` is its last root and `here` the best y since."""
+    """How far each sequence is on its path, in pieces; `root` is its last root, `here` the best y since, and `crossed`
+    says that det J <= 0 was found on a segment from `root`."""
 
     here: _Point
     root: _Point
@@ -133,6 +139,7 @@ class _Search(NamedTuple):
     length: Float[Array, " b"]
     tried: Int[Array, " b"]
     tried_in_all: Int[Array, " b"]
+    crossed: Bool[Array, " b"]
     status: Int[Array, " b"]
 
 
@@ -163,12 +170,29 @@ def _seen_residual(past: Past, weights: Float[Array, "b H n"], y: Float[Array, "
     return y - jnp.einsum("bhs,bhsr->rb", weights, past.query_values)
 
 
-def _at(attention: Attention, past: Past, y: Float[Array, "Hp b"]) -> _Point:
+def _slope(
+    attention: Attention, past: Past, y: Float[Array, "Hp b"]
+) -> tuple[Float[Array, "b H n"], Float[Array, "Hp Hp b"]]:
+    """Attention weights (b, H, n) at y, and dg/dy = I - R L(y) (Hp, Hp, b)."""
     queries = _queries(attention, y)
     weights = _over_sequences(weights_of_queries, attention, past, queries)
     low_rank = jnp.moveaxis(_over_sequences(low_rank_at, attention, past, queries, weights), 0, -1)
-    inverse, sign, _ = inverse_and_log_det((jnp.eye(y.shape[0], dtype=y.dtype)[..., None] - low_rank)[None])
+    return weights, jnp.eye(y.shape[0], dtype=y.dtype)[..., None] - low_rank
+
+
+def _at(attention: Attention, past: Past, y: Float[Array, "Hp b"]) -> _Point:
+    weights, slope = _slope(attention, past, y)
+    inverse, sign, _ = inverse_and_log_det(slope[None])
     return _Point(y, _seen_residual(past, weights, y), inverse[0], sign[0])
+
+
+def _crosses(
+    attention: Attention, past: Past, y: Float[Array, "Hp b"], move: Float[Array, "Hp b"]
+) -> Bool[Array, " b"]:
+    """Whether the determinant is not positive at some inner point of the straight segment from y to y + move."""
+    shares = jnp.arange(1, _INNER_POINTS + 1, dtype=y.dtype) / (_INNER_POINTS + 1)
+    slopes = lax.map(lambda share: _slope(attention, past, y + share * move)[1], shares)
+    return ~(inverse_and_log_det(slopes).sign > 0).all(0)
 
 
 def _follow_path(attention: Attention, past: Past, seen_noise: Float[Array, "Hp b"], steps: int) -> _Search:
@@ -179,7 +203,7 @@ def _follow_path(attention: Attention, past: Past, seen_noise: Float[Array, "Hp 
     begin = _seen_residual(past, at_start, seen_noise)
 
     def try_a_step(search: _Search) -> _Search:
-        here, root, reached, stride, length, tried, tried_in_all, status = search
+        here, root, reached, stride, length, tried, tried_in_all, crossed, status = search
         # Where the path was lost or met det J <= 0 it is not followed further: straight to its end.
         on_path = status == SolveStatus.CONVERGED
         goal = jnp.where(on_path, jnp.minimum(reached + stride, (reached // _PIECES + 1) * _PIECES), end)
@@ -201,25 +225,40 @@ def _follow_path(attention: Attention, past: Past, seen_noise: Float[Array, "Hp 
         exhausted = (goal < end) | ~shorter | (after > before / 2)
         arrived = active & exhausted & (jnp.abs(mismatch).max(0) <= allowed)
         stuck = active & ~arrived & ((tried + 1 >= _MAX_STEPS) | (length < _SHORTEST_STEP))
-        again = stuck & on_path & (stride > 1) & (tried_in_all < steps * _MAX_STEPS)
+
+        # A Newton step may jump over det J <= 0 to another branch, whose distance the tangents do not explain.
+        move = here.y - root.y
+        share = ((goal - reached) / end).astype(move.dtype)[None]
+        tangents = jnp.einsum("xyb,yb->xb", (root.inverse + here.inverse) / 2, share * (seen_noise - begin))
+        bent = jnp.linalg.norm(move - tangents, axis=0) > _STRAIGHT * jnp.linalg.norm(move, axis=0)
+        bent &= arrived & on_path & (reached >= 0)
+        jumped = bent & lax.cond(bent.any(), lambda: _crosses(attention, past, root.y, move), lambda: bent)
+        crossed |= jumped
+        again = (stuck | jumped) & on_path & (stride > 1) & (tried_in_all < steps * _MAX_STEPS)
+        arrived &= ~again
         over = arrived | (stuck & ~again)
         here = _chosen(again, root, here)
+        ended = status_after(mismatch.T, here.sign, allowed, status)
+        ended = jnp.where(crossed & on_path & (jumped | ~arrived), SolveStatus.PAST_BOUNDARY, ended)
         return _Search(
             here,
             _chosen(arrived, here, root),
             jnp.where(arrived | (over & ~on_path), goal, reached),
             jnp.where(arrived, jnp.minimum(_PIECES, 2 * stride), jnp.where(again, stride // 2, stride)),
-            jnp.where(arrived | stuck, 1, length),
-            jnp.where(arrived | stuck, 0, tried + 1),
+            jnp.where(over | again, 1, length),
+            jnp.where(over | again, 0, tried + 1),
             tried_in_all + 1,
-            jnp.where(over, status_after(mismatch.T, here.sign, allowed, status), status),
+            crossed & ~over,
+            jnp.where(over, ended, status),
         )
 
     nothing = jnp.zeros(seen_noise.shape[1], jnp.int32)
     whole_step = jnp.ones_like(seen_noise[0])
     # Still without its inverse: the first step goes nowhere and finds it.
     start = _Point(seen_noise, begin, jnp.zeros((len(begin), *begin.shape), begin.dtype), whole_step)
-    search = _Search(start, start, nothing - _PIECES, nothing + _PIECES, whole_step, nothing, nothing, nothing)
+    search = _Search(
+        start, start, nothing - _PIECES, nothing + _PIECES, whole_step, nothing, nothing, nothing < 0, nothing
+    )
     return lax.while_loop(lambda search: (search.reached < end).any(), try_a_step, search)
 
 
@@ -301,6 +340,8 @@ def solve_sequences(attention: Attention, noise: Float[Array, "... n d"], steps:
     # In half precision no root is within tolerance; it is solved in float32.
     dtype = jnp.result_type(jnp.float32, noise, *jax.tree.leaves(attention))
     length, width = noise.shape[-2:]
+    if noise.size == 0:
+        return Solution(noise, jnp.zeros(noise.shape[:-1], jnp.int32))
     attention = jax.tree.map(lambda leaf: leaf.astype(dtype), attention)
     sequences = noise.reshape(-1, length, width).astype(dtype)
 

@@ -143,6 +143,40 @@ def test_on_the_line_the_root_is_the_one_at_the_end_of_the_path(a):
     assert seen["root"] == 3 * BATCH if a < 0 else min(seen.values()) > 5
 
 
+def slopes_on_the_line(a, past, u):
+    """d = 1: e'(u) (b, k) at u (b, k) given the past (b, s), for query a and key 1."""
+    logits = a * u[..., None] * past[:, None]
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    mean = (weights * past[:, None]).sum(-1)
+    return 1 - a * ((weights * past[:, None] ** 2).sum(-1) - mean**2)
+
+
+def test_the_draw_whose_path_jumped_to_another_branch_is_refused():
+    process = EmbeddingProcess(Attention(np.ones((1, 1, 1)), np.ones((1, 1, 1))), 5, 1.0, 3.0)
+    with pytest.raises(ImplicitSolveError, match=r"(past_boundary|not_converged) at position 4"):
+        process.sample(jax.random.key(119))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_what_converged_did_not_jump_over_the_boundary_and_nothing_else_is_refused(dtype):
+    # For d = 1 the path is the segment from the noise to the root, for as long as e' > 0.
+    a, noise = 1.0, np.random.default_rng(7).normal(size=(1000, 6, 1))
+    noise[:, 0] *= 3
+    attention = Attention(np.full((1, 1, 1), a, dtype), np.ones((1, 1, 1), dtype))
+    embeddings, status = (np.asarray(x) for x in CausalAttentionTransform(attention).solve(noise.astype(dtype)))
+    refused = 0
+    for i in range(1, 6):
+        past, begin, end = embeddings[:, :i, 0].astype(float), noise[:, i], embeddings[:, i]
+        lowest = slopes_on_the_line(a, past, begin + (end - begin) * np.linspace(0, 1, 201)).min(-1)
+        assert (lowest[status[:, i] == SolveStatus.CONVERGED] > -0.02).all()
+        for sequence in np.flatnonzero(status[:, i]):
+            refused += 1
+            found = path_on_the_line(a, past[sequence], noise[sequence, i, 0])
+            assert isinstance(found, str), (sequence, i, found)
+    assert refused > 200
+
+
 def assert_statuses_are_true(attention, noise):
     embeddings, status = (np.asarray(x) for x in CausalAttentionTransform(attention).solve(noise))
     assert np.isfinite(embeddings).all()

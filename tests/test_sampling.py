@@ -193,3 +193,8 @@ def test_solving_twice_with_the_same_shapes_compiles_once():
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(CausalAttentionTransform(mild_attention(0)))
+
+
+def test_an_empty_batch_has_no_draws():
+    attention = mild_attention(0)
+    assert CausalAttentionTransform(attention)(jnp.zeros((0, 6, attention.width))).shape == (0, 6, attention.width)
