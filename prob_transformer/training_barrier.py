@@ -25,7 +25,7 @@ from prob_transformer._validation import require_positive
 from prob_transformer.attention import Attention, Past, require_layer
 from prob_transformer.barrier import one_sided_penalty
 from prob_transformer.change_of_variables import residual_and_log_det_at
-from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier
+from prob_transformer.kernels.barrier import BarrierPenalty, mean_barrier, subsampled_barrier
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det
 from prob_transformer.kernels.sharding import (
@@ -39,17 +39,6 @@ from prob_transformer.kernels.sweep import LogDet
 Form = Literal["two-sided", "one-sided"]
 # Positions a step of the reference.
 _BLOCK = 32
-
-
-class BarrierPenalty(NamedTuple):
-    """Mean penalty in nats () and share of det J_i <= 0 (), over all layers, heads, sequences and positions.
-
-    `variance` () estimates that of the mean where it was taken from a share of the heads and sequences, else 0.
-    """
-
-    mean: Float[Array, ""]
-    negative_share: Float[Array, ""]
-    variance: Float[Array, ""]
 
 
 class _Asked(NamedTuple):
@@ -83,10 +72,10 @@ def _reference(layer: Attention, inputs: Float[Array, "... n d"]) -> LogDet:
     return jax.lax.map(of_sequence, inputs.reshape(-1, *inputs.shape[-2:]))
 
 
-def _penalty(values: LogDet, asked: _Asked) -> MeanBarrier:
+def _penalty(values: LogDet, asked: _Asked) -> BarrierPenalty:
     each = -values.log_det if asked.form == "two-sided" else one_sided_penalty(*values, asked.threshold)
     mean = each.mean()
-    return MeanBarrier(mean, (values.sign <= 0).mean(dtype=mean.dtype), jnp.zeros_like(mean))
+    return BarrierPenalty(mean, (values.sign <= 0).mean(dtype=mean.dtype), jnp.zeros_like(mean))
 
 
 def _spec(leading: tuple[int, ...]) -> PartitionSpec:
@@ -95,7 +84,7 @@ def _spec(leading: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec("data", heads) if len(leading) > 1 else PartitionSpec(heads)
 
 
-def _of_cells(cells: Cells, asked: _Asked, key: PRNGKeyArray | None) -> MeanBarrier:
+def _of_cells(cells: Cells, asked: _Asked, key: PRNGKeyArray | None) -> BarrierPenalty:
     """Over cells (L, [b,] H, 1, p, n) of layers that are alike."""
     spec = PartitionSpec(None, *_spec(cells.keys.shape[1:-3]))
     if asked.form == "one-sided":
@@ -152,7 +141,7 @@ def barrier_penalty(
     asked = _Asked(form, threshold, share, mesh, tiling)
     _check(asked, key)
     alike = defaultdict[Any, list[Cells]](list)
-    found: list[tuple[int, MeanBarrier]] = []
+    found: list[tuple[int, BarrierPenalty]] = []
     for index, pair in enumerate(layers):
         try:
             layer, inputs = require_layer(pair)

@@ -12,10 +12,10 @@ from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det_total, subsampled_log_det_total
 
 
-class MeanBarrier(NamedTuple):
-    """Mean of b_i in nats over all cells and positions (), and the share of det J_i <= 0 ().
+class BarrierPenalty(NamedTuple):
+    """Mean penalty in nats () and share of det J_i <= 0 (), over all layers, heads, sequences and positions.
 
-    `variance` () estimates the variance of a subsampled mean for the cells given; it is 0 where nothing was left out.
+    `variance` () estimates that of the mean where it was taken from a share of the heads and sequences, else 0.
     """
 
     mean: Float[Array, ""]
@@ -24,29 +24,31 @@ class MeanBarrier(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=1, inline=True)
-def _mean_barrier(cells: Cells, tiling: Tiling) -> MeanBarrier:
+def _mean_barrier(cells: Cells, tiling: Tiling) -> BarrierPenalty:
     flat = cells.flat()
     scale = jnp.full((flat.keys.shape[0], flat.length), -1 / (flat.keys.shape[0] * flat.length), flat.keys.dtype)
     total, sign, _ = log_det_total(flat, scale, tiling)
-    return MeanBarrier(total, (sign <= 0).mean(dtype=total.dtype), jnp.zeros_like(total))
+    return BarrierPenalty(total, (sign <= 0).mean(dtype=total.dtype), jnp.zeros_like(total))
 
 
 @in_float32_at_least
-def mean_barrier(cells: Cells, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
+def mean_barrier(cells: Cells, tiling: Tiling = DEFAULT_TILING) -> BarrierPenalty:
     """Mean of b_i over all cells (..., H, p, n) and positions; its gradient is found in the same sweep as its value."""
     return _mean_barrier(cells, tiling)
 
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)
-def _subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling) -> MeanBarrier:
+def _subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling) -> BarrierPenalty:
     flat = cells.flat()
     count = flat.keys.shape[0] * flat.length
     total, variance, negative_share = subsampled_log_det_total(flat, key, share, tiling)
-    return MeanBarrier(-total / count, negative_share, jax.lax.stop_gradient(variance) / count**2)
+    return BarrierPenalty(-total / count, negative_share, jax.lax.stop_gradient(variance) / count**2)
 
 
 @in_float32_at_least
-def subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
+def subsampled_barrier(
+    key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling = DEFAULT_TILING
+) -> BarrierPenalty:
     """Unbiased estimate of the mean of b_i from a share of the cells, drawn anew for every block of queries.
 
     Cells (..., H, p, n) are sequences, heads and layers alike; each block of queries sees `share` of them, at least

@@ -21,13 +21,11 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._validation import require_count
-from prob_transformer.attention import Attention, require_joint
-from prob_transformer.kernels.barrier import MeanBarrier, mean_barrier, subsampled_barrier
-from prob_transformer.kernels.blocked import BlockedDensity, residual_and_log_det
+from prob_transformer.kernels.barrier import BarrierPenalty, mean_barrier, subsampled_barrier
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Result, Tiling
 
 
@@ -86,15 +84,17 @@ def over_mesh(
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling) -> MeanBarrier:
-    def one_shard(cells: Cells) -> MeanBarrier:
+def _mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling) -> BarrierPenalty:
+    def one_shard(cells: Cells) -> BarrierPenalty:
         return lax.pmean(mean_barrier(cells, tiling), _axes(spec))
 
     return over_mesh(one_shard, mesh, spec, PartitionSpec())(cells)
 
 
 @in_float32_at_least
-def sharded_mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling = DEFAULT_TILING) -> MeanBarrier:
+def sharded_mean_barrier(
+    cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling = DEFAULT_TILING
+) -> BarrierPenalty:
     """`mean_barrier` of cells (..., H, p, n) whose leading axes are spread over the mesh as `spec` says.
 
     Mesh axes that the spec does not name repeat the work. Raises ValueError for shards of unequal size and for a spec
@@ -107,11 +107,11 @@ def sharded_mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _subsampled_barrier(
     key: PRNGKeyArray, cells: Cells, share: float, mesh: Mesh, spec: PartitionSpec, tiling: Tiling
-) -> MeanBarrier:
+) -> BarrierPenalty:
     axes = _axes(spec)
     shards = math.prod(mesh.shape[axis] for axis in axes)
 
-    def one_shard(key: PRNGKeyArray, cells: Cells) -> MeanBarrier:
+    def one_shard(key: PRNGKeyArray, cells: Cells) -> BarrierPenalty:
         own = jax.random.fold_in(key, lax.axis_index(axes))
         found = lax.pmean(subsampled_barrier(own, cells, share, tiling), axes)
         return found._replace(variance=found.variance / shards)
@@ -127,37 +127,10 @@ def sharded_subsampled_barrier(
     mesh: Mesh,
     spec: PartitionSpec,
     tiling: Tiling = DEFAULT_TILING,
-) -> MeanBarrier:
+) -> BarrierPenalty:
     """`subsampled_barrier` with a draw of its own in every shard: unbiased, and the variance is that of all draws.
 
     Raises ValueError as `subsampled_barrier` and `sharded_mean_barrier`. Equations: module docstring.
     """
     require_equal_shards("cells", cells.keys.shape[:-3], mesh, spec)
     return _subsampled_barrier(key, cells, share, mesh, spec, tiling)
-
-
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _residual_and_log_det(
-    attention: Attention, embeddings: Float[Array, "... n d"], mesh: Mesh, spec: PartitionSpec, tiling: Tiling
-) -> BlockedDensity:
-    def one_shard(attention: Attention, embeddings: Float[Array, "... n d"]) -> BlockedDensity:
-        return residual_and_log_det(attention, embeddings, tiling)
-
-    return over_mesh(one_shard, mesh, (PartitionSpec(), spec), spec)(attention, embeddings)
-
-
-@in_float32_at_least
-def sharded_residual_and_log_det(
-    attention: Attention,
-    embeddings: Float[Array, "... n d"],
-    mesh: Mesh,
-    spec: PartitionSpec,
-    tiling: Tiling = DEFAULT_TILING,
-) -> BlockedDensity:
-    """`residual_and_log_det` of one attention on sequences whose leading axes are spread over the mesh as `spec` says.
-
-    The result stays where it was computed. Raises ValueError as `residual_and_log_det` and `sharded_mean_barrier`.
-    """
-    embeddings = require_joint("embeddings", embeddings, attention)
-    require_equal_shards("embeddings", embeddings.shape[:-2], mesh, spec)
-    return _residual_and_log_det(attention, embeddings, mesh, spec, tiling)

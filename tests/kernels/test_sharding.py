@@ -22,7 +22,6 @@ TILING = Tiling(8, 8)
 HEADS_AND_SEQUENCES = PartitionSpec(None, "heads", "data")
 # Sharded over "data" alone, so that the devices along "heads" repeat the work.
 SEQUENCES = PartitionSpec(None, None, "data")
-ALL_ON_SEQUENCES = PartitionSpec(("data", "heads"))
 NAMES = ("query", "key", "embeddings")
 EXCHANGES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 DRAWS = 1000
@@ -49,15 +48,6 @@ def uneven_layer():
     return -key, key, embeddings * np.tile([0.2, 0.5, 1.0, 2.0], 4)[:, None, None]
 
 
-def joint():
-    """One attention of two heads with values, 8 sequences, and weights of a scalar made of its density."""
-    rng = np.random.default_rng(1)
-    query, key = rng.normal(size=(2, 2, 3, 5))
-    value = 0.5 * rng.normal(size=(2, 5, 5))
-    embeddings, residual_weight = rng.normal(size=(2, 8, 12, 5))
-    return (query, key, value, embeddings), residual_weight, rng.normal(size=(8, 12))
-
-
 def at_every_head(function, query, key, embeddings):
     """`function(attention, embeddings)` for every layer and head, alone and with identity values."""
 
@@ -65,13 +55,6 @@ def at_every_head(function, query, key, embeddings):
         return function(Attention(query[None], key[None]), embeddings)
 
     return jax.vmap(jax.vmap(one, in_axes=(0, 0, None)))(query, key, embeddings)
-
-
-def weighted_density(density, parameters, residual_weight, log_det_weight):
-    """A scalar of residual and log-determinant; the sign beside it."""
-    query, key, value, embeddings = parameters
-    residual, sign, log_det = density(Attention(query, key, value), embeddings)
-    return (residual_weight * residual).sum() + (log_det_weight * log_det).sum(), sign
 
 
 # What the 8 devices do.
@@ -86,7 +69,6 @@ def on_devices(out):
     found = sharded_mean(mesh, SEQUENCES, layers("float64"))
     results.update({f"repeated/{name}": value for name, value in found.items()})
     results.update({f"subsampled/{name}": value for name, value in sharded_draws(mesh).items()})
-    results.update({f"density/{name}": value for name, value in sharded_density(mesh).items()})
     results.update({f"penalty/{name}": value for name, value in sharded_penalty(mesh).items()})
     np.savez(out, **results)
 
@@ -146,26 +128,6 @@ def sharded_draws(mesh):
     everything = jax.jit(jax.value_and_grad(lambda parameters: draw(parameters, jax.random.key(1), 1.0).mean))
     value, gradient = everything(uneven_layer())
     return {**found._asdict(), "all": value, **dict(zip(NAMES, gradient, strict=True))}
-
-
-def sharded_density(mesh):
-    """Residual and log-determinant with a gradient, and how they are spread."""
-    parameters, *weights = joint()
-
-    def density(attention, embeddings):
-        return sharding.sharded_residual_and_log_det(attention, embeddings, mesh, ALL_ON_SEQUENCES, TILING)
-
-    def scalar(parameters):
-        return weighted_density(density, parameters, *weights)
-
-    (value, sign), gradient = jax.jit(jax.value_and_grad(scalar, has_aux=True))(parameters)
-    return {
-        "value": value,
-        "sign": sign,
-        "devices": len({shard.device for shard in sign.addressable_shards}),
-        "shard": sign.addressable_shards[0].data.shape,
-        **dict(zip(("query", "key", "value_map", "embeddings"), gradient, strict=True)),
-    }
 
 
 # What is expected of them.
@@ -231,23 +193,6 @@ def test_devices_along_an_axis_that_is_not_named_repeat_the_work_without_countin
     assert_close(found["repeated/mean"], truth["mean"], 1e-12)
     for name, expected in zip(NAMES, truth["gradient"], strict=True):
         assert_close(found[f"repeated/{name}"], expected, 1e-12)
-
-
-@pytest.mark.slow
-def test_density_of_one_attention_on_sequences_over_all_devices(found):
-    parameters, *weights = joint()
-
-    def scalar(parameters):
-        return weighted_density(residual_and_log_det, parameters, *weights)
-
-    (value, sign), gradient = jax.jit(jax.value_and_grad(scalar, has_aux=True))(parameters)
-    assert found["density/devices"] == 8
-    assert tuple(found["density/shard"]) == (1, 12)
-    np.testing.assert_array_equal(found["density/sign"], sign)
-    assert {-1, 1} <= set(np.asarray(sign).ravel())
-    np.testing.assert_allclose(found["density/value"], value, rtol=1e-12)
-    for name, expected in zip(("query", "key", "value_map", "embeddings"), gradient, strict=True):
-        assert_close(found[f"density/{name}"], expected, 1e-11)
 
 
 def draw_variance(sums):
@@ -318,13 +263,6 @@ def test_cells_that_cannot_be_spread_are_refused(spec, message):
         sharding.sharded_mean_barrier(cells, mesh, spec)
     with pytest.raises(ValueError, match=message):
         sharding.sharded_subsampled_barrier(jax.random.key(0), cells, 0.5, mesh, spec)
-
-
-def test_sequences_that_cannot_be_spread_are_refused():
-    (query, key, value, embeddings), *_ = joint()
-    mesh = AbstractMesh((3, 1), ("data", "heads"))
-    with pytest.raises(ValueError, match="embeddings: axis 0 has length 8 for 3 devices along data"):
-        sharding.sharded_residual_and_log_det(Attention(query, key, value), embeddings, mesh, PartitionSpec("data"))
 
 
 def test_a_share_outside_0_and_1_is_refused():
