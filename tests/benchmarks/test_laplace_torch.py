@@ -13,7 +13,7 @@ from models import cli
 from models.char_gpt import checkpoint, laplace, last_layer, linear_maps
 from models.char_gpt.config import Config
 from models.char_gpt.predictive import probit
-from models.char_gpt.training import initial_state, new_record
+from models.char_gpt.train import initial_state, new_record
 from models.corpus import load
 from prob_transformer.inference.laplace.kfac import combinations, kronecker_factors
 

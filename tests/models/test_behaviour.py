@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import log_softmax, softmax
-from scipy.stats import linregress, rankdata, spearmanr
-
 from models.behaviour.__main__ import COLUMNS, _shown, main
 from models.behaviour.measure import PAST_SHARE, SHORTEST_PAST, attention, logit_change, measure, passages
 from models.behaviour.relation import Relation, partial_correlation, relation
 from models.behaviour.verdict import verdict
+from scipy.special import log_softmax, softmax
+from scipy.stats import linregress, rankdata, spearmanr
+
 from prob_transformer import layer_margins
 from prob_transformer.pretrained.load import load
 from tests.support.tiny_models import LLAMA, llama_weights, write

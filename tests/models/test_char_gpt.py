@@ -5,15 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.char_gpt.penalty import LossTerms, loss_terms, negatives_at, site_density
+from models.char_gpt.training import StepData, backtracked, draw_windows, initial_state, train_step
+from models.char_gpt.watch import look
 from scipy.special import log_softmax
 from scipy.stats import norm
 
 from models.char_gpt import evaluation, training
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import margins
-from models.char_gpt.penalty import LossTerms, loss_terms, negatives_at, site_density
-from models.char_gpt.training import StepData, backtracked, draw_windows, initial_state, train_step
-from models.char_gpt.watch import look
 from prob_transformer import map_objective, weight_prior
 from tests.support.dense import dense_truth
 from tests.support.tiny_gpt import compiled_logits, compiled_loss_terms, made, made_wide

@@ -5,16 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.char_gpt.perturbations import LEVELS
+from paper_figures.analysis.tables import markdown
+from paper_figures.runs import load_runs
 from rich.console import Console
 from scipy.special import log_softmax
 
 from models.char_gpt import evaluation, lines, sweep
 from models.char_gpt.config import Config
-from models.char_gpt.perturbations import LEVELS
 from models.corpus import load
 from paper_figures import verdicts
-from paper_figures.analysis.tables import markdown
-from paper_figures.runs import load_runs
 from tests.support.dense import dense_truth
 from tests.support.synthetic_runs import write_runs
 from tests.support.tiny_gpt import compiled_logits, made

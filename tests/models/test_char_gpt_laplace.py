@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.char_gpt.training import initial_state, new_record
 from scipy.special import log_softmax, softmax
 
 from models import cli
@@ -14,7 +15,6 @@ from models.char_gpt.config import Config
 from models.char_gpt.evidence import Evidence, tuned_prior_precision
 from models.char_gpt.laplace import covered, curvature, evidence_of, tuned
 from models.char_gpt.predictive import calibration_error, probit, sampled, score
-from models.char_gpt.training import initial_state, new_record
 from models.corpus import load
 from prob_transformer.inference import results
 from prob_transformer.inference.laplace import Precision

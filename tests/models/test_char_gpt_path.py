@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from models.char_gpt.config import Config
 from models.char_gpt.penalty import loss_terms
 from models.char_gpt.watch import look
+
+from models.char_gpt.config import Config
 from tests.support.tiny_gpt import compiled_loss_terms, made_wide
 
 # At this threshold the one-sided barrier is neither off nor on everywhere.

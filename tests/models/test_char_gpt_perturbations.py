@@ -5,11 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import log_softmax
-
-from models.char_gpt import perturbations
-from models.char_gpt.config import Config
-from models.char_gpt.model import CharGPT
 from models.char_gpt.perturbations import (
     LEVELS,
     clean_losses,
@@ -20,6 +15,11 @@ from models.char_gpt.perturbations import (
     substituted,
     swapped,
 )
+from scipy.special import log_softmax
+
+from models.char_gpt import perturbations
+from models.char_gpt.config import Config
+from models.char_gpt.model import CharGPT
 from tests.support.tiny_gpt import made_wide
 
 CONFIG = Config(layers=2, width=8, heads=2, context=12)

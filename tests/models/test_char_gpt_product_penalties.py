@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from models.char_gpt.config import Config
 from models.char_gpt.penalty import loss_terms
 from models.char_gpt.product_penalties import squared_norm_at, trace_at
+
+from models.char_gpt.config import Config
 from prob_transformer import Attention
 from prob_transformer.change_of_variables import over_positions
 from tests.support.tiny_gpt import made_wide

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.char_gpt.penalty import loss_terms
+from models.char_gpt.training import StepData, initial_state, learning_rate, train_step
 from scipy.stats import norm
 
 from models.char_gpt import regularisers
 from models.char_gpt.config import Config
 from models.char_gpt.model import CharGPT
-from models.char_gpt.penalty import loss_terms
-from models.char_gpt.training import StepData, initial_state, learning_rate, train_step
 from tests.support.tiny_gpt import made_wide
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, steps=20, regulariser="dropout")

@@ -4,14 +4,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from models.char_gpt.perturbations import LEVELS
+from models.char_gpt.run import configuration_of, finished, run
+from models.char_gpt.training import TrainingDivergedError, train
 
 from models import cli
 from models.char_gpt import __main__ as command
 from models.char_gpt import checkpoint, training
 from models.char_gpt.config import Config
-from models.char_gpt.perturbations import LEVELS
-from models.char_gpt.run import configuration_of, finished, run
-from models.char_gpt.training import TrainingDivergedError, train
 from models.corpus import load
 from tests.support.words import write_words
 

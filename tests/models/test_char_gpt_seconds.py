@@ -7,16 +7,16 @@ import time
 
 import numpy as np
 import pytest
+from models.char_gpt.training import new_record, seconds_per_step, train
+from paper_figures.runs import load_runs
 from rich.console import Console
 
 from models.char_gpt import __main__ as command
 from models.char_gpt import evaluation, training
 from models.char_gpt.config import Config
 from models.char_gpt.predictive import score
-from models.char_gpt.training import new_record, seconds_per_step, train
 from models.corpus import load
 from paper_figures import verdicts
-from paper_figures.runs import load_runs
 from tests.support.synthetic_runs import write_runs
 from tests.support.words import write_words
 

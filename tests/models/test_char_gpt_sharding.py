@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.char_gpt.penalty import negatives_at
+from models.char_gpt.training import StepData, draw_windows, initial_state, train_step
 
 from models import cli
 from models.char_gpt import __main__ as command
 from models.char_gpt import checkpoint, run, sharding
 from models.char_gpt.config import SITES, Config
-from models.char_gpt.penalty import negatives_at
-from models.char_gpt.training import StepData, draw_windows, initial_state, train_step
 from models.corpus import load
 from tests.support.words import write_words
 

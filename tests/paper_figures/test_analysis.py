@@ -3,10 +3,6 @@ import json
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from scipy import stats
-
-from models.char_gpt import study
-from paper_figures import verdicts
 from paper_figures.analysis import selection
 from paper_figures.analysis import verdicts as rules
 from paper_figures.analysis.comparisons import PRIMARY, Comparison, declared
@@ -15,8 +11,12 @@ from paper_figures.analysis.holm import holm
 from paper_figures.analysis.paired import Paired, spread
 from paper_figures.analysis.tests_of_means import equivalence_p, p_value, power, sign_flip_p
 from paper_figures.analysis.verdicts import judge
-from paper_figures.figures import effects
 from paper_figures.runs import BARRIERS, COMPETITORS, CONTROLS, increase, load_runs
+from scipy import stats
+
+from models.char_gpt import study
+from paper_figures import verdicts
+from paper_figures.figures import effects
 from tests.support.synthetic_runs import Truth, write_runs
 
 

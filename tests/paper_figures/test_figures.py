@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from paper_figures.analysis.comparisons import PERTURBATIONS
+from paper_figures.analysis.equal_cost import at_equal_cost
 from scipy import stats
 
 from models import cli
 from models.char_gpt import study
 from paper_figures import __main__ as command
 from paper_figures import report, runs, verdicts
-from paper_figures.analysis.comparisons import PERTURBATIONS
-from paper_figures.analysis.equal_cost import at_equal_cost
 from paper_figures.figures import style
 from tests.support.synthetic_runs import Truth, write_runs
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from models.char_gpt.perturbations import LEVELS
 from models.char_gpt.study import METHODS
 

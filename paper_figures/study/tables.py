@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from paper_figures.analysis.comparisons import PERTURBATIONS, PRIMARY, SMALLEST_INCREASE
-from paper_figures.analysis.findings import FINDINGS
-from paper_figures.analysis.selection import BUDGET, FIRST_BUDGET
-from paper_figures.analysis.words import AT_EQUAL_COST, change_of
-from paper_figures.runs import BASELINE
+from paper_figures.study.analysis import FINDINGS
+from paper_figures.study.comparisons import PERTURBATIONS, PRIMARY, SMALLEST_INCREASE
+from paper_figures.study.design import BASELINE
+from paper_figures.study.strength_selection import BUDGET, FIRST_BUDGET
+from paper_figures.study.wording import AT_EQUAL_COST, change_of, shown_change
 
 OVERVIEW_HEADINGS = (
     "method",
@@ -132,10 +132,7 @@ def _power(entry: dict[str, Any]) -> str:
 def _change(row: dict[str, Any], digits: int) -> str:
     if row["change_percent"] is None:
         return "not measurable"
-    interval = "one seed, no interval"
-    if row["change_interval"] is not None:
-        interval = " to ".join(f"{end:+.{digits}f}" for end in row["change_interval"])
-    return f"{row['change_percent']:+.{digits}f} % ({interval})"
+    return "{} ({})".format(*shown_change(row["change_percent"], row["change_interval"], digits, sign="+"))
 
 
 def _markdown_table(headings: tuple[str, ...], cells: list[list[str]]) -> str:

@@ -1,4 +1,4 @@
-"""`python -m models.behaviour --model smollm2 --out FILE.json`: margins of a trained decoder against what it does.
+"""`python -m paper_figures.behaviour --model smollm2 --out FILE.json`: margins of a trained decoder against what it does.
 
 Without --text, passages come from the validation articles of the Wikipedia sample. With it, from that UTF-8 file; form
 feeds in it separate documents.
@@ -16,10 +16,18 @@ from rich.table import Table
 from tqdm import tqdm
 
 from models import wikipedia
-from models.behaviour.measure import BASELINES, MARGINS, OUTCOMES, PAST_SHARE, READINGS, Passage, measure, passages
-from models.behaviour.relation import relation
-from models.behaviour.verdict import verdict
 from models.cli import run
+from paper_figures.behaviour.measure import (
+    BASELINES,
+    MARGINS,
+    OUTCOMES,
+    PAST_SHARE,
+    READINGS,
+    Passage,
+    measure,
+    passages,
+)
+from paper_figures.behaviour.relation import described, relation
 from prob_transformer._validation import require_count
 from prob_transformer.files import provenance, write_json
 from prob_transformer.inspection.command import read_text
@@ -37,7 +45,7 @@ COLUMNS = ("alone", "given entropy and log position", "and past share")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m models.behaviour", description="Margins against behaviour.")
+    parser = argparse.ArgumentParser(prog="python -m paper_figures.behaviour", description="Margins against behaviour.")
     parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
     parser.add_argument("--text", type=Path, help="UTF-8 text (default: validation articles of the Wikipedia sample)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
@@ -64,28 +72,19 @@ def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str,
     def of(first: str, second: str, controls: tuple[str, ...] = ()) -> Any:
         return relation(figures, first, second, controls, comparisons, resamples, seed)
 
+    # What each correlation is given, in the words of the rows.
+    given = {"alone": (), "given entropy": ("entropy",), COLUMNS[1]: BASELINES, COLUMNS[2]: (*BASELINES, PAST_SHARE)}
     rows = []
     for outcome in OUTCOMES:
-        baseline = of("entropy", outcome)
-        rows.append({"figure": "entropy", "outcome": outcome, "alone": baseline._asdict()})
-        alone, given = of(PAST_SHARE, outcome), of(PAST_SHARE, outcome, BASELINES)
-        shares = {"alone": alone._asdict(), "given entropy and log position": given._asdict()}
-        rows.append({"figure": PAST_SHARE, "outcome": outcome, **shares})
-        for margin in MARGINS:
-            alone, given = of(margin, outcome), of(margin, outcome, BASELINES)
-            entropy_only = of(margin, outcome, ("entropy",))
-            past_share_too = of(margin, outcome, (*BASELINES, PAST_SHARE))
-            rows.append(
-                {
-                    "figure": margin,
-                    "outcome": outcome,
-                    "alone": alone._asdict(),
-                    "given entropy": entropy_only._asdict(),
-                    "given entropy and log position": given._asdict(),
-                    "and past share": past_share_too._asdict(),
-                    "verdict": verdict(margin, outcome, alone, given, baseline),
-                }
-            )
+        for figure in ("entropy", PAST_SHARE, *MARGINS):
+            asked = {"entropy": COLUMNS[:1], PAST_SHARE: COLUMNS[:2]}.get(figure, tuple(given))
+            correlations = {name: of(figure, outcome, given[name]) for name in asked}
+            row = {"figure": figure, "outcome": outcome, **{name: one._asdict() for name, one in correlations.items()}}
+            if figure == "entropy":
+                baseline = correlations["alone"]
+            if figure in MARGINS:
+                row["verdict"] = described(figure, outcome, correlations["alone"], correlations[COLUMNS[1]], baseline)
+            rows.append(row)
     return rows
 
 
@@ -97,9 +96,8 @@ def _shown(found: dict[str, Any] | None) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Spearman correlation over tokens, 95 % bootstrap interval over passages", title_justify="left")
-    for column in ("outcome", "figure", *COLUMNS):
-        table.add_column(column)
+    title = "Spearman correlation over tokens, 95 % bootstrap interval over passages"
+    table = Table("outcome", "figure", *COLUMNS, title=title, title_justify="left")
     for row in rows:
         table.add_row(row["outcome"], row["figure"], *(_shown(row.get(name)) for name in COLUMNS))
     return table

@@ -25,10 +25,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from paper_figures.analysis.comparisons import Comparison
-from paper_figures.analysis.holm import holm
-from paper_figures.analysis.paired import Paired, spread
-from paper_figures.analysis.tests_of_means import equivalence_p, p_value, power
+from paper_figures.study.comparisons import Comparison
+from paper_figures.study.paired_tests import Paired, equivalence_p, holm, p_value, power, spread
 
 ALPHA = 0.05
 Verdict = Literal["supported", "not supported", "undecided", "not tested"]
@@ -63,13 +61,10 @@ def judge(comparisons: list[Comparison], primary_first: bool = True) -> list[Jud
         key = (comparison.finding,) if primary_first else (comparison.finding, comparison.split)
         findings.setdefault(key, []).append(place)
     for places in findings.values():
-        if not primary_first:
-            _correct(judged, places)
-            continue
-        able = [place for place in places if not judged[place].untested]
-        first = [place for place in able if comparisons[place].primary]
-        _correct(judged, first)
+        able = [place for place in places if not (primary_first and judged[place].untested)]
+        first = [place for place in able if comparisons[place].primary or not primary_first]
         others = [place for place in able if place not in first]
+        _correct(judged, first)
         if over_all(judged[place].verdict for place in first) in ("supported", "not supported"):
             _correct(judged, others)
         else:

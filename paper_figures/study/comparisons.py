@@ -7,7 +7,7 @@ Every comparison is a gain a seed, positive where the claim holds:
   (decides), and the 1 % quantile of det J in the layers, by how much it is larger (its own unit, 1 being no attention and 0
   the boundary). Shares of ce differ ninefold between seeds; their ratios do not;
 - clean: clean loss, as a loss of at most 1 %;
-- ours: the increase under the deciding perturbation against each competitor, both at one clean cost (`equal_cost`), over the
+- ours: the increase under the deciding perturbation against each competitor, both at one clean cost (`strength_selection`), over the
   mean increase of ce;
 - first order: the same for the barrier against the mean of tr M_i, its first order, either way;
 - small moments, clean and noise: whether the penalty on |R L_i|^2 lowers the clean loss, and whether it raises the increase.
@@ -16,24 +16,14 @@ The primary comparisons of a finding are those of one method on one text; `verdi
 the first order and on small moments are only there if a sweep holds their methods.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from paper_figures.analysis.equal_cost import EqualCost, at_equal_cost
-from paper_figures.analysis.selection import Selection
-from paper_figures.runs import (
-    BARRIERS,
-    BASELINE,
-    COMPETITORS,
-    FIRST_ORDER,
-    SMALL_MOMENTS,
-    Run,
-    Runs,
-    clean_loss,
-    increase,
-)
+from paper_figures.study.design import BARRIERS, BASELINE, COMPETITORS, FIRST_ORDER, SMALL_MOMENTS
+from paper_figures.study.runs import Run, clean_loss
+from paper_figures.study.strength_selection import EqualCost, Selection, increases
 
 Finding = Literal[
     "robustness", "geometry", "clean", "ours", "first order", "small moments, clean", "small moments, noise"
@@ -84,32 +74,35 @@ class Comparison(NamedTuple):
         return self.decides and self.split != "news" and self.method in (PRIMARY, SMALL_MOMENTS)
 
 
-def declared(runs: Runs, selections: dict[str, Selection]) -> list[Comparison]:
+def declared(selections: dict[str, Selection], priced: dict[str, EqualCost | str]) -> list[Comparison]:
     """Every comparison of the barrier methods in a sweep, at the strengths selected or at one clean cost."""
     barriers = [selections[method] for method in BARRIERS if method in selections]
     baseline = selections[BASELINE].runs
-    priced = {
-        method: at_equal_cost(runs, method) for method in (*BARRIERS, *COMPETITORS, FIRST_ORDER) if method in selections
-    }
-    found = []
+    found: list[Comparison] = []
     for split in SPLITS:
         for barrier in barriers:
             found += [
-                _robustness(barrier, baseline, split, kind, level, decides=place == 0)
-                for place, (kind, level) in enumerate(PERTURBATIONS)
+                _robustness("robustness", barrier, baseline, split, perturbation, perturbation == PERTURBATIONS[0])
+                for perturbation in PERTURBATIONS
             ]
-            found.append(_clean(barrier, baseline, split))
-            found += [_ours("ours", barrier.method, m, priced, baseline, split) for m in COMPETITORS if m in priced]
-        if {PRIMARY, FIRST_ORDER} <= priced.keys():
-            found.append(_ours("first order", PRIMARY, FIRST_ORDER, priced, baseline, split))
+            found.append(_clean("clean", barrier, baseline, split, CLEAN_MARGIN, "not worse"))
+            for competitor in COMPETITORS:
+                if competitor in selections:
+                    found.append(_at_one_cost("ours", barrier.method, competitor, priced, baseline, split))
+        if {PRIMARY, FIRST_ORDER} <= selections.keys():
+            found.append(_at_one_cost("first order", PRIMARY, FIRST_ORDER, priced, baseline, split, "different"))
         if SMALL_MOMENTS in selections:
-            found += _small_moments(selections[SMALL_MOMENTS], baseline, split)
+            small = selections[SMALL_MOMENTS]
+            found.append(_clean("small moments, clean", small, baseline, split, SMALLEST_CLEAN_GAIN))
+            found.append(_robustness("small moments, noise", small, baseline, split, PERTURBATIONS[0]))
     for barrier in barriers:
         found += [_share(barrier, baseline), _quantile(barrier, baseline)]
-    excluded = {method: _excluded(selection, baseline) for method, selection in selections.items()}
     # At one clean cost the strength chosen plays no part; what is excluded there is so by its own rule.
     return [
-        one if one.finding in ("ours", "first order") else one._replace(excluded=excluded[one.method]) for one in found
+        one
+        if one.finding in ("ours", "first order")
+        else one._replace(excluded=_excluded(selections[one.method], baseline))
+        for one in found
     ]
 
 
@@ -119,23 +112,53 @@ def _excluded(selection: Selection, baseline: list[Run]) -> str:
     return "" if _clean_gains(selection, baseline, "test").any() else f"its models are those of {BASELINE}"
 
 
-def _increases(members: list[Run], split: str, kind: str, level: float) -> Float[np.ndarray, " n"]:
-    return np.array([increase(run, split, kind, level) for run in members])
+def _increased(
+    finding: Finding,
+    split: str,
+    method: str,
+    against: str,
+    differences: Float[np.ndarray, " n"],
+    baseline: list[Run],
+    perturbation: tuple[str, float],
+    decides: bool = True,
+    claim: Claim = "better",
+    excluded: str = "",
+) -> Comparison:
+    """Differences of the increase under a perturbation as gains over the mean increase of ce."""
+    kind, level = perturbation
+    mean = float(np.mean(increases(baseline, split, kind, level)))
+    gains, reason = (differences / mean, "") if mean > 0 else (None, f"{kind} does not raise the loss of {BASELINE}")
+    measure = f"{kind} {level:g}"
+    return Comparison(
+        finding, split, method, against, measure, decides, SMALLEST_INCREASE, gains, reason, claim, excluded
+    )
 
 
 def _robustness(
-    barrier: Selection, baseline: list[Run], split: str, kind: str, level: float, decides: bool
+    finding: Finding,
+    selection: Selection,
+    baseline: list[Run],
+    split: str,
+    perturbation: tuple[str, float],
+    decides: bool = True,
 ) -> Comparison:
-    reference, own = (_increases(members, split, kind, level) for members in (baseline, barrier.runs))
-    gains, reason = _over_mean(reference - own, reference, f"{kind} does not raise the loss of {BASELINE}")
-    measure = f"{kind} {level:g}"
-    return Comparison("robustness", split, barrier.method, BASELINE, measure, decides, SMALLEST_INCREASE, gains, reason)
+    """A smaller increase than that of ce; for small moments a larger one, so that gain is the increase there."""
+    reference, own = (increases(members, split, *perturbation) for members in (baseline, selection.runs))
+    differences = reference - own if finding == "robustness" else own - reference
+    return _increased(finding, split, selection.method, BASELINE, differences, baseline, perturbation, decides)
 
 
-def _clean(barrier: Selection, baseline: list[Run], split: str) -> Comparison:
-    gains = _clean_gains(barrier, baseline, split)
+def _clean(
+    finding: Finding,
+    selection: Selection,
+    baseline: list[Run],
+    split: str,
+    smallest_effect: float,
+    claim: Claim = "better",
+) -> Comparison:
+    gains = _clean_gains(selection, baseline, split)
     return Comparison(
-        "clean", split, barrier.method, BASELINE, "clean loss", True, CLEAN_MARGIN, gains, claim="not worse"
+        finding, split, selection.method, BASELINE, "clean loss", True, smallest_effect, gains, claim=claim
     )
 
 
@@ -144,42 +167,35 @@ def _clean_gains(selection: Selection, baseline: list[Run], split: str) -> Float
     return (reference - own) / reference.mean()
 
 
-def _ours(
-    finding: Finding, method: str, against: str, priced: dict[str, EqualCost | str], baseline: list[Run], split: str
+def _at_one_cost(
+    finding: Finding,
+    method: str,
+    against: str,
+    priced: dict[str, EqualCost | str],
+    baseline: list[Run],
+    split: str,
+    claim: Claim = "better",
 ) -> Comparison:
-    kind, level = PERTURBATIONS[0]
+    kind, level = perturbation = PERTURBATIONS[0]
     own, theirs = priced[method], priced[against]
-    gains, excluded = None, ""
     if isinstance(own, str) or isinstance(theirs, str):
         reason = f"{method} {own}" if isinstance(own, str) else f"{against} {theirs}"
-    else:
-        difference = theirs.increases(split, kind, level) - own.increases(split, kind, level)
-        reference = _increases(baseline, split, kind, level)
-        gains, reason = _over_mean(difference, reference, f"{kind} does not raise the loss of {BASELINE}")
-        excluded = f"{method} {own.gap}" if own.gap else f"{against} {theirs.gap}" if theirs.gap else ""
-    claim: Claim = "different" if finding == "first order" else "better"
-    return Comparison(
-        finding, split, method, against, f"{kind} {level:g}", True, SMALLEST_INCREASE, gains, reason, claim, excluded
+        measure = f"{kind} {level:g}"
+        return Comparison(finding, split, method, against, measure, True, SMALLEST_INCREASE, None, reason, claim)
+    differences = theirs.increases(split, kind, level) - own.increases(split, kind, level)
+    excluded = f"{method} {own.gap}" if own.gap else f"{against} {theirs.gap}" if theirs.gap else ""
+    return _increased(
+        finding, split, method, against, differences, baseline, perturbation, claim=claim, excluded=excluded
     )
 
 
-def _small_moments(selection: Selection, baseline: list[Run], split: str) -> list[Comparison]:
-    """Two questions with a claim each: a lower clean loss, and a larger increase, so that gain is the increase here."""
-    kind, level = PERTURBATIONS[0]
-    clean = Comparison(
-        "small moments, clean", split, selection.method, BASELINE, "clean loss", True, SMALLEST_CLEAN_GAIN,
-        _clean_gains(selection, baseline, split),
-    )  # fmt: skip
-    noise = _robustness(selection, baseline, split, kind, level, decides=True)
-    gains = None if noise.gains is None else -noise.gains
-    return [clean, noise._replace(finding="small moments, noise", gains=gains)]
+def _of_layers(name: str, *groups: list[Run]) -> list[list[Any]]:
+    """A figure of the margins in the layers, by seed."""
+    return [[run["margins"]["layers"][name] for run in members] for members in groups]
 
 
 def _share(barrier: Selection, baseline: list[Run]) -> Comparison:
-    reference, own = (
-        np.array([run["margins"]["layers"]["negative_share"] for run in members])
-        for members in (baseline, barrier.runs)
-    )
+    reference, own = map(np.array, _of_layers("negative_share", baseline, barrier.runs))
     some = reference > 0
     gains = 1 - own[some] / reference[some] if some.any() else None
     reason = "" if some.any() else f"{BASELINE} has no position past the boundary"
@@ -189,8 +205,8 @@ def _share(barrier: Selection, baseline: list[Run]) -> Comparison:
 
 def _quantile(barrier: Selection, baseline: list[Run]) -> Comparison:
     reference, own = (
-        [run["margins"]["layers"]["determinant_quantiles"]["0.01"] for run in members]
-        for members in (baseline, barrier.runs)
+        [quantiles["0.01"] for quantiles in members]
+        for members in _of_layers("determinant_quantiles", baseline, barrier.runs)
     )
     known = None not in (*reference, *own)
     gains = np.array(own) - np.array(reference) if known else None
@@ -199,10 +215,3 @@ def _quantile(barrier: Selection, baseline: list[Run]) -> Comparison:
     return Comparison(
         "geometry", MARGINS_SPLIT, barrier.method, BASELINE, measure, False, SMALLEST_MARGIN, gains, reason
     )
-
-
-def _over_mean(
-    differences: Float[np.ndarray, " n"], reference: Float[np.ndarray, " n"], otherwise: str
-) -> tuple[Float[np.ndarray, " n"] | None, str]:
-    mean = float(np.mean(reference))
-    return (differences / mean, "") if mean > 0 else (None, otherwise)

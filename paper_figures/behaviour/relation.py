@@ -5,6 +5,10 @@ all tokens; the partial one is Pearson's of the ranks after what is linear in th
 Each comes with its 95 % percentile interval, and with one that holds for all comparisons together (Bonferroni), which
 the verdicts use: bootstrap standard error times Student's quantile for that many passages, for so far out in its tails
 a bootstrap of a few thousand has too few draws.
+
+Words are made by rule, so that nobody picks them after seeing the figures: a relation is said to be there when the
+interval that holds for all comparisons together leaves out 0; it is called weak below 0.3, moderate below 0.5 and strong
+from there on, by absolute value.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +28,12 @@ class Relation(NamedTuple):
     correlation: float
     interval: tuple[float, float]
     simultaneous: tuple[float, float]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the interval for all comparisons leaves out 0."""
+        low, high = self.simultaneous
+        return low > 0 or high < 0
 
 
 def _standardised(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -70,3 +80,21 @@ def relation(
     found = of(range(len(passages)))
     reach = float(np.std(drawn, ddof=1) * student.ppf(1 - missed / (2 * comparisons), len(passages) - 1))
     return Relation(found, (float(low), float(high)), (found - reach, found + reach))
+
+
+def strength(correlation: float) -> str:
+    size = abs(correlation)
+    return "weak" if size < 0.3 else "moderate" if size < 0.5 else "strong"
+
+
+def described(margin: str, outcome: str, plain: Relation, given: Relation, baseline: Relation) -> str:
+    """One or two sentences on a margin and an outcome, next to the entropy baseline."""
+    first = f"no relation between {margin!r} and {outcome!r} is shown ({plain.correlation:+.2f})"
+    if plain.is_there:
+        direction = "rises" if plain.correlation > 0 else "falls"
+        first = f"{outcome!r} {direction} with {margin!r}: {strength(plain.correlation)} ({plain.correlation:+.2f})"
+    second = f"nothing is shown beyond attention entropy and position ({given.correlation:+.2f})"
+    if given.is_there:
+        second = f"given attention entropy and position it is {strength(given.correlation)} ({given.correlation:+.2f})"
+    against = "more" if abs(plain.correlation) > abs(baseline.correlation) else "less"
+    return f"{first}; {second}; alone it orders tokens {against} than entropy does ({baseline.correlation:+.2f})."

@@ -1,7 +1,8 @@
-"""The training loop: a jitted step, the watch on sign(det J), and checkpoints from which a run goes on unchanged."""
+"""The training loop: a compiled step, margins noted on the way, and checkpoints from which a run goes on unchanged."""
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,10 @@ from tqdm import tqdm
 
 from models.char_gpt import checkpoint
 from models.char_gpt.config import Config, Site
+from models.char_gpt.device_mesh import constrained, gathered, is_first_process, over_data, placed, require_agreement
+from models.char_gpt.loss import Loss, LossTerms, Strength, loss_terms, negatives_at
 from models.char_gpt.model import CharGPT
-from models.char_gpt.penalty import LossTerms, loss_terms, negatives_at
-from models.char_gpt.regularisers import decayed
-from models.char_gpt.sharding import constrained, gathered, is_first_process, over_data, placed, require_agreement
-from models.char_gpt.watch import Look, look, new_crossings, note
+from models.char_gpt.training_record import BatchMargins, batch_margins, new_record, note
 from models.corpus import Corpus
 
 HISTORY_EVERY = 20
@@ -28,6 +28,22 @@ HISTORY_EVERY = 20
 
 class TrainingDivergedError(RuntimeError):
     """The loss stopped being finite; the last checkpoint is kept."""
+
+
+# What becomes of the optimiser's update: a function of it, the model, the learning rate and the strength.
+Update = Callable[[PyTree, CharGPT, Float[Array, ""], Strength], PyTree]
+
+
+class Method(NamedTuple):
+    """A loss in place of the configuration's own: its name, the strength that multiplies what it adds, and its terms.
+
+    `update` is for what is added to the step and not to the loss, as decoupled weight decay is.
+    """
+
+    name: str
+    strength: float
+    loss: Loss = loss_terms
+    update: Update | None = None
 
 
 class State(NamedTuple):
@@ -60,8 +76,10 @@ class StepData(NamedTuple):
     strength: Float[Array, ""]
 
     @classmethod
-    def of(cls, characters: Int[Array, " N"], config: Config, step: int) -> "StepData":
-        return cls(characters, jnp.asarray(config.seed), jnp.asarray(step), jnp.asarray(config.strength, jnp.float32))
+    def of(cls, characters: Int[Array, " N"], config: Config, step: int, strength: float | None = None) -> "StepData":
+        """The data of a step; the strength is the configuration's own unless another is given."""
+        strength = config.strength if strength is None else strength
+        return cls(characters, jnp.asarray(config.seed), jnp.asarray(step), jnp.asarray(strength, jnp.float32))
 
 
 def draw_windows(
@@ -75,8 +93,13 @@ def draw_windows(
 
 
 def anonymous(config: Config) -> Config:
-    """The configuration without seed and strengths: what the compiled step depends on."""
-    return dataclasses.replace(config, seed=0, barrier_weight=1.0, regulariser_strength=0.0)
+    """The configuration without seed and strength: what the compiled step depends on."""
+    return dataclasses.replace(config, seed=0, barrier_weight=1.0)
+
+
+def full_configuration(config: Config, method: Method | None) -> dict[str, Any]:
+    """All that a run depends on but its text: the configuration, and "method" and "strength" if it has another loss."""
+    return config.as_dict() | ({} if method is None else {"method": method.name, "strength": method.strength})
 
 
 def backtracked(
@@ -106,32 +129,39 @@ def backtracked(
 
 
 @eqx.filter_jit
-def train_step(data: StepData, state: State, config: Config, mesh: Mesh | None = None) -> tuple[State, LossTerms]:
-    """One optimiser step on the batch of seed and step; `config` and the mesh of the state are static."""
+def train_step(
+    data: StepData,
+    state: State,
+    config: Config,
+    mesh: Mesh | None = None,
+    loss: Loss = loss_terms,
+    update: Update | None = None,
+) -> tuple[State, LossTerms]:
+    """One optimiser step on the batch of seed and step; all but the data and the state is static."""
     characters, seed, step, strength = data
     windows = over_data(draw_windows(characters, seed, step, config), mesh)
     # Apart from the key that drew the windows.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
     def objective(model: CharGPT) -> tuple[Float[Array, ""], LossTerms]:
-        terms = loss_terms(model, windows, config, characters.shape[0], key, mesh, strength)
+        terms = loss(model, windows, config, characters.shape[0], key, mesh, strength)
         return terms.loss, terms
 
     (_, terms), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(state.model)
-    update, optimiser_state = optimiser(config).update(gradient, state.optimiser, state.model)
-    if config.regulariser == "weight-decay":
-        update = decayed(update, state.model, learning_rate(config)(step), strength)
+    change, optimiser_state = optimiser(config).update(gradient, state.optimiser, state.model)
+    if update is not None:
+        change = update(change, state.model, learning_rate(config)(step), strength)
     if config.backtrack and config.objective != "ce":
-        model, halvings = backtracked(state.model, update, windows, config, mesh)
+        model, halvings = backtracked(state.model, change, windows, config, mesh)
     else:
-        model, halvings = eqx.apply_updates(state.model, update), jnp.zeros((), jnp.int32)
+        model, halvings = eqx.apply_updates(state.model, change), jnp.zeros((), jnp.int32)
     return constrained((State(model, optimiser_state, state.halvings + halvings), terms), mesh)
 
 
 @eqx.filter_jit
-def _look(data: StepData, model: CharGPT, config: Config, mesh: Mesh | None) -> dict[Site, Look]:
+def _margins(data: StepData, model: CharGPT, config: Config, mesh: Mesh | None) -> dict[Site, BatchMargins]:
     windows = over_data(draw_windows(data.characters, data.seed, data.step, config), mesh)
-    return constrained(look(model, windows, config.implementation, mesh), mesh)
+    return constrained(batch_margins(model, windows, config.implementation, mesh), mesh)
 
 
 def initial_state(config: Config, vocabulary_size: int) -> State:
@@ -143,26 +173,11 @@ def initial_state(config: Config, vocabulary_size: int) -> State:
     return State(model, state, jnp.zeros((), jnp.int32))
 
 
-def new_record() -> dict[str, Any]:
-    """What is noted of a run beside its state: crossings at each site, margins and loss over training, seconds.
-
-    `starts` counts how often the run was started or resumed, `starting_seconds` is the time of the first step of each,
-    which compiles it.
-    """
-    seconds = {"wall_seconds": 0.0, "starting_seconds": 0.0, "starts": 0}
-    return {"crossings": new_crossings(), "watch": [], "history": [], **seconds}
-
-
-def seconds_per_step(record: dict[str, Any], steps: int) -> float | None:
-    """Seconds of a step, without those in which a start compiled it; None if there were no others."""
-    timed = steps - record["starts"]
-    return (record["wall_seconds"] - record["starting_seconds"]) / timed if timed > 0 else None
-
-
 def train(
     config: Config,
     corpus: Corpus,
     out: Path,
+    method: Method | None = None,
     *,
     stop_at: int | None = None,
     mesh: Mesh | None = None,
@@ -170,26 +185,28 @@ def train(
 ) -> tuple[State, dict[str, Any]]:
     """Train from the checkpoint in `out` if there is one, else from the start, up to the last step or `stop_at`.
 
-    Checkpoints every `checkpoint_every` steps; returns the last state, whole even if it was spread over a mesh, and
-    record. Raises TrainingDivergedError when the loss is not finite, leaving the last checkpoint; ValueError for an
-    unwritable folder or a foreign checkpoint.
+    The loss is that of the configuration, or of the method. Checkpoints every `checkpoint_every` steps; returns the
+    last state, whole even if it was spread over a mesh, and record. Raises TrainingDivergedError when the loss is not
+    finite, leaving the last checkpoint; ValueError for an unwritable folder or a foreign checkpoint.
     """
+    configuration = full_configuration(config, method)
+    method = Method(config.method, config.strength) if method is None else method
     state, step, record = initial_state(config, len(corpus.vocabulary)), 0, new_record()
     path = out / checkpoint.NAME
     is_new = not path.exists()
     if not is_new:
-        state, step, record = checkpoint.load(path, config, corpus.sha256, state)
-        record = new_record() | record
+        state, step, found = checkpoint.load(path, configuration, corpus.sha256, state)
+        record |= found
     # Also keeps the first process from writing before the others have looked.
-    require_agreement(options=config.as_dict(), text=corpus.sha256, checkpoint=record)
+    require_agreement(options=configuration, text=corpus.sha256, checkpoint=record)
     if is_new and is_first_process():
-        checkpoint.save(path, config, corpus.sha256, state, step, record)
+        checkpoint.save(path, configuration, corpus.sha256, state, step, record)
     state = placed(state, mesh)
-    fixed = placed(StepData.of(jnp.asarray(corpus.train), config, step), mesh)
+    fixed = placed(StepData.of(jnp.asarray(corpus.train), config, step, method.strength), mesh)
     compiled_for = anonymous(config)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
     started, compiling = time.perf_counter() - record["wall_seconds"], True
-    name = f"{config.method} seed {config.seed}"
+    name = f"{method.name} seed {config.seed}"
     hidden = quiet or not is_first_process()
     with tqdm(
         total=config.steps, initial=step, desc=f"{name}, compiling", unit="step", mininterval=1, disable=hidden
@@ -197,11 +214,11 @@ def train(
         while step < last:
             data = fixed._replace(step=placed(jnp.asarray(step), mesh))
             if step % config.watch_every == 0:
-                note(record, step, _look(data, state.model, compiled_for, mesh))
-            state, terms = train_step(data, state, compiled_for, mesh)
+                note(record, step, _margins(data, state.model, compiled_for, mesh))
+            state, terms = train_step(data, state, compiled_for, mesh, method.loss, method.update)
             if not np.isfinite(terms.loss):
                 raise TrainingDivergedError(
-                    f"the loss is {float(terms.loss)} at step {step} of {config.method}, seed {config.seed}; lower "
+                    f"the loss is {float(terms.loss)} at step {step} of {method.name}, seed {config.seed}; lower "
                     f"--learning-rate or the strength. The last checkpoint is kept in {out}."
                 )
             if compiling:
@@ -210,8 +227,7 @@ def train(
                 compiling = False
                 bar.set_description(name)
             if step % HISTORY_EVERY == 0 or step == config.steps - 1:
-                values = {name: float(value) for name, value in terms._asdict().items()}
-                record["history"].append({"step": step, **values})
+                record["history"].append({"step": step, **{key: float(x) for key, x in terms._asdict().items()}})
             step += 1
             progress = {"ce": f"{terms.cross_entropy:.3f}", "negative": f"{terms.negative_share:.1%}"}
             bar.set_postfix(progress, refresh=False)
@@ -220,5 +236,5 @@ def train(
                 record["wall_seconds"] = time.perf_counter() - started
                 whole = gathered(state, mesh)
                 if is_first_process():
-                    checkpoint.save(path, config, corpus.sha256, whole, step, record)
+                    checkpoint.save(path, configuration, corpus.sha256, whole, step, record)
     return gathered(state, mesh), record

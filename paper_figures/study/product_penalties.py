@@ -9,7 +9,7 @@ attention itself:
 
     tr M_i = sum_h sum_s alpha^h_is (x^h_s - mean x^h)^T k^h_s / sqrt(p)
 
-Both are 0 at the first two positions. Source: ours.
+Both are 0 at the first two positions. A loss adds their mean over the heads of all layers. Source: ours.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from models.char_gpt.config import Config
+from models.char_gpt.device_mesh import at_site
+from models.char_gpt.loss import Loss, LossTerms, Strength, at_every_head, forward, terms_of
+from models.char_gpt.model import CharGPT
+from prob_transformer import BarrierPenalty, weight_prior
 from prob_transformer.attention import Attention, Past, logit_slopes, weights_of_queries
 from prob_transformer.change_of_variables import low_rank_at, over_positions
+
+PenaltyAt = Callable[[Attention, Past, Float[Array, " d"]], Float[Array, ""]]
 
 
 def trace_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, ""]:
@@ -39,18 +47,43 @@ def squared_norm_at(attention: Attention, past: Past, embedding: Float[Array, " 
     return jnp.square(low_rank_at(attention, past, queries, weights_of_queries(attention, past, queries))).sum()
 
 
-PENALTY_AT: dict[str, Callable[[Attention, Past, Float[Array, " d"]], Float[Array, ""]]] = {
-    "trace": trace_at,
-    "frobenius": squared_norm_at,
-}
-
-
-def product_penalty(form: str, attention: Attention, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n"]:
-    """The penalty of that form at every position of every sequence, each seeing its strict past.
+def _over_sequences(
+    penalty_at: PenaltyAt, attention: Attention, embeddings: Float[Array, "... n d"]
+) -> Float[Array, "... n"]:
+    """The penalty at every position of every sequence, each seeing its strict past.
 
     One sequence at a time, and again in the backward pass: what one needs stays in a processor's cache, so the gradient
     of the Frobenius penalty on 128 sequences of 64 positions took a fifth of the time (measured, one core, float32).
     """
-    one_sequence = jax.checkpoint(partial(over_positions, PENALTY_AT[form], attention))
+    one_sequence = jax.checkpoint(partial(over_positions, penalty_at, attention))
     found = jax.lax.map(one_sequence, embeddings.reshape(-1, *embeddings.shape[-2:]))
     return found.reshape(embeddings.shape[:-1])
+
+
+def penalised(
+    penalty_at: PenaltyAt,
+    model: CharGPT,
+    windows: Int[Array, "B n+1"],
+    config: Config,
+    training_characters: int,
+    key: PRNGKeyArray,
+    mesh: Mesh | None,
+    strength: Strength,
+) -> LossTerms:
+    """Cross-entropy and the mean penalty over layers, heads and positions, as `loss_terms` gives them.
+
+    Without a determinant the share past the boundary is not known, and given as 0 like that of plain training.
+    """
+    prior = weight_prior(model, config.weight_prior_scale) / training_characters
+    logits, embeddings, attended = forward(model, windows[:, :-1], config.remat)
+    everywhere = partial(at_every_head, partial(_over_sequences, penalty_at), "layers")
+    mean = at_site(everywhere, "layers", mesh)(model, embeddings, attended.inputs).mean()
+    added = BarrierPenalty(mean, jnp.zeros_like(mean), jnp.zeros_like(mean))
+    return terms_of(logits, windows, prior, added, strength)
+
+
+# Made once, because a compiled step belongs to the very function.
+PRODUCT_LOSSES: dict[str, Loss] = {
+    "trace": partial(penalised, trace_at),
+    "frobenius": partial(penalised, squared_norm_at),
+}
