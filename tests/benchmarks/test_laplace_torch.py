@@ -13,7 +13,8 @@ from models import cli
 from models.char_gpt import checkpoint, laplace, last_layer, linear_maps
 from models.char_gpt.config import Config
 from models.char_gpt.predictive import probit
-from models.char_gpt.train import initial_state, new_record
+from models.char_gpt.train import initial_state
+from models.char_gpt.training_record import new_record
 from models.corpus import load
 from prob_transformer.inference.laplace.kfac import combinations, kronecker_factors
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
     (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
     text = load(folder / "text.txt", SMALL.context + 1)
     state = initial_state(SMALL, len(text.vocabulary))
-    checkpoint.save(folder / "run" / checkpoint.NAME, SMALL, text.sha256, state, 0, new_record())
+    checkpoint.save(folder / "run" / checkpoint.NAME, SMALL.as_dict(), text.sha256, state, 0, new_record())
     return folder
 
 

@@ -5,15 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.char_gpt.penalty import LossTerms, loss_terms, negatives_at, site_density
-from models.char_gpt.training import StepData, backtracked, draw_windows, initial_state, train_step
-from models.char_gpt.watch import look
 from scipy.special import log_softmax
 from scipy.stats import norm
 
-from models.char_gpt import evaluation, training
+from models.char_gpt import evaluation
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import margins
+from models.char_gpt.loss import LossTerms, loss_terms, negatives_at, site_density
+from models.char_gpt.train import StepData, backtracked, draw_windows, initial_state, train_step
+from models.char_gpt.training_record import batch_margins
 from prob_transformer import map_objective, weight_prior
 from tests.support.dense import dense_truth
 from tests.support.tiny_gpt import compiled_logits, compiled_loss_terms, made, made_wide
@@ -153,7 +153,7 @@ def test_a_determinant_of_zero_counts_as_past_the_boundary():
         chosen = dataclasses.replace(config, objective="margin", barrier_form=form)
         assert compiled_loss_terms(model, windows, chosen, 1000, jax.random.key(0)).negative_share == 0.25
     assert int(compiled_negatives_at(model, windows, "embedding")) == 3
-    seen = eqx.filter_jit(look)(model, windows)["embedding"]
+    seen = eqx.filter_jit(batch_margins)(model, windows)["embedding"]
     assert (int(seen.negatives[0]), int(seen.positions), float(seen.smallest[0])) == (3, 6, 0.0)
     summary, determinants = margins(model, np.asarray(windows))
     np.testing.assert_allclose(determinants["embedding"], [[0, 1 / 3]] * 3, rtol=1e-6)
@@ -255,9 +255,8 @@ def test_no_key_of_a_step_is_that_of_its_windows_or_of_another_step(monkeypatch)
         return LossTerms(zero, zero, jax.random.key_data(key), jax.random.key_data(drawn_with.pop()), zero)
 
     drawn_with, original = [], jax.random.randint
-    monkeypatch.setattr(training, "loss_terms", keys_for_terms)
     monkeypatch.setattr(jax.random, "randint", lambda key, *rest: drawn_with.append(key) or original(key, *rest))
-    steps = [train_step(StepData.of(text, config, step), state, config)[1] for step in range(5)]
+    steps = [train_step(StepData.of(text, config, n), state, config, None, keys_for_terms)[1] for n in range(5)]
     used = {tuple(np.asarray(key).tolist()) for terms in steps for key in (terms.penalty, terms.negative_share)}
     assert len(used) == 10
 

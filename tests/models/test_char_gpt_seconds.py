@@ -7,16 +7,18 @@ import time
 
 import numpy as np
 import pytest
-from models.char_gpt.training import new_record, seconds_per_step, train
-from paper_figures.runs import load_runs
 from rich.console import Console
 
-from models.char_gpt import __main__ as command
-from models.char_gpt import evaluation, training
+from models.char_gpt import commands as command
+from models.char_gpt import evaluation
+from models.char_gpt import train as training
 from models.char_gpt.config import Config
 from models.char_gpt.predictive import score
+from models.char_gpt.train import train
+from models.char_gpt.training_record import new_record, seconds_per_step
 from models.corpus import load
-from paper_figures import verdicts
+from paper_figures.study.analysis import analyse
+from paper_figures.study.runs import load_runs
 from tests.support.synthetic_runs import write_runs
 from tests.support.words import write_words
 
@@ -28,12 +30,12 @@ def test_one_window_has_no_standard_error(monkeypatch, tmp_path):
     losses = np.array([2.5])
     assert evaluation.standard_error(losses) is None
     monkeypatch.setattr(evaluation, "perturbed_losses", lambda *arguments: [losses + level for level in arguments[3]])
-    for row in evaluation.perturbed_rows(None, None, losses, None):
+    for row in evaluation.perturbed_rows(None, None, losses, None, {"noise": evaluation.EMBEDDING_NOISE}):
         assert row["standard_error"] is None
         assert row["increase_standard_error"] is None
         np.testing.assert_allclose(row["increase"], row["level"])
     assert score(np.array([[[0.9, 0.1]]]), np.zeros((1, 1), int)).standard_error is None
-    clean = evaluation._clean_summary(losses, TINY)
+    clean = evaluation.clean_summary(losses, TINY)
     assert json.dumps(clean, allow_nan=False) == '{"nats_per_character": 2.5, "standard_error": null, "characters": 8}'
     console = Console(file=io.StringIO(), width=300)
     command._report(
@@ -86,5 +88,5 @@ def test_the_verdicts_are_over_seeds_and_the_same_without_standard_errors(tmp_pa
             text = re.sub(r'("(?:increase_)?standard_error": )[0-9.e-]+', r"\1null", text)
             assert '"standard_error": null' in text
         path.write_text(text, encoding="utf-8")
-        found.append(verdicts.analyse(load_runs(folder)))
+        found.append(analyse(load_runs(folder)))
     assert found[0] == found[1]

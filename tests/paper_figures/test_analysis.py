@@ -9,14 +9,22 @@ from paper_figures.analysis.comparisons import PRIMARY, Comparison, declared
 from paper_figures.analysis.equal_cost import at_equal_cost
 from paper_figures.analysis.holm import holm
 from paper_figures.analysis.paired import Paired, spread
-from paper_figures.analysis.tests_of_means import equivalence_p, p_value, power, sign_flip_p
+from paper_figures.analysis.tests_of_means import equivalence_p, p_value, power
 from paper_figures.analysis.verdicts import judge
-from paper_figures.runs import BARRIERS, COMPETITORS, CONTROLS, increase, load_runs
 from scipy import stats
 
-from models.char_gpt import study
-from paper_figures import verdicts
 from paper_figures.figures import effects
+from paper_figures.study import design
+from paper_figures.study import strength_selection as selection
+from paper_figures.study import verdicts as rules
+from paper_figures.study.analysis import analyse
+from paper_figures.study.comparisons import PRIMARY, Comparison, declared
+from paper_figures.study.design import BARRIERS, COMPETITORS, CONTROLS
+from paper_figures.study.paired_tests import Paired, equivalence_p, holm, p_value, power, spread
+from paper_figures.study.runs import increase, load_runs
+from paper_figures.study.strength_selection import at_equal_cost
+from paper_figures.study.tables import markdown
+from paper_figures.study.verdicts import judge
 from tests.support.synthetic_runs import Truth, write_runs
 
 
@@ -109,11 +117,6 @@ def test_power_is_the_share_of_simulated_studies_that_find_the_effect(effect, le
     tests = stats.ttest_1samp(draws, 0, axis=1, alternative="two-sided" if sides == 2 else "greater")
     share = (tests.pvalue < level).mean()
     assert abs(power(1.0, 5, effect, level, sides) - share) < 5 * np.sqrt(share * (1 - share) / 200_000)
-
-
-def test_the_sign_flip_test_cannot_go_below_its_floor():
-    assert sign_flip_p(np.array([5.0, 6.0, 7.0, 8.0, 9.0])) == 2 / 2**5
-    assert sign_flip_p(np.array([1.0, -1.0])) == 1.0
 
 
 def simulated(n_methods, means, n, random, finding="robustness"):
@@ -220,7 +223,7 @@ COSTLY = {method: Truth(cost=0.06) for method in COMPETITORS}
 
 
 def judged(tmp_path, truths, **options):
-    record = verdicts.analyse(load_runs(write_runs(tmp_path / "runs", truths, **options)))
+    record = analyse(load_runs(write_runs(tmp_path / "runs", truths, **options)))
     found = {(f["method"], f["finding"], f["split"]): f for f in record["findings"]}
     return record, found
 
@@ -260,7 +263,9 @@ def test_gains_are_shares_of_the_mean_of_plain_cross_entropy_whatever_they_are_o
         clean = np.mean([run["splits"]["validation"]["clean"]["nats_per_character"] for run in members])
         return np.array([increase(run, split, "relative-embedding-noise", 1.0) for run in members]), clean
 
-    compared = [c for c in declared(runs, selection.select_all(runs)) if c.method == "margin@layers"]
+    selections = selection.select_all(runs)
+    priced = {method: at_equal_cost(runs, method) for method in runs.methods}
+    compared = [c for c in declared(selections, priced) if c.method == "margin@layers"]
     for split in ("test", "news"):
         plain, reference = values("ce", split)
 
@@ -288,7 +293,7 @@ def test_one_seed_has_no_interval_and_every_verdict_says_so(tmp_path):
     assert "(one seed, no interval), p = 1" in found["margin@layers", "robustness", "test"]["sentence"]
     (row,) = [row for row in record["overview"] if (row["method"], row["split"]) == ("margin@layers", "test")]
     assert row["change_interval"] is row["perturbations"][0]["change_interval"] is None
-    assert "one seed, no interval" in verdicts.markdown(record)
+    assert "one seed, no interval" in markdown(record)
     figure = effects.draw(tmp_path / "runs")
     methods = len(load_runs(tmp_path / "runs").methods) - 1
     points = [line for panel in figure.axes for line in panel.lines if line.get_marker() not in ("", "None", None)]
@@ -344,7 +349,7 @@ def test_methods_over_the_budget_or_without_an_effect_on_any_model_are_not_teste
         if run["method"] == "one-sided@embedding":
             run["splits"] = plain[run["seed"]]["splits"]
     path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    found = {(f["method"], f["finding"], f["split"]): f for f in verdicts.analyse(load_runs(folder))["findings"]}
+    found = {(f["method"], f["finding"], f["split"]): f for f in analyse(load_runs(folder))["findings"]}
     for method, note in (
         ("map@layers", "costs more than the clean-loss budget"),
         ("one-sided@embedding", "are those of ce"),
@@ -365,7 +370,7 @@ def test_shares_past_the_boundary_are_compared_within_a_seed(tmp_path):
             if run["method"] == method:
                 run["margins"]["layers"]["negative_share"] = shares[run["seed"]]
     path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    found = {(f["method"], f["finding"]): f for f in verdicts.analyse(load_runs(folder))["findings"]}
+    found = {(f["method"], f["finding"]): f for f in analyse(load_runs(folder))["findings"]}
     deciding = found["margin@layers", "geometry"]["comparisons"][0]
     expected = [1 - o / p for o, p in zip(own, plain, strict=True) if p > 0]
     np.testing.assert_allclose(deciding["gains"], expected)
@@ -427,7 +432,7 @@ def test_methods_of_the_first_order_have_questions_of_their_own(tmp_path):
     )
     assert any(a.startswith("Small moments, clean, frobenius@layers") for a in record["answers"])
     for method in CONTROLS:
-        assert method in verdicts.markdown(record)
+        assert method in markdown(record)
     record, found = judged(tmp_path / "apart", truths | {"trace@layers": Truth(effect=-0.1, cost=0.06)})
     assert found["margin@layers", "first order", "test"]["verdict"] == "supported"
 
@@ -458,12 +463,11 @@ def test_only_seeds_with_every_run_are_used(tmp_path):
 
 
 def test_a_first_seed_cut_short_is_not_taken_for_a_whole_one(tmp_path):
-    profile = study.PROFILES["smoke"]
+    profile = design.PROFILES["smoke"]
     example = json.loads((write_runs(tmp_path / "made-up", {}, seeds=1) / "runs.jsonl").read_text().splitlines()[0])
-    configs = [config for config in study.configurations(profile) if config.seed == 0]
+    planned = [one for one in design.designs(profile) if one.base.seed == 0]
     runs = [
-        example | {"profile": "smoke", "method": config.method, "strength": config.strength, "seed": 0}
-        for config in configs
+        example | {"profile": "smoke", "method": one.method, "strength": one.strength, "seed": 0} for one in planned
     ]
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(json.dumps(run) + "\n" for run in runs))

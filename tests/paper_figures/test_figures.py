@@ -6,15 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from paper_figures.analysis.comparisons import PERTURBATIONS
-from paper_figures.analysis.equal_cost import at_equal_cost
 from scipy import stats
 
 from models import cli
-from models.char_gpt import study
 from paper_figures import __main__ as command
-from paper_figures import report, runs, verdicts
+from paper_figures import report
 from paper_figures.figures import style
+from paper_figures.study import __main__ as study
+from paper_figures.study import runs
+from paper_figures.study.comparisons import PERTURBATIONS
+from paper_figures.study.design import METHODS
+from paper_figures.study.strength_selection import at_equal_cost
 from tests.support.synthetic_runs import Truth, write_runs
 
 ROOT = Path(report.__file__).resolve().parent.parent
@@ -27,7 +29,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     write_runs(folder / "runs" / "made-up", {"margin@layers": Truth(effect=-0.2, crossings=0.0)})
     (folder / "theory_checks.json").write_text((REFERENCE / "theory_checks.json").read_text())
-    verdicts.main(["--runs", str(folder / "runs" / "made-up"), "--out", str(folder / "verdicts.json")])
+    study.main(["verdicts", "--runs", str(folder / "runs" / "made-up"), "--out", str(folder / "verdicts.json")])
     (folder / "figures").mkdir()
     for figure in command.FIGURES:
         (folder / "figures" / f"{figure.NAME}.png").touch()
@@ -45,9 +47,8 @@ def test_every_figure_is_drawn_as_png_and_pdf(results, tmp_path, only):
     assert len(list(tmp_path.iterdir())) == 2 * len(names)
 
 
-def test_the_analysis_knows_the_methods_of_the_study_and_tells_them_apart_in_grey():
-    assert set(study.METHODS) == set(runs.METHODS)
-    looks = {method: style.METHOD_STYLES[method] for method in runs.METHODS}
+def test_the_methods_of_the_study_are_told_apart_in_grey():
+    looks = {method: style.METHOD_STYLES[method] for method in METHODS}
     assert len({(str(look["linestyle"]), look["marker"]) for look in looks.values()}) == len(looks)
 
 
@@ -74,7 +75,7 @@ def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results
     assert all((results / link).is_file() for link in re.findall(r'src="([^"]*)"', html))
     assert "://" not in html
     assert "14 of 14 checks came out as stated" in html
-    for method in study.METHODS:
+    for method in METHODS:
         assert method in html
     record = json.loads((results / "verdicts.json").read_text())
     for question in ("What was asked", "What was done", "What was found", "What remains open"):
@@ -95,7 +96,7 @@ def test_a_report_on_few_seeds_says_so(tmp_path, results):
     write_runs(tmp_path / "runs" / "few", {}, seeds=2)
     for name in ("theory_checks.json", "figures"):
         (tmp_path / name).symlink_to(results / name)
-    verdicts.main(["--runs", str(tmp_path / "runs" / "few"), "--out", str(tmp_path / "verdicts.json")])
+    study.main(["verdicts", "--runs", str(tmp_path / "runs" / "few"), "--out", str(tmp_path / "verdicts.json")])
     assert "Seeds that every method has finished: 2 of 2 begun." in report.build(tmp_path, "few")
     assert "Seeds that every method has finished" not in report.build(results, "made-up")
 

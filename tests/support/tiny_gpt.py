@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from models.char_gpt.penalty import loss_terms
 
+from models.char_gpt.loss import loss_terms
 from models.char_gpt.model import CharGPT
 
 compiled_loss_terms = eqx.filter_jit(loss_terms)

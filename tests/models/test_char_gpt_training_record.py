@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.char_gpt import watch
 from models.char_gpt.config import Config
+from models.char_gpt.training_record import QUANTILES, BatchMargins, batch_margins, new_record, note
 from tests.support.dense import dense_truth
 from tests.support.tiny_gpt import made_wide
 
@@ -41,10 +41,10 @@ def determinants_by_hand(model, windows):
     return np.ravel(embedding)[None], np.array([np.ravel(found) for found in layers])
 
 
-def test_a_look_is_what_dense_determinants_say_by_layer_without_the_first_two_positions():
+def test_margins_of_a_batch_are_what_dense_determinants_say_by_layer_without_the_first_two_positions():
     model = model_past_the_boundary()
     windows = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 7)))
-    found = eqx.filter_jit(watch.look)(model, windows)
+    found = eqx.filter_jit(batch_margins)(model, windows)
     truth = dict(zip(("embedding", "layers"), determinants_by_hand(model, windows), strict=True))
     for site, determinants in truth.items():
         seen = found[site]
@@ -53,15 +53,17 @@ def test_a_look_is_what_dense_determinants_say_by_layer_without_the_first_two_po
         assert int(seen.positions) == determinants.size
         np.testing.assert_allclose(seen.smallest, determinants.min(-1), rtol=1e-8)
         np.testing.assert_allclose(seen.barrier, -np.log(np.abs(determinants)).mean(-1), rtol=1e-8)
-        np.testing.assert_allclose(seen.quantiles, np.quantile(determinants, watch.QUANTILES, axis=-1).T, rtol=1e-8)
+        np.testing.assert_allclose(seen.quantiles, np.quantile(determinants, QUANTILES, axis=-1).T, rtol=1e-8)
 
 
-def test_a_record_adds_looks_up_and_has_none_where_json_has_no_number():
-    look = watch.Look(np.array([1, 3]), np.array(8), np.array([-np.inf, 0.5]), np.ones(2), np.array([[np.nan], [2.0]]))
-    nothing = watch.Look(np.array([0]), np.array(4), np.array([0.5]), np.array([0.1]), np.array([[1.0]]))
-    record = {"crossings": watch.new_crossings(), "watch": []}
+def test_a_record_adds_margins_up_and_has_none_where_json_has_no_number():
+    look = BatchMargins(
+        np.array([1, 3]), np.array(8), np.array([-np.inf, 0.5]), np.ones(2), np.array([[np.nan], [2.0]])
+    )
+    nothing = BatchMargins(np.array([0]), np.array(4), np.array([0.5]), np.array([0.1]), np.array([[1.0]]))
+    record = new_record()
     for step in (0, 5):
-        watch.note(record, step, {"embedding": nothing, "layers": look})
+        note(record, step, {"embedding": nothing, "layers": look})
     assert record["crossings"]["layers"] == {
         "steps_watched": 2, "steps_with_crossing": 2, "positions_watched": 16, "positions_negative": 8,
     }  # fmt: skip

@@ -1,25 +1,26 @@
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.char_gpt.penalty import loss_terms
-from models.char_gpt.training import StepData, initial_state, learning_rate, train_step
 from scipy.stats import norm
 
-from models.char_gpt import regularisers
 from models.char_gpt.config import Config
+from models.char_gpt.loss import loss_terms
 from models.char_gpt.model import CharGPT
+from models.char_gpt.train import StepData, initial_state, learning_rate, train_step
+from paper_figures.study import regularisers
+from paper_figures.study.regularisers import REGULARISER_LOSSES, decayed
 from tests.support.tiny_gpt import made_wide
 
-SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, steps=20, regulariser="dropout")
+SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, steps=20)
 VOCABULARY = 5
 
 
-def named(name, strength=0.0):
-    return dataclasses.replace(SMALL, regulariser=name, regulariser_strength=strength)
+def regularised(regulariser, model, windows, key, strength):
+    """Logits and penalty of windows (B, n + 1) under a regulariser."""
+    embeddings = jax.vmap(model.embed)(windows[:, :-1])
+    return regulariser(model, embeddings, lambda u, *hook: model.decode(u, "none", *hook)[0], key, strength)
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +28,18 @@ def problem():
     return made_wide(SMALL, VOCABULARY), jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 7)))
 
 
-def many(problem, name, strength, draws=4000):
+def many(problem, regulariser, strength, draws=4000):
     """Logits and penalty over many keys."""
     model, windows = problem
     keys = jax.random.split(jax.random.key(1), draws)
-    found = jax.jit(jax.vmap(lambda k: regularisers.regularised(model, windows[:, :-1], named(name), k, strength)))(
-        keys
-    )
-    return [np.asarray(x) for x in found]
+    found = jax.jit(jax.vmap(lambda k: regularised(regulariser, model, windows, k, strength)))(keys)
+    return [None if x is None else np.asarray(x) for x in found]
 
 
 @eqx.filter_jit
-def compiled_value_and_gradient(model, windows, config, key, strength):
+def compiled_value_and_gradient(model, windows, loss_of, key, strength):
     def loss(model):
-        terms = loss_terms(model, windows, config, 1000, key, strength=strength)
+        terms = loss_of(model, windows, SMALL, 1000, key, None, strength)
         return terms.loss, terms
 
     return eqx.filter_value_and_grad(loss, has_aux=True)(model)
@@ -49,12 +48,12 @@ def compiled_value_and_gradient(model, windows, config, key, strength):
 def loss_and_gradient(problem, name, strength, model=None):
     """Terms of the loss and its gradient, compiled once a regulariser."""
     start, windows = problem
-    given = (windows, named(name), jax.random.key(2), jnp.asarray(strength))
+    given = (windows, REGULARISER_LOSSES.get(name, loss_terms), jax.random.key(2), jnp.asarray(strength))
     (_, terms), gradient = compiled_value_and_gradient(start if model is None else model, *given)
     return terms, gradient
 
 
-@pytest.mark.parametrize("name", ["none", "dropout", "embedding-noise", "weight-decay"])
+@pytest.mark.parametrize("name", ["dropout", "embedding-noise"])
 def test_at_strength_zero_the_loss_is_plain_cross_entropy(problem, name):
     plain, _ = loss_and_gradient(problem, "none", 0.0)
     found, _ = loss_and_gradient(problem, name, 0.0)
@@ -79,7 +78,7 @@ def test_dropout_reaches_the_embeddings_and_both_branches_of_every_layer(problem
     monkeypatch.setattr(regularisers, "_dropped", lambda k, s, x: shapes.append(x.shape) or original(k, s, x))
     # No two sequences share their draws: equal windows come out different.
     equal = jnp.stack([windows[0]] * 2)
-    logits, _ = eqx.filter_jit(regularisers.regularised)(model, equal[:, :-1], named("dropout"), jax.random.key(0), 0.5)
+    logits, _ = eqx.filter_jit(regularised)(regularisers.dropout, model, equal, jax.random.key(0), 0.5)
     assert shapes == [(6, 8)] * 5
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
@@ -93,7 +92,7 @@ def test_embedding_noise_is_relative_to_the_size_of_the_embeddings(problem, monk
         where = lambda m: (m.token_embedding, m.position_embedding)  # noqa: E731
         scaled = eqx.tree_at(where, model, replace_fn=lambda x, scale=scale: scale * x)
         clean = np.asarray(jax.vmap(scaled.embed)(windows[:, :-1]))
-        noisy = many((scaled, windows), "embedding-noise", 0.4)[0]
+        noisy = many((scaled, windows), regularisers.embedding_noise, 0.4)[0]
         spread = (noisy - clean) / (0.4 * np.sqrt(np.square(clean).mean()))
         np.testing.assert_allclose(spread.var(), 1.0, rtol=5 * np.sqrt(2 / spread.size))
         assert abs(spread.mean()) < 5 / np.sqrt(spread.size)
@@ -115,7 +114,7 @@ def test_embedding_noise_gives_no_reward_for_larger_embeddings_by_its_own_scale(
     def trained(scale):
         scaled = eqx.tree_at(where, model, replace_fn=lambda x: scale * x)
         key = jax.random.key(3)
-        return regularisers.regularised(scaled, windows[:, :-1], named("embedding-noise"), key, 0.4)[0].sum()
+        return regularised(regularisers.embedding_noise, scaled, windows, key, 0.4)[0].sum()
 
     # The gradient sees the noise as it is: that of the first argument alone.
     np.testing.assert_allclose(jax.jit(jax.grad(trained))(1.0), jax.jit(jax.grad(noisy))(1.0, 1.0), rtol=1e-9)
@@ -126,7 +125,7 @@ def test_the_jacobian_penalty_is_the_frobenius_norm_times_the_mean_square_of_the
     embeddings = jax.vmap(model.embed)(windows[:, :-1])
     jacobians = jax.jit(jax.vmap(jax.jacobian(lambda u: model.decode(u)[0])))(embeddings)
     exact = float(jnp.square(jacobians).sum() / windows[:, 1:].size * jnp.square(embeddings).mean())
-    draws = many(problem, "jacobian", 0.0)[1]
+    draws = many(problem, regularisers.jacobian, 0.0)[1]
     assert abs(draws.mean() - exact) < 4 * draws.std() / np.sqrt(len(draws))
     assert draws.std() / np.sqrt(len(draws)) < 0.02 * exact
 
@@ -159,17 +158,15 @@ def test_gradients_match_finite_differences(problem, name):
 
 
 def test_weight_decay_takes_its_share_off_every_matrix_and_off_nothing_else():
-    config = named("weight-decay", 0.5)
-    state = initial_state(config, VOCABULARY)
+    state = initial_state(SMALL, VOCABULARY)
     text = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, 200))
     # The first step has learning rate 0; the second shows the decay.
-    state, _ = train_step(StepData.of(text, config, 0), state, config)
-    plain = dataclasses.replace(config, regulariser="none")
-    decayed, _ = train_step(StepData.of(text, config, 1), state, config)
-    updated, _ = train_step(StepData.of(text, plain, 1), state, plain)
-    rate = float(learning_rate(config)(1))
+    state, _ = train_step(StepData.of(text, SMALL, 0, 0.5), state, SMALL, update=decayed)
+    with_decay, _ = train_step(StepData.of(text, SMALL, 1, 0.5), state, SMALL, update=decayed)
+    updated, _ = train_step(StepData.of(text, SMALL, 1), state, SMALL)
+    rate = float(learning_rate(SMALL)(1))
     assert rate > 0
-    leaves = zip(*(jax.tree.leaves(s.model) for s in (decayed, updated, state)), strict=True)
-    for with_decay, without, before in leaves:
+    leaves = zip(*(jax.tree.leaves(s.model) for s in (with_decay, updated, state)), strict=True)
+    for decayed_leaf, without, before in leaves:
         share = 0.5 * rate if before.ndim > 1 else 0.0
-        np.testing.assert_allclose(with_decay, without - share * before, atol=1e-7)
+        np.testing.assert_allclose(decayed_leaf, without - share * before, atol=1e-7)

@@ -4,14 +4,16 @@ import json
 import jax
 import numpy as np
 import pytest
-from models.char_gpt.perturbations import LEVELS
-from models.char_gpt.run import configuration_of, finished, run
-from models.char_gpt.training import TrainingDivergedError, train
 
 from models import cli
-from models.char_gpt import __main__ as command
-from models.char_gpt import checkpoint, training
+from models.char_gpt import checkpoint
+from models.char_gpt import commands as command
+from models.char_gpt import train as training
+from models.char_gpt.checkpoint import configuration_of
+from models.char_gpt.commands import finished, run
 from models.char_gpt.config import Config
+from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
+from models.char_gpt.train import TrainingDivergedError, train
 from models.corpus import load
 from tests.support.words import write_words
 
@@ -64,7 +66,9 @@ def test_a_checkpoint_of_version_0_1_goes_on(corpus, tmp_path):
     header, state = file.read_bytes().split(b"\n", 1)
     old = json.loads(header)
     assert old["configuration"].pop("implementation") == "blocked"
-    old["configuration"]["path"] = "accelerated"
+    assert old["configuration"].pop("remat") == "none"
+    old["configuration"] |= {"path": "accelerated", "rematerialise": "none", "regulariser": "none"}
+    old["configuration"] |= {"regulariser_strength": 0.0}
     file.write_bytes(json.dumps(old).encode() + b"\n" + state)
     assert configuration_of(out) == config
     resumed, _ = train(config, corpus, out)
@@ -104,8 +108,8 @@ def test_metrics_are_complete_finite_and_consistent(corpus, tmp_path):
     assert written["provenance"]["configuration"] == TINY.as_dict()
     assert written["provenance"]["seed"] == TINY.seed
     assert [(row["kind"], row["sigma"]) for row in written["noise"]] == [
-        *(("absolute", sigma) for sigma in LEVELS["embedding-noise"]),
-        *(("relative", sigma) for sigma in LEVELS["relative-embedding-noise"]),
+        *(("absolute", sigma) for sigma in EMBEDDING_NOISE.levels),
+        *(("relative", sigma) for sigma in RELATIVE_EMBEDDING_NOISE.levels),
     ]
     for row in written["noise"]:
         clean = written["clean_loss"]["nats_per_character"]
@@ -138,7 +142,8 @@ def test_one_compilation_serves_all_seeds_and_strengths_of_a_method(corpus, tmp_
     compiled, trained = [], {}
     with pytest.MonkeyPatch.context() as patch:
         original = training.loss_terms
-        patch.setattr(training, "loss_terms", lambda *args: compiled.append(args) or original(*args))
+        counting = lambda *args: compiled.append(args) or original(*args)  # noqa: E731
+        patch.setattr(training.Method.__new__, "__defaults__", (counting, None))
         # A configuration that no other test uses, so that nothing is compiled yet.
         config = dataclasses.replace(TINY, batch=3, steps=2)
         for seed, weight in ((0, 0.1), (1, 0.1), (0, 3.0)):
@@ -151,9 +156,9 @@ def test_one_compilation_serves_all_seeds_and_strengths_of_a_method(corpus, tmp_
 def test_finished_runs_of_another_configuration_are_not_mistaken_for_this_one(corpus, tmp_path):
     run(TINY, corpus, tmp_path / "run")
     other = dataclasses.replace(TINY, seed=1)
-    assert finished(tmp_path / "run", TINY, corpus.sha256) is not None
-    assert finished(tmp_path / "run", other, corpus.sha256) is None
-    assert finished(tmp_path / "run", TINY, "another text") is None
+    assert finished(tmp_path / "run", TINY.as_dict(), corpus.sha256) is not None
+    assert finished(tmp_path / "run", other.as_dict(), corpus.sha256) is None
+    assert finished(tmp_path / "run", TINY.as_dict(), "another text") is None
     with pytest.raises(ValueError, match=r"--out: .* differs in seed; pass another folder"):
         run(other, corpus, tmp_path / "run")
 
@@ -162,7 +167,7 @@ def test_finished_runs_of_another_configuration_are_not_mistaken_for_this_one(co
 def test_metrics_that_are_not_of_a_run_are_refused(tmp_path, damage):
     (tmp_path / "metrics.json").write_text(damage)
     with pytest.raises(ValueError, match=r"--out: .* is not the metrics of a run; delete it"):
-        finished(tmp_path, TINY, "any text")
+        finished(tmp_path, TINY.as_dict(), "any text")
 
 
 @pytest.mark.parametrize("damage", [b"not json\n", b"{}\n", b""])
@@ -212,14 +217,11 @@ def test_train_then_resume_from_the_command_line(text, tmp_path, capsys):
         (("train", "--steps", "0"), "--steps: got 0; pass an integer of at least 1"),
         (("train", "--barrier-weight", "-1"), "--barrier-weight: got -1.0"),
         (("train", "--barrier-weight", "nan"), "--barrier-weight: got nan"),
-        (("train", "--noise-scale", "0"), "--noise-scale: got 0; pass a number greater than 0"),
+        (("train", "--noise-scale", "0"), "--noise-scale: got 0.0; pass a number greater than 0"),
         (("train", "--heads", "3"), "--heads: got 3; pass a divisor of --width, 64"),
         (("resume",), "--out: no checkpoint at"),
-        (("train", "--regulariser", "dropout", "--objective", "map"), "--regulariser: dropout needs --objective ce"),
-        (("train", "--regulariser", "dropout", "--regulariser-strength", "1"), "--regulariser-strength: got 1.0"),
         (("train", "--barrier-form", "one-sided"), "--barrier-form: one-sided needs --objective margin, got ce"),
-        (("sweep", "--profile", "smoke", "--workers", "0"), "--workers: got 0; pass an integer of at least 1"),
-        (("sweep", "--profile", "huge"), "--profile: got 'huge'; pass one of smoke, quick, full"),
+        (("sweep", "--profile", "smoke"), "sweep: is now python -m paper_figures.study sweep"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_status_2(arguments, message, text, tmp_path, capsys):

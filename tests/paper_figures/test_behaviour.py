@@ -5,13 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.behaviour.__main__ import COLUMNS, _shown, main
-from models.behaviour.measure import PAST_SHARE, SHORTEST_PAST, attention, logit_change, measure, passages
-from models.behaviour.relation import Relation, partial_correlation, relation
-from models.behaviour.verdict import verdict
 from scipy.special import log_softmax, softmax
 from scipy.stats import linregress, rankdata, spearmanr
 
+from paper_figures.behaviour.__main__ import COLUMNS, _shown, main
+from paper_figures.behaviour.measure import PAST_SHARE, SHORTEST_PAST, attention, logit_change, measure, passages
+from paper_figures.behaviour.relation import Relation, described, partial_correlation, relation
 from prob_transformer import layer_margins
 from prob_transformer.pretrained.load import load
 from tests.support.tiny_models import LLAMA, llama_weights, write
@@ -70,7 +69,7 @@ def test_verdicts_are_made_by_the_intervals():
     def said(effect):
         found = made_up(effect)
         pair = [relation(found, "margin", "outcome", c, 4, 200, 0) for c in ((), ("baseline",))]
-        return verdict("margin", "outcome", *pair, relation(found, "baseline", "outcome", (), 4, 200, 0))
+        return described("margin", "outcome", *pair, relation(found, "baseline", "outcome", (), 4, 200, 0))
 
     assert said(0.0).startswith("'outcome' rises with 'margin': moderate")
     assert "nothing is shown beyond attention entropy and position" in said(0.0)
@@ -78,7 +77,7 @@ def test_verdicts_are_made_by_the_intervals():
     assert "given attention entropy and position it is strong" in said(1.0)
     assert said(-2.0).startswith("'outcome' falls with 'margin': strong")
     unclear = Relation(0.1, (0.01, 0.2), (-0.01, 0.21))
-    assert verdict("m", "o", unclear, unclear, unclear).startswith("no relation between 'm' and 'o' is shown (+0.10)")
+    assert described("m", "o", unclear, unclear, unclear).startswith("no relation between 'm' and 'o' is shown (+0.10)")
 
 
 def test_entropy_and_past_share_are_of_the_weights_with_the_position_included(decoder):

@@ -1,16 +1,14 @@
 """The penalties of M itself against the autodiff Jacobian and plain NumPy, alone and as the loss trains with them."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.char_gpt.penalty import loss_terms
-from models.char_gpt.product_penalties import squared_norm_at, trace_at
 
 from models.char_gpt.config import Config
+from models.char_gpt.loss import loss_terms
+from paper_figures.study.product_penalties import PRODUCT_LOSSES, squared_norm_at, trace_at
 from prob_transformer import Attention
 from prob_transformer.change_of_variables import over_positions
 from tests.support.tiny_gpt import made_wide
@@ -62,18 +60,16 @@ def test_squared_norm_is_that_of_the_small_product(heads, head_size):
 
 @pytest.mark.parametrize("form", ["trace", "frobenius"])
 def test_training_adds_the_mean_over_layers_heads_and_positions(form):
-    config = Config(
-        objective="margin", barrier_site="layers", barrier_form=form, barrier_weight=0.7, layers=2, width=8, heads=2
-    )
+    config = Config(layers=2, width=8, heads=2)
     model = made_wide(config, 5)
     windows = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 9)))
 
-    def loss(model, config):
-        terms = loss_terms(model, windows, config, 1000, jax.random.key(0))
+    def loss(model):
+        terms = PRODUCT_LOSSES[form](model, windows, config, 1000, jax.random.key(0), None, 0.7)
         return terms.loss, terms
 
-    gradient, terms = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))(model, config)
-    plain = loss_terms(model, windows, dataclasses.replace(config, barrier_weight=0.0), 1000, jax.random.key(0))
+    gradient, terms = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))(model)
+    plain = loss_terms(model, windows, config, 1000, jax.random.key(0))
     expected = []
     for sequence in windows[:, :-1]:
         inputs = model.decode(model.embed(sequence))[1].inputs

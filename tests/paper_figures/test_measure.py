@@ -5,16 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.char_gpt.perturbations import LEVELS
-from paper_figures.analysis.tables import markdown
-from paper_figures.runs import load_runs
 from rich.console import Console
 from scipy.special import log_softmax
 
-from models.char_gpt import evaluation, lines, sweep
+from models.char_gpt import evaluation
 from models.char_gpt.config import Config
 from models.corpus import load
-from paper_figures import verdicts
+from paper_figures.study import runs, sweep
+from paper_figures.study.analysis import analyse
+from paper_figures.study.measure import measured as measure
+from paper_figures.study.perturbations import KINDS
+from paper_figures.study.tables import markdown
 from tests.support.dense import dense_truth
 from tests.support.synthetic_runs import write_runs
 from tests.support.tiny_gpt import compiled_logits, made
@@ -35,7 +36,7 @@ def model(corpus):
 
 @pytest.fixture(scope="module")
 def measured(model, corpus):
-    return evaluation.measure(model, corpus, TINY, with_passage=True)
+    return measure(model, corpus, TINY, with_passage=True)
 
 
 def test_every_split_has_its_figures_and_only_unseen_text_is_perturbed(measured, corpus):
@@ -48,7 +49,7 @@ def test_every_split_has_its_figures_and_only_unseen_text_is_perturbed(measured,
         assert found["clean"]["characters"] == windows * TINY.context
         if split != "validation":
             rows = [(row["kind"], row["level"]) for row in found["perturbed"]]
-            assert rows == [(kind, level) for kind, levels in LEVELS.items() for level in levels]
+            assert rows == [(kind, level) for kind, one in KINDS.items() for level in one.levels]
             for row in found["perturbed"]:
                 change = row["nats_per_character"] - found["clean"]["nats_per_character"]
                 np.testing.assert_allclose(row["increase"], change, atol=1e-12)
@@ -64,23 +65,23 @@ def test_the_clean_loss_is_that_of_the_windows_by_hand(measured, model, corpus):
 
 
 def test_one_window_leaves_every_error_undefined_and_the_tables_and_verdicts_are_made_without(model, corpus, tmp_path):
-    measured = evaluation.measure(model, corpus, dataclasses.replace(TINY, evaluation_windows=1), with_passage=False)
+    measured = measure(model, corpus, dataclasses.replace(TINY, evaluation_windows=1), with_passage=False)
     for name, split in measured["splits"].items():
         assert split["clean"]["characters"] == TINY.context
         rows = [split["clean"], *split["perturbed"]]
-        assert len(rows) == (1 if name == "validation" else 1 + sum(map(len, LEVELS.values())))
+        assert len(rows) == (1 if name == "validation" else 1 + sum(len(kind.levels) for kind in KINDS.values()))
         errors = [value for row in rows for key, value in row.items() if key.endswith("standard_error")]
         assert errors == [None] * (2 * len(rows) - 1)
     folder = write_runs(tmp_path / "runs", {}, seeds=1)
-    made_up = lines.read(folder / lines.NAME)
-    (folder / lines.NAME).unlink()
+    made_up = runs.read(folder / runs.NAME)
+    (folder / runs.NAME).unlink()
     for run in made_up:
-        lines.append(folder / lines.NAME, lines.shortened(run | measured))
-    record = verdicts.analyse(load_runs(folder))
+        runs.append(folder / runs.NAME, runs.shortened(run | measured))
+    record = analyse(runs.load_runs(folder))
     text = json.dumps(record, allow_nan=False)
     assert "standard_error" not in text
     console = Console(record=True, width=200)
-    console.print(sweep.table(lines.read(folder / lines.NAME)))
+    console.print(sweep.table(runs.read(folder / runs.NAME)))
     for shown in (markdown(record), console.export_text(), *(entry["sentence"] for entry in record["findings"])):
         assert "nan" not in shown.lower()
 
@@ -130,7 +131,5 @@ def test_windows_do_not_overlap_and_a_text_too_short_is_named():
 
 
 def test_quantiles_of_overflowed_determinants_are_none_and_those_below_stay():
-    found = evaluation._quantiles(np.array([1.0, 2.0, 3.0, np.inf, np.inf], np.float32))
-    assert (found["0.00"], found["0.25"]) == (1.0, 2.0)
-    assert found["0.95"] is None
-    assert found["1.00"] is None
+    values = np.array([1.0, 2.0, 3.0, np.inf, np.inf], np.float32)
+    assert evaluation.quantiles(values, (0.0, 0.25, 0.95, 1.0)) == [1.0, 2.0, None, None]

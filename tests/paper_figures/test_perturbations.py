@@ -5,21 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.char_gpt.perturbations import (
-    LEVELS,
-    clean_losses,
-    kept_positions,
-    perturbed_losses,
-    spare_characters,
-    stream_rms,
-    substituted,
-    swapped,
-)
-from scipy.special import log_softmax
 
-from models.char_gpt import perturbations
+from models.char_gpt import evaluation
 from models.char_gpt.config import Config
+from models.char_gpt.evaluation import clean_losses, stream_rms
 from models.char_gpt.model import CharGPT
+from paper_figures.study import perturbations
+from paper_figures.study.perturbations import KINDS, kept_positions, spare_characters, substituted, swapped
 from tests.support.tiny_gpt import made_wide
 
 CONFIG = Config(layers=2, width=8, heads=2, context=12)
@@ -28,6 +20,10 @@ N, V = CONFIG.context, 7
 WINDOWS = np.random.default_rng(0).integers(0, V, (40, N + 1 + spare_characters(N))).astype(np.int32)
 KEYS = jax.random.split(jax.random.key(3), 4000)
 ONES = np.ones(2)
+
+
+def perturbed_losses(model, windows, kind, levels, rms):
+    return evaluation.perturbed_losses(model, windows, KINDS[kind], levels, rms)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +42,8 @@ class Squares(eqx.Module):
     def embed(self, characters):
         return jnp.zeros((len(characters), 8), jnp.float32)
 
-    def decode(self, embeddings, tap=lambda name, inputs, outputs: outputs):
-        streams = [tap(f"{index}.stream", embeddings, embeddings) for index in self.blocks]
+    def decode(self, embeddings, hook=lambda name, inputs, outputs: outputs):
+        streams = [hook(f"{index}.stream", embeddings, embeddings) for index in self.blocks]
         squares = jnp.square(jnp.stack(streams)).mean((0, 2))
         # With the target 0 the cross-entropy of these two logits is softplus(log(expm1(s))) = s.
         return jnp.stack([jnp.zeros(N), jnp.log(jnp.expm1(squares))], axis=-1), None
@@ -91,10 +87,10 @@ def test_the_clean_loss_is_that_of_every_window(model):
     np.testing.assert_allclose(clean_losses(model, WINDOWS)[[0, 31, 32, 39]], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_perturbed_at_level_0_and_something_at_the_largest(model, kind):
     rms = stream_rms(model, WINDOWS)
-    losses = perturbed_losses(model, WINDOWS, kind, (0.0, LEVELS[kind][-1]), rms)
+    losses = perturbed_losses(model, WINDOWS, kind, (0.0, KINDS[kind].levels[-1]), rms)
     assert losses.shape == (2, 40)
     clean = clean_losses(model, WINDOWS)
     np.testing.assert_allclose(losses[0], clean, rtol=1e-12)
@@ -109,12 +105,12 @@ def test_the_rms_is_that_of_what_enters_every_layer(model):
     np.testing.assert_allclose(stream_rms(model, windows), expected, rtol=1e-12)
 
 
-def test_a_tap_on_a_stream_shifts_what_its_block_reads(model):
+def test_a_hook_on_a_stream_shifts_what_its_block_reads(model):
     shift = np.random.default_rng(1).normal(size=(2, N, 8))
     embeddings = model.embed(WINDOWS[0, :N])
     seen = []
 
-    def tap(name, inputs, outputs):
+    def hook(name, inputs, outputs):
         layer, _, own = name.partition(".")
         if own != "stream":
             return outputs
@@ -122,7 +118,7 @@ def test_a_tap_on_a_stream_shifts_what_its_block_reads(model):
         np.testing.assert_array_equal(inputs, outputs)
         return outputs + shift[int(layer)]
 
-    logits, _ = model.decode(embeddings, tap=tap)
+    logits, _ = model.decode(embeddings, hook=hook)
     stream = model.blocks[0](embeddings + shift[0])[0]
     stream = model.blocks[1](stream + shift[1])[0]
     np.testing.assert_allclose(logits, model.final_norm(stream) @ model.head.T, rtol=1e-12, atol=1e-12)
@@ -260,16 +256,14 @@ def test_all_is_in_float32_for_a_float32_model(model):
     narrow = jax.tree.map(lambda x: x.astype(jnp.float32), model)
     arguments = jnp.asarray(WINDOWS[:32]), jnp.arange(32, dtype=jnp.int32)
     levels, rms = jnp.asarray([0.05, 0.1], jnp.float32), jnp.ones(2, jnp.float32)
-    for perturbation in set(perturbations._KINDS.values()):
+    for kind, perturbation in KINDS.items():
         result = jax.eval_shape(
-            lambda *x, p=perturbation: perturbations._chunk_losses(p, narrow, *x, levels, rms), *arguments
+            lambda *x, p=perturbation: evaluation._chunk_losses(p.at, p.draws, narrow, *x, levels, rms), *arguments
         )
-        assert result.dtype == jnp.float32, perturbation
+        assert result.dtype == jnp.float32, kind
 
 
 def test_bad_arguments_are_named(model):
-    with pytest.raises(ValueError, match=r"kind: got 'typo'; pass one of embedding-noise"):
-        perturbed_losses(model, WINDOWS, "typo", (0.1,), ONES)
     with pytest.raises(ValueError, match=r"windows: hold 13 characters; pass at least 20 for deletion"):
         perturbed_losses(model, WINDOWS[:, : N + 1], "deletion", (0.1,), ONES)
     single = CharGPT(jax.random.key(0), CONFIG, 2)

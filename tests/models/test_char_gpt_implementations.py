@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.char_gpt.penalty import loss_terms
-from models.char_gpt.watch import look
 
 from models.char_gpt.config import Config
+from models.char_gpt.loss import loss_terms
+from models.char_gpt.training_record import batch_margins
 from tests.support.tiny_gpt import compiled_loss_terms, made_wide
 
 # At this threshold the one-sided barrier is neither off nor on everywhere.
@@ -51,7 +51,7 @@ def value_and_gradient(problem, config):
         ("margin", "layers", "one-sided"),
     ],
 )
-def test_both_paths_give_the_same_loss_and_gradient(problem, objective, site, form):
+def test_both_implementations_give_the_same_loss_and_gradient(problem, objective, site, form):
     slow = dataclasses.replace(SMALL, objective=objective, barrier_site=site, barrier_form=form)
     terms, gradient = value_and_gradient(problem, dataclasses.replace(slow, implementation="blocked"))
     expected_terms, expected_gradient = value_and_gradient(problem, slow)
@@ -62,11 +62,11 @@ def test_both_paths_give_the_same_loss_and_gradient(problem, objective, site, fo
         np.testing.assert_allclose(got, expected, atol=1e-11 * max(1, np.abs(expected).max()))
 
 
-def test_both_paths_see_the_same_margins(problem):
+def test_both_implementations_see_the_same_margins(problem):
     model, windows = problem
     keys = lambda m: [block.query for block in m.blocks]  # noqa: E731
     model = eqx.tree_at(keys, model, [2.0 * block.key for block in model.blocks])
-    slow, fast = (eqx.filter_jit(look)(model, windows, path) for path in ("reference", "blocked"))
+    slow, fast = (eqx.filter_jit(batch_margins)(model, windows, path) for path in ("reference", "blocked"))
     assert int(slow["layers"].negatives.sum()) > 0
     for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9)
@@ -74,7 +74,7 @@ def test_both_paths_see_the_same_margins(problem):
 
 def test_rematerialising_the_blocks_changes_nothing(problem):
     config = dataclasses.replace(SMALL, objective="margin", barrier_site="layers", implementation="blocked")
-    terms, gradient = value_and_gradient(problem, dataclasses.replace(config, rematerialise="blocks"))
+    terms, gradient = value_and_gradient(problem, dataclasses.replace(config, remat="blocks"))
     expected_terms, expected_gradient = value_and_gradient(problem, config)
     np.testing.assert_allclose(terms.loss, expected_terms.loss, rtol=1e-13)
     for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):

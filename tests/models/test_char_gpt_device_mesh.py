@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models.char_gpt.penalty import negatives_at
-from models.char_gpt.training import StepData, draw_windows, initial_state, train_step
 
 from models import cli
-from models.char_gpt import __main__ as command
-from models.char_gpt import checkpoint, run, sharding
+from models.char_gpt import checkpoint, commands, device_mesh
 from models.char_gpt.config import SITES, Config
+from models.char_gpt.loss import negatives_at
+from models.char_gpt.train import StepData, draw_windows, initial_state, train_step
 from models.corpus import load
 from tests.support.words import write_words
 
@@ -40,7 +39,7 @@ BLOCK = tuple(f".blocks[0].{name}" for name in ("query", "key", "value", "output
 
 def steps(config, corpus, mesh=None):
     """The compiled step, the start, and after the first two steps the state and the terms of both."""
-    start = state = sharding.placed(initial_state(config, len(corpus.vocabulary)), mesh)
+    start = state = device_mesh.placed(initial_state(config, len(corpus.vocabulary)), mesh)
     compiled, terms = train_step.lower(data_of(config, corpus, mesh, 0), state, config, mesh).compile(), []
     for step in range(STEPS):
         state, found = compiled(data_of(config, corpus, mesh, step), state, config, mesh)
@@ -49,7 +48,7 @@ def steps(config, corpus, mesh=None):
 
 
 def data_of(config, corpus, mesh, step):
-    return sharding.placed(StepData.of(jnp.asarray(corpus.train), config, step), mesh)
+    return device_mesh.placed(StepData.of(jnp.asarray(corpus.train), config, step), mesh)
 
 
 def named_leaves(tree):
@@ -66,7 +65,7 @@ def every_case(text, out, devices):
     arrays, notes = {}, {}
     for name, (shape, config) in CASES.items():
         corpus = load(text, config.context + 1)
-        mesh = sharding.mesh_for(config, *shape) if devices == "8" else None
+        mesh = device_mesh.mesh_for(config, *shape) if devices == "8" else None
         compiled, start, state, terms = steps(config, corpus, mesh)
         leaves = named_leaves(state)
         arrays.update({f"{name}/{path}": leaf for path, leaf in leaves.items()}, **{f"{name}/terms": terms})
@@ -99,15 +98,15 @@ def in_a_process(out, *arguments):
     stub["margins"] = {"layers": {"negative_share": 0}}
 
     def evaluate(model, corpus, config):
-        mesh = sharding.mesh_for(config, 1, 4)
-        spread = sharding.placed(model, mesh)
+        mesh = device_mesh.mesh_for(config, 1, 4)
+        spread = device_mesh.placed(model, mesh)
         assert not spread.blocks[0].query.is_fully_addressable
-        again = sharding.gathered(spread, mesh)
+        again = device_mesh.gathered(spread, mesh)
         assert jax.tree.all(jax.tree.map(np.array_equal, again, model))
         return stub, {"embedding": np.zeros(1), "layers": np.zeros(1)}
 
-    run.evaluate = evaluate
-    cli.run(lambda: command.main(list(arguments)))
+    commands.evaluate = evaluate
+    cli.run(lambda: commands.main(list(arguments)))
 
 
 def environment(devices):
@@ -195,7 +194,7 @@ def test_every_device_does_its_share_and_only_sums_are_exchanged(found, case):
     assert {tuple(shard[:2]) for shard in of_heads.values()} == {(8, 4 // heads)}
     assert {shard[0] for shard in notes[case]["shards"].values()} == {8}
     assert notes[case]["exchanges"] == ["all-reduce"]
-    # More than an eighth, for the update of what is not spread, and the perceptron, done along "heads" again.
+    # More than an eighth, for the update of what is not spread, and the mlp, done along "heads" again.
     assert notes[case]["flops"] < 0.35 * alone[case]["flops"]
 
 
@@ -223,7 +222,7 @@ def test_two_processes_train_as_one_does(found, text, tmp_path):
 
     corpus = load(text, config.context + 1)
     like = initial_state(config, len(corpus.vocabulary))
-    state, step, noted = checkpoint.load(out / checkpoint.NAME, config, corpus.sha256, like)
+    state, step, noted = checkpoint.load(out / checkpoint.NAME, config.as_dict(), corpus.sha256, like)
     assert step == STEPS
     assert_same_state(named_leaves(state), state_in(on_one, "margin"))
     terms = [list(entry.values())[1:] for entry in noted["history"]]
@@ -235,7 +234,7 @@ def test_two_processes_train_as_one_does(found, text, tmp_path):
 def refused(capsys, *arguments):
     """The one line with which the command refuses its arguments."""
     with pytest.raises(SystemExit) as info:
-        cli.run(lambda: command.main([str(argument) for argument in arguments]))
+        cli.run(lambda: commands.main([str(argument) for argument in arguments]))
     assert info.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
@@ -267,9 +266,9 @@ def test_a_mesh_that_cannot_be_is_refused_in_one_line(arguments, message, text, 
 
 
 def test_processes_that_were_given_different_things_are_refused(monkeypatch):
-    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", lambda own: np.stack([own, own + 1]))
+    monkeypatch.setattr(device_mesh.multihost_utils, "process_allgather", lambda own: np.stack([own, own + 1]))
     with pytest.raises(ValueError, match=r"--processes: the processes differ in options, text; start all with"):
-        sharding.require_agreement(options={"seed": 0}, text="a")
+        device_mesh.require_agreement(options={"seed": 0}, text="a")
 
 
 if __name__ == "__main__":
