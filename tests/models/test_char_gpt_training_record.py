@@ -57,13 +57,13 @@ def test_margins_of_a_batch_are_what_dense_determinants_say_by_layer_without_the
 
 
 def test_a_record_adds_margins_up_and_has_none_where_json_has_no_number():
-    look = BatchMargins(
+    layers = BatchMargins(
         np.array([1, 3]), np.array(8), np.array([-np.inf, 0.5]), np.ones(2), np.array([[np.nan], [2.0]])
     )
     nothing = BatchMargins(np.array([0]), np.array(4), np.array([0.5]), np.array([0.1]), np.array([[1.0]]))
     record = new_record()
     for step in (0, 5):
-        note(record, step, {"embedding": nothing, "layers": look})
+        note(record, step, {"embedding": nothing, "layers": layers})
     assert record["crossings"]["layers"] == {
         "steps_watched": 2, "steps_with_crossing": 2, "positions_watched": 16, "positions_negative": 8,
     }  # fmt: skip

@@ -3,14 +3,6 @@ import json
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from paper_figures.analysis import selection
-from paper_figures.analysis import verdicts as rules
-from paper_figures.analysis.comparisons import PRIMARY, Comparison, declared
-from paper_figures.analysis.equal_cost import at_equal_cost
-from paper_figures.analysis.holm import holm
-from paper_figures.analysis.paired import Paired, spread
-from paper_figures.analysis.tests_of_means import equivalence_p, p_value, power
-from paper_figures.analysis.verdicts import judge
 from scipy import stats
 
 from paper_figures.figures import effects

@@ -143,21 +143,6 @@ def test_bad_options_are_named(options, message, text, tmp_path):
 
 def test_a_single_run_of_a_method_goes_on_from_its_checkpoint_and_is_not_mistaken_for_another(text, tmp_path, capsys):
     sizes = {"steps": 2, "layers": 1, "width": 8, "heads": 2, "context": 8, "batch": 2, "evaluation-windows": 4}
-        "--steps",
-        "2",
-        "--layers",
-        "1",
-        "--width",
-        "8",
-        "--heads",
-        "2",
-        "--context",
-        "8",
-        "--batch",
-        "2",
-        "--evaluation-windows",
-        "4",
-    ]
 
     def run(strength):
         given = ["--strength", strength, "--seed", "3", "--corpus", str(text), "--out", str(tmp_path)]
@@ -304,17 +289,10 @@ def finished_runs_are_not_mistaken_for_others(text, out):
         name: dataclasses.replace(one, base=dataclasses.replace(one.base, steps=31)) for name, one in chosen.items()
     }
     assert sweep._finished(out / runs.NAME, chosen, corpus).keys() == chosen.keys()
-    for changed, given in (
-        (chosen, corpus._replace(sha256="another")),
-        (
-            {
-                name: dataclasses.replace(one, base=dataclasses.replace(one.base, steps=31))
-                for name, one in chosen.items()
-            },
-            corpus,
-        ),
-        ({}, corpus),
-    ):
+    longer = {
+        name: dataclasses.replace(one, base=dataclasses.replace(one.base, steps=31)) for name, one in chosen.items()
+    }
+    for changed, given in ((chosen, corpus._replace(sha256="another")), (longer, corpus), ({}, corpus)):
         with pytest.raises(ValueError, match=r"--out: .* holds .* of another sweep, text or version; pass another"):
             sweep._finished(out / runs.NAME, changed, given)
 
