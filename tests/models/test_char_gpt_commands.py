@@ -13,7 +13,8 @@ from models.char_gpt.checkpoint import configuration_of
 from models.char_gpt.commands import finished, run
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
-from models.char_gpt.train import TrainingDivergedError, train
+from models.char_gpt.loss import loss_terms
+from models.char_gpt.train import Method, TrainingDivergedError, train
 from models.corpus import load
 from tests.support.words import write_words
 
@@ -140,15 +141,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(corpus, tmp_path, monke
 
 def test_one_compilation_serves_all_seeds_and_strengths_of_a_method(corpus, tmp_path):
     compiled, trained = [], {}
-    with pytest.MonkeyPatch.context() as patch:
-        original = training.loss_terms
-        counting = lambda *args: compiled.append(args) or original(*args)  # noqa: E731
-        patch.setattr(training.Method.__new__, "__defaults__", (counting, None))
-        # A configuration that no other test uses, so that nothing is compiled yet.
-        config = dataclasses.replace(TINY, batch=3, steps=2)
-        for seed, weight in ((0, 0.1), (1, 0.1), (0, 3.0)):
-            changed = dataclasses.replace(config, seed=seed, barrier_weight=weight)
-            trained[seed, weight] = train(changed, corpus, tmp_path / changed.method / f"{seed}-{weight}")[0]
+    counting = lambda *given: compiled.append(given) or loss_terms(*given)  # noqa: E731
+    # A configuration that no other test uses, so that nothing is compiled yet.
+    config = dataclasses.replace(TINY, batch=3, steps=2)
+    for seed, weight in ((0, 0.1), (1, 0.1), (0, 3.0)):
+        changed = dataclasses.replace(config, seed=seed, barrier_weight=weight)
+        method = Method("margin", weight, counting)
+        trained[seed, weight] = train(changed, corpus, tmp_path / f"{seed}-{weight}", method)[0]
     assert not same(trained[0, 0.1], trained[0, 3.0])
     assert len(compiled) == 1
 
