@@ -16,6 +16,7 @@ times it is a term of log|det J_i| with the position included (prob_transformer/
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 import jax
@@ -93,28 +94,24 @@ def measure(decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws
     """All figures of one passage, of the positions that have SHORTEST_PAST tokens before and one after them."""
     kept = slice(SHORTEST_PAST, tokens.size - 1)
     layers = [layer_figures(layer, inputs) for layer, inputs in decoder.layers(tokens)]
-    figures = dict[str, np.ndarray]()
+    found = {name: np.stack([layer[name] for layer in layers])[..., kept] for name in layers[0]}
+    each = {name: values.reshape(-1, values.shape[-1]) for name, values in found.items()}
+    logits = decoder(tokens)
+    figures = {
+        "entropy": each["entropy"].mean(0),
+        PAST_SHARE: each[PAST_SHARE].mean(0),
+        "log position": np.log(np.arange(tokens.size)[kept]),
+        "loss": np.asarray(_loss(logits, jnp.asarray(tokens)))[kept],
+        "change": logit_change(decoder, tokens, logits, noise, draws, key)[kept],
+    }
     for reading in READINGS:
-        barrier = -np.concatenate([found[f"{reading} log_det"] for found in layers])[:, kept]
-        sign = np.concatenate([found[f"{reading} sign"] for found in layers])[:, kept]
+        barrier, sign = -each[f"{reading} log_det"], each[f"{reading} sign"]
         figures |= {
             f"{reading} closest": barrier.max(0),
             f"{reading} mean": barrier.mean(0),
             f"{reading} negative": (sign < 0).mean(0),
         }
-    logits = decoder(tokens)
-    loss = np.asarray(_loss(logits, jnp.asarray(tokens)))
-    figures |= {
-        "entropy": np.concatenate([found["entropy"] for found in layers])[:, kept].mean(0),
-        PAST_SHARE: np.concatenate([found[PAST_SHARE] for found in layers])[:, kept].mean(0),
-        "log position": np.log(np.arange(tokens.size)[kept]),
-        "loss": loss[kept],
-        "change": logit_change(decoder, tokens, logits, noise, draws, key)[kept],
-    }
-    negative = {
-        reading: np.stack([(found[f"{reading} sign"][:, kept] < 0).mean(-1) for found in layers])
-        for reading in READINGS
-    }
+    negative = {reading: (found[f"{reading} sign"] < 0).mean(-1) for reading in READINGS}
     return Passage({name: np.asarray(x, np.float64) for name, x in figures.items()}, negative)
 
 
@@ -138,10 +135,5 @@ def passages(
         raise ValueError(
             f"--text: holds {available} passages of {length} tokens, not {count}; pass more text or fewer --passages."
         )
-    found, turn = 0, 0
-    while found < count:
-        for pieces in whole:
-            if turn < len(pieces) and found < count:
-                found += 1
-                yield pieces[turn]
-        turn += 1
+    in_turn = zip_longest(*whole)
+    yield from islice((piece for pieces in in_turn for piece in pieces if piece is not None), count)

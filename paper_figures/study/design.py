@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from models.char_gpt import train
 from models.char_gpt.config import Config
 from models.char_gpt.loss import Loss, loss_terms
-from paper_figures.study.product_penalties import PRODUCT_LOSSES
-from paper_figures.study.regularisers import REGULARISER_LOSSES, decayed
+from paper_figures.study.regularisers import LOSSES, decayed
 
 BASELINE = "ce"
 LAMBDAS = (0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
@@ -40,16 +39,16 @@ BARRIERS = {
 # with questions of their own.
 FIRST_ORDER, SMALL_MOMENTS = "trace@layers", "frobenius@layers"
 CONTROLS = {
-    FIRST_ORDER: Method((0.001, 0.003, 0.004, 0.005, 0.006, 0.01), loss=PRODUCT_LOSSES["trace"]),
-    SMALL_MOMENTS: Method((0.003, 0.01, 0.03, 0.1, 0.3, 1.0), loss=PRODUCT_LOSSES["frobenius"]),
+    FIRST_ORDER: Method((0.001, 0.003, 0.004, 0.005, 0.006, 0.01), loss=LOSSES["trace"]),
+    SMALL_MOMENTS: Method((0.003, 0.01, 0.03, 0.1, 0.3, 1.0), loss=LOSSES["frobenius"]),
 }
 # Ranges laid by single runs with seed 100, which no profile uses, so that clean loss suffers by 0 to some 10 %.
 COMPETITORS = {
-    "dropout": Method((0.005, 0.01, 0.02, 0.05, 0.1, 0.2), loss=REGULARISER_LOSSES["dropout"]),
+    "dropout": Method((0.005, 0.01, 0.02, 0.05, 0.1, 0.2), loss=LOSSES["dropout"]),
     "weight-decay": Method((0.1, 0.3, 1.0, 2.0, 3.0, 5.0), loss=loss_terms, update=decayed),
-    "embedding-noise": Method((0.05, 0.1, 0.15, 0.2, 0.3, 0.5), loss=REGULARISER_LOSSES["embedding-noise"]),
-    "jacobian": Method((0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03), loss=REGULARISER_LOSSES["jacobian"]),
-    "spectral": Method((0.03, 0.1, 0.2, 0.3, 0.5, 1.0), loss=REGULARISER_LOSSES["spectral"]),
+    "embedding-noise": Method((0.05, 0.1, 0.15, 0.2, 0.3, 0.5), loss=LOSSES["embedding-noise"]),
+    "jacobian": Method((0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03), loss=LOSSES["jacobian"]),
+    "spectral": Method((0.03, 0.1, 0.2, 0.3, 0.5, 1.0), loss=LOSSES["spectral"]),
 }
 # Plain cross-entropy has no strength to choose. In the order of figures and tables.
 METHODS = {BASELINE: Method((0.0,)), **BARRIERS, **CONTROLS, **COMPETITORS}

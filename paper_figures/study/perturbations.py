@@ -1,4 +1,7 @@
-"""What a trained model is perturbed by, and its loss then: none of it is trained on or chosen by.
+"""What a run of the study is measured by: its loss, clean and under perturbations, and its margins.
+
+None of the perturbations is trained on or chosen by: strengths are chosen on clean validation loss, and validation text is
+not perturbed. Margins and the root mean square of the streams, which some noise is measured in, are of validation windows.
 
 A window holds the n characters a model reads and what came next in the original text, which stays the target. With
 input embeddings u (n, d), and g the gradient in u of the window's loss:
@@ -16,12 +19,36 @@ What is drawn is common to all models and levels (models/char_gpt/evaluation.py)
 character that a smaller one does.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE, AtLevel, Perturbation, loss_at
+from models.char_gpt.config import SITES, Config
+from models.char_gpt.evaluation import (
+    EMBEDDING_NOISE,
+    RELATIVE_EMBEDDING_NOISE,
+    AtLevel,
+    Perturbation,
+    clean_losses,
+    clean_summary,
+    compiled_forward,
+    determinants_at,
+    evaluation_windows,
+    finite,
+    loss_at,
+    margins,
+    perturbed_rows,
+    stream_rms,
+)
 from models.char_gpt.model import CharGPT
+from models.corpus import Corpus
+
+_PASSAGE_WINDOWS = 3
+# A second corpus needs no more precision than its standard error over windows gives, and half of the time is saved.
+_NEWS_SHARE = 0.5
 
 
 def spare_characters(context: int) -> int:
@@ -132,3 +159,51 @@ KINDS = {
     "swap": Perturbation(_swap, 3, (0.02, 0.05, 0.1)),
     "adversarial": Perturbation(_adversarial, 5, (0.02, 0.05, 0.1, 0.2)),
 }
+
+
+def measured(model: CharGPT, corpus: Corpus, config: Config, *, with_passage: bool) -> dict[str, Any]:
+    """The "embedding_rms", "splits", "margins" and "passage" of a run, ready for JSON.
+
+    Clean loss on validation, test and, where the corpus has them, news windows; loss under every perturbation on the
+    latter two. "passage" is None unless asked for.
+    """
+    windows = evaluation_windows(corpus.validation, config)
+    rms = stream_rms(model, windows)
+    parts: dict[str, tuple[np.ndarray, dict[str, Perturbation]]] = {"validation": (windows, {})}
+    for split, characters, share in (("test", corpus.test, 1.0), ("news", corpus.news, _NEWS_SHARE)):
+        if characters is not None:
+            spare = spare_characters(config.context)
+            parts[split] = evaluation_windows(characters, config, spare, share), KINDS
+    splits = {}
+    for split, (chosen, kinds) in parts.items():
+        clean = clean_losses(model, chosen)
+        splits[split] = {
+            "name": corpus.name_of(split),
+            "clean": clean_summary(clean, config),
+            "perturbed": perturbed_rows(model, chosen, clean, rms, kinds),
+        }
+    return {
+        "embedding_rms": float(rms[0]),
+        "splits": splits,
+        "margins": margins(model, windows)[0],
+        "passage": passage(model, corpus, config) if with_passage else None,
+    }
+
+
+def passage(model: CharGPT, corpus: Corpus, config: Config) -> dict[str, Any]:
+    """How the validation text begins, with its margins, window by window; ready for JSON.
+
+    det J of every character at the embedding site, and of every layer the smallest over its heads; None for the first
+    two characters of a window, where it is 1 by definition, and where it is not finite.
+    """
+    count = min(_PASSAGE_WINDOWS, len(corpus.validation) // config.context)
+    windows = corpus.validation[: count * config.context].reshape(count, config.context)
+    _, embeddings, (inputs, _, _) = compiled_forward(model, jnp.asarray(windows))
+    embedding, layers = (determinants_at(model, site, embeddings, inputs)[0] for site in SITES)
+    for found in (embedding, layers):
+        found[..., :2] = np.nan
+    return {
+        "text": "".join(corpus.vocabulary[i] for i in windows.ravel()),
+        "margins": [finite(layer.min(0).ravel()) for layer in layers],
+        "embedding": finite(embedding.ravel()),
+    }

@@ -70,12 +70,8 @@ def append(path: Path, run: Run) -> None:
 
 
 def shortened(value: Any) -> Any:
-    """Floats to the seven significant digits that float32 carries, all through a tree of lists and dictionaries."""
-    if isinstance(value, float):
-        return float(f"{value:.7g}")
-    if isinstance(value, dict):
-        return {key: shortened(entry) for key, entry in value.items()}
-    return [shortened(entry) for entry in value] if isinstance(value, list) else value
+    """Floats to the seven significant digits that float32 carries, all through a tree ready for JSON."""
+    return json.loads(json.dumps(value), parse_float=lambda number: float(f"{float(number):.7g}"))
 
 
 class Runs(NamedTuple):

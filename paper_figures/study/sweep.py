@@ -30,7 +30,7 @@ from models.char_gpt.training_record import as_metrics
 from models.corpus import Corpus
 from paper_figures.study import runs
 from paper_figures.study.design import PROFILES, Design, designs
-from paper_figures.study.measure import measured
+from paper_figures.study.perturbations import measured
 from prob_transformer.files import provenance
 
 UNFINISHED = "unfinished"

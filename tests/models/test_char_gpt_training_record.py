@@ -1,14 +1,27 @@
 import json
+import time
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from models.char_gpt import train as training
 from models.char_gpt.config import Config
-from models.char_gpt.training_record import QUANTILES, BatchMargins, batch_margins, new_record, note
+from models.char_gpt.train import train
+from models.char_gpt.training_record import (
+    QUANTILES,
+    BatchMargins,
+    batch_margins,
+    new_record,
+    note,
+    seconds_per_step,
+)
+from models.corpus import load
 from tests.support.dense import dense_truth
 from tests.support.tiny_gpt import made_wide
+from tests.support.words import write_words
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3)
 
@@ -75,3 +88,40 @@ def test_a_record_adds_margins_up_and_has_none_where_json_has_no_number():
     assert [layer["negative_share"] for layer in entry["layers"]] == [0.25, 0.75]
     assert [layer["smallest"] for layer in entry["layers"]] == [None, 0.5]
     assert [layer["quantiles"] for layer in entry["layers"]] == [[None], [2.0]]
+
+
+TINY = Config(steps=6, layers=1, width=8, heads=2, context=8, batch=2, checkpoint_every=2)
+COMPILING, STEP = 0.6, 0.02
+
+
+@pytest.mark.slow
+def test_the_seconds_of_a_step_are_without_the_first_of_every_start_and_the_bar_says_what_it_does(
+    tmp_path, monkeypatch, capsys
+):
+    corpus, original, calls = load(write_words(tmp_path / "text.txt"), TINY.context + 1), training.train_step, []
+
+    def timed(*arguments):
+        # Compiled before, so that the seconds are those slept here.
+        found = original(*arguments)
+        time.sleep(STEP if calls else COMPILING)
+        calls.append(None)
+        return found
+
+    train(TINY, corpus, tmp_path / "before", quiet=True)
+    monkeypatch.setattr(training, "train_step", timed)
+    _, record = train(TINY, corpus, tmp_path / "run", stop_at=4)
+    shown = capsys.readouterr().err
+    assert f"{TINY.method} seed 0, compiling: " in shown
+    assert f"{TINY.method} seed 0: " in shown
+    assert record["starts"] == 1
+    assert record["starting_seconds"] >= COMPILING
+    assert record["wall_seconds"] > record["starting_seconds"] + 3 * STEP
+    calls.clear()
+    _, record = train(TINY, corpus, tmp_path / "run", quiet=True)
+    assert record["starts"] == 2
+    assert record["starting_seconds"] >= 2 * COMPILING
+    assert STEP <= seconds_per_step(record, TINY.steps) < COMPILING / 2
+
+
+def test_a_run_of_first_steps_alone_has_no_seconds_a_step():
+    assert seconds_per_step(new_record() | {"wall_seconds": 3.0, "starting_seconds": 3.0, "starts": 1}, 1) is None

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -467,3 +468,18 @@ def test_a_first_seed_cut_short_is_not_taken_for_a_whole_one(tmp_path):
     path.write_text("".join(json.dumps(run) + "\n" for run in runs[:-1]))
     with pytest.raises(ValueError, match="has no seed with all its runs"):
         load_runs(tmp_path)
+
+
+def test_the_verdicts_are_over_seeds_and_the_same_without_standard_errors(tmp_path):
+    found = []
+    for drop in (False, True):
+        folder = write_runs(tmp_path / str(drop), {}, seeds=3)
+        path = folder / "runs.jsonl"
+        text = path.read_text(encoding="utf-8")
+        assert '"increase_standard_error"' in text
+        if drop:
+            text = re.sub(r'("(?:increase_)?standard_error": )[0-9.e-]+', r"\1null", text)
+            assert '"standard_error": null' in text
+        path.write_text(text, encoding="utf-8")
+        found.append(analyse(load_runs(folder)))
+    assert found[0] == found[1]

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 
 import jax
@@ -8,13 +9,15 @@ import pytest
 from rich.console import Console
 from scipy.special import log_softmax
 
+from models.char_gpt import commands as command
 from models.char_gpt import evaluation
 from models.char_gpt.config import Config
+from models.char_gpt.predictive import score
 from models.corpus import load
 from paper_figures.study import runs, sweep
 from paper_figures.study.analysis import analyse
-from paper_figures.study.measure import measured as measure
 from paper_figures.study.perturbations import KINDS
+from paper_figures.study.perturbations import measured as measure
 from paper_figures.study.tables import markdown
 from tests.support.dense import dense_truth
 from tests.support.synthetic_runs import write_runs
@@ -133,3 +136,21 @@ def test_windows_do_not_overlap_and_a_text_too_short_is_named():
 def test_quantiles_of_overflowed_determinants_are_none_and_those_below_stay():
     values = np.array([1.0, 2.0, 3.0, np.inf, np.inf], np.float32)
     assert evaluation.quantiles(values, (0.0, 0.25, 0.95, 1.0)) == [1.0, 2.0, None, None]
+
+
+def test_one_window_has_no_standard_error(monkeypatch, tmp_path):
+    losses = np.array([2.5])
+    assert evaluation.standard_error(losses) is None
+    monkeypatch.setattr(evaluation, "perturbed_losses", lambda *arguments: [losses + level for level in arguments[3]])
+    for row in evaluation.perturbed_rows(None, None, losses, None, {"noise": evaluation.EMBEDDING_NOISE}):
+        assert row["standard_error"] is None
+        assert row["increase_standard_error"] is None
+        np.testing.assert_allclose(row["increase"], row["level"])
+    assert score(np.array([[[0.9, 0.1]]]), np.zeros((1, 1), int)).standard_error is None
+    clean = evaluation.clean_summary(losses, TINY)
+    assert json.dumps(clean, allow_nan=False) == '{"nats_per_character": 2.5, "standard_error": null, "characters": 8}'
+    console = Console(file=io.StringIO(), width=300)
+    command._report(
+        console, {"method": "ce", "clean_loss": clean, "margins": {"layers": {"negative_share": 0.0}}}, tmp_path
+    )
+    assert "8 validation characters (one window, so no standard error)" in console.file.getvalue()

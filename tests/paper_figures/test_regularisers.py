@@ -10,7 +10,9 @@ from models.char_gpt.loss import loss_terms
 from models.char_gpt.model import CharGPT
 from models.char_gpt.train import StepData, initial_state, learning_rate, train_step
 from paper_figures.study import regularisers
-from paper_figures.study.regularisers import REGULARISER_LOSSES, decayed
+from paper_figures.study.regularisers import LOSSES, decayed, squared_norm_at, trace_at
+from prob_transformer import Attention
+from prob_transformer.change_of_variables import over_positions
 from tests.support.tiny_gpt import made_wide
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, steps=20)
@@ -48,7 +50,7 @@ def compiled_value_and_gradient(model, windows, loss_of, key, strength):
 def loss_and_gradient(problem, name, strength, model=None):
     """Terms of the loss and its gradient, compiled once a regulariser."""
     start, windows = problem
-    given = (windows, REGULARISER_LOSSES.get(name, loss_terms), jax.random.key(2), jnp.asarray(strength))
+    given = (windows, LOSSES.get(name, loss_terms), jax.random.key(2), jnp.asarray(strength))
     (_, terms), gradient = compiled_value_and_gradient(start if model is None else model, *given)
     return terms, gradient
 
@@ -170,3 +172,76 @@ def test_weight_decay_takes_its_share_off_every_matrix_and_off_nothing_else():
     for decayed_leaf, without, before in leaves:
         share = 0.5 * rate if before.ndim > 1 else 0.0
         np.testing.assert_allclose(decayed_leaf, without - share * before, atol=1e-7)
+
+
+# The penalties of M itself, against the autodiff Jacobian and plain NumPy, alone and as the loss trains with them.
+WIDTH, LENGTH = 4, 6
+
+
+def plain_mean(query, key, value, past, u):
+    """mu of one position, written out."""
+    mean = 0.0
+    for h in range(len(query)):
+        logits = (past @ key[h].T) @ (query[h] @ u) / np.sqrt(query.shape[1])
+        mean += jax.nn.softmax(logits) @ (past @ value[h].T)
+    return mean
+
+
+def drawn(heads, head_size):
+    rng = np.random.default_rng(heads)
+    query, key = rng.normal(size=(2, heads, head_size, WIDTH))
+    value = rng.normal(size=(heads, WIDTH, WIDTH)) if heads > 1 else None
+    attention = Attention(jnp.asarray(query), jnp.asarray(key), None if value is None else jnp.asarray(value))
+    return attention, query, key, np.eye(WIDTH)[None] if value is None else value, rng.normal(size=(LENGTH, WIDTH))
+
+
+@pytest.mark.parametrize(("heads", "head_size"), [(1, 3), (2, 2), (3, 1)])
+def test_trace_is_that_of_what_the_jacobian_takes_off_the_identity(heads, head_size):
+    attention, query, key, value, embeddings = drawn(heads, head_size)
+    got = over_positions(trace_at, attention, jnp.asarray(embeddings))
+    for i in range(1, LENGTH):
+        jacobian = jax.jacfwd(lambda u, i=i: plain_mean(query, key, value, embeddings[:i], u))(embeddings[i])
+        np.testing.assert_allclose(got[i], np.trace(jacobian), atol=1e-12)
+    np.testing.assert_allclose(got[:2], 0.0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("heads", "head_size"), [(1, 3), (2, 2)])
+def test_squared_norm_is_that_of_the_small_product(heads, head_size):
+    attention, query, key, value, embeddings = drawn(heads, head_size)
+    got = over_positions(squared_norm_at, attention, jnp.asarray(embeddings))
+    for i in range(2, LENGTH):
+        past, expected = embeddings[:i], 0.0
+        for h in range(heads):
+            weights = np.asarray(jax.nn.softmax((past @ key[h].T) @ (query[h] @ embeddings[i]) / np.sqrt(head_size)))
+            seen = (past @ value[h].T) @ query.reshape(-1, WIDTH).T
+            covariance = np.cov(seen.T, (past @ key[h].T).T, aweights=weights, ddof=0)[: seen.shape[1], seen.shape[1] :]
+            expected += np.square(np.atleast_2d(covariance)).sum() / head_size
+        np.testing.assert_allclose(got[i], expected, rtol=1e-10)
+    np.testing.assert_allclose(got[:2], 0.0, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", ["trace", "frobenius"])
+def test_training_adds_the_mean_over_layers_heads_and_positions(problem, form):
+    model, windows = problem
+    terms, gradient = loss_and_gradient(problem, form, 0.7)
+    plain, _ = loss_and_gradient(problem, "none", 0.0)
+    expected = []
+    for sequence in windows[:, :-1]:
+        inputs = model.decode(model.embed(sequence))[1].inputs
+        for block, attended in zip(model.blocks, np.asarray(inputs), strict=True):
+            for query, key in zip(np.asarray(block.query), np.asarray(block.key), strict=True):
+                expected.append(_by_hand(form, query, key, attended))
+    np.testing.assert_allclose(terms.penalty, np.mean(expected), rtol=1e-9)
+    np.testing.assert_allclose(terms.loss - plain.loss, 0.7 * np.mean(expected), rtol=1e-9)
+    assert max(np.abs(np.asarray(leaf)).max() for block in gradient.blocks for leaf in (block.query, block.key)) > 0
+
+
+def _by_hand(form, query, key, attended):
+    queries, keys = attended @ query.T, attended @ key.T
+    found = [0.0, 0.0]
+    for i in range(2, len(attended)):
+        weights = np.asarray(jax.nn.softmax(keys[:i] @ queries[i] / np.sqrt(len(query))))
+        rank = len(query)
+        product = np.cov(queries[:i].T, keys[:i].T, aweights=weights, ddof=0)[:rank, rank:] / np.sqrt(rank)
+        found.append(np.trace(product) if form == "trace" else np.square(product).sum())
+    return np.array(found)
