@@ -22,7 +22,7 @@ import hypothesis
 import jax
 import pytest
 
-from models.cli import give_jax_threads
+from models.workers import give_jax_threads
 
 give_jax_threads()
 

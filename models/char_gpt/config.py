@@ -67,7 +67,7 @@ class Config:
             elif name in _POSITIVE and value == 0:
                 allowed = "a number greater than 0"
             if allowed:
-                raise ValueError(f"{_option(name)}: got {value!r}; pass {allowed}.")
+                raise ValueError(f"--{name.replace('_', '-')}: got {value!r}; pass {allowed}.")
         require_seed("--seed", self.seed, "a run")
         share, narrow = self.barrier_share < 1, self.product_dtype != "float32"
         blocked, margin = self.implementation == "blocked", self.objective == "margin"
@@ -129,7 +129,3 @@ def in_names_of_today(saved: Any) -> Any:
         plain = ("objective", "barrier_site", "barrier_weight", "barrier_form")
         found |= {name: value for name, value in Config().as_dict().items() if name in plain}
     return found if regulariser == "none" else {**found, "method": regulariser, "strength": strength}
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -28,7 +28,7 @@ import jax.scipy.stats as jstats
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from models.char_gpt.config import Config, ProductDtype, Remat, Site
+from models.char_gpt.config import Config, Remat, Site
 from models.char_gpt.device_mesh import Tree, at_site
 from models.char_gpt.model import Attended, CharGPT
 from prob_transformer import (
@@ -41,7 +41,7 @@ from prob_transformer import (
 )
 from prob_transformer._implementation import Implementation
 from prob_transformer.change_of_variables import ResidualAndLogDet
-from prob_transformer.kernels.cells import DEFAULT_TILING, Tiling
+from prob_transformer.kernels.cells import DEFAULT_TILING
 
 Strength = Float[Array, ""] | float
 
@@ -125,11 +125,6 @@ def site_density(
     return everywhere(model, embeddings, inputs)
 
 
-def tiling_of(product_dtype: ProductDtype) -> Tiling:
-    """The default tiling, with its large products made in the given type."""
-    return DEFAULT_TILING._replace(product_dtype=None if product_dtype == "float32" else product_dtype)
-
-
 def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
     """Nats of every predicted character."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
@@ -191,7 +186,9 @@ def swept_barrier(
     if config.barrier_site == "layers":
         attentions = [Attention(block.query, block.key) for block in model.blocks]
         layers = list(zip(attentions, attended.inputs, strict=True))
-    tiling = tiling_of(config.product_dtype)
+    # None is float32 here.
+    narrow = None if config.product_dtype == "float32" else config.product_dtype
+    tiling = DEFAULT_TILING._replace(product_dtype=narrow)
     return barrier_penalty(layers, share=config.barrier_share, key=key, mesh=mesh, tiling=tiling)
 
 

@@ -68,17 +68,15 @@ def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str,
     figures = [passage.figures for passage in found]
     # A verdict looks at two correlations of each pair.
     comparisons = 2 * len(MARGINS) * len(OUTCOMES)
-
-    def of(first: str, second: str, controls: tuple[str, ...] = ()) -> Any:
-        return relation(figures, first, second, controls, comparisons, resamples, seed)
-
     # What each correlation is given, in the words of the rows.
     given = {"alone": (), "given entropy": ("entropy",), COLUMNS[1]: BASELINES, COLUMNS[2]: (*BASELINES, PAST_SHARE)}
     rows = []
     for outcome in OUTCOMES:
         for figure in ("entropy", PAST_SHARE, *MARGINS):
             asked = {"entropy": COLUMNS[:1], PAST_SHARE: COLUMNS[:2]}.get(figure, tuple(given))
-            correlations = {name: of(figure, outcome, given[name]) for name in asked}
+            correlations = {
+                name: relation(figures, figure, outcome, given[name], comparisons, resamples, seed) for name in asked
+            }
             row = {"figure": figure, "outcome": outcome, **{name: one._asdict() for name, one in correlations.items()}}
             if figure == "entropy":
                 baseline = correlations["alone"]
@@ -131,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         {
             "tokens": int(sum(passage.figures["loss"].size for passage in found)),
             "median": {
-                name: float(np.median(_all(found, name))) for name in (*OUTCOMES, *MARGINS, *BASELINES, PAST_SHARE)
+                name: float(np.median(np.concatenate([passage.figures[name] for passage in found])))
+                for name in (*OUTCOMES, *MARGINS, *BASELINES, PAST_SHARE)
             },
             "relations": rows,
             "negative_share": {reading: share.tolist() for reading, share in negative.items()},
@@ -146,10 +145,6 @@ def main(argv: list[str] | None = None) -> None:
         if "verdict" in row:
             console.print(row["verdict"], markup=False)
     console.print(f"written: {arguments.out}", soft_wrap=True, markup=False)
-
-
-def _all(found: list[Passage], name: str) -> np.ndarray:
-    return np.concatenate([passage.figures[name] for passage in found])
 
 
 if __name__ == "__main__":

@@ -75,22 +75,23 @@ def _because(comparison: dict[str, Any]) -> str:
             chance += f", {comparison['power_in_family']:.2f} in its family"
         aim = {"not worse": f"no cost, with a limit of {shown},", "different": f"a difference of {shown}"}
         return f" Undecided: the power to establish {aim.get(claim, f'an effect of {shown}')} was {chance}."
-    if claim == "not worse":
-        return (
-            f" A cost of {shown} or more is ruled out."
-            if verdict == "supported"
-            else f" A cost above {shown} is established."
-        )
-    if verdict == "supported":
-        return ""
-    real = comparison["p_holm"] < ALPHA
-    if real and (claim == "different" or comparison["mean_gain"] > 0):
-        return f" The effect is real and smaller than the {shown} declared to matter."
-    if real:
-        return " The opposite is established."
-    if comparison["equivalence_p_holm"] < ALPHA:
-        return f" It is equivalent to {comparison['against']} within {shown}."
-    return f" An advantage of {shown} or more is ruled out."
+    is_real = comparison["p_holm"] < ALPHA
+    reasons = (
+        (claim == "not worse" and verdict == "supported", f" A cost of {shown} or more is ruled out."),
+        (claim == "not worse", f" A cost above {shown} is established."),
+        (verdict == "supported", ""),
+        (
+            is_real and (claim == "different" or comparison["mean_gain"] > 0),
+            f" The effect is real and smaller than the {shown} declared to matter.",
+        ),
+        (is_real, " The opposite is established."),
+        (
+            comparison["equivalence_p_holm"] < ALPHA,
+            f" It is equivalent to {comparison['against']} within {shown}.",
+        ),
+        (True, f" An advantage of {shown} or more is ruled out."),
+    )
+    return next(told for holds, told in reasons if holds)
 
 
 def _p(value: float) -> str:

@@ -15,8 +15,15 @@ from models.char_gpt.loss import LossTerms, loss_terms, negatives_at, site_densi
 from models.char_gpt.train import StepData, backtracked, draw_windows, initial_state, train_step
 from models.char_gpt.training_record import batch_margins
 from prob_transformer import map_objective, weight_prior
-from tests.support.dense import dense_truth
-from tests.support.tiny_gpt import compiled_logits, compiled_loss_terms, made, made_wide
+from tests.support.tiny_gpt import (
+    aligned,
+    compiled_logits,
+    compiled_loss_terms,
+    dense_at,
+    embeddings_and_inputs,
+    made,
+    made_wide,
+)
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, noise_scale=0.7, first_scale=1.3)
 VOCABULARY = 5
@@ -30,12 +37,6 @@ def model_and_windows(scale=1.0):
 def cross_entropy_by_hand(model, windows):
     logits = np.asarray(compiled_logits(model, windows))
     return -np.take_along_axis(log_softmax(logits, axis=-1), np.asarray(windows)[:, 1:, None], axis=-1).mean()
-
-
-@eqx.filter_jit
-def layer_inputs(model, windows):
-    """What the heads of every layer attend over, (L, B, n, d)."""
-    return jax.vmap(lambda window: model.decode(model.embed(window[:-1]))[1].inputs, out_axes=1)(windows)
 
 
 def test_the_model_is_causal_and_float32():
@@ -87,16 +88,11 @@ def test_at_the_embedding_site_the_loss_is_the_map_objective_a_character(objecti
 def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objective):
     model, windows = model_and_windows()
     config = dataclasses.replace(SMALL, objective=objective, barrier_site="layers")
-    scales = np.array([1.3] + [0.7] * 5)[:, None]
-    terms = []
-    for block, attended in zip(model.blocks, layer_inputs(model, windows), strict=True):
-        for inputs in attended:
-            for h in range(2):
-                residual, blocks, _ = dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, inputs)
-                penalty = -np.linalg.slogdet(blocks)[1]
-                if objective == "map":
-                    penalty = penalty - norm.logpdf(residual, 0, scales).sum(-1)
-                terms.append(penalty)
+    residuals, jacobians = dense_at(model, "layers", windows)
+    terms = -np.linalg.slogdet(jacobians)[1]
+    if objective == "map":
+        scales = np.array([1.3] + [0.7] * 5)[:, None]
+        terms = terms - norm.logpdf(residuals, 0, scales).sum(-1)
     got = compiled_loss_terms(model, windows, config, 1000, jax.random.key(0))
     np.testing.assert_allclose(got.penalty, np.mean(terms), rtol=1e-10)
     np.testing.assert_allclose(
@@ -109,17 +105,7 @@ def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objecti
 def test_the_one_sided_penalty_is_that_of_the_configured_threshold(site, threshold):
     model, windows = model_and_windows(scale=8.0)
     model = aligned(model, 2.0)
-    heads = [(block, inputs) for block, inputs in zip(model.blocks, layer_inputs(model, windows), strict=True)]
-    if site == "embedding":
-        heads = [(model.prior_stage, jax.vmap(model.embed)(windows[:, :-1]))]
-    determinants = np.array(
-        [
-            np.linalg.det(dense_truth(stage.query[h : h + 1], stage.key[h : h + 1], None, sequence)[1])
-            for stage, sequences in heads
-            for sequence in sequences
-            for h in range(stage.query.shape[0])
-        ]
-    )
+    determinants = np.linalg.det(dense_at(model, site, windows)[1])
     # Of both signs, and on both sides of either threshold.
     assert (determinants < 0).any()
     assert ((determinants > 0) & (determinants < 0.5)).any()
@@ -195,13 +181,6 @@ def test_the_gradient_of_the_loss_matches_finite_differences():
         np.testing.assert_allclose((where(slope) * direction).sum(), difference, rtol=1e-5, atol=1e-9)
 
 
-def aligned(model, factor):
-    """Queries that are `factor` times the keys: A is positive semidefinite, the direction that crosses the boundary."""
-    queries = lambda m: [block.query for block in m.blocks] + [m.prior_stage.query]  # noqa: E731
-    keys = [block.key for block in model.blocks] + [model.prior_stage.key]
-    return eqx.tree_at(queries, model, [factor * key for key in keys])
-
-
 compiled_backtracked = eqx.filter_jit(backtracked)
 compiled_negatives_at = eqx.filter_jit(negatives_at)
 
@@ -225,8 +204,7 @@ def test_backtracking_halves_a_step_that_crosses_and_leaves_one_that_does_not():
 def test_without_interaction_every_site_has_determinant_one():
     model, windows = model_and_windows()
     model = aligned(model, 0.0)
-    embeddings = jax.vmap(model.embed)(windows[:, :-1])
-    inputs = layer_inputs(model, windows)
+    embeddings, inputs = embeddings_and_inputs(model, windows)
     for site in ("embedding", "layers"):
         found = site_density(model, site, embeddings, inputs)
         np.testing.assert_array_equal(found.log_det, np.zeros_like(found.log_det))

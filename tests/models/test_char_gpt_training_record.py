@@ -2,7 +2,6 @@ import json
 import time
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,47 +18,19 @@ from models.char_gpt.training_record import (
     seconds_per_step,
 )
 from models.corpus import load
-from tests.support.dense import dense_truth
-from tests.support.tiny_gpt import made_wide
+from tests.support.tiny_gpt import aligned, dense_at, made_wide
 from tests.support.words import write_words
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3)
 
 
-def model_past_the_boundary():
-    """In float64, with queries twice the keys and large embeddings, so that some determinants are negative."""
-    model = made_wide(SMALL, 5, scale=10.0)
-    queries = lambda m: [block.query for block in m.blocks] + [m.prior_stage.query]  # noqa: E731
-    keys = [block.key for block in model.blocks] + [model.prior_stage.key]
-    return eqx.tree_at(queries, model, [2.0 * key for key in keys])
-
-
-@eqx.filter_jit
-def embeddings_and_inputs(model, windows):
-    """Input embeddings of every window, and what its layers attend over."""
-    embeddings = jax.vmap(lambda window: model.embed(window[:-1]))(windows)
-    return embeddings, jax.vmap(lambda u: model.decode(u)[1].inputs)(embeddings)
-
-
-def determinants_by_hand(model, windows):
-    """Dense determinants of the embedding site, and of each layer, without the first two positions."""
-    embedding, layers = [], [[] for _ in model.blocks]
-    embeddings, attended = embeddings_and_inputs(model, windows)
-    for u, of_layers in zip(embeddings, attended, strict=True):
-        embedding.append(np.linalg.det(dense_truth(model.prior_stage.query, model.prior_stage.key, None, u)[1])[2:])
-        for found, block, inputs in zip(layers, model.blocks, of_layers, strict=True):
-            for h in range(block.query.shape[0]):
-                blocks = dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, inputs)[1]
-                found.append(np.linalg.det(blocks)[2:])
-    return np.ravel(embedding)[None], np.array([np.ravel(found) for found in layers])
-
-
 def test_margins_of_a_batch_are_what_dense_determinants_say_by_layer_without_the_first_two_positions():
-    model = model_past_the_boundary()
+    # In float64, with queries twice the keys and large embeddings, so that some determinants are negative.
+    model = aligned(made_wide(SMALL, 5, scale=10.0), 2.0)
     windows = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 7)))
     found = eqx.filter_jit(batch_margins)(model, windows)
-    truth = dict(zip(("embedding", "layers"), determinants_by_hand(model, windows), strict=True))
-    for site, determinants in truth.items():
+    for site, layers in (("embedding", 1), ("layers", 2)):
+        determinants = np.linalg.det(dense_at(model, site, windows)[1])[..., 2:].reshape(layers, -1)
         seen = found[site]
         assert (determinants <= 0).sum(-1).min() > 0
         np.testing.assert_array_equal(seen.negatives, (determinants <= 0).sum(-1))

@@ -211,12 +211,25 @@ def test_p_values_of_a_family_are_corrected_and_equivalence_too():
     np.testing.assert_allclose([one.equivalence_p_holm for one in found], stepped_down(by_hand), rtol=1e-10)
 
 
+def edited(folder, change):
+    """The folder, with every line of its runs as `change` leaves it."""
+    path = folder / "runs.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    change(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 # Every competitor costs something, so that all can be had at one clean cost.
 COSTLY = {method: Truth(cost=0.06) for method in COMPETITORS}
 
 
 def judged(tmp_path, truths, **options):
-    record = analyse(load_runs(write_runs(tmp_path / "runs", truths, **options)))
+    return judged_in(write_runs(tmp_path / "runs", truths, **options))
+
+
+def judged_in(folder):
+    record = analyse(load_runs(folder))
     found = {(f["method"], f["finding"], f["split"]): f for f in record["findings"]}
     return record, found
 
@@ -332,17 +345,14 @@ def test_a_gain_by_larger_embeddings_is_described_and_is_no_verdict(tmp_path):
 
 
 def test_methods_over_the_budget_or_without_an_effect_on_any_model_are_not_tested(tmp_path):
-    folder = write_runs(
-        tmp_path / "runs", {"margin@layers": Truth(effect=-0.2), "map@layers": Truth(cost=5.0, effect=-0.5)}
-    )
-    path = folder / "runs.jsonl"
-    runs = [json.loads(text) for text in path.read_text().splitlines()]
-    plain = {run["seed"]: run for run in runs if run["method"] == "ce"}
-    for run in runs:
-        if run["method"] == "one-sided@embedding":
-            run["splits"] = plain[run["seed"]]["splits"]
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    found = {(f["method"], f["finding"], f["split"]): f for f in analyse(load_runs(folder))["findings"]}
+    def without_effect(lines):
+        plain = {run["seed"]: run for run in lines if run["method"] == "ce"}
+        for run in lines:
+            if run["method"] == "one-sided@embedding":
+                run["splits"] = plain[run["seed"]]["splits"]
+
+    truths = {"margin@layers": Truth(effect=-0.2), "map@layers": Truth(cost=5.0, effect=-0.5)}
+    _, found = judged_in(edited(write_runs(tmp_path / "runs", truths), without_effect))
     for method, note in (
         ("map@layers", "costs more than the clean-loss budget"),
         ("one-sided@embedding", "are those of ce"),
@@ -353,18 +363,17 @@ def test_methods_over_the_budget_or_without_an_effect_on_any_model_are_not_teste
 
 
 def test_shares_past_the_boundary_are_compared_within_a_seed(tmp_path):
-    folder = write_runs(tmp_path / "runs", {})
-    path = folder / "runs.jsonl"
     # Those of ce and of margin@layers at 0.02 in the full study, and a sixth seed without any.
-    plain, own = (0.0127, 0.0050, 0.0464, 0.0112, 0.0), (0.0, 0.0, 0.0001, 0.0, 0.00006)
-    runs = [json.loads(text) for text in path.read_text().splitlines()]
-    for run in runs:
-        for method, shares in (("ce", plain), ("margin@layers", own)):
-            if run["method"] == method:
-                run["margins"]["layers"]["negative_share"] = shares[run["seed"]]
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    found = {(f["method"], f["finding"]): f for f in analyse(load_runs(folder))["findings"]}
-    deciding = found["margin@layers", "geometry"]["comparisons"][0]
+    shares = {"ce": (0.0127, 0.0050, 0.0464, 0.0112, 0.0), "margin@layers": (0.0, 0.0, 0.0001, 0.0, 0.00006)}
+
+    def with_shares(lines):
+        for run in lines:
+            if run["method"] in shares:
+                run["margins"]["layers"]["negative_share"] = shares[run["method"]][run["seed"]]
+
+    _, found = judged_in(edited(write_runs(tmp_path / "runs", {}), with_shares))
+    deciding = found["margin@layers", "geometry", "validation"]["comparisons"][0]
+    plain, own = shares.values()
     expected = [1 - o / p for o, p in zip(own, plain, strict=True) if p > 0]
     np.testing.assert_allclose(deciding["gains"], expected)
     np.testing.assert_allclose(deciding["p"], stats.ttest_1samp(expected, 0).pvalue)
@@ -446,28 +455,21 @@ def test_the_strength_is_the_largest_within_the_budget_or_else_the_cheapest(tmp_
 
 
 def test_only_seeds_with_every_run_are_used(tmp_path):
-    folder = write_runs(tmp_path / "runs", {}, seeds=3)
-    path = folder / "runs.jsonl"
-    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    folder = edited(write_runs(tmp_path / "runs", {}, seeds=3), lambda lines: lines.pop())
     assert load_runs(folder).seeds == (0, 1)
-    path.write_text("")
     with pytest.raises(ValueError, match=r"--runs: .* has no seed with all its runs and ce; finish it with python -m"):
-        load_runs(folder)
+        load_runs(edited(folder, list.clear))
 
 
 def test_a_first_seed_cut_short_is_not_taken_for_a_whole_one(tmp_path):
-    profile = design.PROFILES["smoke"]
-    example = json.loads((write_runs(tmp_path / "made-up", {}, seeds=1) / "runs.jsonl").read_text().splitlines()[0])
-    planned = [one for one in design.designs(profile) if one.base.seed == 0]
-    runs = [
-        example | {"profile": "smoke", "method": one.method, "strength": one.strength, "seed": 0} for one in planned
-    ]
-    path = tmp_path / "runs.jsonl"
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    assert load_runs(tmp_path).seeds == (0,)
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs[:-1]))
+    def of_smoke(lines):
+        planned = [one for one in design.designs(design.PROFILES["smoke"]) if one.base.seed == 0]
+        lines[:] = [lines[0] | {"profile": "smoke", "method": p.method, "strength": p.strength} for p in planned]
+
+    folder = edited(write_runs(tmp_path / "runs", {}, seeds=1), of_smoke)
+    assert load_runs(folder).seeds == (0,)
     with pytest.raises(ValueError, match="has no seed with all its runs"):
-        load_runs(tmp_path)
+        load_runs(edited(folder, lambda lines: lines.pop()))
 
 
 def test_the_verdicts_are_over_seeds_and_the_same_without_standard_errors(tmp_path):

@@ -14,9 +14,11 @@ from paper_figures import report
 from paper_figures.figures import style
 from paper_figures.study import __main__ as study
 from paper_figures.study import runs
+from paper_figures.study.analysis import analyse, load_verdicts
 from paper_figures.study.comparisons import PERTURBATIONS
 from paper_figures.study.design import METHODS
 from paper_figures.study.strength_selection import at_equal_cost
+from paper_figures.study.tables import markdown
 from tests.support.synthetic_runs import Truth, write_runs
 
 ROOT = Path(report.__file__).resolve().parent.parent
@@ -119,15 +121,15 @@ def test_bad_arguments_end_with_one_line_and_status_2(main, arguments, message, 
 
 
 def test_the_findings_show_the_tables_and_answers_of_the_committed_verdicts():
-    record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
+    record = load_verdicts(REFERENCE / "verdicts.json")
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
-    assert verdicts.markdown(record) in page
+    assert markdown(record) in page
     for answer in record["answers"]:
         assert answer in page
 
 
 def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts():
-    record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
+    record = load_verdicts(REFERENCE / "verdicts.json")
     page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/findings.md", "README.md"))
 
     def shown(values, digits=1):
@@ -214,7 +216,7 @@ def test_small_covariances_lower_the_clean_loss_and_raise_the_increase_as_the_pa
 
 
 def test_the_committed_verdicts_are_those_of_the_committed_runs():
-    record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
-    again = verdicts.analyse(runs.load_runs(REFERENCE / "runs" / "full"))
+    record = load_verdicts(REFERENCE / "verdicts.json")
+    again = analyse(runs.load_runs(REFERENCE / "runs" / "full"))
     for part in ("seeds", "rules", "overview", "equal_cost", "findings", "first_budget", "answers"):
         assert json.loads(json.dumps(again[part])) == record[part]
