@@ -16,7 +16,6 @@ from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
 from models.char_gpt.loss import loss_terms
 from models.char_gpt.train import Method, TrainingDivergedError, train
 from models.corpus import load
-from tests.support.words import write_words
 
 TINY = Config(
     objective="margin",
@@ -29,11 +28,6 @@ TINY = Config(
     checkpoint_every=2,
     evaluation_windows=4,
 )
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("corpus") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +203,9 @@ def test_train_then_resume_from_the_command_line(text, tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
+JOINED = ("train", "--mesh", "data=1,heads=1", "--coordinator")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -221,6 +218,22 @@ def test_train_then_resume_from_the_command_line(text, tmp_path, capsys):
         (("resume",), "--out: no checkpoint at"),
         (("train", "--barrier-form", "one-sided"), "--barrier-form: one-sided needs --objective margin, got ce"),
         (("sweep", "--profile", "smoke"), "sweep: is now python -m paper_figures.study sweep"),
+        (("train", "--mesh", "8"), "--mesh: got '8'; pass data=D,heads=H"),
+        (("train", "--mesh", "data=0,heads=8"), "--mesh: got 'data=0,heads=8'; pass data=D,heads=H"),
+        (("train", "--mesh", "data=3,heads=1"), "--batch: got 16 for --mesh data=3; pass a multiple of 3"),
+        (("train", "--mesh", "data=1,heads=3"), "--heads: got 4 for --mesh heads=3; pass a multiple of 3"),
+        (("train", "--mesh", "data=4,heads=2"), "data, heads: got 4 * 2 = 8 for 1 devices; pass a product of 1"),
+        (
+            ("train", "--coordinator", "127.0.0.1:1"),
+            "--mesh: not given; pass data=D,heads=H",
+        ),
+        ((*JOINED, "127.0.0.1:1"), "--coordinator, --processes, --process-id: pass all three, or none"),
+        ((*JOINED, "here", "--processes", 2, "--process-id", 0), "--coordinator: got 'here'; pass HOST:PORT"),
+        (
+            (*JOINED, "here:1", "--processes", 0, "--process-id", 0),
+            "--processes: got 0; pass an integer of at least 1",
+        ),
+        ((*JOINED, "here:1", "--processes", 2, "--process-id", 2), "--process-id: got 2; pass 0 to 1"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_status_2(arguments, message, text, tmp_path, capsys):
@@ -230,6 +243,7 @@ def test_bad_arguments_end_with_one_line_and_status_2(arguments, message, text, 
     assert message in error
     assert error.startswith("error: ")
     assert "\n" not in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unwritable_folder_is_named(text, tmp_path, capsys):

@@ -21,7 +21,6 @@ from models.char_gpt.config import SITES, Config
 from models.char_gpt.loss import negatives_at
 from models.char_gpt.train import StepData, draw_windows, initial_state, train_step
 from models.corpus import load
-from tests.support.words import write_words
 
 ROOT = Path(__file__).resolve().parents[2]
 # The learning rate is 0 at the first step and full at the second, so that is the one that moves the parameters.
@@ -148,11 +147,6 @@ def run_together(commands, out, seconds=300):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("corpus") / "text.txt")
-
-
-@pytest.fixture(scope="module")
 def found(text, tmp_path_factory):
     """Arrays and notes from 8 devices, then those from one."""
     out = tmp_path_factory.mktemp("found")
@@ -229,40 +223,6 @@ def test_two_processes_train_as_one_does(found, text, tmp_path):
     np.testing.assert_allclose(terms, on_one["margin/terms"], rtol=1e-5, atol=1e-6)
     seen = {site: x["positions_negative"] for site, x in noted["crossings"].items()}
     assert seen == notes["crossings"]
-
-
-def refused(capsys, *arguments):
-    """The one line with which the command refuses its arguments."""
-    with pytest.raises(SystemExit) as info:
-        cli.run(lambda: commands.main([str(argument) for argument in arguments]))
-    assert info.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ")
-    assert "\n" not in error
-    return error
-
-
-JOINED = ("--mesh", "data=1,heads=1", "--coordinator")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--mesh", "8"), "--mesh: got '8'; pass data=D,heads=H"),
-        (("--mesh", "data=0,heads=8"), "--mesh: got 'data=0,heads=8'; pass data=D,heads=H"),
-        (("--mesh", "data=3,heads=1"), "--batch: got 16 for --mesh data=3; pass a multiple of 3"),
-        (("--mesh", "data=1,heads=3"), "--heads: got 4 for --mesh heads=3; pass a multiple of 3"),
-        (("--mesh", "data=4,heads=2"), "data, heads: got 4 * 2 = 8 for 1 devices; pass a product of 1"),
-        (("--coordinator", "127.0.0.1:1"), "--mesh: not given; pass data=D,heads=H with the devices of all processes"),
-        ((*JOINED, "127.0.0.1:1"), "--coordinator, --processes, --process-id: pass all three, or none"),
-        ((*JOINED, "here", "--processes", 2, "--process-id", 0), "--coordinator: got 'here'; pass HOST:PORT"),
-        ((*JOINED, "here:1", "--processes", 0, "--process-id", 0), "--processes: got 0; pass an integer of at least 1"),
-        ((*JOINED, "here:1", "--processes", 2, "--process-id", 2), "--process-id: got 2; pass 0 to 1"),
-    ],
-)
-def test_a_mesh_that_cannot_be_is_refused_in_one_line(arguments, message, text, tmp_path, capsys):
-    assert message in refused(capsys, "train", "--corpus", text, "--out", tmp_path / "run", *arguments)
-    assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_were_given_different_things_are_refused(monkeypatch):
