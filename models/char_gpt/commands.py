@@ -19,7 +19,7 @@ from models.char_gpt import checkpoint, device_mesh, laplace_command
 from models.char_gpt.config import CHOICES, Config, in_names_of_today
 from models.char_gpt.evaluation import evaluate
 from models.char_gpt.model import parameter_count
-from models.char_gpt.train import Method, TrainingDivergedError, full_configuration, train
+from models.char_gpt.train import Method, TrainingDivergedError, full_configuration, train_model
 from models.char_gpt.training_record import as_metrics
 from prob_transformer.files import atomic_path, provenance, write_json
 
@@ -69,7 +69,7 @@ def run(
         return done
     # Taken before training, so that a commit made meanwhile is not taken for the one that ran.
     record_of_origin = provenance(config.seed, configuration)
-    state, record = train(config, text, out, method, mesh=mesh)
+    state, record = train_model(config, text, out, method, mesh=mesh)
     measured, determinants = evaluate(state.model, text, config)
     metrics = {
         "provenance": record_of_origin,

@@ -95,10 +95,6 @@ class Block(eqx.Module):
         return stream + hook("down", hidden, hidden @ self.down.T), Attended(inputs, queries, keys)
 
 
-def _of_layer(hook: Hook, index: int) -> Hook:
-    return lambda name, inputs, outputs: hook(f"{index}.{name}", inputs, outputs)
-
-
 class CharGPT(eqx.Module):
     """Characters (n,) to next-character logits (n, V), all float32.
 
@@ -142,7 +138,7 @@ class CharGPT(eqx.Module):
         """
         stream, layers = embeddings, []
         for index, block in enumerate(self.blocks):
-            hook_of_layer = _unchanged if hook is _unchanged else _of_layer(hook, index)
+            hook_of_layer: Hook = lambda name, *given, at=index: hook(f"{at}.{name}", *given)  # noqa: E731
             run = eqx.filter_checkpoint(block) if remat == "blocks" else block
             stream, attended = run(stream, hook_of_layer)
             layers.append(attended)

@@ -92,11 +92,6 @@ def draw_windows(
     return jax.vmap(lambda start: jax.lax.dynamic_slice(characters, (start,), (length,)))(starts)
 
 
-def anonymous(config: Config) -> Config:
-    """The configuration without seed and strength: what the compiled step depends on."""
-    return dataclasses.replace(config, seed=0, barrier_weight=1.0)
-
-
 def full_configuration(config: Config, method: Method | None) -> dict[str, Any]:
     """All that a run depends on but its text: the configuration, and "method" and "strength" if it has another loss."""
     return config.as_dict() | ({} if method is None else {"method": method.name, "strength": method.strength})
@@ -173,7 +168,7 @@ def initial_state(config: Config, vocabulary_size: int) -> State:
     return State(model, state, jnp.zeros((), jnp.int32))
 
 
-def train(
+def train_model(
     config: Config,
     corpus: Corpus,
     out: Path,
@@ -203,7 +198,8 @@ def train(
         checkpoint.save(path, configuration, corpus.sha256, state, step, record)
     state = placed(state, mesh)
     fixed = placed(StepData.of(jnp.asarray(corpus.train), config, step, method.strength), mesh)
-    compiled_for = anonymous(config)
+    # What a compiled step depends on: neither seed nor strength.
+    compiled_for = dataclasses.replace(config, seed=0, barrier_weight=1.0)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
     started, compiling = time.perf_counter() - record["wall_seconds"], True
     name = f"{method.name} seed {config.seed}"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from models import wikipedia
 from models.cli import run
+from paper_figures.behaviour.correlations import described, relate
 from paper_figures.behaviour.measure import (
     BASELINES,
     MARGINS,
@@ -24,10 +25,8 @@ from paper_figures.behaviour.measure import (
     PAST_SHARE,
     READINGS,
     Passage,
-    measure,
     passages,
 )
-from paper_figures.behaviour.relation import described, relation
 from prob_transformer._validation import require_count
 from prob_transformer.files import provenance, write_json
 from prob_transformer.inspection.command import read_text
@@ -75,7 +74,7 @@ def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str,
         for figure in ("entropy", PAST_SHARE, *MARGINS):
             asked = {"entropy": COLUMNS[:1], PAST_SHARE: COLUMNS[:2]}.get(figure, tuple(given))
             correlations = {
-                name: relation(figures, figure, outcome, given[name], comparisons, resamples, seed) for name in asked
+                name: relate(figures, figure, outcome, given[name], comparisons, resamples, seed) for name in asked
             }
             row = {"figure": figure, "outcome": outcome, **{name: one._asdict() for name, one in correlations.items()}}
             if figure == "entropy":
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     keys = jax.random.split(jax.random.key(arguments.seed), len(chosen))
     begin = time.monotonic()
     found = [
-        measure(model.decoder, tokens, arguments.noise, arguments.draws, key)
+        measure_passage(model.decoder, tokens, arguments.noise, arguments.draws, key)
         for tokens, key in zip(tqdm(chosen, desc="passages"), keys, strict=True)
     ]
     seconds = time.monotonic() - begin

@@ -90,7 +90,9 @@ def logit_change(
     return np.asarray(total / draws)
 
 
-def measure(decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws: int, key: PRNGKeyArray) -> Passage:
+def measure_passage(
+    decoder: Decoder, tokens: Int[np.ndarray, " n"], noise: float, draws: int, key: PRNGKeyArray
+) -> Passage:
     """All figures of one passage, of the positions that have SHORTEST_PAST tokens before and one after them."""
     kept = slice(SHORTEST_PAST, tokens.size - 1)
     layers = [layer_figures(layer, inputs) for layer, inputs in decoder.layers(tokens)]

@@ -10,7 +10,7 @@ from models.char_gpt import commands
 from paper_figures.study.analysis import analyse
 from paper_figures.study.design import METHODS, PROFILES, Design
 from paper_figures.study.runs import load_runs
-from paper_figures.study.sweep import sweep
+from paper_figures.study.sweep import run_sweep
 from paper_figures.study.tables import markdown
 from prob_transformer.files import write_json
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.profile not in PROFILES:
             raise ValueError(f"--profile: got {arguments.profile!r}; pass one of {', '.join(PROFILES)}.")
         text = corpus.load(arguments.corpus, PROFILES[arguments.profile].base.context + 1)
-        sweep(arguments.profile, arguments.corpus, text, arguments.out, console, arguments.workers)
+        run_sweep(arguments.profile, arguments.corpus, text, arguments.out, console, arguments.workers)
     else:
         base = commands.configuration_in(arguments)
         design = Design(arguments.method, arguments.strength, base)

@@ -127,7 +127,13 @@ def load_runs(folder: Path) -> Runs:
             raise ValueError(
                 f"--runs: line {number} of {path} lacks {', '.join(sorted(missing))}; run the sweep again."
             )
-    runs = Runs(lines, _complete_seeds(lines))
+    wanted = {(line["method"], line["strength"]) for line in lines}
+    if lines and lines[0]["profile"] in PROFILES:
+        wanted |= {(design.method, design.strength) for design in designs(PROFILES[lines[0]["profile"]])}
+    had: dict[int, set[tuple[str, float]]] = {line["seed"]: set() for line in lines}
+    for line in lines:
+        had[line["seed"]].add((line["method"], line["strength"]))
+    runs = Runs(lines, tuple(seed for seed in sorted(had) if had[seed] == wanted))
     unknown = {line["method"] for line in lines} - METHODS.keys()
     has_baseline = bool(runs.seeds) and BASELINE in runs.methods
     for is_wrong, message in (
@@ -142,17 +148,6 @@ def load_runs(folder: Path) -> Runs:
         if is_wrong:
             raise ValueError(f"--runs: {path} {message}.")
     return runs
-
-
-def _complete_seeds(lines: list[Run]) -> tuple[int, ...]:
-    wanted = {(line["method"], line["strength"]) for line in lines}
-    if lines and lines[0]["profile"] in PROFILES:
-        wanted |= {(design.method, design.strength) for design in designs(PROFILES[lines[0]["profile"]])}
-    return tuple(
-        seed
-        for seed in sorted({line["seed"] for line in lines})
-        if {(line["method"], line["strength"]) for line in lines if line["seed"] == seed} == wanted
-    )
 
 
 def clean_loss(run: Run, split: str) -> float:

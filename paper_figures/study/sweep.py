@@ -41,7 +41,7 @@ _COST = {"margin@layers": 2.2, "one-sided@layers": 3.0, "map@layers": 4.0, "jaco
 _load = lru_cache(corpus_module.load)
 
 
-def sweep(
+def run_sweep(
     profile_name: str, text: Path | None, corpus: Corpus, out: Path, console: Console, worker_count: int | None = None
 ) -> list[runs.Run]:
     """Run or finish every run of a profile, one line each in `out`/runs.jsonl, print a table and return the lines.
@@ -139,7 +139,7 @@ def line_of(design: Design, text: Path | None, folder: Path, passage_seed: int, 
         "corpus": corpus.describe(),
     }
     try:
-        state, record = train.train(config, corpus, folder / design.name, design.loss, quiet=True)
+        state, record = train.train_model(config, corpus, folder / design.name, design.loss, quiet=True)
     except train.TrainingDivergedError as error:
         return {**line, "status": "diverged", "message": str(error)}
     figures = {

@@ -14,7 +14,7 @@ from models.char_gpt.commands import finished, run
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
 from models.char_gpt.loss import loss_terms
-from models.char_gpt.train import Method, TrainingDivergedError, train
+from models.char_gpt.train import Method, TrainingDivergedError, train_model
 from models.corpus import load
 
 TINY = Config(
@@ -41,11 +41,11 @@ def same(one, other):
 
 
 def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(corpus, tmp_path):
-    whole, record = train(TINY, corpus, tmp_path / "whole")
+    whole, record = train_model(TINY, corpus, tmp_path / "whole")
     for stop in (1, 2, 5):
         out = tmp_path / f"stopped-{stop}"
-        train(TINY, corpus, out, stop_at=stop)
-        resumed, resumed_record = train(TINY, corpus, out)
+        train_model(TINY, corpus, out, stop_at=stop)
+        resumed, resumed_record = train_model(TINY, corpus, out)
         assert same(whole, resumed)
         assert resumed_record["crossings"] == record["crossings"]
         assert resumed_record["watch"] == record["watch"]
@@ -54,9 +54,9 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(corpus, tmp_path):
 
 def test_a_checkpoint_of_version_0_1_goes_on(corpus, tmp_path):
     config = dataclasses.replace(TINY, implementation="blocked")
-    whole, _ = train(config, corpus, tmp_path / "whole")
+    whole, _ = train_model(config, corpus, tmp_path / "whole")
     out = tmp_path / "old"
-    train(config, corpus, out, stop_at=2)
+    train_model(config, corpus, out, stop_at=2)
     file = out / checkpoint.NAME
     header, state = file.read_bytes().split(b"\n", 1)
     old = json.loads(header)
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_version_0_1_goes_on(corpus, tmp_path):
     old["configuration"] |= {"regulariser_strength": 0.0}
     file.write_bytes(json.dumps(old).encode() + b"\n" + state)
     assert configuration_of(out) == config
-    resumed, _ = train(config, corpus, out)
+    resumed, _ = train_model(config, corpus, out)
     assert same(whole, resumed)
 
 
@@ -81,11 +81,11 @@ def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(corpus, tmp_p
 
     monkeypatch.setattr(training, "train_step", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, corpus, tmp_path / "killed")
+        train_model(TINY, corpus, tmp_path / "killed")
     assert checkpoint.read_header(tmp_path / "killed" / checkpoint.NAME)["step"] == 2
     monkeypatch.setattr(training, "train_step", original)
-    resumed, _ = train(TINY, corpus, tmp_path / "killed")
-    assert same(resumed, train(TINY, corpus, tmp_path / "whole")[0])
+    resumed, _ = train_model(TINY, corpus, tmp_path / "killed")
+    assert same(resumed, train_model(TINY, corpus, tmp_path / "whole")[0])
 
 
 def test_training_learns_the_text(corpus, tmp_path):
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(corpus, tmp_path, monke
 
     monkeypatch.setattr(training, "train_step", broken)
     with pytest.raises(TrainingDivergedError, match="the loss is nan at step 0 of margin@embedding, seed 0; lower"):
-        train(TINY, corpus, tmp_path / "run")
+        train_model(TINY, corpus, tmp_path / "run")
 
 
 def test_one_compilation_serves_all_seeds_and_strengths_of_a_method(corpus, tmp_path):
@@ -141,7 +141,7 @@ def test_one_compilation_serves_all_seeds_and_strengths_of_a_method(corpus, tmp_
     for seed, weight in ((0, 0.1), (1, 0.1), (0, 3.0)):
         changed = dataclasses.replace(config, seed=seed, barrier_weight=weight)
         method = Method("margin", weight, counting)
-        trained[seed, weight] = train(changed, corpus, tmp_path / f"{seed}-{weight}", method)[0]
+        trained[seed, weight] = train_model(changed, corpus, tmp_path / f"{seed}-{weight}", method)[0]
     assert not same(trained[0, 0.1], trained[0, 3.0])
     assert len(compiled) == 1
 
@@ -172,11 +172,11 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, damage):
 
 
 def test_a_truncated_checkpoint_is_refused(corpus, tmp_path):
-    train(TINY, corpus, tmp_path, stop_at=1)
+    train_model(TINY, corpus, tmp_path, stop_at=1)
     path = tmp_path / checkpoint.NAME
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is damaged; delete it"):
-        train(TINY, corpus, tmp_path)
+        train_model(TINY, corpus, tmp_path)
 
 
 def run_command(*arguments):

@@ -8,7 +8,7 @@ import pytest
 
 from models.char_gpt import train as training
 from models.char_gpt.config import Config
-from models.char_gpt.train import train
+from models.char_gpt.train import train_model
 from models.char_gpt.training_record import (
     QUANTILES,
     BatchMargins,
@@ -78,9 +78,9 @@ def test_the_seconds_of_a_step_are_without_the_first_of_every_start_and_the_bar_
         calls.append(None)
         return found
 
-    train(TINY, corpus, tmp_path / "before", quiet=True)
+    train_model(TINY, corpus, tmp_path / "before", quiet=True)
     monkeypatch.setattr(training, "train_step", timed)
-    _, record = train(TINY, corpus, tmp_path / "run", stop_at=4)
+    _, record = train_model(TINY, corpus, tmp_path / "run", stop_at=4)
     shown = capsys.readouterr().err
     assert f"{TINY.method} seed 0, compiling: " in shown
     assert f"{TINY.method} seed 0: " in shown
@@ -88,7 +88,7 @@ def test_the_seconds_of_a_step_are_without_the_first_of_every_start_and_the_bar_
     assert record["starting_seconds"] >= COMPILING
     assert record["wall_seconds"] > record["starting_seconds"] + 3 * STEP
     calls.clear()
-    _, record = train(TINY, corpus, tmp_path / "run", quiet=True)
+    _, record = train_model(TINY, corpus, tmp_path / "run", quiet=True)
     assert record["starts"] == 2
     assert record["starting_seconds"] >= 2 * COMPILING
     assert STEP <= seconds_per_step(record, TINY.steps) < COMPILING / 2

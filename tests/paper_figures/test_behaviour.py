@@ -9,8 +9,15 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import linregress, rankdata, spearmanr
 
 from paper_figures.behaviour.__main__ import COLUMNS, _shown, main
-from paper_figures.behaviour.measure import PAST_SHARE, SHORTEST_PAST, attention, logit_change, measure, passages
-from paper_figures.behaviour.relation import Relation, described, partial_correlation, relation
+from paper_figures.behaviour.correlations import Relation, described, partial_correlation, relate
+from paper_figures.behaviour.measure import (
+    PAST_SHARE,
+    SHORTEST_PAST,
+    attention,
+    logit_change,
+    measure_passage,
+    passages,
+)
 from prob_transformer import layer_margins
 from prob_transformer.pretrained.load import load
 from tests.support.tiny_models import LLAMA, llama_weights, write
@@ -59,7 +66,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         rng = np.random.default_rng(seed)
         shifts = rng.normal(size=(15, 2, 1))
         drawn = [{"a": s[0] + rng.normal(size=20), "b": s[1] + rng.normal(size=20)} for s in shifts]
-        low, high = relation(drawn, "a", "b", (), 1, 200, seed).interval
+        low, high = relate(drawn, "a", "b", (), 1, 200, seed).interval
         missed += not low <= 0 <= high
     # 5 % asked; fifteen blocks give a little less than that, and intervals over tokens would miss far more often.
     assert missed <= 15
@@ -68,8 +75,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_verdicts_are_made_by_the_intervals():
     def said(effect):
         found = made_up(effect)
-        pair = [relation(found, "margin", "outcome", c, 4, 200, 0) for c in ((), ("baseline",))]
-        return described("margin", "outcome", *pair, relation(found, "baseline", "outcome", (), 4, 200, 0))
+        pair = [relate(found, "margin", "outcome", c, 4, 200, 0) for c in ((), ("baseline",))]
+        return described("margin", "outcome", *pair, relate(found, "baseline", "outcome", (), 4, 200, 0))
 
     assert said(0.0).startswith("'outcome' rises with 'margin': moderate")
     assert "nothing is shown beyond attention entropy and position" in said(0.0)
@@ -100,7 +107,7 @@ def test_entropy_and_past_share_are_of_the_weights_with_the_position_included(de
 
 
 def test_figures_of_a_passage(decoder):
-    found = measure(decoder, TOKENS, 0.1, 2, jax.random.key(0))
+    found = measure_passage(decoder, TOKENS, 0.1, 2, jax.random.key(0))
     kept = slice(SHORTEST_PAST, TOKENS.size - 1)
     logs = log_softmax(np.asarray(decoder(TOKENS), np.float64), axis=-1)
     np.testing.assert_allclose(found.figures["loss"], -logs[np.arange(15), TOKENS[1:]][kept], rtol=1e-4)

@@ -275,7 +275,7 @@ def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(text, tmp_path,
     monkeypatch.setattr(design, "METHODS", tiny_sweep.METHODS)
     monkeypatch.setitem(design.PROFILES, "tiny", tiny_sweep.PROFILE)
     console = Console(record=True, width=200)
-    again = sweep.sweep("tiny", text, load(text, tiny_sweep.BASE.context + 1), whole, console, 1)
+    again = sweep.run_sweep("tiny", text, load(text, tiny_sweep.BASE.context + 1), whole, console, 1)
     assert len(again) == 4
     assert "4 of 4 runs of tiny are done" in console.export_text()
     finished_runs_are_not_mistaken_for_others(text, whole)
@@ -302,7 +302,7 @@ def test_two_sweeps_in_one_folder_are_refused(text, tmp_path):
     with (tmp_path / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=r"--out: another sweep works in .*; wait for it, or pass another folder"):
-            sweep.sweep("smoke", text, corpus, tmp_path, Console(quiet=True), 1)
+            sweep.run_sweep("smoke", text, corpus, tmp_path, Console(quiet=True), 1)
 
 
 def test_a_diverged_run_is_a_line_of_its_own_in_the_table():

@@ -53,7 +53,7 @@ def partial_correlation(
     return float(x @ y)
 
 
-def relation(
+def relate(
     passages: Sequence[Mapping[str, Float[np.ndarray, " m"]]],
     first: str,
     second: str,
