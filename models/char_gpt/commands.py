@@ -166,17 +166,17 @@ def run_and_report(
 def _mesh(arguments: argparse.Namespace, config: Config) -> Mesh | None:
     """The mesh asked for, after joining the other processes if there are any."""
     several = (arguments.coordinator, arguments.processes, arguments.process_id)
-    alone = several == (None, None, None)
+    given = several.count(None) < 3
+    if arguments.mesh is None and given:
+        raise ValueError("--mesh: not given; pass data=D,heads=H with the devices of all processes.")
     if arguments.mesh is None:
-        if not alone:
-            raise ValueError("--mesh: not given; pass data=D,heads=H with the devices of all processes.")
         return None
-    data, heads = device_mesh.parse_mesh(arguments.mesh)
-    if not alone:
-        if None in several:
-            raise ValueError("--coordinator, --processes, --process-id: pass all three, or none for one process.")
+    shape = device_mesh.parse_mesh(arguments.mesh)
+    if given and None in several:
+        raise ValueError("--coordinator, --processes, --process-id: pass all three, or none for one process.")
+    if given:
         device_mesh.connect(*several)
-    return device_mesh.mesh_for(config, data, heads)
+    return device_mesh.mesh_for(config, *shape)
 
 
 def _report(console: Console, metrics: dict[str, Any], out: Path) -> None:

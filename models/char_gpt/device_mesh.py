@@ -47,12 +47,16 @@ def connect(coordinator: str, processes: int, process_id: int) -> None:
     To be called before JAX is used. Raises ValueError naming the option; JAX's own error if the others do not answer.
     Where one process alone fails later, JAX stops the others once its time limit of five minutes is over.
     """
-    if not re.fullmatch(r".+:\d+", coordinator):
-        raise ValueError(f"--coordinator: got {coordinator!r}; pass HOST:PORT of process 0.")
-    if processes < 1:
-        raise ValueError(f"--processes: got {processes}; pass an integer of at least 1.")
-    if not 0 <= process_id < processes:
-        raise ValueError(f"--process-id: got {process_id}; pass 0 to {processes - 1}, each to one of the processes.")
+    for is_right, message in (
+        (re.fullmatch(r".+:\d+", coordinator), f"--coordinator: got {coordinator!r}; pass HOST:PORT of process 0."),
+        (processes >= 1, f"--processes: got {processes}; pass an integer of at least 1."),
+        (
+            0 <= process_id < processes,
+            f"--process-id: got {process_id}; pass 0 to {processes - 1}, each to one of the processes.",
+        ),
+    ):
+        if not is_right:
+            raise ValueError(message)
     jax.distributed.initialize(coordinator, processes, process_id)
 
 

@@ -111,13 +111,10 @@ def _on_split(entries: list[Entry], overview: list[Entry], split: str) -> list[s
         for method in BARRIERS
         if {found[f, method]["verdict"] for f in ("robustness", "clean") if (f, method) in found} == {"supported"}
     ]
+    told = [f"On {split} text no barrier method has both robustness and clean accuracy supported.{_trade_off(rows)}"]
     if free:
         named = "; ".join(_described(rows[method]) for method in free)
         told = [f"On {split} text robustness at a clean cost below 1 % is supported for {named}."]
-    else:
-        told = [
-            f"On {split} text no barrier method has both robustness and clean accuracy supported.{_trade_off(rows)}"
-        ]
     if ("ours", PRIMARY) in found:
         told.append(f"On {split} text, at a clean cost of {100 * COST:g} %, {_ours(found['ours', PRIMARY])}")
     if ("first order", PRIMARY) in found:

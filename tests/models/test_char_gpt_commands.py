@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from models.char_gpt.commands import finished, run
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
 from models.char_gpt.loss import loss_terms
-from models.char_gpt.train import Method, TrainingDivergedError, train_model
+from models.char_gpt.train import Method, TrainingDivergedError, initial_state, train_model
 from models.corpus import load
 
 TINY = Config(
@@ -52,22 +54,31 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(corpus, tmp_path):
         assert resumed_record["history"] == record["history"]
 
 
+# The arrays of a model in version 0.1, in the order in which they were written, by the names of today.
+LEAVES_0_1 = (
+    *("token_embedding", "position_embedding"),
+    *(f"blocks[0].{name}" for name in ("query", "key", "value", "output", "up", "down")),
+    *(f"{norm}.{name}" for norm in ("blocks[0].attention_norm", "blocks[0].mlp_norm") for name in ("scale", "bias")),
+    *("final_norm.scale", "final_norm.bias", "head", "prior_stage.query", "prior_stage.key"),
+)
+
+
 def test_a_checkpoint_of_version_0_1_goes_on(corpus, tmp_path):
-    config = dataclasses.replace(TINY, implementation="blocked")
-    whole, _ = train_model(config, corpus, tmp_path / "whole")
-    out = tmp_path / "old"
-    train_model(config, corpus, out, stop_at=2)
-    file = out / checkpoint.NAME
-    header, state = file.read_bytes().split(b"\n", 1)
-    old = json.loads(header)
-    assert old["configuration"].pop("implementation") == "blocked"
-    assert old["configuration"].pop("remat") == "none"
-    old["configuration"] |= {"path": "accelerated", "rematerialise": "none", "regulariser": "none"}
-    old["configuration"] |= {"regulariser_strength": 0.0}
-    file.write_bytes(json.dumps(old).encode() + b"\n" + state)
-    assert configuration_of(out) == config
-    resumed, _ = train_model(config, corpus, out)
-    assert same(whole, resumed)
+    """One that was trained for two steps by that version."""
+    path = Path(shutil.copy(Path(__file__).parent / "version_0_1" / checkpoint.NAME, tmp_path))
+    config = configuration_of(tmp_path)
+    assert config == dataclasses.replace(TINY, width=4, barrier_site="layers", implementation="blocked")
+    like = initial_state(config, len(corpus.vocabulary))
+    state, step, _ = checkpoint.load(path, config.as_dict(), corpus.sha256, like)
+    with path.open("rb") as stream:
+        assert json.loads(stream.readline())["step"] == step == 2
+        saved = [np.load(stream) for _ in LEAVES_0_1]
+    found = {jax.tree_util.keystr(place): x for place, x in jax.tree_util.tree_leaves_with_path(state.model)}
+    assert len(found) == len(LEAVES_0_1)
+    for name, expected in zip(LEAVES_0_1, saved, strict=True):
+        np.testing.assert_array_equal(found[f".{name}"], expected, err_msg=name)
+    _, record = train_model(config, corpus, tmp_path)
+    assert record["history"][-1]["step"] == config.steps - 1
 
 
 def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(corpus, tmp_path, monkeypatch):
