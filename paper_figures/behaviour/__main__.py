@@ -25,6 +25,7 @@ from paper_figures.behaviour.measure import (
     PAST_SHARE,
     READINGS,
     Passage,
+    measure_passage,
     passages,
 )
 from prob_transformer._validation import require_count
