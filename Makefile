@@ -30,8 +30,8 @@ help: ## this list
 
 reproduce: $(INSTALLED) ## checks, training, figures and results/report.html [PROFILE=smoke|quick|full]
 	$(RUN) -m theory_checks --json $(RESULTS)/theory_checks.json
-	$(RUN) -m models.char_gpt sweep --profile $(PROFILE) --out $(RESULTS)/runs/$(PROFILE)
-	$(RUN) -m paper_figures.verdicts --runs $(RESULTS)/runs/$(PROFILE) --out $(RESULTS)/verdicts.json
+	$(RUN) -m paper_figures.study sweep --profile $(PROFILE) --out $(RESULTS)/runs/$(PROFILE)
+	$(RUN) -m paper_figures.study verdicts --runs $(RESULTS)/runs/$(PROFILE) --out $(RESULTS)/verdicts.json
 	$(RUN) -m paper_figures --runs $(RESULTS)/runs/$(PROFILE) --checks $(RESULTS)/theory_checks.json --out $(RESULTS)/figures
 	$(RUN) -m paper_figures.figures.claims --json $(RESULTS)/theory_checks.json --out $(RESULTS)/figures/claims
 	$(RUN) -m paper_figures.report --results $(RESULTS) --profile $(PROFILE)

@@ -6,7 +6,5 @@ autodiff_jacobian (whom the kernels is held against), contestants, and one file 
 
 import os
 
-import models  # noqa: F401  (sets up JAX's CPU thread pool before JAX starts it)
-
 # On a GPU, memory is measured in other processes beside this one, which must leave them some. Read when JAX starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

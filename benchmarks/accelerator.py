@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from benchmarks.machine import machine, versions
 from models.char_gpt.config import Config
+from models.char_gpt.loss import loss_terms
 from models.char_gpt.model import CharGPT
-from models.char_gpt.penalty import loss_terms
 from prob_transformer import Attention, residual_and_log_det
 from prob_transformer.files import provenance, write_json
 from prob_transformer.kernels.barrier import mean_barrier

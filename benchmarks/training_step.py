@@ -11,8 +11,8 @@ from benchmarks.section import Column, Section, at_most
 from benchmarks.sizes import Sizes
 from benchmarks.timing import paired_rounds, ratio, spread
 from models.char_gpt.config import Config
-from models.char_gpt.penalty import LossTerms
-from models.char_gpt.training import State, StepData, initial_state, train_step
+from models.char_gpt.loss import LossTerms
+from models.char_gpt.train import State, StepData, initial_state, train_step
 
 PLAIN, EXACT, SUBSAMPLED = "plain cross-entropy", "exact barrier, fast", "subsampled barrier, fast"
 BFLOAT16, REFERENCE = "exact barrier, fast, bfloat16 products", "exact barrier, the library's reference"

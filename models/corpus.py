@@ -12,6 +12,7 @@ nothing is trained on: the news of the gensim wheel, if that is installed, in th
 
 import hashlib
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ COVERAGE = 0.999
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 SPLITS = ("train", "validation", "test")
 WIKITEXT_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
+_LISTED = ", ".join(WIKITEXT_FILES.values())
 
 
 class Corpus(NamedTuple):
@@ -73,23 +75,20 @@ def split_text(text: str) -> dict[str, str]:
     """Training, validation and test text by the rule of the module docstring."""
     documents = text.split(wikipedia.DOCUMENT_SEPARATOR)
     if len(documents) > 1:
-        number = {"validation": 4, "test": 9}
-        chosen = {split: [d for i, d in enumerate(documents) if i % 10 == n] for split, n in number.items()}
-        chosen["train"] = [d for i, d in enumerate(documents) if i % 10 not in number.values()]
-        return {split: "\n\n".join(chosen[split]) for split in SPLITS}
+        split_of = {4: "validation", 9: "test"}
+        return {
+            split: "\n\n".join(d for i, d in enumerate(documents) if split_of.get(i % 10, "train") == split)
+            for split in SPLITS
+        }
     first, second = int(0.9 * len(text)), int(0.95 * len(text))
     return {"train": text[:first], "validation": text[first:second], "test": text[second:]}
 
 
 def build_vocabulary(training_text: str, coverage: float = COVERAGE) -> tuple[str, ...]:
     """The unknown, then the most frequent characters until they cover `coverage` of the text, ties by code point."""
-    needed = coverage * len(training_text)
-    kept, covered = [], 0
-    for character, count in sorted(Counter(training_text).items(), key=lambda item: (-item[1], item[0])):
-        if covered >= needed:
-            break
-        kept.append(character)
-        covered += count
+    ranked = sorted(Counter(training_text).items(), key=lambda item: (-item[1], item[0]))
+    covered_before = accumulate((count for _, count in ranked), initial=0)
+    kept = [c for (c, _), before in zip(ranked, covered_before, strict=False) if before < coverage * len(training_text)]
     return (UNKNOWN, *(character for character in kept if character != UNKNOWN))
 
 
@@ -122,13 +121,9 @@ def _is_wikitext(source: Path) -> bool:
     missing = [name for name in WIKITEXT_FILES.values() if not (source / name).is_file()]
     if 0 < len(missing) < len(WIKITEXT_FILES):
         raise ValueError(
-            f"--corpus: {source} has no {' and no '.join(missing)}; pass a folder with {_listed()}, or one text file."
+            f"--corpus: {source} has no {' and no '.join(missing)}; pass a folder with {_LISTED}, or one text file."
         )
     return not missing
-
-
-def _listed() -> str:
-    return ", ".join(WIKITEXT_FILES.values())
 
 
 def load(path: Path | str | None, shortest: int) -> Corpus:
@@ -138,16 +133,11 @@ def load(path: Path | str | None, shortest: int) -> Corpus:
     too short.
     """
     source = wikipedia.prepare() if path is None else Path(path)
-    digest = hashlib.sha256()
-    if _is_wikitext(source):
-        name, parts = f"WikiText-2 as published ({_listed()})", {}
-        for split in SPLITS:
-            data, parts[split] = _read(source / WIKITEXT_FILES[split])
-            digest.update(data)
-    else:
-        data, text = _read(source)
-        name, parts = source.name, split_text(text)
-        digest.update(data)
+    wikitext = _is_wikitext(source)
+    files = [source / name for name in WIKITEXT_FILES.values()] if wikitext else [source]
+    contents, texts = zip(*map(_read, files), strict=True)
+    name = f"WikiText-2 as published ({_LISTED})" if wikitext else source.name
+    parts = dict(zip(SPLITS, texts, strict=True)) if wikitext else split_text(texts[0])
     for split in SPLITS:
         if len(parts[split]) < shortest:
             raise ValueError(
@@ -158,4 +148,6 @@ def load(path: Path | str | None, shortest: int) -> Corpus:
     train, validation, test = (encode(parts[split], vocabulary) for split in SPLITS)
     news_text = wikipedia.read_news()
     news = None if news_text is None else encode(news_text, vocabulary)
-    return Corpus(str(source), name, digest.hexdigest(), vocabulary, train, validation, test, news)
+    return Corpus(
+        str(source), name, hashlib.sha256(b"".join(contents)).hexdigest(), vocabulary, train, validation, test, news
+    )

@@ -123,18 +123,12 @@ def prepare(out: Path = DEFAULT_PATH) -> Path:
     out = Path(out)
     stamp = out.with_suffix(".json")
     made_from = {"dump_sha256": DUMP_SHA256, "cleaning_version": CLEANING_VERSION}
-    if out.is_file() and stamp.is_file():
-        recorded = None
-        # A damaged stamp vouches for nothing: the text is made again.
-        with contextlib.suppress(ValueError):
-            recorded = json.loads(stamp.read_text(encoding="utf-8"))
-        if recorded == {**made_from, "text_sha256": file_sha256(out)}:
+    # Without a stamp, or with a damaged one, which vouches for nothing, the text is made again.
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(stamp.read_text(encoding="utf-8")) == {**made_from, "text_sha256": file_sha256(out)}:
             return out
-    articles = list(read_dump(dump_path()))
-    documents = []
-    for article in tqdm(articles, desc="cleaning Wikipedia articles", unit="article"):
-        documents.append(f"{article.title}\n{clean(article.text)}")
-    text = DOCUMENT_SEPARATOR.join(documents)
+    articles = tqdm(list(read_dump(dump_path())), desc="cleaning Wikipedia articles", unit="article")
+    text = DOCUMENT_SEPARATOR.join(f"{article.title}\n{clean(article.text)}" for article in articles)
     write_text(out, text)
     write_json(stamp, {**made_from, "text_sha256": hashlib.sha256(text.encode()).hexdigest()})
     return out

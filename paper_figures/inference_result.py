@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from paper_figures.saved import load_record
+from paper_figures.saved_results import load_record
 
 INFERENCE = Path(__file__).resolve().parent.parent / "benchmarks" / "inference" / "result.json"
 

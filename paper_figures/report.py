@@ -10,10 +10,10 @@ from models import cli
 from paper_figures.__main__ import FIGURES
 from paper_figures.html import STYLE, table
 from paper_figures.inference_result import INFERENCE, load_inference
-from paper_figures.runs import Runs, load_runs
-from paper_figures.saved import load_checks
+from paper_figures.saved_results import load_checks
+from paper_figures.study.analysis import load_verdicts
+from paper_figures.study.runs import Runs, load_runs
 from paper_figures.study_section import study_section
-from paper_figures.verdicts import load_verdicts
 from prob_transformer.files import write_text
 
 

@@ -3,7 +3,10 @@
 from html import escape
 from typing import Any
 
-from paper_figures.analysis.tables import (
+from paper_figures.html import items, plain_table
+from paper_figures.study.design import BARRIERS, COMPETITORS, FIRST_ORDER, SMALL_MOMENTS
+from paper_figures.study.runs import Runs
+from paper_figures.study.tables import (
     EQUAL_COST_HEADINGS,
     OVERVIEW_HEADINGS,
     VERDICT_HEADINGS,
@@ -11,8 +14,6 @@ from paper_figures.analysis.tables import (
     overview_cells,
     verdict_cells,
 )
-from paper_figures.html import items, plain_table
-from paper_figures.runs import BARRIERS, COMPETITORS, FIRST_ORDER, SMALL_MOMENTS, Runs
 
 
 def study_section(record: dict[str, Any], runs: Runs) -> str:

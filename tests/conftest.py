@@ -22,7 +22,9 @@ import hypothesis
 import jax
 import pytest
 
-import models  # noqa: F401  (sets up JAX's CPU thread pool before JAX starts it)
+from models.workers import give_jax_threads
+
+give_jax_threads()
 
 # Tracing makes many objects that stay: looking for garbage as often as Python does takes a tenth of the time.
 gc.set_threshold(10_000)

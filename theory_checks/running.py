@@ -1,12 +1,12 @@
 """Running many checks: in this process or in several, each result handed over as soon as it is there."""
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 import jax
 
+from models import workers
 from theory_checks.check import Check, Plan, Result, evaluate
 
 
@@ -21,12 +21,8 @@ def run_checks(checks: Sequence[Check], plan: Plan, jobs: int) -> Iterator[Resul
         for check in checks:
             yield evaluate(check, plan)
         return
-    # A fresh interpreter each: JAX does not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(checks)), context, initializer=enable_float64) as pool:
-        waiting = {pool.submit(evaluate, check, plan): check for check in checks}
-        for future in as_completed(waiting):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                yield Result(waiting[future], None, 0.0, "the process that ran it died; run it alone with --only")
+    for check, future in workers.as_finished(partial(evaluate, plan=plan), checks, jobs, enable_float64):
+        try:
+            yield future.result()
+        except BrokenProcessPool:
+            yield Result(check, None, 0.0, "the process that ran it died; run it alone with --only")

@@ -15,14 +15,14 @@ STRUCTURES: tuple[laplace.Structure, ...] = ("last-layer", "kronecker")
 
 
 def weights(model: CharGPT) -> dict[str, np.ndarray]:
-    """Everything that takes part in prediction: maps as matrices (outputs, inputs), embeddings, gains and shifts."""
+    """Everything that takes part in prediction: maps as matrices (outputs, inputs), embeddings, scales and biases."""
     found: dict[str, Any] = dict(linear_maps.matrices(model, linear_maps.names(model)))
     found |= {name: getattr(model, name) for name in ("token_embedding", "position_embedding")}
     norms: dict[str, LayerNorm] = {"final_norm": model.final_norm}
     for index, block in enumerate(model.blocks):
-        norms |= {f"{index}.{name}": getattr(block, name) for name in ("attention_norm", "perceptron_norm")}
+        norms |= {f"{index}.{name}": getattr(block, name) for name in ("attention_norm", "mlp_norm")}
     for name, norm in norms.items():
-        found |= {f"{name}.gain": norm.gain, f"{name}.shift": norm.shift}
+        found |= {f"{name}.scale": norm.scale, f"{name}.bias": norm.bias}
     used = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
     unused = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model.prior_stage, eqx.is_inexact_array)))
     if sum(x.size for x in found.values()) != used - unused:

@@ -32,8 +32,8 @@ class Block(nn.Module):
         self.heads = heads
         for name in ("query", "key", "value", "output"):
             setattr(self, name, nn.Linear(width, width, bias=False))
-        self.expand, self.contract = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-        self.attention_norm, self.perceptron_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, stream: Any) -> Any:
         inputs = self.attention_norm(stream)
@@ -44,8 +44,8 @@ class Block(nn.Module):
         hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
         weights = torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1)
         stream = stream + self.output((weights @ values).transpose(1, 2).reshape(inputs.shape))
-        expanded = nn.functional.gelu(self.expand(self.perceptron_norm(stream)), approximate="tanh")
-        return stream + self.contract(expanded)
+        expanded = nn.functional.gelu(self.up(self.mlp_norm(stream)), approximate="tanh")
+        return stream + self.down(expanded)
 
 
 class CharGPT(nn.Module):
@@ -67,7 +67,7 @@ class CharGPT(nn.Module):
             for name, module in maps.items():
                 module.weight.copy_(torch.as_tensor(weights[name.removeprefix("blocks.")]))
             for name, module in norms.items():
-                for own, parameter in (("gain", module.weight), ("shift", module.bias)):
+                for own, parameter in (("scale", module.weight), ("bias", module.bias)):
                     parameter.copy_(torch.as_tensor(weights[f"{name.removeprefix('blocks.')}.{own}"]))
                     parameter.requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""Everything a run depends on: its result is a function of this configuration and the corpus."""
+"""Everything a model trained with ce, margin or map depends on: its result is a function of this and the corpus."""
 
 import dataclasses
 import math
@@ -10,19 +10,19 @@ from prob_transformer._validation import require_seed
 Objective = Literal["ce", "margin", "map"]
 Site = Literal["embedding", "layers"]
 SITES: tuple[Site, ...] = get_args(Site)
-BarrierForm = Literal["two-sided", "one-sided", "trace", "frobenius"]
-Regulariser = Literal["none", "dropout", "weight-decay", "embedding-noise", "jacobian", "spectral"]
+BarrierForm = Literal["two-sided", "one-sided"]
 ProductDtype = Literal["float32", "bfloat16"]
-Rematerialise = Literal["none", "blocks"]
+Remat = Literal["none", "blocks"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": get_args(Objective),
     "barrier_site": SITES,
     "barrier_form": get_args(BarrierForm),
-    "regulariser": get_args(Regulariser),
     "implementation": get_args(Implementation),
     "product_dtype": get_args(ProductDtype),
-    "rematerialise": get_args(Rematerialise),
+    "remat": get_args(Remat),
 }
+_SMALLEST = {"seed": 0, "backtrack": 0, "context": 4}
+_POSITIVE = ("learning_rate", "weight_prior_scale", "noise_scale", "first_scale", "barrier_threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,6 @@ class Config:
     barrier_weight: float = 0.05
     barrier_form: BarrierForm = "two-sided"
     barrier_threshold: float = 0.5
-    regulariser: Regulariser = "none"
-    regulariser_strength: float = 0.0
     seed: int = 0
     steps: int = 500
     layers: int = 2
@@ -54,74 +52,80 @@ class Config:
     implementation: Implementation = "reference"
     barrier_share: float = 1.0
     product_dtype: ProductDtype = "float32"
-    rematerialise: Rematerialise = "none"
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{_option(name)}: got {getattr(self, name)!r}; pass one of {', '.join(choices)}.")
-        smallest = {"seed": 0, "backtrack": 0, "context": 4}
         for field in dataclasses.fields(self):
-            value, name = getattr(self, field.name), field.name
-            if field.type is int and value < smallest.get(name, 1):
-                raise ValueError(f"{_option(name)}: got {value}; pass an integer of at least {smallest.get(name, 1)}.")
-            if field.type is float and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{_option(name)}: got {value}; pass a finite number of at least 0.")
+            name, value = field.name, getattr(self, field.name)
+            allowed = ""
+            if name in CHOICES and value not in CHOICES[name]:
+                allowed = f"one of {', '.join(CHOICES[name])}"
+            elif field.type is int and value < _SMALLEST.get(name, 1):
+                allowed = f"an integer of at least {_SMALLEST.get(name, 1)}"
+            elif field.type is float and not (math.isfinite(value) and value >= 0):
+                allowed = "a finite number of at least 0"
+            elif name in _POSITIVE and value == 0:
+                allowed = "a number greater than 0"
+            if allowed:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value!r}; pass {allowed}.")
         require_seed("--seed", self.seed, "a run")
-        for name in ("learning_rate", "weight_prior_scale", "noise_scale", "first_scale", "barrier_threshold"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{_option(name)}: got 0; pass a number greater than 0.")
-        if not 0 < self.barrier_share <= 1:
-            raise ValueError(f"--barrier-share: got {self.barrier_share}; pass a share greater than 0 and at most 1.")
-        if self.barrier_share < 1 and (self.implementation, self.objective) != ("blocked", "margin"):
-            raise ValueError("--barrier-share: below 1 needs --implementation blocked and --objective margin.")
-        if self.barrier_form != "two-sided" and self.objective != "margin":
-            raise ValueError(f"--barrier-form: {self.barrier_form} needs --objective margin, got {self.objective}.")
-        if self.barrier_share < 1 and self.barrier_form != "two-sided":
-            raise ValueError("--barrier-share: below 1 needs --barrier-form two-sided.")
-        if self.regulariser != "none" and self.objective != "ce":
-            raise ValueError(f"--regulariser: {self.regulariser} needs --objective ce, got {self.objective}.")
-        if self.regulariser == "dropout" and self.regulariser_strength >= 1:
-            raise ValueError(
-                f"--regulariser-strength: got {self.regulariser_strength} for dropout; pass a share below 1."
-            )
-        if self.product_dtype != "float32" and self.implementation != "blocked":
-            raise ValueError(
-                f"--product-dtype: got {self.product_dtype}; narrower products need --implementation blocked."
-            )
-        if self.width % self.heads:
-            raise ValueError(f"--heads: got {self.heads}; pass a divisor of --width, {self.width}.")
+        share, narrow = self.barrier_share < 1, self.product_dtype != "float32"
+        blocked, margin = self.implementation == "blocked", self.objective == "margin"
+        two_sided = self.barrier_form == "two-sided"
+        for is_wrong, message in (
+            (
+                not 0 < self.barrier_share <= 1,
+                f"--barrier-share: got {self.barrier_share}; pass a share greater than 0 and at most 1.",
+            ),
+            (
+                share and not (blocked and margin),
+                "--barrier-share: below 1 needs --implementation blocked and --objective margin.",
+            ),
+            (
+                not (two_sided or margin),
+                f"--barrier-form: {self.barrier_form} needs --objective margin, got {self.objective}.",
+            ),
+            (share and not two_sided, "--barrier-share: below 1 needs --barrier-form two-sided."),
+            (
+                narrow and not blocked,
+                f"--product-dtype: got {self.product_dtype}; narrower products need --implementation blocked.",
+            ),
+            (self.width % self.heads, f"--heads: got {self.heads}; pass a divisor of --width, {self.width}."),
+        ):
+            if is_wrong:
+                raise ValueError(message)
 
     @property
     def method(self) -> str:
-        """What the run is called in tables and figures: regulariser, or objective or barrier form and its site."""
-        if self.objective == "ce":
-            return "ce" if self.regulariser == "none" else self.regulariser
+        """What the run is called in tables and figures: ce, or the objective or one-sided form and its site."""
         form = self.objective if self.barrier_form == "two-sided" else self.barrier_form
-        return f"{form}@{self.barrier_site}"
+        return "ce" if self.objective == "ce" else f"{form}@{self.barrier_site}"
 
     @property
     def strength(self) -> float:
-        """The one number of the method: lambda of a barrier, the strength of a regulariser, 0 for plain training."""
-        if self.objective != "ce":
-            return self.barrier_weight
-        return 0.0 if self.regulariser == "none" else self.regulariser_strength
+        """What multiplies the added loss: lambda of a barrier, 0 for plain training."""
+        return 0.0 if self.objective == "ce" else self.barrier_weight
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def made(self, saved: Any) -> bool:
-        """Whether a saved configuration is this one, in the names of today or of version 0.1."""
-        return renamed(saved) == self.as_dict()
 
+def in_names_of_today(saved: Any) -> Any:
+    """A saved configuration of version 0.1 as it is saved now; one of today, or none at all, is left as it is.
 
-def renamed(saved: Any) -> Any:
-    """A saved configuration in the names of today: `path` "accelerated" is now `implementation` "blocked"."""
-    if not isinstance(saved, dict) or "path" not in saved:
+    `path` "accelerated" is now `implementation` "blocked", `rematerialise` is `remat`. A regulariser, and a penalty
+    that was a form of the barrier, belong to the study: beside the fields of plain training stand its "method" and
+    "strength".
+    """
+    if not isinstance(saved, dict):
         return saved
-    implementation = {"accelerated": "blocked"}.get(saved["path"], saved["path"])
-    return {key: value for key, value in saved.items() if key != "path"} | {"implementation": implementation}
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    names = {"path": "implementation", "rematerialise": "remat"}
+    found = {names.get(key, key): value for key, value in saved.items()}
+    if found.get("implementation") == "accelerated":
+        found["implementation"] = "blocked"
+    regulariser, strength = found.pop("regulariser", "none"), found.pop("regulariser_strength", 0.0)
+    if found.get("barrier_form") in ("trace", "frobenius"):
+        regulariser, strength = f"{found['barrier_form']}@{found['barrier_site']}", found["barrier_weight"]
+        plain = ("objective", "barrier_site", "barrier_weight", "barrier_form")
+        found |= {name: value for name, value in Config().as_dict().items() if name in plain}
+    return found if regulariser == "none" else {**found, "method": regulariser, "strength": strength}

@@ -22,10 +22,9 @@ from models.char_gpt import checkpoint, last_layer, linear_maps
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import evaluation_windows
 from models.char_gpt.evidence import Evidence, tuned_prior_precision
+from models.char_gpt.loss import cross_entropy
 from models.char_gpt.model import CharGPT
-from models.char_gpt.penalty import cross_entropy
-from models.char_gpt.run import configuration_of
-from models.char_gpt.training import initial_state
+from models.char_gpt.train import initial_state
 from prob_transformer.inference.laplace.kfac import Positions, combinations, kronecker_factors
 from prob_transformer.inference.laplace.kronecker import KroneckerPrecision, kronecker_precision
 
@@ -120,9 +119,9 @@ def load_run(run: Path, text_path: Path | None) -> tuple[CharGPT, Config, corpus
     if not path.is_file():
         raise ValueError(f"--run: no checkpoint at {path}; make one with train, or pass another folder.")
     try:
-        config = configuration_of(run)
+        config = checkpoint.configuration_of(run)
         text = corpus.load(text_path, config.context + 1)
-        state, _, _ = checkpoint.load(path, config, text.sha256, initial_state(config, len(text.vocabulary)))
+        state, _, _ = checkpoint.load(path, None, text.sha256, initial_state(config, len(text.vocabulary)))
     except ValueError as error:
         raise ValueError(str(error).replace("--out:", "--run:", 1)) from None
     return state.model, config, text

@@ -1,7 +1,7 @@
 """The linear maps of the character GPT as matrices (outputs, inputs) by name, and the model as a function of them.
 
 Heads stand one after the other in the outputs of "query", "key" and "value" and in the inputs of "output". Not among
-the maps are the token and position embeddings, the gains and shifts of the norms, and the prior stage, which takes no
+the maps are the token and position embeddings, the scales and biases of the norms, and the prior stage, which takes no
 part in prediction.
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from models.char_gpt.model import CharGPT
 
-_OF_A_LAYER = ("query", "key", "value", "output", "expand", "contract")
+_OF_A_LAYER = ("query", "key", "value", "output", "up", "down")
 _BY_HEAD = ("query", "key", "value")
 Matrices = dict[str, Float[Array, "*S o i"]]
 
@@ -68,7 +68,7 @@ def network(tap: Callable[[str, Array, Array], Array], model: CharGPT, character
             return tap(name, inputs, outputs)
         return tap(name, inputs, outputs.reshape(-1, outputs.shape[-1]).T).T.reshape(outputs.shape)
 
-    return model.decode(model.embed(characters), tap=positions_first)[0]
+    return model.decode(model.embed(characters), hook=positions_first)[0]
 
 
 def flat(chosen: Matrices) -> Float[Array, "*S k"]:

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from models.char_gpt.config import Config, Rematerialise
+from models.char_gpt.config import Config, Remat
 from prob_transformer import Attention
 
 # Called with the name of a linear map, its inputs, one row a position, and its outputs, heads first and positions last
 # where there are heads; what it returns goes on in place of the outputs. Through it the maps are looked at. A block
 # also calls it under "stream" with its input stream (n, d) twice: as inputs, and as the outputs that it goes on with.
-Tap = Callable[[str, Float[Array, "n a"], Float[Array, "..."]], Float[Array, "..."]]
+Hook = Callable[[str, Float[Array, "n a"], Float[Array, "..."]], Float[Array, "..."]]
 
 
-def _untapped(name: str, inputs: Float[Array, "n a"], outputs: Float[Array, "..."]) -> Float[Array, "..."]:
+def _unchanged(name: str, inputs: Float[Array, "n a"], outputs: Float[Array, "..."]) -> Float[Array, "..."]:
     return outputs
 
 
@@ -27,18 +27,18 @@ def _normal(key: PRNGKeyArray, shape: tuple[int, ...], scale: float) -> Float[Ar
 
 
 class LayerNorm(eqx.Module):
-    """Zero mean and unit variance over the last axis, then gain and shift of shape (d,)."""
+    """Zero mean and unit variance over the last axis, then scale and bias of shape (d,)."""
 
-    gain: Float[Array, " d"]
-    shift: Float[Array, " d"]
+    scale: Float[Array, " d"]
+    bias: Float[Array, " d"]
 
     def __init__(self, width: int):
-        self.gain, self.shift = jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32)
+        self.scale, self.bias = jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32)
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        return self.gain * centred / jnp.sqrt(variance + 1e-5) + self.shift
+        return self.scale * centred / jnp.sqrt(variance + 1e-5) + self.bias
 
 
 class Attended(NamedTuple):
@@ -50,16 +50,16 @@ class Attended(NamedTuple):
 
 
 class Block(eqx.Module):
-    """Multi-head causal attention and a GELU perceptron, each on normalised inputs and added to the stream."""
+    """Multi-head causal attention and a GELU mlp, each on normalised inputs and added to the stream."""
 
     query: Float[Array, "H p d"]
     key: Float[Array, "H p d"]
     value: Float[Array, "H p d"]
     output: Float[Array, "H d p"]
-    expand: Float[Array, "f d"]
-    contract: Float[Array, "d f"]
+    up: Float[Array, "f d"]
+    down: Float[Array, "d f"]
     attention_norm: LayerNorm
-    perceptron_norm: LayerNorm
+    mlp_norm: LayerNorm
 
     def __init__(self, key: PRNGKeyArray, config: Config):
         width, heads = config.width, config.heads
@@ -70,33 +70,29 @@ class Block(eqx.Module):
             _normal(k, (heads, size, width), 1 / math.sqrt(width)) for k in (keys[0], keys[1], keys[2])
         )
         self.output = _normal(keys[3], (heads, width, size), small / math.sqrt(width))
-        self.expand = _normal(keys[4], (hidden, width), 1 / math.sqrt(width))
-        self.contract = _normal(keys[5], (width, hidden), small / math.sqrt(hidden))
-        self.attention_norm, self.perceptron_norm = LayerNorm(width), LayerNorm(width)
+        self.up = _normal(keys[4], (hidden, width), 1 / math.sqrt(width))
+        self.down = _normal(keys[5], (width, hidden), small / math.sqrt(hidden))
+        self.attention_norm, self.mlp_norm = LayerNorm(width), LayerNorm(width)
 
-    def __call__(self, stream: Float[Array, "n d"], tap: Tap = _untapped) -> tuple[Float[Array, "n d"], Attended]:
+    def __call__(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> tuple[Float[Array, "n d"], Attended]:
         """The stream after the block, and what its heads attended over."""
-        stream = tap("stream", stream, stream)
+        stream = hook("stream", stream, stream)
         inputs = self.attention_norm(stream)
         length = stream.shape[0]
         queries, keys, values = (
-            tap(name, inputs, jnp.einsum("hpd,nd->hpn", weight, inputs))
+            hook(name, inputs, jnp.einsum("hpd,nd->hpn", weight, inputs))
             for name, weight in (("query", self.query), ("key", self.key), ("value", self.value))
         )
         logits = jnp.einsum("hpi,hps->his", queries, keys) / math.sqrt(self.query.shape[1])
         # As real decoders do, and unlike the process: a position attends to itself too.
         visible = jnp.tril(jnp.ones((length, length), bool))
         weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-        # Used by a tap alone; without one the compiler leaves them out.
+        # Read by a hook alone; without one the compiler leaves them out.
         averages = jnp.einsum("his,hps->ihp", weights, values).reshape(length, -1)
-        stream = stream + tap("output", averages, jnp.einsum("hdp,his,hps->id", self.output, weights, values))
-        normalised = self.perceptron_norm(stream)
-        hidden = jax.nn.gelu(tap("expand", normalised, normalised @ self.expand.T))
-        return stream + tap("contract", hidden, hidden @ self.contract.T), Attended(inputs, queries, keys)
-
-
-def _of_layer(tap: Tap, index: int) -> Tap:
-    return lambda name, inputs, outputs: tap(f"{index}.{name}", inputs, outputs)
+        stream = stream + hook("output", averages, jnp.einsum("hdp,his,hps->id", self.output, weights, values))
+        normalised = self.mlp_norm(stream)
+        hidden = jax.nn.gelu(hook("up", normalised, normalised @ self.up.T))
+        return stream + hook("down", hidden, hidden @ self.down.T), Attended(inputs, queries, keys)
 
 
 class CharGPT(eqx.Module):
@@ -133,22 +129,27 @@ class CharGPT(eqx.Module):
         return self.token_embedding[characters] + self.position_embedding[: characters.shape[0]]
 
     def decode(
-        self, embeddings: Float[Array, "n d"], rematerialise: Rematerialise = "none", tap: Tap = _untapped
+        self, embeddings: Float[Array, "n d"], remat: Remat = "none", hook: Hook = _unchanged
     ) -> tuple[Float[Array, "n V"], Attended]:
         """Logits from input embeddings, and what every layer attended over, layers first.
 
-        `tap` sees every linear map under its name, "head" or "0.query" in layer 0, and every block's input stream
+        `hook` sees every linear map under its name, "head" or "0.query" in layer 0, and every block's input stream
         under "0.stream".
         """
         stream, layers = embeddings, []
         for index, block in enumerate(self.blocks):
-            tap_of_layer = _untapped if tap is _untapped else _of_layer(tap, index)
-            run = eqx.filter_checkpoint(block) if rematerialise == "blocks" else block
-            stream, attended = run(stream, tap_of_layer)
+            hook_of_layer: Hook = lambda name, *given, at=index: hook(f"{at}.{name}", *given)  # noqa: E731
+            run = eqx.filter_checkpoint(block) if remat == "blocks" else block
+            stream, attended = run(stream, hook_of_layer)
             layers.append(attended)
         normalised = self.final_norm(stream)
-        logits = tap("head", normalised, normalised @ self.head.T)
+        logits = hook("head", normalised, normalised @ self.head.T)
         return logits, jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
     def __call__(self, characters: Int[Array, " n"]) -> Float[Array, "n V"]:
         return self.decode(self.embed(characters))[0]
+
+
+def parameter_count(model: CharGPT) -> int:
+    """How many numbers training changes."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))

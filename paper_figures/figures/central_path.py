@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from paper_figures.figures.claims import support_tokens
-from paper_figures.saved import load_checks
+from paper_figures.saved_results import load_checks
 
 NAME = "central_path"
 SOURCE = "checks"

@@ -6,9 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.selection import BUDGET, select
 from paper_figures.figures.style import BLACK, METHOD_STYLES, panel_grid, signed_ticks
-from paper_figures.runs import BASELINE, Runs, clean_loss, load_runs
+from paper_figures.study.design import BASELINE
+from paper_figures.study.runs import Runs, clean_loss, load_runs
+from paper_figures.study.strength_selection import BUDGET, select
 
 NAME = "clean_strength"
 SOURCE = "runs"

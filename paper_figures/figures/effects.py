@@ -4,11 +4,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.comparisons import PERTURBATIONS, SMALLEST_INCREASE
-from paper_figures.analysis.overview import described
-from paper_figures.analysis.selection import select_all
 from paper_figures.figures.style import BLACK, METHOD_STYLES, panel_grid, signed_ticks
-from paper_figures.runs import BASELINE, load_runs
+from paper_figures.study.analysis import described
+from paper_figures.study.comparisons import PERTURBATIONS, SMALLEST_INCREASE
+from paper_figures.study.design import BASELINE
+from paper_figures.study.runs import load_runs
+from paper_figures.study.strength_selection import select_all
 
 NAME = "effects"
 SOURCE = "runs"

@@ -7,9 +7,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.selection import Selection, selected
 from paper_figures.figures.style import line_style, signed_ticks
-from paper_figures.runs import BARRIERS, BASELINE, load_runs
+from paper_figures.study.design import BARRIERS, BASELINE
+from paper_figures.study.runs import load_runs
+from paper_figures.study.strength_selection import Selection, selected
 
 NAME = "margin_levels"
 SOURCE = "runs"

@@ -8,9 +8,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.selection import Selection, selected
 from paper_figures.figures.style import METHOD_STYLES, signed_ticks
-from paper_figures.runs import BARRIERS, BASELINE, COMPETITORS, clean_loss, load_runs, perturbed
+from paper_figures.study.design import BARRIERS, BASELINE, COMPETITORS
+from paper_figures.study.runs import clean_loss, load_runs, perturbed
+from paper_figures.study.strength_selection import Selection, selected
 
 NAME = "noise_loss"
 SOURCE = "runs"

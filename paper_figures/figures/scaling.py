@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from paper_figures.figures.style import BLACK, BLUE, ORANGE
-from paper_figures.saved import load_record
+from paper_figures.saved_results import load_record
 
 NAME = "scaling"
 SOURCE = "benchmark"

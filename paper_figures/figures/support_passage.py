@@ -13,9 +13,9 @@ from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from paper_figures.analysis.selection import Selection, selected
 from paper_figures.figures.style import BLACK, ORANGE
-from paper_figures.runs import load_runs
+from paper_figures.study.runs import load_runs
+from paper_figures.study.strength_selection import Selection, selected
 
 NAME = "support_passage"
 SOURCE = "runs"

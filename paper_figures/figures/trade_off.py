@@ -6,10 +6,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.comparisons import PERTURBATIONS
-from paper_figures.analysis.selection import BUDGET, costs_of, select
 from paper_figures.figures.style import BLACK, METHOD_STYLES, signed_ticks
-from paper_figures.runs import BASELINE, Runs, increase, load_runs
+from paper_figures.study.comparisons import PERTURBATIONS
+from paper_figures.study.design import BASELINE
+from paper_figures.study.runs import Runs, increase, load_runs
+from paper_figures.study.strength_selection import BUDGET, costs_of, select
 
 NAME = "trade_off"
 SOURCE = "runs"

@@ -7,9 +7,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.analysis.selection import Selection, selected
 from paper_figures.figures.style import BLACK, METHOD_STYLES, signed_ticks
-from paper_figures.runs import load_runs
+from paper_figures.study.runs import load_runs
+from paper_figures.study.strength_selection import Selection, selected
 
 NAME = "training_margins"
 SOURCE = "runs"

@@ -13,7 +13,8 @@ from models import cli
 from models.char_gpt import checkpoint, laplace, last_layer, linear_maps
 from models.char_gpt.config import Config
 from models.char_gpt.predictive import probit
-from models.char_gpt.training import initial_state, new_record
+from models.char_gpt.train import initial_state
+from models.char_gpt.training_record import new_record
 from models.corpus import load
 from prob_transformer.inference.laplace.kfac import combinations, kronecker_factors
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
     (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
     text = load(folder / "text.txt", SMALL.context + 1)
     state = initial_state(SMALL, len(text.vocabulary))
-    checkpoint.save(folder / "run" / checkpoint.NAME, SMALL, text.sha256, state, 0, new_record())
+    checkpoint.save(folder / "run" / checkpoint.NAME, SMALL.as_dict(), text.sha256, state, 0, new_record())
     return folder
 
 
@@ -84,13 +85,13 @@ def test_the_weights_handed_over_give_the_logits(loaded):
 
     def norm(x, name):
         centred = x - x.mean()
-        return w[f"{name}.gain"] * centred / np.sqrt(np.square(centred).mean() + 1e-5) + w[f"{name}.shift"]
+        return w[f"{name}.scale"] * centred / np.sqrt(np.square(centred).mean() + 1e-5) + w[f"{name}.bias"]
 
     character = int(text.validation[0])
     stream = w["token_embedding"][character] + w["position_embedding"][0]
     stream = stream + w["0.output"] @ w["0.value"] @ norm(stream, "0.attention_norm")
-    hidden = np.asarray(jax.nn.gelu(w["0.expand"] @ norm(stream, "0.perceptron_norm")))
-    stream = stream + w["0.contract"] @ hidden
+    hidden = np.asarray(jax.nn.gelu(w["0.up"] @ norm(stream, "0.mlp_norm")))
+    stream = stream + w["0.down"] @ hidden
     logits = w["head"] @ norm(stream, "final_norm")
     np.testing.assert_allclose(model(np.array([character]))[0], logits, rtol=1e-5, atol=1e-6)
 

@@ -8,15 +8,22 @@ import pytest
 from scipy.special import log_softmax
 from scipy.stats import norm
 
-from models.char_gpt import evaluation, training
+from models.char_gpt import evaluation
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import margins
-from models.char_gpt.penalty import LossTerms, loss_terms, negatives_at, site_density
-from models.char_gpt.training import StepData, backtracked, draw_windows, initial_state, train_step
-from models.char_gpt.watch import look
+from models.char_gpt.loss import LossTerms, loss_terms, negatives_at, site_density
+from models.char_gpt.train import StepData, backtracked, draw_windows, initial_state, train_step
+from models.char_gpt.training_record import batch_margins
 from prob_transformer import map_objective, weight_prior
-from tests.support.dense import dense_truth
-from tests.support.tiny_gpt import compiled_logits, compiled_loss_terms, made, made_wide
+from tests.support.tiny_gpt import (
+    aligned,
+    compiled_logits,
+    compiled_loss_terms,
+    dense_at,
+    embeddings_and_inputs,
+    made,
+    made_wide,
+)
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, noise_scale=0.7, first_scale=1.3)
 VOCABULARY = 5
@@ -30,12 +37,6 @@ def model_and_windows(scale=1.0):
 def cross_entropy_by_hand(model, windows):
     logits = np.asarray(compiled_logits(model, windows))
     return -np.take_along_axis(log_softmax(logits, axis=-1), np.asarray(windows)[:, 1:, None], axis=-1).mean()
-
-
-@eqx.filter_jit
-def layer_inputs(model, windows):
-    """What the heads of every layer attend over, (L, B, n, d)."""
-    return jax.vmap(lambda window: model.decode(model.embed(window[:-1]))[1].inputs, out_axes=1)(windows)
 
 
 def test_the_model_is_causal_and_float32():
@@ -87,16 +88,11 @@ def test_at_the_embedding_site_the_loss_is_the_map_objective_a_character(objecti
 def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objective):
     model, windows = model_and_windows()
     config = dataclasses.replace(SMALL, objective=objective, barrier_site="layers")
-    scales = np.array([1.3] + [0.7] * 5)[:, None]
-    terms = []
-    for block, attended in zip(model.blocks, layer_inputs(model, windows), strict=True):
-        for inputs in attended:
-            for h in range(2):
-                residual, blocks, _ = dense_truth(block.query[h : h + 1], block.key[h : h + 1], None, inputs)
-                penalty = -np.linalg.slogdet(blocks)[1]
-                if objective == "map":
-                    penalty = penalty - norm.logpdf(residual, 0, scales).sum(-1)
-                terms.append(penalty)
+    residuals, jacobians = dense_at(model, "layers", windows)
+    terms = -np.linalg.slogdet(jacobians)[1]
+    if objective == "map":
+        scales = np.array([1.3] + [0.7] * 5)[:, None]
+        terms = terms - norm.logpdf(residuals, 0, scales).sum(-1)
     got = compiled_loss_terms(model, windows, config, 1000, jax.random.key(0))
     np.testing.assert_allclose(got.penalty, np.mean(terms), rtol=1e-10)
     np.testing.assert_allclose(
@@ -109,17 +105,7 @@ def test_at_the_layers_the_penalty_is_the_mean_over_heads_analysed_alone(objecti
 def test_the_one_sided_penalty_is_that_of_the_configured_threshold(site, threshold):
     model, windows = model_and_windows(scale=8.0)
     model = aligned(model, 2.0)
-    heads = [(block, inputs) for block, inputs in zip(model.blocks, layer_inputs(model, windows), strict=True)]
-    if site == "embedding":
-        heads = [(model.prior_stage, jax.vmap(model.embed)(windows[:, :-1]))]
-    determinants = np.array(
-        [
-            np.linalg.det(dense_truth(stage.query[h : h + 1], stage.key[h : h + 1], None, sequence)[1])
-            for stage, sequences in heads
-            for sequence in sequences
-            for h in range(stage.query.shape[0])
-        ]
-    )
+    determinants = np.linalg.det(dense_at(model, site, windows)[1])
     # Of both signs, and on both sides of either threshold.
     assert (determinants < 0).any()
     assert ((determinants > 0) & (determinants < 0.5)).any()
@@ -153,7 +139,7 @@ def test_a_determinant_of_zero_counts_as_past_the_boundary():
         chosen = dataclasses.replace(config, objective="margin", barrier_form=form)
         assert compiled_loss_terms(model, windows, chosen, 1000, jax.random.key(0)).negative_share == 0.25
     assert int(compiled_negatives_at(model, windows, "embedding")) == 3
-    seen = eqx.filter_jit(look)(model, windows)["embedding"]
+    seen = eqx.filter_jit(batch_margins)(model, windows)["embedding"]
     assert (int(seen.negatives[0]), int(seen.positions), float(seen.smallest[0])) == (3, 6, 0.0)
     summary, determinants = margins(model, np.asarray(windows))
     np.testing.assert_allclose(determinants["embedding"], [[0, 1 / 3]] * 3, rtol=1e-6)
@@ -195,13 +181,6 @@ def test_the_gradient_of_the_loss_matches_finite_differences():
         np.testing.assert_allclose((where(slope) * direction).sum(), difference, rtol=1e-5, atol=1e-9)
 
 
-def aligned(model, factor):
-    """Queries that are `factor` times the keys: A is positive semidefinite, the direction that crosses the boundary."""
-    queries = lambda m: [block.query for block in m.blocks] + [m.prior_stage.query]  # noqa: E731
-    keys = [block.key for block in model.blocks] + [model.prior_stage.key]
-    return eqx.tree_at(queries, model, [factor * key for key in keys])
-
-
 compiled_backtracked = eqx.filter_jit(backtracked)
 compiled_negatives_at = eqx.filter_jit(negatives_at)
 
@@ -225,8 +204,7 @@ def test_backtracking_halves_a_step_that_crosses_and_leaves_one_that_does_not():
 def test_without_interaction_every_site_has_determinant_one():
     model, windows = model_and_windows()
     model = aligned(model, 0.0)
-    embeddings = jax.vmap(model.embed)(windows[:, :-1])
-    inputs = layer_inputs(model, windows)
+    embeddings, inputs = embeddings_and_inputs(model, windows)
     for site in ("embedding", "layers"):
         found = site_density(model, site, embeddings, inputs)
         np.testing.assert_array_equal(found.log_det, np.zeros_like(found.log_det))
@@ -255,9 +233,8 @@ def test_no_key_of_a_step_is_that_of_its_windows_or_of_another_step(monkeypatch)
         return LossTerms(zero, zero, jax.random.key_data(key), jax.random.key_data(drawn_with.pop()), zero)
 
     drawn_with, original = [], jax.random.randint
-    monkeypatch.setattr(training, "loss_terms", keys_for_terms)
     monkeypatch.setattr(jax.random, "randint", lambda key, *rest: drawn_with.append(key) or original(key, *rest))
-    steps = [train_step(StepData.of(text, config, step), state, config)[1] for step in range(5)]
+    steps = [train_step(StepData.of(text, config, n), state, config, None, keys_for_terms)[1] for n in range(5)]
     used = {tuple(np.asarray(key).tolist()) for terms in steps for key in (terms.penalty, terms.negative_share)}
     assert len(used) == 10
 
@@ -267,3 +244,87 @@ def test_different_seeds_start_from_different_weights():
     heads = [np.asarray(state.model.head) for state in states]
     np.testing.assert_array_equal(heads[0], heads[1])
     assert np.abs(heads[0] - heads[2]).max() > 0.1
+
+
+# The blocked implementation of the barrier against the reference: same loss, same gradient.
+
+# At this threshold the one-sided barrier is neither off nor on everywhere.
+NEAR = Config(
+    layers=2, width=8, heads=2, context=20, batch=3, noise_scale=0.7, first_scale=1.3, barrier_weight=1.0,
+    barrier_threshold=2.0,
+)  # fmt: skip
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A model in float64 whose heads are far from uniform attention, and a batch of windows."""
+    model = eqx.tree_at(lambda m: m.token_embedding, made_wide(NEAR, 5), replace_fn=lambda x: 8 * x)
+    return model, jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 21)))
+
+
+@eqx.filter_jit
+def compiled_value_and_gradient(model, windows, config):
+    def loss(model):
+        terms = loss_terms(model, windows, config, 1000, KEY)
+        return terms.loss, terms
+
+    return eqx.filter_value_and_grad(loss, has_aux=True)(model)
+
+
+def value_and_gradient(problem, config):
+    (_, terms), gradient = compiled_value_and_gradient(*problem, config)
+    return terms, gradient
+
+
+@pytest.mark.parametrize(
+    ("objective", "site", "form"),
+    [
+        ("margin", "layers", "two-sided"),
+        ("map", "layers", "two-sided"),
+        ("margin", "embedding", "two-sided"),
+        ("margin", "layers", "one-sided"),
+    ],
+)
+def test_both_implementations_give_the_same_loss_and_gradient(problem, objective, site, form):
+    slow = dataclasses.replace(NEAR, objective=objective, barrier_site=site, barrier_form=form)
+    terms, gradient = value_and_gradient(problem, dataclasses.replace(slow, implementation="blocked"))
+    expected_terms, expected_gradient = value_and_gradient(problem, slow)
+    assert abs(expected_terms.penalty) > 1e-3
+    for got, expected in zip(terms, expected_terms, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
+    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-11 * max(1, np.abs(expected).max()))
+
+
+def test_both_implementations_see_the_same_margins(problem):
+    model, windows = problem
+    keys = lambda m: [block.query for block in m.blocks]  # noqa: E731
+    model = eqx.tree_at(keys, model, [2.0 * block.key for block in model.blocks])
+    slow, fast = (eqx.filter_jit(batch_margins)(model, windows, path) for path in ("reference", "blocked"))
+    assert int(slow["layers"].negatives.sum()) > 0
+    for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
+def test_rematerialising_the_blocks_changes_nothing(problem):
+    config = dataclasses.replace(NEAR, objective="margin", barrier_site="layers", implementation="blocked")
+    terms, gradient = value_and_gradient(problem, dataclasses.replace(config, remat="blocks"))
+    expected_terms, expected_gradient = value_and_gradient(problem, config)
+    np.testing.assert_allclose(terms.loss, expected_terms.loss, rtol=1e-13)
+    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+def test_a_subsampled_barrier_depends_on_the_key_and_says_how_much_it_varies(problem):
+    config = dataclasses.replace(
+        NEAR, objective="margin", barrier_site="layers", implementation="blocked", barrier_share=0.25
+    )
+    model, windows = problem
+    several = [compiled_loss_terms(model, windows, config, 1000, key) for key in jax.random.split(KEY, 60)]
+    penalties = np.array([terms.penalty for terms in several])
+    exact = value_and_gradient(problem, dataclasses.replace(config, barrier_share=1.0))[0].penalty
+    spread = np.sqrt(np.mean([terms.penalty_variance for terms in several]))
+    assert penalties.std() > 0
+    assert abs(penalties.mean() - exact) < 4 * spread / np.sqrt(60)
+    assert 0.7 < penalties.std() / spread < 1.4

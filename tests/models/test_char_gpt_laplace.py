@@ -14,7 +14,8 @@ from models.char_gpt.config import Config
 from models.char_gpt.evidence import Evidence, tuned_prior_precision
 from models.char_gpt.laplace import covered, curvature, evidence_of, tuned
 from models.char_gpt.predictive import calibration_error, probit, sampled, score
-from models.char_gpt.training import initial_state, new_record
+from models.char_gpt.train import initial_state
+from models.char_gpt.training_record import new_record
 from models.corpus import load
 from prob_transformer.inference import results
 from prob_transformer.inference.laplace import Precision
@@ -226,7 +227,7 @@ def stopped_before_its_first_step(folder, config):
     (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
     text = load(folder / "text.txt", config.context + 1)
     state = initial_state(config, len(text.vocabulary))
-    checkpoint.save(folder / "run" / checkpoint.NAME, config, text.sha256, state, 0, new_record())
+    checkpoint.save(folder / "run" / checkpoint.NAME, config.as_dict(), text.sha256, state, 0, new_record())
     return folder
 
 

@@ -1,218 +1,30 @@
 import json
+import re
 
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from models.char_gpt import study
-from paper_figures import verdicts
-from paper_figures.analysis import selection
-from paper_figures.analysis import verdicts as rules
-from paper_figures.analysis.comparisons import PRIMARY, Comparison, declared
-from paper_figures.analysis.equal_cost import at_equal_cost
-from paper_figures.analysis.holm import holm
-from paper_figures.analysis.paired import Paired, spread
-from paper_figures.analysis.tests_of_means import equivalence_p, p_value, power, sign_flip_p
-from paper_figures.analysis.verdicts import judge
 from paper_figures.figures import effects
-from paper_figures.runs import BARRIERS, COMPETITORS, CONTROLS, increase, load_runs
+from paper_figures.study import design
+from paper_figures.study import strength_selection as selection
+from paper_figures.study.analysis import analyse
+from paper_figures.study.comparisons import declared
+from paper_figures.study.design import BARRIERS, COMPETITORS, CONTROLS
+from paper_figures.study.runs import increase, load_runs
+from paper_figures.study.strength_selection import at_equal_cost
+from paper_figures.study.tables import markdown
 from tests.support.synthetic_runs import Truth, write_runs
 
 
-def normals(n, mean=0.3, seed=0):
-    return np.random.default_rng(seed).normal(mean, 1.0, n)
-
-
-def test_paired_figures_are_those_of_scipy():
-    values = normals(5)
-    found = Paired.of(values)
-    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    np.testing.assert_allclose(found.t_interval, interval, rtol=1e-12)
-    np.testing.assert_allclose(found.effect_size, values.mean() / values.std(ddof=1), rtol=1e-12)
-    assert Paired.of(np.full(3, 0.1)).effect_size is None
-
-
-def test_what_one_seed_cannot_say_stays_undefined():
-    assert Paired.of(np.array([0.2])) == ((0.2,), 0.2, None, None)
-    assert np.isnan(spread(np.array([0.2])))
-
-
-def test_the_interval_of_five_seeds_holds_the_mean_as_often_as_it_says():
-    studies = np.random.default_rng(5).normal(0.3, 2.0, (4000, 5))
-    held = np.mean([low < 0.3 < high for low, high in (Paired.of(study).t_interval for study in studies)])
-    assert abs(held - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 4000)
-
-
-@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
-def test_p_values_are_those_of_scipy(alternative):
-    values = normals(5)
-    expected = stats.ttest_1samp(values, 0.1, alternative=alternative).pvalue
-    np.testing.assert_allclose(p_value(values, 0.1, alternative), expected, rtol=1e-12)
-
-
-def test_seeds_that_agree_decide_at_once_and_one_seed_never():
-    assert p_value(np.full(5, 0.2)) == 0
-    assert p_value(np.zeros(5)) == 1
-    assert p_value(np.array([9.0])) == 1
-    assert equivalence_p(np.zeros(5), 0.05) == 0
-
-
-def test_equivalence_is_the_larger_of_two_one_sided_tests():
-    values = 0.01 * normals(5)
-    sides = (
-        stats.ttest_1samp(values, -0.05, alternative="greater").pvalue,
-        stats.ttest_1samp(values, 0.05, alternative="less").pvalue,
-    )
-    np.testing.assert_allclose(equivalence_p(values, 0.05), max(sides), rtol=1e-12)
-
-
-def test_holm_on_an_example_by_hand():
-    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
-    np.testing.assert_allclose(holm(np.array([0.9, 0.8])), [1.0, 1.0])
-
-
-def stepped_down(p_values):
-    """Holm's adjusted p-values by definition: the smallest level at which the step-down procedure rejects each."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    adjusted = [0.0] * len(p_values)
-    for step, place in enumerate(order):
-        earlier = [(len(p_values) - k) * p_values[order[k]] for k in range(step + 1)]
-        adjusted[place] = min(1.0, max(earlier))
-    return adjusted
-
-
-def test_holm_in_one_family_is_taken_over_all_methods_and_measures_of_a_finding_on_a_split():
-    rng = np.random.default_rng(0)
-    compared = [
-        Comparison(finding, split, method, "ce", measure, True, 0.05, rng.normal(0.1, 0.1, 5))
-        for finding, measures in (("robustness", "abc"), ("ours", "a"))
-        for split in ("test", "news")
-        for method in ("margin@layers", "map@layers")
-        for measure in measures
-    ]
-    found = judge(compared, primary_first=False)
-    for finding, size in (("robustness", 6), ("ours", 2)):
-        for split in ("test", "news"):
-            family = [one for one in found if (one.comparison.finding, one.comparison.split) == (finding, split)]
-            gains = [one.comparison.gains for one in family]
-            for_it = [stats.ttest_1samp(g, 0).pvalue for g in gains]
-            against_it = [min(1, 2 * stats.ttest_1samp(g, 0.05, alternative="less").pvalue) for g in gains]
-            assert [one.family_size for one in family] == [size] * size
-            np.testing.assert_allclose([one.p_holm for one in family], stepped_down(for_it), rtol=1e-9)
-            np.testing.assert_allclose([one.p_against_holm for one in family], stepped_down(against_it), rtol=1e-9)
-
-
-@pytest.mark.parametrize(("effect", "level", "sides"), [(1.0, 0.05, 2), (2.0, 0.01, 1), (0.5, 0.05, 1)])
-def test_power_is_the_share_of_simulated_studies_that_find_the_effect(effect, level, sides):
-    draws = np.random.default_rng(1).normal(effect, 1.0, (200_000, 5))
-    tests = stats.ttest_1samp(draws, 0, axis=1, alternative="two-sided" if sides == 2 else "greater")
-    share = (tests.pvalue < level).mean()
-    assert abs(power(1.0, 5, effect, level, sides) - share) < 5 * np.sqrt(share * (1 - share) / 200_000)
-
-
-def test_the_sign_flip_test_cannot_go_below_its_floor():
-    assert sign_flip_p(np.array([5.0, 6.0, 7.0, 8.0, 9.0])) == 2 / 2**5
-    assert sign_flip_p(np.array([1.0, -1.0])) == 1.0
-
-
-def simulated(n_methods, means, n, random, finding="robustness"):
-    """Comparisons of a finding with standard normal gains: the primary one first, then those of other methods."""
-    return [
-        Comparison(
-            finding, "test", PRIMARY if k == 0 else f"other {k}", "ce", "x", True, 1.0, random.normal(mean, 1.0, n)
-        )
-        for k, mean in zip(range(n_methods), means, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("claim", ["better", "not worse", "different"])
-def test_a_verdict_on_one_comparison_is_what_its_interval_says(claim):
-    seen = set()
-    for seed in range(200):
-        gains = np.random.default_rng(seed).normal((seed % 9) / 2 - 2, 0.5, 5)
-        low, high = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
-        expected = {
-            "better": "not supported" if high < 1 else "supported" if low > 0 else "undecided",
-            "not worse": "supported" if low > -1 else "not supported" if high < -1 else "undecided",
-            "different": "not supported"
-            if low > -1 and high < 1
-            else "supported"
-            if low > 0 or high < 0
-            else "undecided",
-        }[claim]
-        (found,) = judge([Comparison("robustness", "test", PRIMARY, "ce", "x", True, 1.0, gains, claim=claim)])
-        assert found.verdict == expected
-        seen.add(expected)
-    assert seen == {"supported", "not supported", "undecided"}
-
-
-@pytest.mark.slow
-# No gain anywhere; a real gain of the primary method alone; gains of exactly the smallest effect.
-@pytest.mark.parametrize(
-    ("means", "wrong"),
-    [
-        ([0, 0, 0, 0], "supported"),
-        ([9, 0, 0, 0], "supported"),
-        ([1, 1, 1, 1], "not supported"),
-        ([9, 1, 1, 1], "not supported"),
-    ],
-)
-def test_a_wrong_verdict_in_a_finding_is_as_rare_as_declared(means, wrong, monkeypatch):
-    monkeypatch.setattr(rules, "power", lambda *arguments: 0.0)
-    random, studies = np.random.default_rng(11), 1000
-    false = [place for place, mean in enumerate(means) if mean < 9]
-    share = np.mean(
-        [
-            any(found[place].verdict == wrong for place in false)
-            for found in (judge(simulated(4, means, 5, random)) for _ in range(studies))
-        ]
-    )
-    assert share < 0.05 + 3 * np.sqrt(0.05 * 0.95 / studies)
-
-
-def test_nothing_is_tested_before_the_primary_comparison_is_decided():
-    random = np.random.default_rng(2)
-    undecided, *others = simulated(3, [0.4, 30, 30], 5, random)
-    found = judge([undecided, *others])
-    assert [one.verdict for one in found] == ["undecided", "not tested", "not tested"]
-    assert found[1].untested == "the primary comparison is undecided or not tested"
-    decided = undecided._replace(gains=random.normal(30, 1, 5))
-    assert [one.verdict for one in judge([decided, *others])] == ["supported"] * 3
-
-
-def test_what_is_significantly_worse_is_never_supported():
-    random = np.random.default_rng(6)
-    first, second, third = simulated(3, [30, 30, 0], 5, random)
-    spread_out = random.normal(0, 1, 5)
-    # p = 0.04 by a mean below 0; against the smallest effect Holm's factor of 2 leaves more than 5 %.
-    t = stats.t.isf(0.02, 4)
-    worse = spread_out - spread_out.mean() - t * spread_out.std(ddof=1) / np.sqrt(5)
-    *_, found = judge([first, second, third._replace(gains=worse, smallest_effect=1e-3)])
-    np.testing.assert_allclose(found.p_holm, 0.04)
-    assert found.p_against_holm > 0.05
-    assert found.verdict == "not supported"
-
-
-def test_what_is_not_tested_makes_no_family_larger():
-    random = np.random.default_rng(3)
-    first, second, third, fourth = simulated(4, [30, 30, 30, 30], 5, random)
-    found = judge([first, second, third._replace(decides=False), fourth._replace(excluded="over the budget")])
-    assert [one.family_size for one in found] == [1, 1, 0, 0]
-    assert [one.verdict for one in found] == ["supported", "supported", "not tested", "not tested"]
-    in_one_family = judge([first, second, third._replace(decides=False), fourth], primary_first=False)
-    assert [one.family_size for one in in_one_family] == [4] * 4
-
-
-def test_p_values_of_a_family_are_corrected_and_equivalence_too():
-    comparisons = simulated(4, [30, 0, 0.1, 0.2], 5, np.random.default_rng(4))
-    _, *found = judge(comparisons)
-    by_hand = []
-    for one in comparisons[1:]:
-        sides = [stats.ttest_1samp(one.gains, edge, alternative=a).pvalue for edge, a in ((-1, "greater"), (1, "less"))]
-        by_hand.append(min(1, 2 * max(sides)))
-    np.testing.assert_allclose([one.equivalence_p for one in found], by_hand, rtol=1e-10)
-    np.testing.assert_allclose([one.equivalence_p_holm for one in found], stepped_down(by_hand), rtol=1e-10)
+def edited(folder, change):
+    """The folder, with every line of its runs as `change` leaves it."""
+    path = folder / "runs.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    change(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
 # Every competitor costs something, so that all can be had at one clean cost.
@@ -220,7 +32,11 @@ COSTLY = {method: Truth(cost=0.06) for method in COMPETITORS}
 
 
 def judged(tmp_path, truths, **options):
-    record = verdicts.analyse(load_runs(write_runs(tmp_path / "runs", truths, **options)))
+    return judged_in(write_runs(tmp_path / "runs", truths, **options))
+
+
+def judged_in(folder):
+    record = analyse(load_runs(folder))
     found = {(f["method"], f["finding"], f["split"]): f for f in record["findings"]}
     return record, found
 
@@ -260,7 +76,9 @@ def test_gains_are_shares_of_the_mean_of_plain_cross_entropy_whatever_they_are_o
         clean = np.mean([run["splits"]["validation"]["clean"]["nats_per_character"] for run in members])
         return np.array([increase(run, split, "relative-embedding-noise", 1.0) for run in members]), clean
 
-    compared = [c for c in declared(runs, selection.select_all(runs)) if c.method == "margin@layers"]
+    selections = selection.select_all(runs)
+    priced = {method: at_equal_cost(runs, method) for method in runs.methods}
+    compared = [c for c in declared(selections, priced) if c.method == "margin@layers"]
     for split in ("test", "news"):
         plain, reference = values("ce", split)
 
@@ -288,7 +106,7 @@ def test_one_seed_has_no_interval_and_every_verdict_says_so(tmp_path):
     assert "(one seed, no interval), p = 1" in found["margin@layers", "robustness", "test"]["sentence"]
     (row,) = [row for row in record["overview"] if (row["method"], row["split"]) == ("margin@layers", "test")]
     assert row["change_interval"] is row["perturbations"][0]["change_interval"] is None
-    assert "one seed, no interval" in verdicts.markdown(record)
+    assert "one seed, no interval" in markdown(record)
     figure = effects.draw(tmp_path / "runs")
     methods = len(load_runs(tmp_path / "runs").methods) - 1
     points = [line for panel in figure.axes for line in panel.lines if line.get_marker() not in ("", "None", None)]
@@ -334,17 +152,14 @@ def test_a_gain_by_larger_embeddings_is_described_and_is_no_verdict(tmp_path):
 
 
 def test_methods_over_the_budget_or_without_an_effect_on_any_model_are_not_tested(tmp_path):
-    folder = write_runs(
-        tmp_path / "runs", {"margin@layers": Truth(effect=-0.2), "map@layers": Truth(cost=5.0, effect=-0.5)}
-    )
-    path = folder / "runs.jsonl"
-    runs = [json.loads(text) for text in path.read_text().splitlines()]
-    plain = {run["seed"]: run for run in runs if run["method"] == "ce"}
-    for run in runs:
-        if run["method"] == "one-sided@embedding":
-            run["splits"] = plain[run["seed"]]["splits"]
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    found = {(f["method"], f["finding"], f["split"]): f for f in verdicts.analyse(load_runs(folder))["findings"]}
+    def without_effect(lines):
+        plain = {run["seed"]: run for run in lines if run["method"] == "ce"}
+        for run in lines:
+            if run["method"] == "one-sided@embedding":
+                run["splits"] = plain[run["seed"]]["splits"]
+
+    truths = {"margin@layers": Truth(effect=-0.2), "map@layers": Truth(cost=5.0, effect=-0.5)}
+    _, found = judged_in(edited(write_runs(tmp_path / "runs", truths), without_effect))
     for method, note in (
         ("map@layers", "costs more than the clean-loss budget"),
         ("one-sided@embedding", "are those of ce"),
@@ -355,18 +170,17 @@ def test_methods_over_the_budget_or_without_an_effect_on_any_model_are_not_teste
 
 
 def test_shares_past_the_boundary_are_compared_within_a_seed(tmp_path):
-    folder = write_runs(tmp_path / "runs", {})
-    path = folder / "runs.jsonl"
     # Those of ce and of margin@layers at 0.02 in the full study, and a sixth seed without any.
-    plain, own = (0.0127, 0.0050, 0.0464, 0.0112, 0.0), (0.0, 0.0, 0.0001, 0.0, 0.00006)
-    runs = [json.loads(text) for text in path.read_text().splitlines()]
-    for run in runs:
-        for method, shares in (("ce", plain), ("margin@layers", own)):
-            if run["method"] == method:
-                run["margins"]["layers"]["negative_share"] = shares[run["seed"]]
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    found = {(f["method"], f["finding"]): f for f in verdicts.analyse(load_runs(folder))["findings"]}
-    deciding = found["margin@layers", "geometry"]["comparisons"][0]
+    shares = {"ce": (0.0127, 0.0050, 0.0464, 0.0112, 0.0), "margin@layers": (0.0, 0.0, 0.0001, 0.0, 0.00006)}
+
+    def with_shares(lines):
+        for run in lines:
+            if run["method"] in shares:
+                run["margins"]["layers"]["negative_share"] = shares[run["method"]][run["seed"]]
+
+    _, found = judged_in(edited(write_runs(tmp_path / "runs", {}), with_shares))
+    deciding = found["margin@layers", "geometry", "validation"]["comparisons"][0]
+    plain, own = shares.values()
     expected = [1 - o / p for o, p in zip(own, plain, strict=True) if p > 0]
     np.testing.assert_allclose(deciding["gains"], expected)
     np.testing.assert_allclose(deciding["p"], stats.ttest_1samp(expected, 0).pvalue)
@@ -427,7 +241,7 @@ def test_methods_of_the_first_order_have_questions_of_their_own(tmp_path):
     )
     assert any(a.startswith("Small moments, clean, frobenius@layers") for a in record["answers"])
     for method in CONTROLS:
-        assert method in verdicts.markdown(record)
+        assert method in markdown(record)
     record, found = judged(tmp_path / "apart", truths | {"trace@layers": Truth(effect=-0.1, cost=0.06)})
     assert found["margin@layers", "first order", "test"]["verdict"] == "supported"
 
@@ -448,26 +262,33 @@ def test_the_strength_is_the_largest_within_the_budget_or_else_the_cheapest(tmp_
 
 
 def test_only_seeds_with_every_run_are_used(tmp_path):
-    folder = write_runs(tmp_path / "runs", {}, seeds=3)
-    path = folder / "runs.jsonl"
-    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    folder = edited(write_runs(tmp_path / "runs", {}, seeds=3), lambda lines: lines.pop())
     assert load_runs(folder).seeds == (0, 1)
-    path.write_text("")
     with pytest.raises(ValueError, match=r"--runs: .* has no seed with all its runs and ce; finish it with python -m"):
-        load_runs(folder)
+        load_runs(edited(folder, list.clear))
 
 
 def test_a_first_seed_cut_short_is_not_taken_for_a_whole_one(tmp_path):
-    profile = study.PROFILES["smoke"]
-    example = json.loads((write_runs(tmp_path / "made-up", {}, seeds=1) / "runs.jsonl").read_text().splitlines()[0])
-    configs = [config for config in study.configurations(profile) if config.seed == 0]
-    runs = [
-        example | {"profile": "smoke", "method": config.method, "strength": config.strength, "seed": 0}
-        for config in configs
-    ]
-    path = tmp_path / "runs.jsonl"
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    assert load_runs(tmp_path).seeds == (0,)
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs[:-1]))
+    def of_smoke(lines):
+        planned = [one for one in design.designs(design.PROFILES["smoke"]) if one.base.seed == 0]
+        lines[:] = [lines[0] | {"profile": "smoke", "method": p.method, "strength": p.strength} for p in planned]
+
+    folder = edited(write_runs(tmp_path / "runs", {}, seeds=1), of_smoke)
+    assert load_runs(folder).seeds == (0,)
     with pytest.raises(ValueError, match="has no seed with all its runs"):
-        load_runs(tmp_path)
+        load_runs(edited(folder, lambda lines: lines.pop()))
+
+
+def test_the_verdicts_are_over_seeds_and_the_same_without_standard_errors(tmp_path):
+    found = []
+    for drop in (False, True):
+        folder = write_runs(tmp_path / str(drop), {}, seeds=3)
+        path = folder / "runs.jsonl"
+        text = path.read_text(encoding="utf-8")
+        assert '"increase_standard_error"' in text
+        if drop:
+            text = re.sub(r'("(?:increase_)?standard_error": )[0-9.e-]+', r"\1null", text)
+            assert '"standard_error": null' in text
+        path.write_text(text, encoding="utf-8")
+        found.append(analyse(load_runs(folder)))
+    assert found[0] == found[1]

@@ -9,12 +9,16 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from models import cli
-from models.char_gpt import study
 from paper_figures import __main__ as command
-from paper_figures import report, runs, verdicts
-from paper_figures.analysis.comparisons import PERTURBATIONS
-from paper_figures.analysis.equal_cost import at_equal_cost
+from paper_figures import report
 from paper_figures.figures import style
+from paper_figures.study import __main__ as study
+from paper_figures.study import runs
+from paper_figures.study.analysis import analyse, load_verdicts
+from paper_figures.study.comparisons import PERTURBATIONS
+from paper_figures.study.design import METHODS
+from paper_figures.study.strength_selection import at_equal_cost
+from paper_figures.study.tables import markdown
 from tests.support.synthetic_runs import Truth, write_runs
 
 ROOT = Path(report.__file__).resolve().parent.parent
@@ -27,7 +31,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     write_runs(folder / "runs" / "made-up", {"margin@layers": Truth(effect=-0.2, crossings=0.0)})
     (folder / "theory_checks.json").write_text((REFERENCE / "theory_checks.json").read_text())
-    verdicts.main(["--runs", str(folder / "runs" / "made-up"), "--out", str(folder / "verdicts.json")])
+    study.main(["verdicts", "--runs", str(folder / "runs" / "made-up"), "--out", str(folder / "verdicts.json")])
     (folder / "figures").mkdir()
     for figure in command.FIGURES:
         (folder / "figures" / f"{figure.NAME}.png").touch()
@@ -45,9 +49,8 @@ def test_every_figure_is_drawn_as_png_and_pdf(results, tmp_path, only):
     assert len(list(tmp_path.iterdir())) == 2 * len(names)
 
 
-def test_the_analysis_knows_the_methods_of_the_study_and_tells_them_apart_in_grey():
-    assert set(study.METHODS) == set(runs.METHODS)
-    looks = {method: style.METHOD_STYLES[method] for method in runs.METHODS}
+def test_the_methods_of_the_study_are_told_apart_in_grey():
+    looks = {method: style.METHOD_STYLES[method] for method in METHODS}
     assert len({(str(look["linestyle"]), look["marker"]) for look in looks.values()}) == len(looks)
 
 
@@ -74,7 +77,7 @@ def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results
     assert all((results / link).is_file() for link in re.findall(r'src="([^"]*)"', html))
     assert "://" not in html
     assert "14 of 14 checks came out as stated" in html
-    for method in study.METHODS:
+    for method in METHODS:
         assert method in html
     record = json.loads((results / "verdicts.json").read_text())
     for question in ("What was asked", "What was done", "What was found", "What remains open"):
@@ -95,7 +98,7 @@ def test_a_report_on_few_seeds_says_so(tmp_path, results):
     write_runs(tmp_path / "runs" / "few", {}, seeds=2)
     for name in ("theory_checks.json", "figures"):
         (tmp_path / name).symlink_to(results / name)
-    verdicts.main(["--runs", str(tmp_path / "runs" / "few"), "--out", str(tmp_path / "verdicts.json")])
+    study.main(["verdicts", "--runs", str(tmp_path / "runs" / "few"), "--out", str(tmp_path / "verdicts.json")])
     assert "Seeds that every method has finished: 2 of 2 begun." in report.build(tmp_path, "few")
     assert "Seeds that every method has finished" not in report.build(results, "made-up")
 
@@ -118,15 +121,15 @@ def test_bad_arguments_end_with_one_line_and_status_2(main, arguments, message, 
 
 
 def test_the_findings_show_the_tables_and_answers_of_the_committed_verdicts():
-    record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
+    record = load_verdicts(REFERENCE / "verdicts.json")
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
-    assert verdicts.markdown(record) in page
+    assert markdown(record) in page
     for answer in record["answers"]:
         assert answer in page
 
 
 def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts():
-    record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
+    record = load_verdicts(REFERENCE / "verdicts.json")
     page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/findings.md", "README.md"))
 
     def shown(values, digits=1):
@@ -213,7 +216,7 @@ def test_small_covariances_lower_the_clean_loss_and_raise_the_increase_as_the_pa
 
 
 def test_the_committed_verdicts_are_those_of_the_committed_runs():
-    record = verdicts.load_verdicts(REFERENCE / "verdicts.json")
-    again = verdicts.analyse(runs.load_runs(REFERENCE / "runs" / "full"))
+    record = load_verdicts(REFERENCE / "verdicts.json")
+    again = analyse(runs.load_runs(REFERENCE / "runs" / "full"))
     for part in ("seeds", "rules", "overview", "equal_cost", "findings", "first_budget", "answers"):
         assert json.loads(json.dumps(again[part])) == record[part]

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.char_gpt.perturbations import LEVELS
-from models.char_gpt.study import METHODS
+from paper_figures.study.design import METHODS
+from paper_figures.study.perturbations import KINDS
 
 STRENGTHS = (0.01, 0.1, 1.0)
 CONTEXT = 64
@@ -65,7 +65,7 @@ def line(
         "provenance": {
             "version": "0.1.0",
             "commit": "0" * 40,
-            "command": "python -m models.char_gpt sweep --profile full --out <here>",
+            "command": "python -m paper_figures.study sweep --profile full --out <here>",
             "seed": seed,
             "configuration": {
                 "layers": 2,
@@ -110,7 +110,8 @@ def _split(
     name: str, clean: float, truth: Truth, strength: float, spread: float, shared: float, random: np.random.Generator
 ) -> dict[str, Any]:
     rows = []
-    for kind, levels in LEVELS.items() if name != "validation" else ():
+    for kind, perturbation in KINDS.items() if name != "validation" else ():
+        levels = perturbation.levels
         for level in levels:
             effect = truth.kinds.get(kind, truth.effect)
             full = 0.14 * (level / levels[len(levels) // 2]) ** 1.5 * (1 + 0.1 * shared)

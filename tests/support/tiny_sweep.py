@@ -4,16 +4,16 @@ import sys
 from dataclasses import replace
 
 from models import cli
-from models.char_gpt import __main__ as command
-from models.char_gpt import study
+from paper_figures.study import __main__ as command
+from paper_figures.study import design
 
 BASE = replace(
-    study.PROFILES["smoke"].base, steps=30, layers=1, width=8, context=8, checkpoint_every=1, evaluation_windows=4
+    design.PROFILES["smoke"].base, steps=30, layers=1, width=8, context=8, checkpoint_every=1, evaluation_windows=4
 )
-METHODS = {name: study.METHODS[name] for name in ("ce", "margin@layers")}
-PROFILE = study.Profile((0, 1), (0,), BASE)
+METHODS = {name: design.METHODS[name] for name in ("ce", "margin@layers")}
+PROFILE = design.Profile((0, 1), (0,), BASE)
 
 if __name__ == "__main__":
-    study.METHODS = METHODS
-    study.PROFILES["tiny"] = PROFILE
+    design.METHODS = METHODS
+    design.PROFILES["tiny"] = PROFILE
     cli.run(lambda: command.main(["sweep", "--profile", "tiny", *sys.argv[1:]]))

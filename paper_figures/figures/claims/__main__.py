@@ -22,7 +22,7 @@ from paper_figures.figures.claims import (
     sampler_law,
     support_tokens,
 )
-from paper_figures.saved import load_checks
+from paper_figures.saved_results import load_checks
 
 PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "normalisation": normalisation.draw,

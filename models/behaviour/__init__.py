@@ -1,4 +1,0 @@
-"""Do the margins of a trained decoder say anything about what it does? Measured on passages of text.
-
-Read in this order: measure (figures of every token), relation (rank correlations with intervals), verdict (in words).
-"""

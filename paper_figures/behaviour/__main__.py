@@ -1,0 +1,151 @@
+"""`python -m paper_figures.behaviour --model smollm2 --out FILE.json`: margins of a trained decoder against what it does.
+
+Without --text, passages come from the validation articles of the Wikipedia sample. With it, from that UTF-8 file; form
+feeds in it separate documents.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from models import wikipedia
+from models.cli import run
+from paper_figures.behaviour.correlations import described, relate
+from paper_figures.behaviour.measure import (
+    BASELINES,
+    MARGINS,
+    OUTCOMES,
+    PAST_SHARE,
+    READINGS,
+    Passage,
+    measure_passage,
+    passages,
+)
+from prob_transformer._validation import require_count
+from prob_transformer.files import provenance, write_json
+from prob_transformer.inspection.command import read_text
+from prob_transformer.pretrained.load import load
+
+_COUNTS = {
+    "passages": (20, 2, "passages of text, which the intervals are over"),
+    "tokens": (128, 16, "tokens a passage"),
+    "draws": (4, 1, "draws of embedding noise a passage"),
+    "resamples": (2000, 100, "bootstrap resamples"),
+    "seed": (0, 0, "seed of noise and bootstrap"),
+}
+# What a correlation is given, one after the other; the verdicts are on the first two.
+COLUMNS = ("alone", "given entropy and log position", "and past share")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m paper_figures.behaviour", description="Margins against behaviour.")
+    parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
+    parser.add_argument("--text", type=Path, help="UTF-8 text (default: validation articles of the Wikipedia sample)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--noise", type=float, default=0.1, help="noise over embedding RMS (default: %(default)s)")
+    for name, (default, _, meaning) in _COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)")
+    return parser
+
+
+def _documents(text: Path | None) -> list[str]:
+    if text is not None:
+        return read_text(text).split(wikipedia.DOCUMENT_SEPARATOR)
+    everything = wikipedia.prepare().read_text(encoding="utf-8").split(wikipedia.DOCUMENT_SEPARATOR)
+    # The validation articles of models.corpus.
+    return everything[4::10]
+
+
+def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Every margin against every outcome, alone and given the baselines, with the verdict."""
+    figures = [passage.figures for passage in found]
+    # A verdict looks at two correlations of each pair.
+    comparisons = 2 * len(MARGINS) * len(OUTCOMES)
+    # What each correlation is given, in the words of the rows.
+    given = {"alone": (), "given entropy": ("entropy",), COLUMNS[1]: BASELINES, COLUMNS[2]: (*BASELINES, PAST_SHARE)}
+    rows = []
+    for outcome in OUTCOMES:
+        for figure in ("entropy", PAST_SHARE, *MARGINS):
+            asked = {"entropy": COLUMNS[:1], PAST_SHARE: COLUMNS[:2]}.get(figure, tuple(given))
+            correlations = {
+                name: relate(figures, figure, outcome, given[name], comparisons, resamples, seed) for name in asked
+            }
+            row = {"figure": figure, "outcome": outcome, **{name: one._asdict() for name, one in correlations.items()}}
+            if figure == "entropy":
+                baseline = correlations["alone"]
+            if figure in MARGINS:
+                row["verdict"] = described(figure, outcome, correlations["alone"], correlations[COLUMNS[1]], baseline)
+            rows.append(row)
+    return rows
+
+
+def _shown(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    low, high = found["interval"]
+    return f"{found['correlation']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    title = "Spearman correlation over tokens, 95 % bootstrap interval over passages"
+    table = Table("outcome", "figure", *COLUMNS, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(row["outcome"], row["figure"], *(_shown(row.get(name)) for name in COLUMNS))
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    for name, (_, smallest, meaning) in _COUNTS.items():
+        require_count(f"--{name}", getattr(arguments, name), smallest, meaning)
+    if not 0 < arguments.noise < np.inf:
+        raise ValueError(f"--noise: got {arguments.noise}; pass a number above 0.")
+    texts = _documents(arguments.text)
+    model = load(arguments.model)
+    if arguments.tokens > model.decoder.context:
+        raise ValueError(f"--tokens: got {arguments.tokens}; the model's context is {model.decoder.context}.")
+    encoded = [np.asarray(model.tokenizer.encode(text, add_special_tokens=False).ids, np.int32) for text in texts]
+    chosen = list(passages(encoded, arguments.tokens, arguments.passages))
+    keys = jax.random.split(jax.random.key(arguments.seed), len(chosen))
+    begin = time.monotonic()
+    found = [
+        measure_passage(model.decoder, tokens, arguments.noise, arguments.draws, key)
+        for tokens, key in zip(tqdm(chosen, desc="passages"), keys, strict=True)
+    ]
+    seconds = time.monotonic() - begin
+    rows = relations(found, arguments.resamples, arguments.seed)
+    negative = {reading: np.mean([passage.negative[reading] for passage in found], 0) for reading in READINGS}
+    configuration = {name: getattr(arguments, name) for name in ("model", "noise", *_COUNTS)}
+    text = "validation articles of the Wikipedia sample" if arguments.text is None else arguments.text.name
+    write_json(
+        arguments.out,
+        {
+            "tokens": int(sum(passage.figures["loss"].size for passage in found)),
+            "median": {
+                name: float(np.median(np.concatenate([passage.figures[name] for passage in found])))
+                for name in (*OUTCOMES, *MARGINS, *BASELINES, PAST_SHARE)
+            },
+            "relations": rows,
+            "negative_share": {reading: share.tolist() for reading, share in negative.items()},
+            "seconds": seconds,
+            "model_sha256": model.sha256,
+            "provenance": provenance(arguments.seed, configuration | {"text": text}),
+        },
+    )
+    console = Console()
+    console.print(_table(rows))
+    for row in rows:
+        if "verdict" in row:
+            console.print(row["verdict"], markup=False)
+    console.print(f"written: {arguments.out}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    run(main)
