@@ -20,7 +20,8 @@ from tqdm import tqdm
 from models import wikipedia
 from models.cli import run
 from prob_transformer.files import provenance, write_json
-from prob_transformer.pretrained import smollm2
+from prob_transformer.pretrained.gguf_file import read_gguf
+from prob_transformer.pretrained.load import smollm2_path
 from prob_transformer.pretrained.tokenizer import encode
 
 ARTICLES = (0, 37, 90)
@@ -57,9 +58,9 @@ def _other_model(path: Path) -> tuple[Any, Any]:
 
 def compare() -> dict[str, Any]:
     """All figures of the module docstring. Raises ValueError if a package or file is missing."""
-    path = smollm2.weights_path()
+    path = smollm2_path()
     torch, other = _other_model(path)
-    decoder, tokenizer = smollm2.load()
+    decoder, tokenizer = read_gguf(path)
 
     def other_logits(tokens: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n V"]:
         with torch.no_grad():

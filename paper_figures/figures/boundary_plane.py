@@ -11,8 +11,6 @@ from prob_transformer import Attention, Past, stability_margin, support_tokens
 from prob_transformer.attention import attention_weights
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
-NAME = "boundary_plane"
-SOURCE = None
 CAPTION = (
     "Determinant of J_i as a function of the embedding u_i, for d = 2 and a past of fixed tokens. Solid line: the "
     "degeneracy boundary det J_i = 0; hatched: det J_i < 0. Numbered circles: the past, area growing with the "

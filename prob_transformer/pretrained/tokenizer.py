@@ -12,17 +12,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     dropout while the model was trained is switched off. Raises ValueError if it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"tokenizer: {path} cannot be read ({error}); save it there in the format of the tokenizers library."
-        ) from None
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    # The library raises plain Exception for a file it cannot parse.
+        tokenizer = Tokenizer.from_file(str(path))
+    # The library raises plain Exception, for a file that is missing as for one that it cannot parse.
     except Exception as error:
         raise ValueError(
-            f"tokenizer: {path} is not a tokenizer of the tokenizers library ({error}); save it anew."
+            f"tokenizer: {path} cannot be read as one of the tokenizers library ({error}); save it there anew."
         ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -44,12 +38,9 @@ def require_match(tokenizer: Tokenizer, rows: int) -> None:
         )
 
 
-def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> Int[np.ndarray, " n"]:
-    """Token numbers of a text, with those that the tokenizer adds at its ends unless told not to.
-
-    Raises ValueError for an empty text.
-    """
-    numbers = np.asarray(tokenizer.encode(text, add_special_tokens=special_tokens).ids, np.int32)
+def encode(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " n"]:
+    """Token numbers of a text, with those that the tokenizer adds at its ends. Raises ValueError for an empty text."""
+    numbers = np.asarray(tokenizer.encode(text).ids, np.int32)
     if numbers.size == 0 or not text:
         raise ValueError("text: is empty; pass some text.")
     return numbers

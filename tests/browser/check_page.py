@@ -225,8 +225,7 @@ def check(path: Path, screenshots: Path | None) -> None:
 @contextlib.contextmanager
 def tiny_page() -> Iterator[Path]:
     """The page of a random model of the Llama family: one token a byte, and one that is markup."""
-    from prob_transformer.inspection import main
-    from prob_transformer.pretrained.load import load
+    from prob_transformer.__main__ import main
     from tests.support.tiny_models import LLAMA, byte_tokenizer, llama_weights, write
 
     with tempfile.TemporaryDirectory() as name:
@@ -240,7 +239,7 @@ def tiny_page() -> Iterator[Path]:
         asked = ["--model", str(folder / "tiny"), "--text", str(folder / "text.txt"), "--out", str(folder / "out")]
         told = io.StringIO()
         with contextlib.redirect_stdout(told):
-            status = main(["inspect", *asked], load)
+            status = main(["inspect", *asked])
         if status:
             raise SystemExit("error: the page could not be made")
         yield folder / "out" / "inspect.html"

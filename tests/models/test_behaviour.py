@@ -13,7 +13,7 @@ from models.behaviour.measure import PAST_SHARE, SHORTEST_PAST, attention, logit
 from models.behaviour.relation import Relation, partial_correlation, relation
 from models.behaviour.verdict import verdict
 from prob_transformer import layer_margins
-from prob_transformer.pretrained.load import load
+from prob_transformer.pretrained.load import load_pretrained
 from tests.support.tiny_models import LLAMA, llama_weights, write
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(folder):
-    return load(str(folder)).decoder
+    return load_pretrained(str(folder)).decoder
 
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 16).astype(np.int32)

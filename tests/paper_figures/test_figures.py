@@ -29,8 +29,8 @@ def results(tmp_path_factory):
     (folder / "theory_checks.json").write_text((REFERENCE / "theory_checks.json").read_text())
     verdicts.main(["--runs", str(folder / "runs" / "made-up"), "--out", str(folder / "verdicts.json")])
     (folder / "figures").mkdir()
-    for figure in command.FIGURES:
-        (folder / "figures" / f"{figure.NAME}.png").touch()
+    for name in command.FIGURES:
+        (folder / "figures" / f"{name}.png").touch()
     return folder
 
 
@@ -38,7 +38,7 @@ def results(tmp_path_factory):
 def test_every_figure_is_drawn_as_png_and_pdf(results, tmp_path, only):
     given = ["--runs", str(results / "runs" / "made-up"), "--checks", str(results / "theory_checks.json")]
     command.main([*given, "--out", str(tmp_path), *(part for name in only for part in ("--only", name))])
-    names = only or [figure.NAME for figure in command.FIGURES]
+    names = only or command.FIGURES
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -53,8 +53,7 @@ def test_the_analysis_knows_the_methods_of_the_study_and_tells_them_apart_in_gre
 
 @pytest.mark.parametrize("name", ["trade_off", "noise_loss", "clean_strength", "training_margins", "training_barrier"])
 def test_axes_are_labelled_and_nothing_is_cut_off(results, name):
-    figure = next(figure for figure in command.FIGURES if name == figure.NAME)
-    drawn = command.draw(figure, {"runs": results / "runs" / "made-up"})
+    drawn = command.draw(name, {"runs": results / "runs" / "made-up"})
     drawn.canvas.draw()
     width, height = drawn.bbox.width, drawn.bbox.height
     assert any(axes.get_xlabel() for axes in drawn.axes)
@@ -70,7 +69,7 @@ def test_axes_are_labelled_and_nothing_is_cut_off(results, name):
 
 def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results):
     html = report.build(results, "made-up")
-    assert re.findall(r'(?:src|href)="([^"]*)"', html) == [f"figures/{figure.NAME}.png" for figure in command.FIGURES]
+    assert re.findall(r'(?:src|href)="([^"]*)"', html) == [f"figures/{name}.png" for name in command.FIGURES]
     assert all((results / link).is_file() for link in re.findall(r'src="([^"]*)"', html))
     assert "://" not in html
     assert "14 of 14 checks came out as stated" in html
