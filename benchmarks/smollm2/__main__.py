@@ -22,7 +22,6 @@ from models.cli import run
 from prob_transformer.files import provenance, write_json
 from prob_transformer.pretrained.gguf_file import read_gguf
 from prob_transformer.pretrained.load import smollm2_path
-from prob_transformer.pretrained.tokenizer import encode
 
 ARTICLES = (0, 37, 90)
 PASSAGE, PROMPT, CONTINUED = 512, 64, 200
@@ -68,7 +67,7 @@ def compare() -> dict[str, Any]:
 
     passages = []
     for number in tqdm(ARTICLES, desc="passages"):
-        tokens = encode(tokenizer, passage(number))[:PASSAGE]
+        tokens = np.asarray(tokenizer.encode(passage(number)).ids[:PASSAGE])
         ours, theirs = np.asarray(decoder(tokens)), other_logits(tokens)
         difference = nats_a_token(ours, tokens) - nats_a_token(theirs, tokens)
         passages.append(
@@ -81,7 +80,7 @@ def compare() -> dict[str, Any]:
                 "perplexity_difference": abs(math.expm1(difference)),
             }
         )
-    prompt = encode(tokenizer, passage(ARTICLES[0]))[:PROMPT]
+    prompt = np.asarray(tokenizer.encode(passage(ARTICLES[0])).ids[:PROMPT])
     with torch.no_grad():
         whole = other.generate(
             torch.tensor(prompt[None].astype(np.int64)),

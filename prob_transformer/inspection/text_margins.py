@@ -95,18 +95,6 @@ def pieces_of(text: str, ends: Iterable[int]) -> tuple[str, ...]:
     return tuple(pieces)
 
 
-def _heaviest(
-    positions: Int[np.ndarray, "H n"], shares: Float[np.ndarray, "H n n"]
-) -> tuple[Int[np.ndarray, "H n c"], Float[np.ndarray, "H n c"]]:
-    """Carriers and shares in the order of the text, from rows in the order of `positions`."""
-    found = np.argsort(-shares, axis=-1, kind="stable")[..., :CARRIERS]
-    carriers, largest = np.empty_like(found), np.empty(found.shape, shares.dtype)
-    rows = positions[..., None]
-    np.put_along_axis(carriers, rows, found, axis=1)
-    np.put_along_axis(largest, rows, np.take_along_axis(shares, found, axis=-1), axis=1)
-    return carriers, largest
-
-
 def inspect_text(
     layers: Iterable[tuple[Attention, Float[Any, "n d"]]],
     pieces: Sequence[str],
@@ -131,9 +119,12 @@ def inspect_text(
                 margins = layer_margins(layer, inputs, values=values, self_inclusive=inclusive, k=numbers.size)
             except ValueError as error:
                 raise ValueError(f"layer {index}: {error}") from None
-            sign, log_det, support = (np.asarray(margins.sign), np.asarray(margins.log_det), margins.support)
-            heaviest = _heaviest(np.asarray(support.positions), np.asarray(support.carriers))
-            found.append((sign.astype(np.int8), log_det, *heaviest))
+            # The support tokens come closest first.
+            order = np.argsort(margins.support.positions, axis=1)
+            shares = np.take_along_axis(np.asarray(margins.support.carriers), order[..., None], axis=1)
+            carriers = np.argsort(-shares, axis=-1, kind="stable")[..., :CARRIERS]
+            shares = np.take_along_axis(shares, carriers, axis=-1)
+            found.append((np.asarray(margins.sign).astype(np.int8), np.asarray(margins.log_det), carriers, shares))
             wanted.remove(index)
             after_layer()
         if not wanted:

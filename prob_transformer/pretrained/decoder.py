@@ -7,7 +7,6 @@ holds one layer's numbers however deep the model is.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,19 +19,6 @@ from prob_transformer.logits import RMSNorm
 from prob_transformer.softmax import capped
 
 Tokens = Int[Array, " n"] | Int[np.ndarray, " n"]
-
-
-class LayerNorm(eqx.Module):
-    """Zero mean and unit variance over the last axis, then scale and bias (d,)."""
-
-    scale: Float[Array, " d"]
-    bias: Float[Array, " d"]
-    epsilon: float = eqx.field(static=True)
-
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return self.scale * centred * jax.lax.rsqrt(variance + self.epsilon) + self.bias
 
 
 class SwiGLU(eqx.Module):
@@ -73,16 +59,16 @@ def attention_logits(layer: Attention, inputs: Float[Array, "n d"]) -> Float[Arr
 class Block(eqx.Module):
     """One layer. `output_bias` (d,) is what biases of values and output add to every position, or None."""
 
-    attention_norm: RMSNorm | LayerNorm
+    attention_norm: RMSNorm | eqx.nn.LayerNorm
     attention: Attention
     output_bias: Float[Array, " d"] | None
-    mlp_norm: RMSNorm | LayerNorm
+    mlp_norm: RMSNorm | eqx.nn.LayerNorm
     mlp: SwiGLU | GeluMLP
 
     @jax.jit
     def __call__(self, stream: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """The stream after the layer, and the normalised inputs that its heads attended over."""
-        layer, inputs = self.attention, self.attention_norm(stream)
+        layer, inputs = self.attention, jax.vmap(self.attention_norm)(stream)
         if layer.value is None or layer.output is None:
             raise ValueError("attention: has no value or no output map; a decoder block needs both.")
         weights = jax.nn.softmax(attention_logits(layer, inputs), axis=-1)
@@ -90,14 +76,7 @@ class Block(eqx.Module):
         stream = stream + jnp.einsum("hdv,hiv->id", layer.output, weights @ values)
         if self.output_bias is not None:
             stream = stream + self.output_bias
-        return stream + self.mlp(self.mlp_norm(stream)), inputs
-
-
-class LayerInputs(NamedTuple):
-    """An attention layer and the normalised inputs (n, d) it attended over."""
-
-    attention: Attention
-    inputs: Float[Array, "n d"]
+        return stream + self.mlp(jax.vmap(self.mlp_norm)(stream)), inputs
 
 
 class Decoder(eqx.Module):
@@ -106,7 +85,7 @@ class Decoder(eqx.Module):
     token_embedding: Float[Array, "V d"]
     position_embedding: Float[Array, "c d"] | None
     blocks: tuple[Block, ...]
-    final_norm: RMSNorm | LayerNorm
+    final_norm: RMSNorm | eqx.nn.LayerNorm
     head: Float[Array, "V d"]
     context: int = eqx.field(static=True)
 
@@ -128,18 +107,21 @@ class Decoder(eqx.Module):
         stream = self.token_embedding[jnp.asarray(given)]
         return stream if self.position_embedding is None else stream + self.position_embedding[: given.size]
 
-    def layers(self, tokens: Tokens) -> Iterator[LayerInputs]:
-        """Each attention layer with its inputs, run as it is read. Raises ValueError for tokens that do not fit."""
+    def layers(self, tokens: Tokens) -> Iterator[tuple[Attention, Float[Array, "n d"]]]:
+        """Each attention layer with the normalised inputs (n, d) that it attended over, run as it is read.
+
+        Raises ValueError for tokens that do not fit.
+        """
         stream = self.embed(tokens)
         for block in self.blocks:
             stream, inputs = block(stream)
-            yield LayerInputs(block.attention, inputs)
+            yield block.attention, inputs
 
     def logits_from(self, stream: Float[Array, "n d"]) -> Float[Array, "n V"]:
         """Next-token logits after every position when `stream` enters the first layer instead of embeddings."""
         for block in self.blocks:
             stream, _ = block(stream)
-        return self.final_norm(stream) @ self.head.T
+        return jax.vmap(self.final_norm)(stream) @ self.head.T
 
     def __call__(self, tokens: Tokens) -> Float[Array, "n V"]:
         """Next-token logits after every position. Raises ValueError for tokens that do not fit."""

@@ -20,7 +20,6 @@ from prob_transformer.pretrained.config_fields import Count, Positive, require_s
 from prob_transformer.pretrained.decoder import Decoder
 from prob_transformer.pretrained.gguf_tokenizer import GgufTokenizer, tokenizer_of
 from prob_transformer.pretrained.llama import LlamaConfig, llama_decoder, rotary_frequencies
-from prob_transformer.pretrained.tokenizer import require_match
 from prob_transformer.pretrained.weights import Stored, take
 
 _NAMES = {
@@ -46,16 +45,14 @@ _OPTIONAL_NAMES = {
 }
 # By what the frequency of each rotary pair is divided, the scaling of Llama 3.
 _FACTORS = "rope_freqs.weight"
+# What says nothing of the model as it is run.
+_WITHOUT_EFFECT = {
+    "llama.rope.scaling.original_context_length",
+    "llama.rope.scaling.finetuned",
+    "llama.expert_used_count",
+    "llama.tensor_data_layout",
+}
 Schema = TypeVar("Schema")
-
-
-class _General(msgspec.Struct):
-    architecture: str
-
-
-class _Split(msgspec.Struct):
-    count: int = 1
-    no: int = 0
 
 
 class _Llama(msgspec.Struct, forbid_unknown_fields=True, rename=lambda name: name.replace("__", ".")):
@@ -75,13 +72,9 @@ class _Llama(msgspec.Struct, forbid_unknown_fields=True, rename=lambda name: nam
     rope__freq_base: Positive = 10000.0
     rope__scaling__type: str = "linear"
     rope__scaling__factor: Positive | None = None
-    rope__scaling__original_context_length: Any = None
-    rope__scaling__finetuned: Any = None
     rope__scale_linear: Positive = 1.0
     expert_count: int = 0
-    expert_used_count: int = 0
     vocab_size: Count | None = None
-    tensor_data_layout: Any = None
 
     def __post_init__(self) -> None:
         size = self.config(1).head_size
@@ -135,19 +128,6 @@ def _section(path: Path, fields: Mapping[str, Any], name: str, schema: type[Sche
         ) from None
 
 
-def _all_alike(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields `llama.*`, one number where a count is given layer by layer. Raises ValueError unless all are equal."""
-    found = dict(fields)
-    for name, value in fields.items():
-        if name.startswith("llama.") and isinstance(value, list):
-            if len(set(value)) != 1 or len(value) != fields.get("llama.block_count"):
-                raise ValueError(
-                    f"weights: {path} gives {name} = {value}; only models whose layers are all alike are supported."
-                )
-            found[name] = value[0]
-    return found
-
-
 def read_gguf(path: Path) -> tuple[Decoder, Tokenizer]:
     """Decoder and tokenizer of a GGUF file of architecture "llama"; its kinds of tokenizer are in gguf_tokenizer.py.
 
@@ -162,16 +142,23 @@ def read_gguf(path: Path) -> tuple[Decoder, Tokenizer]:
     # What its reader raises on a file that ends early or is something else.
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"weights: {path} is not a whole GGUF file ({error}); copy or install it again.") from None
-    architecture = _section(path, fields, "general", _General).architecture
+    architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"weights: {path} has architecture {architecture!r}; only 'llama' is read from GGUF files.")
-    split = _section(path, fields, "split", _Split)
-    if split.count > 1:
+    if fields.get("split.count", 1) > 1:
         raise ValueError(
-            f"weights: {path} is part {split.no + 1} of {split.count}; merge the parts first, as with "
-            "llama-gguf-split --merge."
+            f"weights: {path} is part {fields.get('split.no', 0) + 1} of {fields['split.count']}; merge the parts "
+            "first, as with llama-gguf-split --merge."
         )
-    told = _section(path, _all_alike(path, fields), "llama", _Llama)
+    # A count may be given layer by layer.
+    for name, value in fields.items():
+        if name.startswith("llama.") and isinstance(value, list):
+            if len(set(value)) != 1 or len(value) != fields.get("llama.block_count"):
+                raise ValueError(
+                    f"weights: {path} gives {name} = {value}; only models whose layers are all alike are supported."
+                )
+            fields[name] = value[0]
+    told = _section(path, {name: x for name, x in fields.items() if name not in _WITHOUT_EFFECT}, "llama", _Llama)
     tokenizer = tokenizer_of(_section(path, fields, "tokenizer.ggml", GgufTokenizer))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     stored: Stored = {
@@ -180,8 +167,5 @@ def read_gguf(path: Path) -> tuple[Decoder, Tokenizer]:
     names = _NAMES | {name: own for name, own in _OPTIONAL_NAMES.items() if own.format(0) in stored}
     # GGUF gives the last axis first.
     embedding = tensors.get(_NAMES["token_embedding"])
-    rows = 0 if embedding is None else int(embedding.shape[-1])
-    config = told.config(rows)
-    decoder = llama_decoder(config, stored, names, told.rotary(stored, config.head_size))
-    require_match(tokenizer, rows)
-    return decoder, tokenizer
+    config = told.config(0 if embedding is None else int(embedding.shape[-1]))
+    return llama_decoder(config, stored, names, told.rotary(stored, config.head_size)), tokenizer

@@ -4,6 +4,7 @@ Layer norms, learned positions, one fused map for queries, keys and values, GELU
 maps input first, (in, out): x W + b. Fields of config.json have the names and defaults of transformers.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -11,7 +12,7 @@ from jaxtyping import Array
 
 from prob_transformer.attention import Attention
 from prob_transformer.pretrained.config_fields import Count, Positive, require_supported
-from prob_transformer.pretrained.decoder import Block, Decoder, GeluMLP, LayerNorm
+from prob_transformer.pretrained.decoder import Block, Decoder, GeluMLP
 from prob_transformer.pretrained.weights import Stored, take_all
 
 
@@ -74,8 +75,9 @@ def gpt2_decoder(config: Gpt2Config, stored: Stored, prefix: str, head: str | No
     else:
         names["head"] = head
 
-    def norm(weights: dict[str, Array], name: str) -> LayerNorm:
-        return LayerNorm(weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_epsilon)
+    def norm(weights: dict[str, Array], name: str) -> eqx.nn.LayerNorm:
+        empty = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)
+        return eqx.tree_at(lambda n: (n.weight, n.bias), empty, (weights[f"{name}.weight"], weights[f"{name}.bias"]))
 
     # Compiled once for all layers, so that their shapes are checked once.
     @jax.jit

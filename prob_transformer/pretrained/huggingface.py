@@ -15,7 +15,6 @@ from prob_transformer.pretrained.config_fields import read_json
 from prob_transformer.pretrained.decoder import Decoder
 from prob_transformer.pretrained.gpt2 import Gpt2Config, gpt2_decoder
 from prob_transformer.pretrained.llama import LlamaConfig, MistralConfig, llama_decoder
-from prob_transformer.pretrained.tokenizer import read_tokenizer, require_match
 from prob_transformer.pretrained.weights import open_safetensors
 
 _HEAD = "lm_head.weight"
@@ -68,11 +67,27 @@ def _read_config(path: Path) -> LlamaConfig | Gpt2Config:
     return read_json(path, _CONFIGS[kind.model_type], remedy)
 
 
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """Cuts whole texts and always alike: what was saved of truncation, padding and dropout in training is off."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    # The library raises plain Exception, for a file that is missing as for one that it cannot parse.
+    except Exception as error:
+        raise ValueError(
+            f"tokenizer: {path} cannot be read as one of the tokenizers library ({error}); save it there anew."
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
 def read_folder(folder: Path | str) -> tuple[Decoder, Tokenizer]:
     """Decoder in float32 and tokenizer of a Hugging Face folder of the Llama or GPT-2 family.
 
-    Raises ValueError for a folder that is not whole, weights that do not fit their config.json, a tokenizer that does
-    not fit the weights, and architectures that are not supported.
+    Raises ValueError for a folder that is not whole, weights that do not fit their config.json, and architectures that
+    are not supported.
     """
     folder = Path(folder)
     config = _read_config(folder / "config.json")
@@ -99,6 +114,4 @@ def read_folder(folder: Path | str) -> tuple[Decoder, Tokenizer]:
         names = _LLAMA_NAMES | (_LLAMA_BIASES if config.attention_bias else {})
         names = {name: prefix + own for name, own in names.items()} | ({"head": head} if head else {})
         decoder = llama_decoder(config, stored, names, Rotary(jnp.asarray(config.frequencies(), jnp.float32)))
-    tokenizer = read_tokenizer(folder / "tokenizer.json")
-    require_match(tokenizer, config.vocab_size)
-    return decoder, tokenizer
+    return decoder, _read_tokenizer(folder / "tokenizer.json")

@@ -48,21 +48,25 @@ def smollm2_path() -> Path:
 def load_pretrained(model: str) -> Pretrained:
     """The model of the name "smollm2", or of the file or folder of that path.
 
-    The digest of several files of weights is that of their digests in the order of their names. Raises ValueError for
-    what is not there, damaged, foreign or of an architecture that is not supported.
+    The digest of several files of weights is that of their digests in the order of their names. Every token must have
+    an embedding, and half of the embeddings a token: tables are padded to round numbers, some by thousands. Raises
+    ValueError for what is not there, damaged, foreign, of an architecture that is not supported or does not match.
     """
-    if model == "smollm2":
-        return Pretrained(*read_gguf(smollm2_path()), "SmolLM2-135M", SMOLLM2_SHA256)
-    path = Path(model)
-    if path.is_dir():
-        decoder, tokenizer = read_folder(path)
-        digests = [file_sha256(file) for file in weight_files(path)]
-        whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-        return Pretrained(decoder, tokenizer, path.resolve().name, whole)
+    path = smollm2_path() if model == "smollm2" else Path(model)
+    if not path.exists():
+        raise ValueError(f"--model: {model} is not there; pass smollm2, a GGUF file or a Hugging Face folder.")
     if path.suffix == ".safetensors":
         raise ValueError(
             f"--model: {model} holds weights alone; pass the folder with its config.json and tokenizer.json."
         )
-    if path.is_file():
-        return Pretrained(*read_gguf(path), path.name, file_sha256(path))
-    raise ValueError(f"--model: {model} is not there; pass smollm2, a GGUF file or a Hugging Face folder.")
+    decoder, tokenizer = read_folder(path) if path.is_dir() else read_gguf(path)
+    rows, _ = decoder.token_embedding.shape
+    tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not rows <= 2 * tokens <= 2 * rows:
+        raise ValueError(
+            f"tokenizer: has {tokens} tokens but the model {rows} embeddings, fewer than the tokens or more than "
+            "twice as many; pass the tokenizer that belongs to the model."
+        )
+    digests = [file_sha256(file) for file in (weight_files(path) if path.is_dir() else [path])]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return Pretrained(decoder, tokenizer, "SmolLM2-135M" if model == "smollm2" else path.resolve().name, whole)

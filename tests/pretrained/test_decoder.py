@@ -6,7 +6,6 @@ import pytest
 from prob_transformer import decoder_margins
 from prob_transformer.pretrained.huggingface import read_folder
 from prob_transformer.pretrained.llama import LlamaConfig, Rope
-from prob_transformer.pretrained.tokenizer import encode
 from tests.support.foreign_models import LLAMA3, llama_folder
 
 
@@ -26,8 +25,8 @@ def test_scaled_rotary_positions_follow_their_published_rules():
 
 def test_each_layer_is_handed_out_with_its_inputs_and_has_margins(tmp_path):
     decoder, tokenizer = read_folder(llama_folder(tmp_path))
-    tokens = encode(tokenizer, "Two words.")
-    assert tokenizer.decode(tokens.tolist()) == "Two words."
+    tokens = np.array(tokenizer.encode("Two words.").ids)
+    assert tokenizer.decode(tokens) == "Two words."
     found = list(decoder_margins(decoder.layers(tokens)))
     assert [layer.sign.shape for layer in found] == [(4, 10)] * 2
     _, inputs = next(decoder.layers(tokens))

@@ -9,7 +9,6 @@ from models import wikipedia
 from prob_transformer import Attention, layer_margins
 from prob_transformer.pretrained.gguf_file import read_gguf
 from prob_transformer.pretrained.load import SMOLLM2_FILE, load_pretrained, metadata, smollm2_path
-from prob_transformer.pretrained.tokenizer import encode
 from tests.support.plain_decoder import Plain, jacobians
 
 # What transformers 5.24 on PyTorch 2.13 continues the first 64 tokens of the first article with, greedily, reading the
@@ -35,7 +34,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def prompt(loaded):
     article = next(wikipedia.read_dump(wikipedia.dump_path()))
-    return encode(loaded.tokenizer, f"{article.title}\n{wikipedia.clean(article.text)}"[:3000])[:64]
+    return np.array(loaded.tokenizer.encode(f"{article.title}\n{wikipedia.clean(article.text)}"[:3000]).ids[:64])
 
 
 THERE = (1, 23)
@@ -68,11 +67,11 @@ def test_greedy_tokens_are_those_of_an_independent_implementation_over_200_posit
 @pytest.mark.slow
 def test_the_tokenizer_keeps_digits_apart_and_adds_nothing(loaded):
     tokenizer = loaded.tokenizer
-    pieces = [tokenizer.decode([number]) for number in encode(tokenizer, "In 1984, naïve.")]
+    pieces = [tokenizer.decode([number]) for number in tokenizer.encode("In 1984, naïve.").ids]
     assert pieces[:7] == ["In", " ", "1", "9", "8", "4", ","]
     assert "".join(pieces[7:8]) == " na"
     for text in ("In 1984, naïve.", " two  spaces\n", "日本語"):
-        assert tokenizer.decode(encode(tokenizer, text).tolist()) == text
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 @pytest.mark.slow
