@@ -1,7 +1,7 @@
 """`python -m paper_figures`: every figure as PNG and PDF, from saved results, without training."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -60,7 +60,7 @@ def load_sections(path: Path, option: str, command: str) -> dict[str, Any]:
     return load_record(path, ("sections",), f"{option}: no result", f"python -m {command} --out")["sections"]
 
 
-_LOADERS = {
+_LOADERS: dict[str, Callable[[Path], Any]] = {
     "runs": load_runs,
     "checks": load_checks,
     "inference": partial(load_sections, option="--inference", command="benchmarks.inference"),

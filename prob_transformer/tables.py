@@ -34,7 +34,7 @@ def markdown_table(headings: Sequence[str], rows: Rows) -> str:
     Line ends within a cell become <br>.
     """
     escaped = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in (headings, *rows)]
-    first, *others = (f"| {' | '.join(row)} |" for row in escaped)
+    first, *others = ("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in escaped)
     return "\n".join([first, "|" + "---|" * len(headings), *others])
 
 

@@ -5,6 +5,7 @@ A page keeps its text; only what stands between its two markers is replaced. The
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,10 @@ Python {record["python"]}, {record["machine"]}; {check["seconds"]:.0f} s. All fi
 
 def fill(page: str, block: str) -> str:
     """The page with the block between its markers; ValueError unless each marker occurs once, in order."""
-    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
+    parts = re.split(f"({START}|{END})", page)
+    if parts[1::2] != [START, END]:
         raise ValueError(f"page: has not one {START} followed by one {END}; put both in.")
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{block}\n{END}{after}"
+    return f"{parts[0]}{START}\n{block}\n{END}{parts[-1]}"
 
 
 def index(report: dict[str, Any]) -> str:
@@ -89,7 +89,10 @@ def sabotage_page(report: dict[str, Any]) -> str:
     unharmed, *mistakes = report["mistakes"]
     rows = []
     for row in mistakes:
-        changes = [f"{one['file'].rpartition('/')[2]}: `{one['old']}` -> `{one['new']}`" for one in row["replacements"]]
+        changes = [
+            f"{one['file'].rpartition('/')[2]}: `{' '.join(one['old'].split())}` -> `{' '.join(one['new'].split())}`"
+            for one in row["replacements"]
+        ]
         rows.append([row["mistake"], "\n".join(changes), ", ".join(row["caught_by"]) or "**nothing**"])
     outcome = "FAIL" if unharmed["caught_by"] else "pass"
     caught, record = sum(bool(row["caught_by"]) for row in mistakes), report["provenance"]

@@ -13,10 +13,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
 from tqdm import tqdm
 
 from prob_transformer import __version__
@@ -103,16 +102,13 @@ def _whole_folder(out: Path, names: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _Encoded(NamedTuple):
-    """Tokens of a text with the piece of each, and the positions of those that the tokenizer added."""
+def _encoded(
+    model: "Pretrained", text: str, limit: int | None, special_tokens: bool
+) -> tuple[list[int], list[str], list[int]]:
+    """The first `limit` tokens of the text, the piece of each, and the positions of those that the tokenizer added.
 
-    tokens: Int[np.ndarray, " n"]
-    pieces: tuple[str, ...]
-    added: list[int]
-
-
-def _encoded(model: "Pretrained", text: str, limit: int | None, special_tokens: bool) -> _Encoded:
-    """The first `limit` tokens of the text. Raises ValueError for too few or too many."""
+    Raises ValueError for too few or too many.
+    """
     context = model.decoder.context
     most = min(context, MOST_TOKENS)
     if most < 2:
@@ -136,7 +132,7 @@ def _encoded(model: "Pretrained", text: str, limit: int | None, special_tokens: 
     pieces = list(pieces_of(text, (end for _, end in encoding.offsets[:count])))
     for place in added:
         pieces[place] = encoding.tokens[place]
-    return _Encoded(np.asarray(encoding.ids[:count]), tuple(pieces), added)
+    return encoding.ids[:count], pieces, added
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,7 +174,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     setting = Setting(arguments.values, arguments.self_inclusive)
     # The bar is for a terminal alone.
     with tqdm(total=len(chosen), desc="layers", leave=False, disable=None) as bar:
-        inspection = inspect_text(model.decoder.layers(tokens), pieces, tokens, setting, chosen, bar.update)
+        inspection = inspect_text(model.decoder.layers(np.array(tokens)), pieces, tokens, setting, chosen, bar.update)
     places = ", ".join(f"{quoted(pieces[place])} at {place}" for place in added)
     ends = f"Tokens added by the tokenizer: {places or 'none'}."
     configuration = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
