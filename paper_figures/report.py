@@ -22,6 +22,7 @@ from paper_figures.saved import load_checks
 from paper_figures.verdicts import load_verdicts
 from prob_transformer.files import write_text
 from prob_transformer.tables import html_table
+from theory_checks.pages import number
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
@@ -30,27 +31,23 @@ p, ul, figcaption { max-width: 62rem; } h1, h2 { line-height: 1.2; } h2 { margin
 th, td { border-bottom: 1px solid #ccc; padding: 0.35rem 0.5rem; text-align: left; vertical-align: top; }
 td { white-space: pre-line; } td[style], td:first-child { white-space: pre; font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; } figcaption { font-size: 0.9rem; color: #333; }
-code, pre { font-size: 0.85rem; } .bad { font-weight: bold; text-decoration: underline; }
+code, pre { font-size: 0.85rem; } .bad { font-weight: bold; }
 """
 CHECK_HEADINGS = ("id", "mark", "claim", "cases", "figure", "tolerance", "verdict", "counterexample must fail")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _checks_section(checks: dict[str, Any]) -> str:
     rows = []
     for check in checks["checks"]:
-        broken = f"{check['counterexample_verdict']} ({_shown(check['counterexample_figure'])})"
+        broken = f"{check['counterexample_verdict']} ({number(check['counterexample_figure'])})"
         rows.append(
             [
                 check["id"],
                 check["mark"],
                 f"{check['statement']}\nWhere: {check['regime']}",
                 f"{check['cases']:,}",
-                _shown(check["figure"]),
-                f"{check['tolerance']:.3g}",
+                number(check["figure"]),
+                number(check["tolerance"]),
                 check["verdict"] + ("" if check["as_stated"] else ", NOT AS STATED"),
                 f"{broken}\n{check['counterexample']}",
             ]
@@ -159,7 +156,7 @@ def _figures_section(results: Path) -> str:
         "<p>Each picture is a file of the folder figures beside this page, as PNG and as PDF. A copy of this page needs that "
         "folder with it.</p>"
     ]
-    for number, (name, (figure, _)) in enumerate(FIGURES.items(), start=1):
+    for place, (name, (figure, _)) in enumerate(FIGURES.items(), start=1):
         picture = f"figures/{name}.png"
         if not (results / picture).is_file():
             raise ValueError(f"--results: no figure at {results / picture}; run python -m paper_figures.")
@@ -168,7 +165,7 @@ def _figures_section(results: Path) -> str:
             f'<figure><img src="{picture}" alt="{caption}" onerror="this.hidden = true; this.nextElementSibling.hidden = false">'
             f'<p class="bad" hidden>The file {picture} is missing beside this page. Copy the folder figures next to it, '
             "or make it with python -m paper_figures.</p>"
-            f"<figcaption>Figure {number}. {caption}</figcaption></figure>"
+            f"<figcaption>Figure {place}. {caption}</figcaption></figure>"
         )
     return "".join(parts)
 

@@ -18,7 +18,6 @@ CAPTION = (
 
 
 def draw(sweep: Runs) -> Figure:
-    """The figure from a sweep."""
     shown = selected(sweep, METHODS)
     layers = len(shown[0].runs[0]["watch"][0]["layers"])
     figure, panels = plt.subplots(2, layers, figsize=(7.2, 4.8), sharex=True, sharey="row", squeeze=False)

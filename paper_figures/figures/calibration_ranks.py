@@ -17,7 +17,6 @@ _COLUMNS = 4
 
 
 def draw(inference: dict[str, Any]) -> Figure:
-    """The figure from the sections of the inference benchmark."""
     rows = inference["calibration"]["rows"]
     figure, panels = panel_grid(len(rows), _COLUMNS, 2.0, sharey=True)
     for panel, row in zip(panels, rows, strict=True):

@@ -18,7 +18,6 @@ _COLUMNS = 4
 
 
 def draw(sweep: Runs) -> Figure:
-    """The figure from a sweep."""
     methods = [method for method in sweep.methods if method != BASELINE]
     figure, panels = panel_grid(len(methods), _COLUMNS, 1.9, sharey=True)
     for panel, method in zip(panels, methods, strict=True):

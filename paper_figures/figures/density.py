@@ -1,6 +1,6 @@
 """The 1-D density of one position before and past the degeneracy boundary, with its mass."""
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from models.scalar import NOISE_SCALE, PAST, conditional_masses, scalar_attention
 from paper_figures.figures.style import BLACK, BLUE, ORANGE, legend_below
-from prob_transformer import Attention, Past, ResidualAndLogDet
+from prob_transformer import Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
 INTERACTIONS = ((1.0, "before the boundary"), (1.5, "just past it"), (4.0, "far past it"))
@@ -23,19 +23,13 @@ CAPTION = (
 )
 
 
-@jax.jit
-def _residual_and_log_det(attention: Attention, past: Past, points: Any) -> ResidualAndLogDet:
-    return jax.vmap(lambda u: residual_and_log_det_at(attention, past, u))(points)
-
-
 def draw() -> Figure:
-    """The figure; it needs no saved result."""
     axis = np.linspace(-2.6, 2.6, 801)
     figure, panels = plt.subplots(1, 3, figsize=(7.2, 3.0))
     for panel, (a, place) in zip(panels, INTERACTIONS, strict=True):
         attention = scalar_attention(a)
         past = Past.of(attention, jnp.asarray(PAST)[:, None])
-        found = _residual_and_log_det(attention, past, axis[:, None])
+        found = jax.vmap(partial(residual_and_log_det_at, attention, past))(axis[:, None])
         noise_density = norm.pdf(np.asarray(found.residual)[:, 0], 0.0, NOISE_SCALE)
         density = noise_density * np.exp(np.asarray(found.log_det))
         masses = conditional_masses(a)

@@ -18,7 +18,6 @@ _COLUMNS, _TICKS = 4, (-100, -10, -5, 0, 5, 10, 100, 1000)
 
 
 def draw(sweep: Runs) -> Figure:
-    """The figure from a sweep."""
     rows = [row for row in described(select_all(sweep), "test") if row["method"] != BASELINE]
     figure, panels = panel_grid(len(PERTURBATIONS), _COLUMNS, 2.6, sharey=True)
     for place, (panel, (kind, level)) in enumerate(zip(panels, PERTURBATIONS, strict=True)):

@@ -18,7 +18,6 @@ _COLUMNS = 3
 
 
 def draw(inference: dict[str, Any]) -> Figure:
-    """The figure from the sections of the inference benchmark."""
     rows = inference["laplace-nuts"]["rows"]
     figure, panels = panel_grid(len(rows), _COLUMNS, 2.0)
     for panel, row in zip(panels, rows, strict=True):

@@ -21,7 +21,6 @@ _TICKS = (-100, -1, 0, 1, 10, 100, 10000)
 
 
 def draw(sweep: Runs) -> Figure:
-    """The figure from a sweep."""
     shown = selected(sweep, (BASELINE, *BARRIERS))
     layers = len(shown[0].runs[0]["margins"]["layers"]["determinant_levels"])
     figure, panels = plt.subplots(1, 1 + layers, figsize=(7.2, 3.4), sharey=True)

@@ -26,7 +26,6 @@ _TICKS = (-0.4, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def draw(sweep: Runs) -> Figure:
-    """The figure from a sweep."""
     plain = selected(sweep, (BASELINE,))[0]
     barriers, competitors = selected(sweep, BARRIERS), selected(sweep, COMPETITORS)
     figure, panels = plt.subplots(3, 2, figsize=(7.2, 8.4), sharex="col", sharey="row")

@@ -16,7 +16,6 @@ CAPTION = (
 
 
 def draw(benchmark: dict[str, Any]) -> Figure:
-    """The figure from the sections of the benchmark."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
     rows = benchmark["scaling"]["rows"]
     lengths = np.array([row["length"] for row in rows])

@@ -21,7 +21,6 @@ _INCREASE_TICKS = (-80, -40, -20, -10, -5, 0, 5, 10, 20, 40, 80, 160)
 
 
 def draw(sweep: Runs) -> Figure:
-    """The figure from a sweep."""
     figure, panel = plt.subplots(figsize=(7.2, 5.2))
     for method in sweep.methods:
         plain = method == BASELINE

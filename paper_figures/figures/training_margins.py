@@ -22,7 +22,6 @@ _TICKS = (-100, -10, -1, 0, 1, 10, 100, 1000)
 
 
 def draw(sweep: Runs) -> Figure:
-    """The figure from a sweep."""
     shown = selected(sweep, METHODS)
     layers = len(shown[0].runs[0]["watch"][0]["layers"])
     figure, panels = plt.subplots(

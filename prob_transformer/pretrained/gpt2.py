@@ -44,11 +44,10 @@ class Gpt2Config(msgspec.Struct):
             raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
 
 
-def gpt2_decoder(config: Gpt2Config, stored: Stored, prefix: str, head: str | None) -> Decoder:
+def gpt2_decoder(config: Gpt2Config, stored: Stored, prefix: str, head: dict[str, str]) -> Decoder:
     """The decoder in float32. Raises ValueError for weights that are missing, left over or do not fit.
 
-    `prefix` is what the names of the model's body begin with, `head` the name of the head, None where it is the token
-    embedding.
+    `prefix` is what the names of the model's body begin with; `head` is empty where it is the token embedding.
     """
     width, heads, size = config.n_embd, config.n_head, config.n_embd // config.n_head
     hidden = 4 * width if config.n_inner is None else config.n_inner
@@ -69,11 +68,8 @@ def gpt2_decoder(config: Gpt2Config, stored: Stored, prefix: str, head: str | No
         ("mlp.c_proj", hidden, width),
     ):
         of_layer |= {f"{name}.weight": (rows, columns), f"{name}.bias": (columns,)}
-    names = {name: prefix + name for name in whole} | {name: f"{prefix}h.{{}}.{name}" for name in of_layer}
-    if head is None:
-        del names["head"]
-    else:
-        names["head"] = head
+    names = {name: prefix + name for name in whole if name != "head"} | head
+    names |= {name: f"{prefix}h.{{}}.{name}" for name in of_layer}
 
     def norm(weights: dict[str, Array], name: str) -> eqx.nn.LayerNorm:
         empty = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)

@@ -107,11 +107,11 @@ def read_folder(folder: Path | str) -> tuple[Decoder, Tokenizer]:
     if _HEAD in stored and config.tie_word_embeddings and prefix + embedding not in stored:
         # Of two tied matrices either may be the one that is stored.
         stored[prefix + embedding] = stored.pop(_HEAD)
-    head = _HEAD if _HEAD in stored else None
+    head = {"head": _HEAD} if _HEAD in stored else {}
     if isinstance(config, Gpt2Config):
         decoder = gpt2_decoder(config, stored, prefix, head)
     else:
         names = _LLAMA_NAMES | (_LLAMA_BIASES if config.attention_bias else {})
-        names = {name: prefix + own for name, own in names.items()} | ({"head": head} if head else {})
+        names = {name: prefix + own for name, own in names.items()} | head
         decoder = llama_decoder(config, stored, names, Rotary(jnp.asarray(config.frequencies(), jnp.float32)))
     return decoder, _read_tokenizer(folder / "tokenizer.json")
