@@ -4,7 +4,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from paper_figures.figures.claims import picture
+from paper_figures.figures.claim_pictures import picture
 
 CAPTION = (
     "Along the central path of the barrier problem, as lambda falls, the multipliers lambda / m_i settle on the support tokens, "

@@ -20,7 +20,7 @@ from prob_transformer.pretrained.config_fields import Count, Positive, require_s
 from prob_transformer.pretrained.decoder import Decoder
 from prob_transformer.pretrained.gguf_tokenizer import GgufTokenizer, tokenizer_of
 from prob_transformer.pretrained.llama import LlamaConfig, llama_decoder, rotary_frequencies
-from prob_transformer.pretrained.weights import Stored, take
+from prob_transformer.pretrained.weights import Stored, read_weights
 
 _NAMES = {
     "token_embedding": "token_embd.weight",
@@ -107,7 +107,7 @@ class _Llama(msgspec.Struct, forbid_unknown_fields=True, rename=lambda name: nam
         """Frequencies in radians a position, divided by the factor of all and by those of each pair."""
         frequencies = rotary_frequencies(self.rope__freq_base, self.rope__dimension_count or size)
         if _FACTORS in stored:
-            (factors,) = take(stored, {"factors": _FACTORS}, {"factors": frequencies.shape}).values()
+            (factors,) = read_weights(stored, {"factors": _FACTORS}, {"factors": frequencies.shape}).values()
             if not (factors > 0).all():
                 raise ValueError(f"weights: {_FACTORS} has a number that is not above 0; copy the file again.")
             frequencies = frequencies / factors

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from prob_transformer.attention import Attention
 from prob_transformer.pretrained.config_fields import Count, Positive, require_supported
 from prob_transformer.pretrained.decoder import Block, Decoder, GeluMLP
-from prob_transformer.pretrained.weights import Stored, take_all
+from prob_transformer.pretrained.weights import Stored, read_all_weights
 
 
 class Gpt2Config(msgspec.Struct):
@@ -94,7 +94,7 @@ def gpt2_decoder(config: Gpt2Config, stored: Stored, prefix: str, head: dict[str
         )
         return Block(norm(weights, "ln_1"), attention, output_bias, norm(weights, "ln_2"), mlp)
 
-    found, blocks = take_all(stored, names, whole, of_layer, config.n_layer, block)
+    found, blocks = read_all_weights(stored, names, whole, of_layer, config.n_layer, block)
     arrays = {name: jnp.asarray(array) for name, array in found.items()}
     return Decoder(
         token_embedding=arrays["wte.weight"],

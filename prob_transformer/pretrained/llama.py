@@ -18,7 +18,7 @@ from prob_transformer.attention import Attention
 from prob_transformer.logits import RMSNorm, Rotary
 from prob_transformer.pretrained.config_fields import Count, Positive, require_supported
 from prob_transformer.pretrained.decoder import Block, Decoder, SwiGLU
-from prob_transformer.pretrained.weights import Stored, take_all
+from prob_transformer.pretrained.weights import Stored, read_all_weights
 
 
 class Rope(msgspec.Struct):
@@ -175,7 +175,7 @@ def llama_decoder(config: LlamaConfig, stored: Stored, names: Mapping[str, str],
         mlp = SwiGLU(weights["gate"], weights["up"], weights["down"])
         return Block(next(norms), attention, output_bias, next(norms), mlp)
 
-    found, blocks = take_all(stored, names, whole, of_layer, config.num_hidden_layers, block)
+    found, blocks = read_all_weights(stored, names, whole, of_layer, config.num_hidden_layers, block)
     table = jnp.asarray(found["token_embedding"])
     return Decoder(
         token_embedding=table,

@@ -72,7 +72,7 @@ def open_safetensors(folder: Path) -> Stored:
     return stored
 
 
-def take(
+def read_weights(
     stored: Stored, names: Mapping[str, str], shapes: Shapes, layer: int | None = None
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """The weights of these shapes in float32, taken out of `stored`; those that `names` lacks the model does not have.
@@ -100,7 +100,7 @@ def take(
     return found
 
 
-def take_all(
+def read_all_weights(
     stored: Stored,
     names: Mapping[str, str],
     shapes: Shapes,
@@ -110,10 +110,10 @@ def take_all(
 ) -> tuple[dict[str, Float[np.ndarray, "..."]], tuple[Block, ...]]:
     """The weights of a whole model: those of `shapes`, and a block of every layer from those of `of_layer`.
 
-    Raises ValueError as `take`, and for a weight that is left over.
+    Raises ValueError as `read_weights`, and for a weight that is left over.
     """
-    whole = take(stored, names, shapes)
-    blocks = tuple(block(take(stored, names, of_layer, layer)) for layer in range(layers))
+    whole = read_weights(stored, names, shapes)
+    blocks = tuple(block(read_weights(stored, names, of_layer, layer)) for layer in range(layers))
     if stored:
         raise ValueError(
             f"weights: {min(stored)} is stored, which a model of this configuration does not have; pass the "

@@ -1,4 +1,4 @@
-"""`python -m paper_figures.figures.claims`: one picture a claim, from the figures that the checks saved."""
+"""`python -m paper_figures.figures.claim_pictures`: one picture a claim, from the figures that the checks saved."""
 
 import argparse
 from collections.abc import Callable
@@ -168,7 +168,9 @@ def picture(check: dict[str, Any]) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m paper_figures.figures.claims", description="Draw the claims.")
+    parser = argparse.ArgumentParser(
+        prog="python -m paper_figures.figures.claim_pictures", description="Draw the claims."
+    )
     parser.add_argument("--json", type=Path, default=Path("results/theory_checks.json"), help="of the checks")
     parser.add_argument(
         "--out", type=Path, default=Path("results/figures/claims"), help="folder (default: %(default)s)"
