@@ -71,8 +71,6 @@ class LlamaConfig(msgspec.Struct):
             raise ValueError(f"heads of size {size} have a coordinate without a pair for rotary positions")
         if heads % key_heads:
             raise ValueError(f"{heads} heads do not divide among {key_heads} key heads")
-        # Once here, so that what is missing is told before any weight is read.
-        self.frequencies()
 
     @property
     def head_size(self) -> int:
@@ -83,7 +81,10 @@ class LlamaConfig(msgspec.Struct):
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     def frequencies(self) -> Float[np.ndarray, " r"]:
-        """Rotary frequencies in radians a position, with the scalings "linear" and "llama3" of long-context models."""
+        """Rotary frequencies in radians a position, with the scalings "linear" and "llama3" of long-context models.
+
+        Raises ValueError for a scaling that lacks a number.
+        """
         rope = msgspec.structs.asdict(self.rope_scaling or self.rope_parameters or Rope())
         base = self.rope_theta if rope["rope_theta"] is UNSET else rope["rope_theta"]
         plain = rotary_frequencies(base, self.head_size)
@@ -92,13 +93,15 @@ class LlamaConfig(msgspec.Struct):
         wanted = ("factor",) if rope["rope_type"] == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
         for name in wanted:
             if rope[name] is UNSET:
-                raise ValueError(f"rotary positions are scaled without {name}")
+                raise ValueError(f"rope_scaling: rotary positions are scaled without {name}; give it in config.json.")
         factor, *bounds = (rope[name] for name in wanted)
         if not bounds:
             return plain / factor
         low, high = bounds
         if low >= high:
-            raise ValueError(f"low_freq_factor = {low} is not below high_freq_factor = {high}")
+            raise ValueError(
+                f"rope_scaling: low_freq_factor = {low} is not below high_freq_factor = {high}; correct it."
+            )
         trained = rope["original_max_position_embeddings"]
         trained = self.max_position_embeddings if trained is UNSET else trained
         kept = np.clip((trained * plain / (2 * math.pi) - low) / (high - low), 0, 1)
