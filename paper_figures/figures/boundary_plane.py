@@ -30,7 +30,7 @@ def draw() -> Figure:
     position = int(support_tokens(attention, embeddings, 1).positions[0])
     past = Past.of(attention, embeddings[:position])
     axis = np.linspace(-WINDOW, WINDOW, GRID)
-    plane = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    plane = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     found = jax.vmap(partial(residual_and_log_det_at, attention, past))(plane)
     determinant = np.asarray(found.sign * jnp.exp(found.log_det)).reshape(GRID, GRID)
     weights = np.asarray(attention_weights(attention, past, embeddings[position])[0])

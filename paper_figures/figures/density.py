@@ -29,7 +29,7 @@ def draw() -> Figure:
     for panel, (a, place) in zip(panels, INTERACTIONS, strict=True):
         attention = scalar_attention(a)
         past = Past.of(attention, jnp.asarray(PAST)[:, None])
-        found = jax.vmap(partial(residual_and_log_det_at, attention, past))(axis[:, None])
+        found = jax.vmap(partial(residual_and_log_det_at, attention, past))(jnp.asarray(axis)[:, None])
         noise_density = norm.pdf(np.asarray(found.residual)[:, 0], 0.0, NOISE_SCALE)
         density = noise_density * np.exp(np.asarray(found.log_det))
         masses = conditional_masses(a)
