@@ -216,14 +216,14 @@ def check(path: Path, screenshots: Path | None) -> None:
 def tiny_page() -> Iterator[Path]:
     """The page of a random model of the Llama family: one token a byte, and one that is markup."""
     from prob_transformer.__main__ import main
-    from tests.support.tiny_models import LLAMA, byte_tokenizer, llama_weights, write
+    from tests.support.foreign_models import with_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
-        folder, tokenizer = Path(name), byte_tokenizer()
-        tokenizer.add_tokens(["<i>x</i>"])
-        config = LLAMA | {"max_position_embeddings": 256, "vocab_size": tokenizer.get_vocab_size()}
-        write(folder / "tiny", config, llama_weights(config))
-        tokenizer.save(str(folder / "tiny" / "tokenizer.json"))
+        folder = Path(name)
+        make = with_tokenizer(
+            lambda tokenizer: tokenizer.add_tokens(["<i>x</i>"]), max_position_embeddings=256, vocab_size=261
+        )
+        make(folder / "tiny")
         (folder / "text.txt").write_bytes(_AWKWARD.encode())
         asked = ["--model", str(folder / "tiny"), "--text", str(folder / "text.txt"), "--out", str(folder / "out")]
         with contextlib.redirect_stdout(io.StringIO()):
