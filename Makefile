@@ -33,7 +33,7 @@ reproduce: $(INSTALLED) ## checks, training, figures and results/report.html [PR
 	$(RUN) -m paper_figures.study sweep --profile $(PROFILE) --out $(RESULTS)/runs/$(PROFILE)
 	$(RUN) -m paper_figures.study verdicts --runs $(RESULTS)/runs/$(PROFILE) --out $(RESULTS)/verdicts.json
 	$(RUN) -m paper_figures --runs $(RESULTS)/runs/$(PROFILE) --checks $(RESULTS)/theory_checks.json --out $(RESULTS)/figures
-	$(RUN) -m paper_figures.figures.claims --json $(RESULTS)/theory_checks.json --out $(RESULTS)/figures/claims
+	$(RUN) -m paper_figures.figures.claim_pictures --json $(RESULTS)/theory_checks.json --out $(RESULTS)/figures/claims
 	$(RUN) -m paper_figures.report --results $(RESULTS) --profile $(PROFILE)
 
 test: $(INSTALLED) ## the tests but those that are long by nature [TESTS=FILES]

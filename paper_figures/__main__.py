@@ -1,8 +1,11 @@
 """`python -m paper_figures`: every figure as PNG and PDF, from saved results, without training."""
 
 import argparse
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import matplotlib as mpl
@@ -12,6 +15,7 @@ from tqdm import tqdm
 
 from models import cli
 from paper_figures.figures import (
+    barrier_curves,
     boundary_plane,
     calibration_ranks,
     central_path,
@@ -25,56 +29,75 @@ from paper_figures.figures import (
     style,
     support_passage,
     trade_off,
-    training_barrier,
     training_margins,
 )
-from paper_figures.inference_result import INFERENCE
+from paper_figures.saved_results import load_checks, load_record
+from paper_figures.study.runs import load_runs
 
-# In the order of the report. Each has NAME, CAPTION and SOURCE: which saved result its `draw` takes, None for none.
-FIGURES: tuple[ModuleType, ...] = (
-    trade_off,
-    effects,
-    noise_loss,
-    clean_strength,
-    margin_levels,
-    training_margins,
-    training_barrier,
-    support_passage,
-    density,
-    boundary_plane,
-    central_path,
-    laplace_nuts,
-    calibration_ranks,
-    scaling,
-)
+# In the order of the report: what has CAPTION and `draw`, and which saved result that takes, None for none.
+FIGURES: dict[str, tuple[ModuleType, str | None]] = {
+    "trade_off": (trade_off, "runs"),
+    "effects": (effects, "runs"),
+    "noise_loss": (noise_loss, "runs"),
+    "clean_strength": (clean_strength, "runs"),
+    "margin_levels": (margin_levels, "runs"),
+    "training_margins": (training_margins, "runs"),
+    "training_barrier": (barrier_curves, "runs"),
+    "support_passage": (support_passage, "runs"),
+    "density": (density, None),
+    "boundary_plane": (boundary_plane, None),
+    "central_path": (central_path, "checks"),
+    "laplace_nuts": (laplace_nuts, "inference"),
+    "calibration_ranks": (calibration_ranks, "inference"),
+    "scaling": (scaling, "benchmark"),
+}
+_BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+INFERENCE, BENCHMARK = _BENCHMARKS / "inference" / "result.json", _BENCHMARKS / "results" / "cpu.json"
 
 
-def draw(figure: ModuleType, sources: dict[str, Path]) -> Figure:
-    """One figure in the one style, from the saved result that it names."""
+def load_sections(path: Path, option: str, command: str) -> dict[str, Any]:
+    """The sections of a benchmark by name. Raises ValueError naming the command to run if there is no result."""
+    return load_record(path, ("sections",), f"{option}: no result", f"python -m {command} --out")["sections"]
+
+
+_LOADERS: dict[str, Callable[[Path], Any]] = {
+    "runs": load_runs,
+    "checks": load_checks,
+    "inference": partial(load_sections, option="--inference", command="benchmarks.inference"),
+    "benchmark": partial(load_sections, option="--benchmark", command="benchmarks"),
+}
+
+
+@cache
+def _loaded(source: str, path: Path) -> Any:
+    return _LOADERS[source](path)
+
+
+def draw(name: str, sources: Mapping[str, Path]) -> Figure:
+    """One figure in the one style, from the saved result that it takes."""
+    figure, source = FIGURES[name]
     with mpl.rc_context(style.RC):
-        return figure.draw() if figure.SOURCE is None else figure.draw(sources[figure.SOURCE])
+        return figure.draw() if source is None else figure.draw(_loaded(source, sources[source]))
 
 
 def main(argv: list[str] | None = None) -> None:
-    names = [figure.NAME for figure in FIGURES]
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description="Draw the figures.")
-    parser.add_argument("--only", action="append", metavar="NAME", help=f"draw one of {', '.join(names)}; repeatable")
+    parser.add_argument("--only", action="append", metavar="NAME", help=f"one of {', '.join(FIGURES)}; repeatable")
     parser.add_argument("--runs", type=Path, default=Path("results/runs/quick"), help="sweep (default: %(default)s)")
     parser.add_argument("--checks", type=Path, default=Path("results/theory_checks.json"), help="of theory_checks")
     parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of benchmarks.inference")
-    parser.add_argument("--benchmark", type=Path, default=scaling.BENCHMARK, help="result of benchmarks")
+    parser.add_argument("--benchmark", type=Path, default=BENCHMARK, help="result of benchmarks")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    unknown = set(arguments.only or ()) - set(names)
+    chosen = [name for name in FIGURES if name in (arguments.only or FIGURES)]
+    unknown = set(arguments.only or ()) - set(chosen)
     if unknown:
-        raise ValueError(f"--only: got {', '.join(sorted(unknown))}; pass one of {', '.join(names)}.")
+        raise ValueError(f"--only: got {', '.join(sorted(unknown))}; pass one of {', '.join(FIGURES)}.")
     jax.config.update("jax_enable_x64", True)
-    chosen = [figure for figure in FIGURES if not arguments.only or figure.NAME in arguments.only]
-    sources = {name: getattr(arguments, name) for name in ("runs", "checks", "inference", "benchmark")}
-    for figure in tqdm(chosen, desc="figures", unit="figure"):
-        drawn = draw(figure, sources)
+    for name in tqdm(chosen, desc="figures", unit="figure"):
+        drawn = draw(name, vars(arguments))
         with mpl.rc_context(style.RC):
-            style.save(drawn, figure.NAME, arguments.out)
+            style.save(drawn, name, arguments.out)
         plt.close(drawn)
     print(f"{len(chosen)} figures in {arguments.out}")
 

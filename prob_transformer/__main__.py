@@ -4,22 +4,8 @@ Its --help and --version work with the core alone. What `inspect` needs beyond i
 """
 
 import sys
-from collections.abc import Sequence
 
-from prob_transformer import inspection
-
-
-def _load(model: str) -> inspection.Loaded:
-    # The loaders need the extra, which --help must not.
-    from prob_transformer.pretrained.load import load
-
-    return load(model)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 2 for bad input or a missing extra, 130 when interrupted."""
-    return inspection.main(sys.argv[1:] if argv is None else argv, _load)
-
+from prob_transformer.inspection.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

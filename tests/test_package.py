@@ -74,7 +74,6 @@ def test_the_wheel_holds_the_library_and_nothing_else(core):
         "page.css",
         "page.html",
         "page.js",
-        "page.py",
     }
     assert "prob-transformer = prob_transformer.__main__:main" in (core / ABOUT / "entry_points.txt").read_text()
     described = (core / ABOUT / "METADATA").read_text(encoding="utf-8")
@@ -121,7 +120,11 @@ for module in pkgutil.walk_packages(prob_transformer.__path__, "prob_transformer
 """,
     )
     assert (done.stdout.splitlines(), done.stderr) == (
-        ["prob_transformer.inspection.table ModuleNotFoundError", "prob_transformer.pretrained MissingExtraError"],
+        [
+            "prob_transformer.inspection.terminal_table ModuleNotFoundError",
+            "prob_transformer.pretrained MissingExtraError",
+            "prob_transformer.tables ModuleNotFoundError",
+        ],
         "",
     )
 
@@ -175,7 +178,7 @@ _USES = {
     "save": ("xarray", "inference", "save(None, 'result.nc')"),
     "load": ("xarray", "inference", "load('result.zarr')"),
     "pretrained": ("gguf", "inspect", "import prob_transformer.pretrained.load"),
-    "tree": ("xarray", "inspect", "prob_transformer.inspection.tree(None, {})"),
+    "tree": ("xarray", "inspect", "prob_transformer.inspection.inspection_tree(None, {})"),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prob_transformer import Attention, RMSNorm, Rotary, barrier_penalty, layer_margins
-from prob_transformer.pretrained.model import attention_logits
+from prob_transformer.pretrained.decoder import attention_logits
 
 STORED = np.load(Path(__file__).parent / "layers.npz")
 LAYERS = sorted({name.split("/")[0] for name in STORED})

@@ -5,11 +5,13 @@ A page keeps its text; only what stands between its two markers is replaced. The
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from models import cli
 from prob_transformer.files import write_text
+from prob_transformer.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- measured -->", "<!-- /measured -->"
@@ -23,97 +25,86 @@ def number(value: Any) -> str:
 def measured(check: dict[str, Any], record: dict[str, Any], picture: str | None) -> str:
     """The block of one page: figures, verdicts, and what was run."""
     versions = ", ".join(f"{name} {record['packages'][name]}" for name in ("jax", "numpyro", "scipy"))
-    lines = [
-        "## What was measured",
-        "",
-        "| | figure | must | verdict |",
-        "|---|---|---|---|",
-        f"| claim: {check['figure_name']}, {check['cases']:,} cases | {number(check['figure'])} | "
-        f"be at most {number(check['tolerance'])} | **{check['verdict']}** |",
-        f"| counterexample | {number(check['counterexample_figure'])} | fail | **{check['counterexample_verdict']}** |",
-        "",
-        f"Claim, where: {check['regime']}",
-        "",
-        f"Counterexample: {check['counterexample']}",
-        "",
-        f"Tolerance: {check['tolerance_reason']}",
-        "",
-        f"`python -m theory_checks --only {check['id']} --seed {record['seed']}`; {versions}, "
-        f"Python {record['python']}, {record['machine']}; {check['seconds']:.0f} s. All figures: "
-        "[theory_checks.json](../../results/reference/theory_checks.json).",
+    claim = f"claim: {check['figure_name']}, {check['cases']:,} cases"
+    rows = [
+        [claim, number(check["figure"]), f"be at most {number(check['tolerance'])}", f"**{check['verdict']}**"],
+        ["counterexample", number(check["counterexample_figure"]), "fail", f"**{check['counterexample_verdict']}**"],
     ]
-    if picture is not None:
-        lines += ["", f"![{check['claim']}]({picture})"]
-    return "\n".join(lines)
+    shown = "" if picture is None else f"\n\n![{check['claim']}]({picture})"
+    return f"""## What was measured
+
+{markdown_table(("", "figure", "must", "verdict"), rows)}
+
+Claim, where: {check["regime"]}
+
+Counterexample: {check["counterexample"]}
+
+Tolerance: {check["tolerance_reason"]}
+
+`python -m theory_checks --only {check["id"]} --seed {record["seed"]}`; {versions}, \
+Python {record["python"]}, {record["machine"]}; {check["seconds"]:.0f} s. All figures: \
+[theory_checks.json](../../results/reference/theory_checks.json).{shown}"""
 
 
 def fill(page: str, block: str) -> str:
     """The page with the block between its markers; ValueError unless each marker occurs once, in order."""
-    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
+    parts = re.split(f"({START}|{END})", page)
+    if parts[1::2] != [START, END]:
         raise ValueError(f"page: has not one {START} followed by one {END}; put both in.")
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{block}\n{END}{after}"
+    return f"{parts[0]}{START}\n{block}\n{END}{parts[-1]}"
 
 
 def index(report: dict[str, Any]) -> str:
     """The table of all claims."""
+    headings = ("id", "claim", "mark", "cases", "figure", "at most", "verdict", "counterexample must fail")
     rows = [
-        f"| [{check['id']}]({check['id']}.md) | {check['claim'].replace('|', chr(92) + '|')} | {check['mark']} | "
-        f"{check['cases']:,} | {number(check['figure'])} | {number(check['tolerance'])} | {check['verdict']} | "
-        f"{check['counterexample_verdict']} ({number(check['counterexample_figure'])}) |"
+        [
+            f"[{check['id']}]({check['id']}.md)",
+            check["claim"],
+            check["mark"],
+            f"{check['cases']:,}",
+            number(check["figure"]),
+            number(check["tolerance"]),
+            check["verdict"],
+            f"{check['counterexample_verdict']} ({number(check['counterexample_figure'])})",
+        ]
         for check in report["checks"]
     ]
-    return "\n".join(
-        [
-            "# Every claim: statement, proof, and what was measured",
-            "",
-            "One page a claim, one check a page: `python -m theory_checks --only ID`. This table and the figures of",
-            "the pages are written by `python -m theory_checks.pages` from",
-            "[theory_checks.json](../../results/reference/theory_checks.json). Marks: paper, the paper says it;",
-            "derived, proved and checked here; ours, our own addition.",
-            "",
-            "`python -m theory_checks --sabotage` puts mistakes into the library; [each of them](sabotage.md) is",
-            "noticed by at least one check. [Mutation testing](../mutation.md) asks the same of the test suite.",
-            "",
-            "| id | claim | mark | cases | figure | at most | verdict | counterexample must fail |",
-            "|---|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    return f"""# Every claim: statement, proof, and what was measured
+
+One page a claim, one check a page: `python -m theory_checks --only ID`. This table and the figures of
+the pages are written by `python -m theory_checks.pages` from
+[theory_checks.json](../../results/reference/theory_checks.json). Marks: paper, the paper says it;
+derived, proved and checked here; ours, our own addition.
+
+`python -m theory_checks --sabotage` puts mistakes into the library; [each of them](sabotage.md) is
+noticed by at least one check. [Mutation testing](../mutation.md) asks the same of the test suite.
+
+{markdown_table(headings, rows)}
+"""
 
 
 def sabotage_page(report: dict[str, Any]) -> str:
     """The page of the mistakes: what each replaces by what, and the checks that notice it."""
+    unharmed, *mistakes = report["mistakes"]
     rows = []
-    for row in report["mistakes"][1:]:
-        changes = "<br>".join(
-            f"{item['file'].rpartition('/')[2]}: `{item['old']}` -> `{item['new']}`".replace("|", "\\|")
-            for item in row["replacements"]
-        )
-        rows.append(f"| {row['mistake']} | {changes} | {', '.join(row['caught_by']) or '**nothing**'} |")
-    caught = sum(bool(row["caught_by"]) for row in report["mistakes"][1:])
-    unharmed = "pass" if not report["mistakes"][0]["caught_by"] else "FAIL"
-    record = report["provenance"]
-    summary = (
-        f"`python -m theory_checks --sabotage`: {caught} of {len(rows)} mistakes are caught, each by at least one of "
-        f"the {len(report['checks'])} quick checks; on the library as it is they all {unharmed}. "
-        f"Seed {record['seed']}, Python {record['python']}, JAX {record['packages']['jax']}. "
-        "Written by `python -m theory_checks.pages` from [sabotage.json](../../results/reference/sabotage.json)."
-    )
-    return "\n".join(
-        [
-            "# Mistakes put into the library, one by one, and the checks that notice them",
-            "",
-            summary,
-            "",
-            "| mistake | in prob_transformer/ | caught by |",
-            "|---|---|---|",
-            *rows,
-            "",
+    for row in mistakes:
+        changes = [
+            f"{one['file'].rpartition('/')[2]}: `{' '.join(one['old'].split())}` -> `{' '.join(one['new'].split())}`"
+            for one in row["replacements"]
         ]
-    )
+        rows.append([row["mistake"], "\n".join(changes), ", ".join(row["caught_by"]) or "**nothing**"])
+    outcome = "FAIL" if unharmed["caught_by"] else "pass"
+    caught, record = sum(bool(row["caught_by"]) for row in mistakes), report["provenance"]
+    return f"""# Mistakes put into the library, one by one, and the checks that notice them
+
+`python -m theory_checks --sabotage`: {caught} of {len(rows)} mistakes are caught, each by at least one of \
+the {len(report["checks"])} quick checks; on the library as it is they all {outcome}. \
+Seed {record["seed"]}, Python {record["python"]}, JAX {record["packages"]["jax"]}. \
+Written by `python -m theory_checks.pages` from [sabotage.json](../../results/reference/sabotage.json).
+
+{markdown_table(("mistake", "in prob_transformer/", "caught by"), rows)}
+"""
 
 
 def pages(report: dict[str, Any], docs: Path) -> dict[Path, str]:

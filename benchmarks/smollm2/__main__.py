@@ -20,8 +20,8 @@ from tqdm import tqdm
 from models import wikipedia
 from models.cli import run
 from prob_transformer.files import provenance, write_json
-from prob_transformer.pretrained import smollm2
-from prob_transformer.pretrained.tokenizer import encode
+from prob_transformer.pretrained.gguf_file import read_gguf
+from prob_transformer.pretrained.load import smollm2_path
 
 ARTICLES = (0, 37, 90)
 PASSAGE, PROMPT, CONTINUED = 512, 64, 200
@@ -57,9 +57,9 @@ def _other_model(path: Path) -> tuple[Any, Any]:
 
 def compare() -> dict[str, Any]:
     """All figures of the module docstring. Raises ValueError if a package or file is missing."""
-    path = smollm2.weights_path()
+    path = smollm2_path()
     torch, other = _other_model(path)
-    decoder, tokenizer = smollm2.load()
+    decoder, tokenizer = read_gguf(path)
 
     def other_logits(tokens: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n V"]:
         with torch.no_grad():
@@ -67,7 +67,7 @@ def compare() -> dict[str, Any]:
 
     passages = []
     for number in tqdm(ARTICLES, desc="passages"):
-        tokens = encode(tokenizer, passage(number))[:PASSAGE]
+        tokens = np.asarray(tokenizer.encode(passage(number)).ids[:PASSAGE])
         ours, theirs = np.asarray(decoder(tokens)), other_logits(tokens)
         difference = nats_a_token(ours, tokens) - nats_a_token(theirs, tokens)
         passages.append(
@@ -80,7 +80,7 @@ def compare() -> dict[str, Any]:
                 "perplexity_difference": abs(math.expm1(difference)),
             }
         )
-    prompt = encode(tokenizer, passage(ARTICLES[0]))[:PROMPT]
+    prompt = np.asarray(tokenizer.encode(passage(ARTICLES[0])).ids[:PROMPT])
     with torch.no_grad():
         whole = other.generate(
             torch.tensor(prompt[None].astype(np.int64)),

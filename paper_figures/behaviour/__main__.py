@@ -31,7 +31,7 @@ from paper_figures.behaviour.measure import (
 from prob_transformer._validation import require_count
 from prob_transformer.files import provenance, write_json
 from prob_transformer.inspection.command import read_text
-from prob_transformer.pretrained.load import load
+from prob_transformer.pretrained.load import load_pretrained
 
 _COUNTS = {
     "passages": (20, 2, "passages of text, which the intervals are over"),
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < arguments.noise < np.inf:
         raise ValueError(f"--noise: got {arguments.noise}; pass a number above 0.")
     texts = _documents(arguments.text)
-    model = load(arguments.model)
+    model = load_pretrained(arguments.model)
     if arguments.tokens > model.decoder.context:
         raise ValueError(f"--tokens: got {arguments.tokens}; the model's context is {model.decoder.context}.")
     encoded = [np.asarray(model.tokenizer.encode(text, add_special_tokens=False).ids, np.int32) for text in texts]

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer import Attention, layer_margins
-from prob_transformer.pretrained.model import Decoder, attention_logits
+from prob_transformer.pretrained.decoder import Decoder, attention_logits
 
 READINGS = ("strict", "inclusive")
 MARGINS = tuple(f"{reading} {figure}" for reading in READINGS for figure in ("closest", "mean", "negative"))

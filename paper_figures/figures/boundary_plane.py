@@ -1,5 +1,7 @@
 """det J over the plane for d = 2: the degeneracy boundary and the support token of a short sequence."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,6 @@ from prob_transformer import Attention, Past, stability_margin, support_tokens
 from prob_transformer.attention import attention_weights
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
-NAME = "boundary_plane"
-SOURCE = None
 CAPTION = (
     "Determinant of J_i as a function of the embedding u_i, for d = 2 and a past of fixed tokens. Solid line: the "
     "degeneracy boundary det J_i = 0; hatched: det J_i < 0. Numbered circles: the past, area growing with the "
@@ -24,15 +24,14 @@ INTERACTION = np.array([[2.2, 1.2], [-0.8, 1.8]])
 
 
 def draw() -> Figure:
-    """The figure; it needs no saved result."""
     embeddings = jnp.asarray(np.random.default_rng(SEED).normal(size=(LENGTH, 2)))
     # One head of size 2 with W_K = I, so that W_Q / sqrt(2) is the interaction.
     attention = Attention(jnp.asarray(np.sqrt(2) * INTERACTION)[None], jnp.eye(2)[None])
     position = int(support_tokens(attention, embeddings, 1).positions[0])
     past = Past.of(attention, embeddings[:position])
     axis = np.linspace(-WINDOW, WINDOW, GRID)
-    plane = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    found = jax.jit(jax.vmap(lambda u: residual_and_log_det_at(attention, past, u)))(plane)
+    plane = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    found = jax.vmap(partial(residual_and_log_det_at, attention, past))(plane)
     determinant = np.asarray(found.sign * jnp.exp(found.log_det)).reshape(GRID, GRID)
     weights = np.asarray(attention_weights(attention, past, embeddings[position])[0])
     margin = float(stability_margin(attention, embeddings)[position])

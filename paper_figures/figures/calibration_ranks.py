@@ -1,16 +1,13 @@
 """Ranks of what datasets were drawn with among posterior draws, for every method and quantity."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import binom
 
 from paper_figures.figures.style import BLACK, BLUE, panel_grid
-from paper_figures.inference_result import INFERENCE, load_inference
 
-NAME = "calibration_ranks"
-SOURCE = "inference"
 CAPTION = (
     "Simulation-based calibration: ranks of the truth among posterior draws, over datasets drawn from the prior. The band "
     "holds each bin of a uniform law with 99 % probability (one in a hundred bins leaves it by chance). Piled up at both "
@@ -19,9 +16,8 @@ CAPTION = (
 _COLUMNS = 4
 
 
-def draw(inference: Path = INFERENCE) -> Figure:
-    """The figure from a saved result of the inference benchmark."""
-    rows = load_inference(inference)["calibration"]["rows"]
+def draw(inference: dict[str, Any]) -> Figure:
+    rows = inference["calibration"]["rows"]
     figure, panels = panel_grid(len(rows), _COLUMNS, 2.0, sharey=True)
     for panel, row in zip(panels, rows, strict=True):
         counts = np.asarray(row["counts"])
@@ -30,11 +26,10 @@ def draw(inference: Path = INFERENCE) -> Figure:
         panel.axhspan(low, high, color="#dddddd", zorder=0)
         panel.axhline(counts.sum() / len(counts), color=BLACK, linewidth=0.8, linestyle=":")
         panel.stairs(counts, edges, color=BLUE)
-        panel.set_ylim(0, 1.25 * max(high, counts.max()))
         panel.grid(visible=False)
-        panel.set_title(f"{row['method']}: {row['quantity']}")
         panel.text(0.97, 0.95, f"p = {row['p_value']:.2g}", transform=panel.transAxes, ha="right", va="top", fontsize=7)
-        panel.set_xlabel("rank / number of draws")
+        title = f"{row['method']}: {row['quantity']}"
+        panel.set(ylim=(0, 1.25 * max(high, counts.max())), title=title, xlabel="rank / number of draws")
     for panel in panels[::_COLUMNS]:
         panel.set_ylabel("datasets per bin")
     return figure

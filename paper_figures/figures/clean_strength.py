@@ -1,18 +1,14 @@
 """Clean loss against the strength of every method, with the budget and the strength that the rule chose."""
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.figures.style import BLACK, METHOD_STYLES, panel_grid, signed_ticks
+from paper_figures.figures.style import BLACK, DOTTED, METHOD_STYLES, panel_grid, signed_ticks
 from paper_figures.study.design import BASELINE
-from paper_figures.study.runs import Runs, clean_loss, load_runs
+from paper_figures.study.runs import Run, Runs, clean_loss
 from paper_figures.study.strength_selection import BUDGET, select
 
-NAME = "clean_strength"
-SOURCE = "runs"
 CAPTION = (
     "Clean validation loss against the strength of each method (lambda for the barriers), as a change from plain "
     "cross-entropy of the same seeds; small points are seeds, the line is their mean. Dotted: the budget of 0.5 %. Ring: the "
@@ -22,9 +18,7 @@ CAPTION = (
 _COLUMNS = 4
 
 
-def draw(runs: Path) -> Figure:
-    """The figure from the sweep under `runs`; ValueError if there is none."""
-    sweep = load_runs(runs)
+def draw(sweep: Runs) -> Figure:
     methods = [method for method in sweep.methods if method != BASELINE]
     figure, panels = panel_grid(len(methods), _COLUMNS, 1.9, sharey=True)
     for panel, method in zip(panels, methods, strict=True):
@@ -35,10 +29,10 @@ def draw(runs: Path) -> Figure:
 
 
 def _panel(panel: Axes, sweep: Runs, method: str) -> None:
-    reference = np.array([clean_loss(run, "validation") for run in sweep.baseline])
-    means = {}
-    for strength in sweep.strengths(method):
-        losses = np.array([clean_loss(run, "validation") for run in sweep.finished(method, strength)])
+    reference = _clean_losses(sweep.baseline)
+    means, strengths = {}, sweep.strengths(method)
+    for strength in strengths:
+        losses = _clean_losses(sweep.finished(method, strength))
         if len(losses):
             means[strength] = 100 * (losses.mean() / reference.mean() - 1)
             changes = 100 * (losses / reference - 1)
@@ -47,11 +41,12 @@ def _panel(panel: Axes, sweep: Runs, method: str) -> None:
     chosen = select(sweep, method)
     if chosen is not None:
         panel.plot(chosen.strength, means[chosen.strength], "o", markersize=11, fillstyle="none", color=BLACK)
-    panel.axhline(100 * BUDGET, color=BLACK, linestyle=":", linewidth=1.0)
+    panel.axhline(100 * BUDGET, **DOTTED)
     panel.set_xscale("log")
     panel.set_yscale("symlog", linthresh=1.0)
     signed_ticks(panel.yaxis, (-10, -1, 0, 1, 10, 100))
-    strengths = sweep.strengths(method)
-    panel.set_xlim(strengths[0] / 2, strengths[-1] * 2)
-    panel.set_title(method)
-    panel.set_xlabel("strength")
+    panel.set(xlim=(strengths[0] / 2, strengths[-1] * 2), title=method, xlabel="strength")
+
+
+def _clean_losses(runs: list[Run]) -> np.ndarray:
+    return np.array([clean_loss(run, "validation") for run in runs])

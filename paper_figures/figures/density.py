@@ -1,6 +1,6 @@
 """The 1-D density of one position before and past the degeneracy boundary, with its mass."""
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,10 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 
 from models.scalar import NOISE_SCALE, PAST, conditional_masses, scalar_attention
-from paper_figures.figures.style import BLACK, BLUE, ORANGE
-from prob_transformer import Attention, Past, ResidualAndLogDet
+from paper_figures.figures.style import BLACK, BLUE, ORANGE, legend_below
+from prob_transformer import Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
-NAME = "density"
-SOURCE = None
 INTERACTIONS = ((1.0, "before the boundary"), (1.5, "just past it"), (4.0, "far past it"))
 CAPTION = (
     f"Conditional density of u_4 for d = 1, past {PAST} and noise scale {NOISE_SCALE:g}, for three interactions a. "
@@ -25,23 +23,13 @@ CAPTION = (
 )
 
 
-@jax.jit
-def _residual_and_log_det(attention: Attention, past: Past, points: Any) -> ResidualAndLogDet:
-    return jax.vmap(lambda u: residual_and_log_det_at(attention, past, u))(points)
-
-
 def draw() -> Figure:
-    """The figure; it needs no saved result."""
     axis = np.linspace(-2.6, 2.6, 801)
-    figure, panels = plt.subplots(
-        1,
-        3,
-        figsize=(7.2, 3.0),
-    )
+    figure, panels = plt.subplots(1, 3, figsize=(7.2, 3.0))
     for panel, (a, place) in zip(panels, INTERACTIONS, strict=True):
         attention = scalar_attention(a)
         past = Past.of(attention, jnp.asarray(PAST)[:, None])
-        found = _residual_and_log_det(attention, past, axis[:, None])
+        found = jax.vmap(partial(residual_and_log_det_at, attention, past))(jnp.asarray(axis)[:, None])
         noise_density = norm.pdf(np.asarray(found.residual)[:, 0], 0.0, NOISE_SCALE)
         density = noise_density * np.exp(np.asarray(found.log_det))
         masses = conditional_masses(a)
@@ -58,9 +46,11 @@ def draw() -> Figure:
             linewidth=0,
             label="det J < 0",
         )
-        panel.set_title(f"a = {a:g}, {place}\nmass {masses['absolute']:.4f}, signed {masses['signed']:.4f}")
-        panel.set_xlabel("embedding u_4 (units of u)")
-        panel.set_ylim(0, 1.05 * max(density.max(), noise_density.max()))
+        panel.set(
+            title=f"a = {a:g}, {place}\nmass {masses['absolute']:.4f}, signed {masses['signed']:.4f}",
+            xlabel="embedding u_4 (units of u)",
+            ylim=(0, 1.05 * max(density.max(), noise_density.max())),
+        )
     panels[0].set_ylabel("density (1 / units of u)")
-    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, panels[2], 3)
     return figure

@@ -1,16 +1,13 @@
 """Laplace's Gaussian over the draws of NUTS, coordinate by coordinate."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-from paper_figures.figures.style import BLACK, ORANGE, panel_grid
-from paper_figures.inference_result import INFERENCE, load_inference
+from paper_figures.figures.style import BLACK, ORANGE, legend_below, panel_grid
 
-NAME = "laplace_nuts"
-SOURCE = "inference"
 CAPTION = (
     "Marginal posteriors in unconstrained coordinates (positive parameters: their logarithm): draws of NUTS (grey) and "
     "Laplace's Gaussian at the mode (dashed). Parameters of the process from its own embeddings, on the line and in the "
@@ -20,9 +17,8 @@ CAPTION = (
 _COLUMNS = 3
 
 
-def draw(inference: Path = INFERENCE) -> Figure:
-    """The figure from a saved result of the inference benchmark."""
-    rows = load_inference(inference)["laplace-nuts"]["rows"]
+def draw(inference: dict[str, Any]) -> Figure:
+    rows = inference["laplace-nuts"]["rows"]
     figure, panels = panel_grid(len(rows), _COLUMNS, 2.0)
     for panel, row in zip(panels, rows, strict=True):
         counts, edges = np.asarray(row["histogram"]["counts"]), np.asarray(row["histogram"]["edges"])
@@ -30,9 +26,8 @@ def draw(inference: Path = INFERENCE) -> Figure:
         mean, sd = row["laplace_mean"], row["laplace_sd"]
         axis = np.linspace(min(edges[0], mean - 3.5 * sd), max(edges[-1], mean + 3.5 * sd), 300)
         panel.plot(axis, norm.pdf(axis, mean, sd), color=ORANGE, linestyle="--", label="Laplace")
-        panel.set_ylim(0, 1.45 * panel.get_ylim()[1])
+        panel.set(ylim=(0, 1.45 * panel.get_ylim()[1]), xlabel="unconstrained coordinate")
         panel.set_title(f"{row['model']}\n{row['coordinate']}", fontsize=8)
-        panel.set_xlabel("unconstrained coordinate")
         panel.text(
             0.97,
             0.95,
@@ -45,6 +40,5 @@ def draw(inference: Path = INFERENCE) -> Figure:
         )
     for panel in panels[::_COLUMNS]:
         panel.set_ylabel("density")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, panels[0], 2)
     return figure

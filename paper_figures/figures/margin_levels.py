@@ -1,19 +1,14 @@
 """Determinant margins at the end of training: how many positions lie below a margin, site by site."""
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.figures.style import line_style, signed_ticks
+from paper_figures.figures.style import DOTTED, legend_below, line_style, signed_ticks
 from paper_figures.study.design import BARRIERS, BASELINE
-from paper_figures.study.runs import load_runs
+from paper_figures.study.runs import Runs
 from paper_figures.study.strength_selection import Selection, selected
 
-NAME = "margin_levels"
-SOURCE = "runs"
 CAPTION = (
     "Share of positions whose determinant margin det J_i is at most the value on the axis, on validation windows from the "
     "third position on, mean over seeds of the quantiles; every method at its strength. First the embedding-prior stage, "
@@ -26,32 +21,32 @@ CAPTION = (
 _TICKS = (-100, -1, 0, 1, 10, 100, 10000)
 
 
-def draw(runs: Path) -> Figure:
-    """The figure from the sweep under `runs`; ValueError if there is none."""
-    shown = selected(load_runs(runs), (BASELINE, *BARRIERS))
+def draw(sweep: Runs) -> Figure:
+    shown = selected(sweep, (BASELINE, *BARRIERS))
     layers = len(shown[0].runs[0]["margins"]["layers"]["determinant_levels"])
     figure, panels = plt.subplots(1, 1 + layers, figsize=(7.2, 3.4), sharey=True)
-    _panel(panels[0], shown, "embedding", None)
-    for layer, panel in enumerate(panels[1:]):
-        _panel(panel, shown, "layers", layer)
+    for layer, panel in enumerate(panels, start=-1):
+        for selection in shown:
+            levels = mean_levels(selection, None if layer < 0 else layer)
+            panel.plot(levels, np.linspace(0, 1, len(levels)), label=selection.method, **line_style(selection.method))
+        panel.axvline(0.0, **DOTTED)
+        panel.set_xscale("symlog", linthresh=1.0)
+        signed_ticks(panel.xaxis, _TICKS)
+        title = "embedding-prior stage" if layer < 0 else f"layer {layer + 1}, every head"
+        panel.set(xlabel="det J_i (dimensionless)", title=title)
     panels[0].set_ylabel("share of positions at or below")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, panels[0], 4)
     return figure
 
 
-def _panel(panel: Axes, shown: list[Selection], site: str, layer: int | None) -> None:
-    for selection in shown:
-        levels = mean_levels(selection, site, layer)
-        panel.plot(levels, np.linspace(0, 1, len(levels)), label=selection.method, **line_style(selection.method))
-    panel.axvline(0.0, color="black", linestyle=":", linewidth=1.0)
-    panel.set_xscale("symlog", linthresh=1.0)
-    signed_ticks(panel.xaxis, _TICKS)
-    panel.set_xlabel("det J_i (dimensionless)")
-    panel.set_title("embedding-prior stage" if layer is None else f"layer {layer + 1}, every head")
+def mean_levels(selection: Selection, layer: int | None) -> np.ndarray:
+    """Quantiles of det J of a layer, or of the embedding-prior stage, mean over seeds.
 
-
-def mean_levels(selection: Selection, site: str, layer: int | None) -> np.ndarray:
-    """Quantiles of det J, mean over seeds; NaN, which is not drawn, where one was not finite on some seed."""
-    found = [run["margins"][site]["determinant_levels"] for run in selection.runs]
-    chosen = found if layer is None else [levels[layer] for levels in found]
-    return np.array(chosen, dtype=float).mean(axis=0)
+    NaN, which is not drawn, where one was not finite on some seed.
+    """
+    margins = [run["margins"] for run in selection.runs]
+    if layer is None:
+        levels = [found["embedding"]["determinant_levels"] for found in margins]
+    else:
+        levels = [found["layers"]["determinant_levels"][layer] for found in margins]
+    return np.array(levels, dtype=float).mean(axis=0)

@@ -1,20 +1,16 @@
 """Loss under embedding noise for every method at its strength: noise of fixed size, and relative to the embeddings."""
 
-from pathlib import Path
-
 import numpy as np
 from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.figures.style import METHOD_STYLES, signed_ticks
+from paper_figures.figures.style import METHOD_STYLES, legend_below, signed_ticks
 from paper_figures.study.design import BARRIERS, BASELINE, COMPETITORS
-from paper_figures.study.runs import clean_loss, load_runs, perturbed
+from paper_figures.study.runs import Runs, clean_loss, perturbed
 from paper_figures.study.strength_selection import Selection, selected
 
-NAME = "noise_loss"
-SOURCE = "runs"
 CAPTION = (
     "Test loss with Gaussian noise added to the input embeddings, every method at the strength chosen on clean validation "
     "loss. Left: noise of a fixed standard deviation. Right: as a multiple of the root mean square of each model's own "
@@ -27,13 +23,10 @@ _COLUMNS = (
     ("embedding-noise", "standard deviation of the noise (units of u)"),
     ("relative-embedding-noise", "standard deviation of the noise / RMS of u"),
 )
-_LINEAR_WITHIN = 0.1
 _TICKS = (-0.4, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
-def draw(runs: Path) -> Figure:
-    """The figure from the sweep under `runs`; ValueError if there is none."""
-    sweep = load_runs(runs)
+def draw(sweep: Runs) -> Figure:
     plain = selected(sweep, (BASELINE,))[0]
     barriers, competitors = selected(sweep, BARRIERS), selected(sweep, COMPETITORS)
     figure, panels = plt.subplots(3, 2, figsize=(7.2, 8.4), sharex="col", sharey="row")
@@ -46,24 +39,22 @@ def draw(runs: Path) -> Figure:
             panel.axhline(0.0, color="black", linewidth=1.0)
             for selection in shown:
                 _curve(panel, selection.method, levels, found[selection.method] - baseline)
-            panel.set_yscale("symlog", linthresh=_LINEAR_WITHIN)
+            panel.set_yscale("symlog", linthresh=0.1)
         panels[-1, column].set_xlabel(label)
     panels[0, 0].set_ylabel("test loss (nats per character)")
     for panel, name in zip(panels[1:, 0], ("barriers", "competitors"), strict=True):
         panel.set_ylabel(f"{name}: loss minus ce's (nats)")
         signed_ticks(panel.yaxis, _TICKS)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, panels[0, 0], 4)
     return figure
 
 
 def losses(selection: Selection, kind: str) -> tuple[list[float], Float[np.ndarray, "seeds levels"]]:
     """Levels of noise, 0 first, and the test loss of every seed there, in nats per character."""
-    rows = [perturbed(run, "test", kind) for run in selection.runs]
-    found = [
-        [clean_loss(run, "test"), *(row["nats_per_character"] for row in of_run)]
-        for run, of_run in zip(selection.runs, rows, strict=True)
-    ]
-    return [0.0, *(row["level"] for row in rows[0])], np.array(found)
+    clean = [[{"level": 0.0, "nats_per_character": clean_loss(run, "test")}] for run in selection.runs]
+    rows = [first + perturbed(run, "test", kind) for first, run in zip(clean, selection.runs, strict=True)]
+    losses = np.array([[row["nats_per_character"] for row in of_run] for of_run in rows])
+    return [row["level"] for row in rows[0]], losses
 
 
 def _curve(panel: Axes, method: str, levels: list[float], of_seeds: Float[np.ndarray, "seeds levels"]) -> None:

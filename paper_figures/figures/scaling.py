@@ -1,17 +1,13 @@
 """Time and memory of the fast path against the length of a sequence."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from paper_figures.figures.style import BLACK, BLUE, ORANGE
-from paper_figures.saved_results import load_record
 
-NAME = "scaling"
-SOURCE = "benchmark"
-BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "cpu.json"
 CAPTION = (
     "The blocked barrier, value and gradient, 4 cells (one sequence, 4 heads of size 32) in float32 on two CPU cores. Left: time of a call, median of "
     "paired rounds with the smallest and largest, and its slope of 2 (dashed, through the first point). Right: peak memory of "
@@ -19,12 +15,9 @@ CAPTION = (
 )
 
 
-def draw(benchmark: Path = BENCHMARK) -> Figure:
-    """The figure from a saved result of the benchmark; ValueError if there is none."""
-    command = "python -m benchmarks --out"
-    sections = load_record(benchmark, ("sections",), "--benchmark: no result", command)["sections"]
+def draw(benchmark: dict[str, Any]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
-    rows = sections["scaling"]["rows"]
+    rows = benchmark["scaling"]["rows"]
     lengths = np.array([row["length"] for row in rows])
     times = [row["time"] for row in rows]
     median = np.array([time["median"] for time in times])
@@ -33,7 +26,7 @@ def draw(benchmark: Path = BENCHMARK) -> Figure:
     square = median[0] * (lengths / lengths[0]) ** 2
     left.plot(lengths, square, color=BLACK, linestyle="--", linewidth=1.0, label="proportional to n^2")
     left.set_ylabel("time of value and gradient (s)")
-    rows = sections["kernel-memory"]["rows"]
+    rows = benchmark["kernel-memory"]["rows"]
     lengths = np.array([row["length"] for row in rows])
     right.plot(lengths, [row["peak"] / 1e6 for row in rows], color=BLUE, marker="o", label="peak of the process")
     planned = [row["planned"] / 1e6 for row in rows]
@@ -41,8 +34,7 @@ def draw(benchmark: Path = BENCHMARK) -> Figure:
     right.set_ylabel("memory (MB)")
     for panel in (left, right):
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
+        panel.set(yscale="log", xlabel="length n (positions)")
         panel.set_xticks(lengths, [str(length) for length in lengths])
-        panel.set_xlabel("length n (positions)")
         panel.legend(frameon=False, loc="center left")
     return figure

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image
 
+from paper_figures.study.strength_selection import Selection
 from prob_transformer.files import atomic_path
 
 mpl.use("Agg")
@@ -47,6 +50,10 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "jacobian": _hollow(GREY, (0, (9, 2, 1, 2)), "p"),
     "spectral": _hollow(TEAL, (0, (2, 1, 2, 3)), "d"),
 }
+
+
+# Of a line at a value that matters, such as the boundary.
+DOTTED: dict[str, Any] = {"color": BLACK, "linestyle": ":", "linewidth": 1.0}
 
 
 def line_style(method: str) -> dict[str, Any]:
@@ -90,6 +97,18 @@ def panel_grid(count: int, columns: int, height: float, **options: Any) -> tuple
     for panel in panels.flat[count:]:
         panel.set_axis_off()
     return figure, list(panels.flat[:count])
+
+
+def legend_below(figure: Figure, panel: Axes, columns: int) -> None:
+    """The legend of one panel, below all."""
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def watched(selection: Selection, layer: int, quantity: str) -> tuple[list[int], Float[np.ndarray, "seeds looks ..."]]:
+    """Steps at which a sweep looked at a layer while training, and what it saw there on every seed; null is NaN."""
+    steps = [entry["step"] for entry in selection.runs[0]["watch"]]
+    seen = [[entry["layers"][layer][quantity] for entry in run["watch"]] for run in selection.runs]
+    return steps, np.array(seen, dtype=float)
 
 
 def save_png(figure: Figure, path: Path) -> None:

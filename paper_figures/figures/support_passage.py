@@ -1,8 +1,6 @@
 """Support tokens over a passage of real text: every character shaded by its margin, layer by layer."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,11 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from paper_figures.figures.style import BLACK, ORANGE
-from paper_figures.study.runs import load_runs
-from paper_figures.study.strength_selection import Selection, selected
+from paper_figures.study.runs import Runs
+from paper_figures.study.strength_selection import selected
 
-NAME = "support_passage"
-SOURCE = "runs"
 METHODS = ("ce", "margin@layers", "one-sided@layers")
 # Of every window, those closest to the boundary are marked.
 SUPPORT = 3
@@ -33,26 +29,22 @@ _SHADES = Normalize(0.0, 1.0)
 _BLANKS = {"\n": "\u00b6", "\t": "\u2192"}
 
 
-def draw(runs: Path) -> Figure:
-    """The figure from the sweep under `runs`; ValueError if there is none or no run kept a passage."""
-    kept = ((selection, _passage(selection)) for selection in selected(load_runs(runs), METHODS))
-    shown = [(selection, passage) for selection, passage in kept if passage is not None]
+def draw(sweep: Runs) -> Figure:
+    """The figure from a sweep; ValueError if no run of it kept a passage."""
+    kept = [(one, [run["passage"] for run in one.runs if run.get("passage")]) for one in selected(sweep, METHODS)]
+    shown = [(one, passages[0]) for one, passages in kept if passages]
     if not shown:
-        raise ValueError(f"--runs: no run of {', '.join(METHODS)} in {runs} kept a passage; run the sweep again.")
+        raise ValueError(f"--runs: no run of {', '.join(METHODS)} kept a passage; run the sweep again.")
     layers = len(shown[0][1]["margins"])
     figure, panels = plt.subplots(
         layers * len(shown), 1, figsize=(7.2, 0.95 * layers * len(shown) + 0.7), squeeze=False
     )
-    place = 0
-    for selection, passage in shown:
+    for place, panel in enumerate(panels[:, 0]):
+        (selection, passage), layer = shown[place // layers], place % layers
         length = selection.runs[0]["provenance"]["configuration"]["context"]
-        for layer, margins in enumerate(passage["margins"]):
-            panel = panels[place, 0]
-            write(panel, passage["text"], margins, length)
-            strength = "" if selection.method == "ce" else f" at {selection.strength:g}"
-            panel.set_title(f"{selection.method}{strength}, layer {layer + 1}", loc="left", pad=2)
-            place += 1
-    for panel in panels[:, 0]:
+        write(panel, passage["text"], passage["margins"][layer], length)
+        strength = "" if selection.method == "ce" else f" at {selection.strength:g}"
+        panel.set_title(f"{selection.method}{strength}, layer {layer + 1}", loc="left", pad=2)
         panel.set_ylabel("window", fontsize=7)
     panels[-1, 0].set_xlabel("position in the window (characters)")
     figure.colorbar(
@@ -60,10 +52,6 @@ def draw(runs: Path) -> Figure:
         label="smallest det J over the heads (dimensionless)", extend="max",
     )  # fmt: skip
     return figure
-
-
-def _passage(selection: Selection) -> dict[str, Any] | None:
-    return next((run["passage"] for run in selection.runs if run.get("passage")), None)
 
 
 def support_places(margins: Sequence[float | None], count: int = SUPPORT) -> list[int]:

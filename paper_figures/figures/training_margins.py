@@ -1,18 +1,13 @@
 """Distribution of det J in every layer over training, for plain cross-entropy and the barriers on the layers."""
 
-from pathlib import Path
-
-import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper_figures.figures.style import BLACK, METHOD_STYLES, signed_ticks
-from paper_figures.study.runs import load_runs
+from paper_figures.figures.style import DOTTED, METHOD_STYLES, signed_ticks, watched
+from paper_figures.study.runs import Runs
 from paper_figures.study.strength_selection import Selection, selected
 
-NAME = "training_margins"
-SOURCE = "runs"
 # Shown where they were run; the barriers on the embedding stage leave the layers much as they are.
 METHODS = ("ce", "margin@layers", "one-sided@layers")
 # Places in the list of quantiles 0.01, 0.05, 0.25, 0.5, 0.75, 0.95 that a sweep saves.
@@ -26,9 +21,8 @@ CAPTION = (
 _TICKS = (-100, -10, -1, 0, 1, 10, 100, 1000)
 
 
-def draw(runs: Path) -> Figure:
-    """The figure from the sweep under `runs`; ValueError if there is none."""
-    shown = selected(load_runs(runs), METHODS)
+def draw(sweep: Runs) -> Figure:
+    shown = selected(sweep, METHODS)
     layers = len(shown[0].runs[0]["watch"][0]["layers"])
     figure, panels = plt.subplots(
         layers, len(shown), figsize=(7.2, 2.1 * layers + 0.3), sharex=True, sharey=True, squeeze=False
@@ -36,22 +30,20 @@ def draw(runs: Path) -> Figure:
     for layer, row in enumerate(panels):
         for panel, selection in zip(row, shown, strict=True):
             _panel(panel, selection, layer)
-            panel.set_title(f"{selection.method}, layer {layer + 1}")
-            panel.set_xlabel("training step")
+            panel.set(title=f"{selection.method}, layer {layer + 1}", xlabel="training step")
         row[0].set_ylabel("det J_i (dimensionless)")
         signed_ticks(row[0].yaxis, _TICKS)
     return figure
 
 
 def _panel(panel: Axes, selection: Selection, layer: int) -> None:
-    steps = [entry["step"] for entry in selection.runs[0]["watch"]]
-    seen = [[entry["layers"][layer]["quantiles"] for entry in run["watch"]] for run in selection.runs]
     # Where a quantile is past the largest number the sweep has null, and nothing is drawn.
-    quantiles = np.array(seen, dtype=float).mean(axis=0).T
+    steps, seen = watched(selection, layer, "quantiles")
+    quantiles = seen.mean(axis=0).T
     color = METHOD_STYLES[selection.method]["color"]
     for (low, high), alpha in ((_OUTER, 0.2), (_INNER, 0.35)):
         panel.fill_between(steps, quantiles[low], quantiles[high], color=color, alpha=alpha, linewidth=0)
     panel.plot(steps, quantiles[_MEDIAN], color=color)
     panel.plot(steps, quantiles[_LOWEST], color=color, linestyle="--", linewidth=1.0)
-    panel.axhline(0.0, color=BLACK, linestyle=":", linewidth=1.0)
+    panel.axhline(0.0, **DOTTED)
     panel.set_yscale("symlog", linthresh=1.0)

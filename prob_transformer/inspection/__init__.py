@@ -1,11 +1,11 @@
 """`prob-transformer inspect`: a trained decoder's support tokens on a text, as a table, a page and a netCDF file.
 
-Read in this order: inspection (the numbers), summary, table, tree, page (with page.html, page.css, page.js), command.
+Read in this order: text_margins (the numbers), explanation, terminal_table, html_page (with page.html, page.css,
+page.js), netcdf, command.
 """
 
-from prob_transformer.inspection.command import Loaded, main
-from prob_transformer.inspection.inspection import Inspection, Setting, inspect_text
-from prob_transformer.inspection.page import page
-from prob_transformer.inspection.tree import tree
+from prob_transformer.inspection.html_page import inspection_page
+from prob_transformer.inspection.netcdf import inspection_tree
+from prob_transformer.inspection.text_margins import Inspection, Setting, inspect_text
 
-__all__ = ["Inspection", "Loaded", "Setting", "inspect_text", "main", "page", "tree"]
+__all__ = ["Inspection", "Setting", "inspect_text", "inspection_page", "inspection_tree"]

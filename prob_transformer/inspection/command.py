@@ -10,37 +10,27 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
 
 from prob_transformer import __version__
 from prob_transformer._extras import MissingExtraError, require
 from prob_transformer.files import provenance, replace_unencodable, write_text
 from prob_transformer.inference.results import save
-from prob_transformer.inspection.inspection import Inspection, Setting, inspect_text, pieces_of
-from prob_transformer.inspection.page import MOST_TOKENS, page
-from prob_transformer.inspection.tree import tree
-from prob_transformer.inspection.wording import shown
+from prob_transformer.inspection.explanation import quoted
+from prob_transformer.inspection.html_page import MOST_TOKENS, inspection_page
+from prob_transformer.inspection.netcdf import inspection_tree
+from prob_transformer.inspection.text_margins import Setting, inspect_text, pieces_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from prob_transformer.pretrained.load import Pretrained
 
 PAGE, TREE = "inspect.html", "inspect.nc"
-
-
-class Loaded(NamedTuple):
-    """A model ready to be inspected: its decoder and tokenizer, a name for readers, and the sha256 of its weights.
-
-    `decoder` has `blocks`, `context` and `layers(tokens)`, which yields each attention layer with its inputs (n, d);
-    `tokenizer` is one of the tokenizers library.
-    """
-
-    decoder: Any
-    tokenizer: Any
-    name: str
-    sha256: str
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
@@ -112,54 +102,37 @@ def _whole_folder(out: Path, names: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _Encoded(NamedTuple):
-    """Tokens of a text with the piece of each, and the positions of those that the tokenizer added."""
+def _encoded(
+    model: "Pretrained", text: str, limit: int | None, special_tokens: bool
+) -> tuple[list[int], list[str], list[int]]:
+    """The first `limit` tokens of the text, the piece of each, and the positions of those that the tokenizer added.
 
-    tokens: list[int]
-    pieces: tuple[str, ...]
-    added: tuple[int, ...]
-
-    def in_words(self) -> str:
-        places = [f"{shown(self.pieces[place])} at {place}" for place in self.added]
-        return f"Tokens added by the tokenizer: {', '.join(places) or 'none'}."
-
-
-def _encoded(loaded: Loaded, text: str, limit: int | None, special_tokens: bool) -> _Encoded:
-    """The first `limit` tokens of the text. Raises ValueError for too few or too many."""
-    most = min(loaded.decoder.context, MOST_TOKENS)
+    Raises ValueError for too few or too many.
+    """
+    context = model.decoder.context
+    most = min(context, MOST_TOKENS)
     if most < 2:
         raise ValueError(f"--model: its context is {most} token; pass a model that sees 2 or more.")
     try:
-        encoding = loaded.tokenizer.encode(text, add_special_tokens=special_tokens)
+        encoding = model.tokenizer.encode(text, add_special_tokens=special_tokens)
     # The library raises plain Exception, as for a character that the vocabulary lacks where no token stands for it.
     except Exception as error:
         raise ValueError(f"--text: the model's tokenizer refuses it ({error}); pass another text or model.") from None
     if limit is not None and not 2 <= limit <= most:
         raise ValueError(f"--tokens: got {limit}; pass 2 to {most}.")
-    count = len(encoding.ids) if limit is None else min(limit, len(encoding.ids))
+    count = len(encoding.ids[:limit])
     if count > most:
         raise ValueError(
-            f"--text: has {count} tokens, but at most {most} are looked at (the model's context is "
-            f"{loaded.decoder.context}); pass --tokens {most} to look at its first {most}, or a part of the text."
+            f"--text: has {count} tokens, but at most {most} are looked at (the model's context is {context}); pass "
+            f"--tokens {most} to look at its first {most}, or a part of the text."
         )
     if count < 2:
         raise ValueError(f"--text: has {count} token; pass a longer one, for the first has no past to attend to.")
-    added = tuple(place for place, mark in enumerate(encoding.special_tokens_mask[:count]) if mark)
+    added = [place for place, mark in enumerate(encoding.special_tokens_mask[:count]) if mark]
     pieces = list(pieces_of(text, (end for _, end in encoding.offsets[:count])))
     for place in added:
         pieces[place] = encoding.tokens[place]
-    return _Encoded(encoding.ids[:count], tuple(pieces), added)
-
-
-def _inspect(loaded: Loaded, encoded: _Encoded, arguments: argparse.Namespace, console: "Console") -> Inspection:
-    from rich.progress import Progress
-
-    chosen = parse_layers(arguments.layers, len(loaded.decoder.blocks))
-    setting = Setting(arguments.values, arguments.self_inclusive)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("layers", total=len(chosen))
-        walk = loaded.decoder.layers(encoded.tokens)
-        return inspect_text(walk, encoded.pieces, encoded.tokens, setting, chosen, lambda: progress.advance(bar))
+    return encoding.ids[:count], pieces, added
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -186,64 +159,62 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, load: Callable[[str], Loaded], command: str) -> None:
-    require("inspect", "gguf", "h5netcdf", "h5py", "msgspec", "rich", "safetensors", "tokenizers", "xarray")
-    from rich.console import Console
-
-    from prob_transformer.inspection.table import print_tables
+def _run(arguments: argparse.Namespace, command: str) -> None:
+    require("inspect", "gguf", "h5netcdf", "h5py", "msgspec", "safetensors", "tabulate", "tokenizers", "xarray")
+    from prob_transformer.inspection.terminal_table import terminal_tables
+    from prob_transformer.pretrained.load import load_pretrained
 
     if arguments.rows < 1:
         raise ValueError(f"--rows: got {arguments.rows}; pass at least 1.")
     _require_folder(arguments.out)
     text = read_text(arguments.text)
-    loaded = load(arguments.model)
-    encoded = _encoded(loaded, text, arguments.tokens, arguments.special_tokens)
-    inspection = _inspect(loaded, encoded, arguments, Console(stderr=True))
+    model = load_pretrained(arguments.model)
+    tokens, pieces, added = _encoded(model, text, arguments.tokens, arguments.special_tokens)
+    chosen = parse_layers(arguments.layers, len(model.decoder.blocks))
+    setting = Setting(arguments.values, arguments.self_inclusive)
+    # The bar is for a terminal alone.
+    with tqdm(total=len(chosen), desc="layers", leave=False, disable=None) as bar:
+        inspection = inspect_text(model.decoder.layers(np.array(tokens)), pieces, tokens, setting, chosen, bar.update)
+    places = ", ".join(f"{quoted(pieces[place])} at {place}" for place in added)
+    ends = f"Tokens added by the tokenizer: {places or 'none'}."
     configuration = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     attrs = {
         **provenance(None, configuration, command),
-        "model": loaded.name,
-        "model_sha256": loaded.sha256,
-        "added_tokens": list(encoded.added),
+        "model": model.name,
+        "model_sha256": model.sha256,
+        "added_tokens": added,
         "map": "e = u - mu(u) of each head at the layer's normalised inputs, not the residual block",
     }
     facts = {
-        "Model": loaded.name,
-        "sha256 of its weights": loaded.sha256,
-        "Text": f"{arguments.text.name}, {inspection.tokens.size} tokens. {encoded.in_words()}",
+        "Model": model.name,
+        "sha256 of its weights": model.sha256,
+        "Text": f"{arguments.text.name}, {len(tokens)} tokens. {ends}",
         "Command": command,
         "Version": f"prob-transformer {__version__}",
     }
-    html = page(inspection, f"Support tokens of {loaded.name}", facts)
+    html = inspection_page(inspection, f"Support tokens of {model.name}", facts)
     try:
         with _whole_folder(arguments.out, (PAGE, TREE)) as folder:
             write_text(folder / PAGE, html)
-            save(tree(inspection, attrs), folder / TREE)
+            save(inspection_tree(inspection, attrs), folder / TREE)
     except OSError as error:
         raise ValueError(f"--out: cannot be written ({error.strerror or error}); free some space there.") from None
-    console = Console()
-    if console.width < 1:
-        console.width = 80
     try:
-        print_tables(console, inspection, arguments.rows)
-        console.print(encoded.in_words(), markup=False)
-        console.print(f"written: {arguments.out / PAGE}, {arguments.out / TREE}", soft_wrap=True, markup=False)
-        sys.stdout.flush()
+        print(terminal_tables(inspection, arguments.rows, shutil.get_terminal_size().columns))
+        print(f"{ends}\nwritten: {arguments.out / PAGE}, {arguments.out / TREE}", flush=True)
     except OSError as error:
         # Python flushes once more at its end, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise ValueError(f"standard output: cannot be written to ({error.strerror}); the files are written.") from None
 
 
-def main(argv: Sequence[str], load: Callable[[str], Loaded]) -> int:
-    """Run the command and return its exit status. `load` reads --model.
-
-    0 for success, 2 for bad input or a missing extra, 130 when interrupted.
-    """
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status is 0 for success, 2 for bad input or a missing extra, 130 when interrupted."""
+    given = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args(given)
     replace_unencodable()
     try:
-        _run(arguments, load, shlex.join(["prob-transformer", *argv]))
+        _run(arguments, shlex.join(["prob-transformer", *given]))
     except (ValueError, MissingExtraError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

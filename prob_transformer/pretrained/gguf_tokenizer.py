@@ -14,6 +14,7 @@ _NORMAL = 1
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def _cut(digits: str) -> pre_tokenizers.PreTokenizer:
@@ -24,15 +25,11 @@ def _cut(digits: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _byte_level() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
 _RULES = {
-    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
-    "llama-bpe": lambda: _cut(r"\p{N}{1,3}"),
-    "qwen2": lambda: _cut(r"\p{N}"),
-    "gpt-2": _byte_level,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
+    "llama-bpe": _cut(r"\p{N}{1,3}"),
+    "qwen2": _cut(r"\p{N}"),
+    "gpt-2": _BYTE_LEVEL,
 }
 
 
@@ -58,36 +55,44 @@ class GgufTokenizer(msgspec.Struct):
                 f"its tokenizer is of kind {self.model!r}, {self.pre!r}; supported are llama (SentencePiece), and gpt2 "
                 f"with {kinds}"
             )
-        if len(self.token_type) != len(self.tokens) or len(set(self.tokens)) != len(self.tokens):
-            raise ValueError("tokens and token_type are not one of each for every token")
-        if self.model == "gpt2" and self.merges is None:
-            raise ValueError("merges are missing")
-        if self.model == "llama" and (self.scores is None or len(self.scores) != len(self.tokens)):
-            raise ValueError("scores are not one for every token")
-        if self.model == "llama" and _UNKNOWN not in self.token_type:
-            raise ValueError("no token is of the unknown type, as in SentencePiece one is")
-        self.added()
-
-    def added(self) -> dict[str, int]:
-        """The tokens that are added to a text, "bos" before and "eos" after it, by number."""
-        pieces = self.model == "llama"
-        begins = (pieces or self.pre == "llama-bpe") if self.add_bos_token is None else self.add_bos_token
-        found = {}
-        for name, wanted, number, usual in (
-            ("bos", begins, self.bos_token_id, 1),
-            ("eos", self.add_eos_token, self.eos_token_id, 2),
+        pieces, count = self.model == "llama", len(self.tokens)
+        for holds, otherwise in (
+            (
+                len(self.token_type) == count == len(set(self.tokens)),
+                "tokens and token_type are not one of each for every token",
+            ),
+            (pieces or self.merges is not None, "merges are missing"),
+            (not pieces or len(self.scores or ()) == count, "scores are not one for every token"),
+            (
+                not pieces or _UNKNOWN in self.token_type,
+                "no token is of the unknown type, as in SentencePiece one is",
+            ),
         ):
-            if not wanted:
-                continue
-            if number is None and pieces:
-                number = usual
-            if number is None or not 0 <= number < len(self.tokens):
-                raise ValueError(f"{name} is added to a text, but {name}_token_id = {number} is not a token's number")
-            found[name] = number
-        return found
+            if not holds:
+                raise ValueError(otherwise)
 
     def of_type(self, kind: int) -> list[str]:
         return [token for token, its in zip(self.tokens, self.token_type, strict=True) if its == kind]
+
+
+def _ends(given: GgufTokenizer) -> dict[str, int]:
+    """The tokens that are added to a text, "bos" before and "eos" after it, by number."""
+    pieces = given.model == "llama"
+    begins = (pieces or given.pre == "llama-bpe") if given.add_bos_token is None else given.add_bos_token
+    found = {}
+    for name, wanted, told, usual in (
+        ("bos", begins, given.bos_token_id, 1),
+        ("eos", given.add_eos_token, given.eos_token_id, 2),
+    ):
+        number = usual if told is None and pieces else told
+        if wanted:
+            if number is None or not 0 <= number < len(given.tokens):
+                raise ValueError(
+                    f"tokenizer: {name} is added to a text, but {name}_token_id = {number} is not a token's number; "
+                    "copy the file again."
+                )
+            found[name] = number
+    return found
 
 
 def _byte_pairs(given: GgufTokenizer) -> Tokenizer:
@@ -99,11 +104,10 @@ def _byte_pairs(given: GgufTokenizer) -> Tokenizer:
                 f"tokenizer: merges {merge[0]!r} and {merge[1]!r}, which are not all tokens; copy it again."
             )
     # Llama 3 keeps a word that is a token whole, whatever the merges.
-    whole = given.pre == "llama-bpe"
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=given.pre == "llama-bpe"))
     if given.pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _RULES[given.pre]()
+    tokenizer.pre_tokenizer = _RULES[given.pre]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -111,24 +115,26 @@ def _byte_pairs(given: GgufTokenizer) -> Tokenizer:
 def _sentence_pieces(given: GgufTokenizer) -> Tokenizer:
     """SentencePiece merges, at each step, the neighbours whose joint piece has the largest score."""
     vocabulary = {token: number for number, token in enumerate(given.tokens)}
-    pieces = {
-        token: score
-        for token, score, kind in zip(given.tokens, given.scores or [], given.token_type, strict=True)
-        if kind == _NORMAL
-    }
-    found = []
-    for piece, score in pieces.items():
-        parts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        found += [(-score, -len(a), a, b) for a, b in parts if a in pieces and b in pieces]
-    merges = [(first, second) for _, _, first, second in sorted(found)]
+    scores = dict(zip(given.tokens, given.scores or [], strict=True))
+    pieces = given.of_type(_NORMAL)
+    known = set(pieces)
+    found = sorted(
+        (-scores[piece], -cut, piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    )
     tokenizer = Tokenizer(
         models.BPE(
-            vocab=vocabulary, merges=merges, unk_token=given.of_type(_UNKNOWN)[0], fuse_unk=True, byte_fallback=True
+            vocab=vocabulary,
+            merges=[(first, second) for _, _, first, second in found],
+            unk_token=given.of_type(_UNKNOWN)[0],
+            fuse_unk=True,
+            byte_fallback=True,
         )
     )
-    spaces = normalizers.Replace(" ", "▁")
     first = [normalizers.Prepend("▁")] if given.add_space_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*first, spaces])
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if given.add_space_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -137,14 +143,15 @@ def _sentence_pieces(given: GgufTokenizer) -> Tokenizer:
 
 
 def tokenizer_of(given: GgufTokenizer) -> Tokenizer:
-    """The tokenizer. Raises ValueError for merges or pieces that do not fit together."""
+    """The tokenizer. Raises ValueError for merges, pieces or ends that do not fit together."""
+    ends = _ends(given)
     tokenizer = _sentence_pieces(given) if given.model == "llama" else _byte_pairs(given)
     tokenizer.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in given.of_type(_CONTROL)])
     tokenizer.add_tokens([AddedToken(x, special=False, normalized=False) for x in given.of_type(_USER_DEFINED)])
-    names = {name: given.tokens[number] for name, number in given.added().items()}
-    if names:
-        template = [names.get("bos"), "$A", names.get("eos")]
+    if ends:
+        names = {end: given.tokens[number] for end, number in ends.items()}
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[part for part in template if part], special_tokens=[(names[k], n) for k, n in given.added().items()]
+            single=[part for part in (names.get("bos"), "$A", names.get("eos")) if part],
+            special_tokens=[(names[end], number) for end, number in ends.items()],
         )
     return tokenizer

@@ -1,70 +1,106 @@
-"""A decoder of the GPT-2 family from its weights by name.
+"""A decoder of the GPT-2 family: its configuration, and the model from the weights of a Hugging Face folder.
 
-Layer norms, learned positions, one fused map for queries, keys and values, GELU perceptrons, biases everywhere. GPT-2
-stores its maps input first, (in, out): x W + b.
+Layer norms, learned positions, one fused map for queries, keys and values, GELU, biases everywhere. GPT-2 stores its
+maps input first, (in, out): x W + b. Fields of config.json have the names and defaults of transformers.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
+import equinox as eqx
+import jax
 import jax.numpy as jnp
-import numpy as np
+import msgspec
 from jaxtyping import Array
 
 from prob_transformer.attention import Attention
-from prob_transformer.pretrained.llama import embeddings, shaped
-from prob_transformer.pretrained.model import Block, Decoder, GeluPerceptron, LayerNorm
+from prob_transformer.pretrained.config_fields import Count, Positive, require_supported
+from prob_transformer.pretrained.decoder import Block, Decoder, GeluMLP
+from prob_transformer.pretrained.weights import Stored, read_all_weights
 
 
-class Gpt2Shape(NamedTuple):
-    """Of a GPT-2 decoder: number of tokens, width, hidden width of its perceptrons, numbers of layers and heads."""
+class Gpt2Config(msgspec.Struct):
+    """What is read of the config.json of a model of type gpt2. Raises ValueError for what is not computed here."""
 
-    tokens: int
-    width: int
-    hidden: int
-    layers: int
-    heads: int
-    context: int
-    epsilon: float
-    approximate: bool
+    vocab_size: Count = 50257
+    n_positions: Count = 1024
+    n_embd: Count = 768
+    n_layer: Count = 12
+    n_head: Count = 12
+    n_inner: Count | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: Positive = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
 
-
-def gpt2(shape: Gpt2Shape, weight: Callable[[str], np.ndarray | None]) -> Decoder:
-    """The decoder in float32. Raises ValueError for weights that are missing or do not fit the shape."""
-    width, hidden, heads = shape.width, shape.hidden, shape.heads
-    size = width // heads
-
-    def stored(name: str, *expected: int) -> Array:
-        return shaped(name, weight(name), *expected)
-
-    def norm(name: str) -> LayerNorm:
-        return LayerNorm(stored(f"{name}.weight", width), stored(f"{name}.bias", width), shape.epsilon)
-
-    def block(layer: int) -> Block:
-        here = f"h.{layer}."
-        # (in, 3, heads, size) to query, key and value, each (heads, size, in).
-        fused = stored(f"{here}attn.c_attn.weight", width, 3 * width).reshape(width, 3, heads, size)
-        fused = fused.transpose(1, 2, 3, 0)
-        biases = stored(f"{here}attn.c_attn.bias", 3 * width).reshape(3, heads, size)
-        output = stored(f"{here}attn.c_proj.weight", width, width).reshape(heads, size, width).transpose(0, 2, 1)
-        attention = Attention(fused[0], fused[1], fused[2], output, query_bias=biases[0], key_bias=biases[1])
-        # Weights sum to one, so each head passes the bias of its values on unchanged.
-        constant = stored(f"{here}attn.c_proj.bias", width) + jnp.einsum("hdv,hv->d", output, biases[2])
-        perceptron = GeluPerceptron(
-            stored(f"{here}mlp.c_fc.weight", width, hidden).T,
-            stored(f"{here}mlp.c_fc.bias", hidden),
-            stored(f"{here}mlp.c_proj.weight", hidden, width).T,
-            stored(f"{here}mlp.c_proj.bias", width),
-            shape.approximate,
+    def __post_init__(self) -> None:
+        require_supported(
+            self,
+            activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu"),
+            scale_attn_weights=(True,),
+            scale_attn_by_inverse_layer_idx=(False,),
+            add_cross_attention=(False,),
         )
-        return Block(norm(f"{here}ln_1"), attention, constant, norm(f"{here}ln_2"), perceptron)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
 
-    table, head = embeddings(shape.tokens, width, weight("wte.weight"), weight("lm_head.weight"))
+
+def gpt2_decoder(config: Gpt2Config, stored: Stored, prefix: str, head: dict[str, str]) -> Decoder:
+    """The decoder in float32. Raises ValueError for weights that are missing, left over or do not fit.
+
+    `prefix` is what the names of the model's body begin with; `head` is empty where it is the token embedding.
+    """
+    width, heads, size = config.n_embd, config.n_head, config.n_embd // config.n_head
+    hidden = 4 * width if config.n_inner is None else config.n_inner
+    whole = {
+        "wte.weight": (config.vocab_size, width),
+        "wpe.weight": (config.n_positions, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+        "head": (config.vocab_size, width),
+    }
+    of_layer: dict[str, tuple[int, ...]] = {
+        f"{norm}.{part}": (width,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")
+    }
+    for name, rows, columns in (
+        ("attn.c_attn", width, 3 * width),
+        ("attn.c_proj", width, width),
+        ("mlp.c_fc", width, hidden),
+        ("mlp.c_proj", hidden, width),
+    ):
+        of_layer |= {f"{name}.weight": (rows, columns), f"{name}.bias": (columns,)}
+    names = {name: prefix + name for name in whole if name != "head"} | head
+    names |= {name: f"{prefix}h.{{}}.{name}" for name in of_layer}
+
+    def norm(weights: dict[str, Array], name: str) -> eqx.nn.LayerNorm:
+        empty = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)
+        return eqx.tree_at(lambda n: (n.weight, n.bias), empty, (weights[f"{name}.weight"], weights[f"{name}.bias"]))
+
+    # Compiled once for all layers, so that their shapes are checked once.
+    @jax.jit
+    def block(weights: dict[str, Array]) -> Block:
+        # (in, 3, heads, size) to query, key and value, each (heads, size, in).
+        query, key, value = weights["attn.c_attn.weight"].reshape(width, 3, heads, size).transpose(1, 2, 3, 0)
+        query_bias, key_bias, value_bias = weights["attn.c_attn.bias"].reshape(3, heads, size)
+        output = weights["attn.c_proj.weight"].reshape(heads, size, width).transpose(0, 2, 1)
+        attention = Attention(query, key, value, output, query_bias=query_bias, key_bias=key_bias)
+        # Weights sum to one, so each head passes the bias of its values on unchanged.
+        output_bias = weights["attn.c_proj.bias"] + jnp.einsum("hdv,hv->d", output, value_bias)
+        mlp = GeluMLP(
+            weights["mlp.c_fc.weight"].T,
+            weights["mlp.c_fc.bias"],
+            weights["mlp.c_proj.weight"].T,
+            weights["mlp.c_proj.bias"],
+            approximate=config.activation_function != "gelu",
+        )
+        return Block(norm(weights, "ln_1"), attention, output_bias, norm(weights, "ln_2"), mlp)
+
+    found, blocks = read_all_weights(stored, names, whole, of_layer, config.n_layer, block)
+    arrays = {name: jnp.asarray(array) for name, array in found.items()}
     return Decoder(
-        token_embedding=table,
-        position_embedding=stored("wpe.weight", shape.context, width),
-        blocks=tuple(block(layer) for layer in range(shape.layers)),
-        final_norm=norm("ln_f"),
-        head=head,
-        context=shape.context,
+        token_embedding=arrays["wte.weight"],
+        position_embedding=arrays["wpe.weight"],
+        blocks=blocks,
+        final_norm=norm(arrays, "ln_f"),
+        head=arrays.get("head", arrays["wte.weight"]),
+        context=config.n_positions,
     )

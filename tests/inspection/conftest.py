@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from prob_transformer.inspection.inspection import Inspection, Setting
-from prob_transformer.pretrained.load import load
+from prob_transformer.inspection import Inspection, Setting
+from prob_transformer.pretrained.load import load_pretrained
 from tests.support.tiny_models import LLAMA, llama_weights, write
 
 
@@ -14,7 +14,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(model):
-    return load(str(model))
+    return load_pretrained(str(model))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from prob_transformer import layer_margins
 from prob_transformer.inference import results
 from prob_transformer.inspection import command
 from prob_transformer.inspection.command import parse_layers
-from prob_transformer.pretrained.load import load
+from prob_transformer.pretrained import load
 
 # Quotes, markup, a character of four tokens, a line end.
 TEXT = '"a" <b>&\r\n😀 [x] \x00 end'
@@ -30,25 +30,30 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def run(loaded, text, tmp_path):
+def run(loaded, text, tmp_path, monkeypatch):
     """The command on the tiny model, read once; gives the exit status and the output folder."""
 
-    def run(*more, text=text, out=tmp_path / "out", model="tiny", loaded=loaded):
-        given = ["inspect", "--model", str(model), "--text", str(text), "--out", str(out), *more]
-        return command.main(given, (lambda _: loaded) if model == "tiny" else load), out
+    def run(*more, text=text, out=tmp_path / "out", loaded=loaded):
+        monkeypatch.setattr(load, "load_pretrained", lambda _: loaded)
+        given = ["inspect", "--model", "tiny", "--text", str(text), "--out", str(out), *more]
+        return command.main(given), out
 
     return run
 
 
-def refused(capsys, status, word, folder):
-    """One line on standard error with the word, and nothing new in the folder."""
-    told = capsys.readouterr()
-    assert status == 2
-    assert told.err.startswith("error: ")
-    assert told.err.count("\n") == 1
-    assert word in told.err
-    assert told.out == ""
-    assert sorted(path.name for path in folder.iterdir()) == ["text.txt"]
+@pytest.fixture
+def refused(run, tmp_path, capsys):
+    """That a run ends with one line on standard error with the word, and nothing new in the folder."""
+
+    def check(word, *more, **asked):
+        status, _ = run(*more, **asked)
+        told = capsys.readouterr()
+        assert (status, told.out, told.err.count("\n")) == (2, "", 1)
+        assert told.err.startswith("error: ")
+        assert word in told.err
+        assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+    return check
 
 
 def test_page_and_file_hold_what_layer_margins_gives(run, loaded, capsys):
@@ -108,9 +113,9 @@ def test_a_second_run_replaces_its_files_and_no_others(run, tmp_path):
         (b"a" * 33, "has 33 tokens, but at most 32 are looked at (the model's context is 32); pass --tokens 32"),
     ],
 )
-def test_bad_texts(run, text, tmp_path, capsys, content, word):
+def test_bad_texts(refused, text, content, word):
     text.write_bytes(content)
-    refused(capsys, run()[0], word, tmp_path)
+    refused(word)
 
 
 @pytest.mark.parametrize(
@@ -123,17 +128,16 @@ def test_bad_texts(run, text, tmp_path, capsys, content, word):
         (["--rows", "0"], "--rows: got 0"),
     ],
 )
-def test_bad_options(run, tmp_path, capsys, more, word):
-    refused(capsys, run(*more)[0], word, tmp_path)
+def test_bad_options(refused, more, word):
+    refused(word, *more)
 
 
-def test_places_that_are_not_there_or_not_to_be_written(run, text, tmp_path, capsys):
-    refused(capsys, run(text=tmp_path / "none")[0], "--text", tmp_path)
-    refused(capsys, run(out=text)[0], "--out", tmp_path)
-    refused(capsys, run(out=text / "below")[0], "--out", tmp_path)
-    refused(capsys, run(out=tmp_path / ("long" * 100))[0], "File name too long", tmp_path)
-    refused(capsys, run(out=tmp_path / os.fsdecode(b"\xff"))[0], "is not UTF-8", tmp_path)
-    refused(capsys, run(model=tmp_path / "none")[0], "--model", tmp_path)
+def test_places_that_are_not_there_or_not_to_be_written(refused, text, tmp_path):
+    refused("--text", text=tmp_path / "none")
+    refused("--out", out=text)
+    refused("--out", out=text / "below")
+    refused("File name too long", out=tmp_path / ("long" * 100))
+    refused("is not UTF-8", out=tmp_path / os.fsdecode(b"\xff"))
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused_before_the_other_file_is_replaced(run, tmp_path, capsys):
@@ -144,33 +148,20 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_the_other_file_is_rep
     assert (tmp_path / "out" / "inspect.html").read_text() == "old"
 
 
-def test_a_text_that_the_tokenizer_cannot_cut_is_refused(run, loaded, tmp_path, capsys):
+def test_a_model_that_cannot_read_the_text_is_refused(refused, loaded):
     words = Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
-    status, _ = run(loaded=loaded._replace(tokenizer=words))
-    refused(capsys, status, "the model's tokenizer refuses", tmp_path)
-
-
-def test_a_model_that_sees_one_token_is_refused(run, loaded, tmp_path, capsys):
-    blind = SimpleNamespace(context=1, blocks=loaded.decoder.blocks, layers=loaded.decoder.layers)
-    status, _ = run(loaded=loaded._replace(decoder=blind))
-    refused(capsys, status, "its context is 1 token", tmp_path)
+    refused("the model's tokenizer refuses", loaded=loaded._replace(tokenizer=words))
+    refused("its context is 1 token", loaded=loaded._replace(decoder=SimpleNamespace(context=1)))
 
 
 def test_an_output_that_takes_nothing_is_said_in_one_line_and_the_files_are_there(model, text, tmp_path):
     given = ["inspect", "--model", str(model), "--text", str(text), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "prob_transformer", *given]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "prob_transformer", *given], stdout=full, stderr=subprocess.PIPE, check=False
-        )
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done.stderr
     assert b"No space left on device" in done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["inspect.html", "inspect.nc"]
-
-
-def test_an_impossible_width_of_the_terminal_is_not_taken(run, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "0")
-    assert run()[0] == 0
-    assert "written: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

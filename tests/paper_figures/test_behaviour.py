@@ -19,7 +19,7 @@ from paper_figures.behaviour.measure import (
     passages,
 )
 from prob_transformer import layer_margins
-from prob_transformer.pretrained.load import load
+from prob_transformer.pretrained.load import load_pretrained
 from tests.support.tiny_models import LLAMA, llama_weights, write
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder(folder):
-    return load(str(folder)).decoder
+    return load_pretrained(str(folder)).decoder
 
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 16).astype(np.int32)

@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ def results(tmp_path_factory):
     (folder / "theory_checks.json").write_text((REFERENCE / "theory_checks.json").read_text())
     study.main(["verdicts", "--runs", str(folder / "runs" / "made-up"), "--out", str(folder / "verdicts.json")])
     (folder / "figures").mkdir()
-    for figure in command.FIGURES:
-        (folder / "figures" / f"{figure.NAME}.png").touch()
+    for name in command.FIGURES:
+        (folder / "figures" / f"{name}.png").touch()
     return folder
 
 
@@ -42,7 +43,7 @@ def results(tmp_path_factory):
 def test_every_figure_is_drawn_as_png_and_pdf(results, tmp_path, only):
     given = ["--runs", str(results / "runs" / "made-up"), "--checks", str(results / "theory_checks.json")]
     command.main([*given, "--out", str(tmp_path), *(part for name in only for part in ("--only", name))])
-    names = only or [figure.NAME for figure in command.FIGURES]
+    names = only or command.FIGURES
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -56,8 +57,7 @@ def test_the_methods_of_the_study_are_told_apart_in_grey():
 
 @pytest.mark.parametrize("name", ["trade_off", "noise_loss", "clean_strength", "training_margins", "training_barrier"])
 def test_axes_are_labelled_and_nothing_is_cut_off(results, name):
-    figure = next(figure for figure in command.FIGURES if name == figure.NAME)
-    drawn = command.draw(figure, {"runs": results / "runs" / "made-up"})
+    drawn = command.draw(name, {"runs": results / "runs" / "made-up"})
     drawn.canvas.draw()
     width, height = drawn.bbox.width, drawn.bbox.height
     assert any(axes.get_xlabel() for axes in drawn.axes)
@@ -73,7 +73,7 @@ def test_axes_are_labelled_and_nothing_is_cut_off(results, name):
 
 def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results):
     html = report.build(results, "made-up")
-    assert re.findall(r'(?:src|href)="([^"]*)"', html) == [f"figures/{figure.NAME}.png" for figure in command.FIGURES]
+    assert re.findall(r'(?:src|href)="([^"]*)"', html) == [f"figures/{name}.png" for name in command.FIGURES]
     assert all((results / link).is_file() for link in re.findall(r'src="([^"]*)"', html))
     assert "://" not in html
     assert "14 of 14 checks came out as stated" in html
@@ -120,103 +120,111 @@ def test_bad_arguments_end_with_one_line_and_status_2(main, arguments, message, 
     assert message in error
 
 
-def test_the_findings_show_the_tables_and_answers_of_the_committed_verdicts():
-    record = load_verdicts(REFERENCE / "verdicts.json")
+@pytest.fixture(scope="module")
+def record():
+    return load_verdicts(REFERENCE / "verdicts.json")
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    return runs.load_runs(REFERENCE / "runs" / "full")
+
+
+@pytest.fixture(scope="module")
+def findings_page():
+    return (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").replace("\n  ", " ")
+
+
+def shown(changes, digits=1):
+    """The mean of changes in per cent and its 95 % interval, by SciPy."""
+    low, high = stats.ttest_1samp(changes, 0).confidence_interval(0.95)
+    return f"{np.mean(changes):+.{digits}f} % ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def changes_of(comparison):
+    """In per cent, seed by seed; a change is the negative of a gain."""
+    return -100 * np.array(comparison["gains"])
+
+
+def increase(run, split="test"):
+    return runs.increase(run, split, *PERTURBATIONS[0])
+
+
+def test_the_findings_show_the_tables_and_answers_of_the_committed_verdicts(record):
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     assert markdown(record) in page
     for answer in record["answers"]:
         assert answer in page
 
 
-def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts():
-    record = load_verdicts(REFERENCE / "verdicts.json")
-    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/findings.md", "README.md"))
-
-    def shown(values, digits=1):
-        """The mean and its 95 % interval, by SciPy from the gains of the seeds; a change is the negative of a gain."""
-        changes = -100 * np.array(values)
-        low, high = stats.ttest_1samp(changes, 0).confidence_interval(0.95)
-        return f"{changes.mean():+.{digits}f} % ({low:+.{digits}f} to {high:+.{digits}f})"
-
+def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts(record, sweep, findings_page):
+    page, readme = findings_page, (ROOT / "README.md").read_text(encoding="utf-8")
     found = {(f["finding"], f["method"], f["split"]): f for f in record["findings"]}
     robust = found["robustness", "margin@layers", "test"]
-    assert f"the increase changes by {shown(robust['comparisons'][0]['gains'])}" in page
+    assert f"the increase changes by {shown(changes_of(robust['comparisons'][0]))}" in page
     assert f"embedding noise by {100 * robust['comparisons'][0]['mean_gain']:.0f} % on average" in readme
     # "do not establish" and "is ruled out" are said as long as the verdicts are these.
     assert robust["verdict"] == "undecided"
     for split in ("test", "news"):
-        ours = {c["against"]: c for c in found["ours", "margin@layers", split]["comparisons"]}
-        tested = {name: c["verdict"] for name, c in ours.items() if not c["untested"]}
-        assert tested == dict.fromkeys(("dropout", "embedding-noise", "jacobian", "spectral"), "not supported")
-        worse = {name for name, c in ours.items() if not c["untested"] and c["p_holm"] < 0.05 and c["mean_gain"] < 0}
-        assert worse == {"jacobian"}
-    low, high = stats.ttest_1samp(
-        found["ours", "margin@layers", "test"]["comparisons"][3]["gains"], 0
-    ).confidence_interval()
-    assert f"by 6.9 % of the increase of plain training ({-100 * high:.1f} to {-100 * low:.1f} %)" in page
+        ours = {c["against"]: c for c in found["ours", "margin@layers", split]["comparisons"] if not c["untested"]}
+        competitors = ("dropout", "embedding-noise", "jacobian", "spectral")
+        assert {name: c["verdict"] for name, c in ours.items()} == dict.fromkeys(competitors, "not supported")
+        assert {name for name, c in ours.items() if c["p_holm"] < 0.05 and c["mean_gain"] < 0} == {"jacobian"}
+    against = found["ours", "margin@layers", "test"]["comparisons"][3]
+    low, high = stats.ttest_1samp(changes_of(against), 0).confidence_interval()
+    assert f"by 6.9 % of the increase of plain training ({low:.1f} to {high:.1f} %)" in page
     geometry = found["geometry", "margin@layers", "validation"]
     assert geometry["verdict"] == "supported"
     assert f"by {100 * geometry['comparisons'][0]['mean_gain']:.1f} % on average" in page
-    sweep = runs.load_runs(REFERENCE / "runs" / "full")
-    plain = np.array([runs.increase(run, "test", *PERTURBATIONS[0]) for run in sweep.baseline])
-
-    def gains(increases):
-        return (plain - increases) / plain.mean()
-
-    next_strength = [runs.increase(run, "test", *PERTURBATIONS[0]) for run in sweep.of("margin@layers", 0.02)]
-    assert f"changes by {shown(gains(np.array(next_strength)))}" in page
-    for cost, method in ((0.005, "margin@layers"), (0.017, "margin@layers"), (0.017, "dropout")):
-        assert shown(gains(at_equal_cost(sweep, method, cost).increases("test", *PERTURBATIONS[0]))) in page
-    one_sided = found["robustness", "one-sided@layers", "test"]["comparisons"][0]["gains"]
-    assert f"changes by {shown(one_sided)}" in page
-    clean_one_sided = found["clean", "one-sided@layers", "test"]["comparisons"][0]["gains"]
-    assert f"changes by {shown(clean_one_sided, 2)}" in page
-    first_order = {split: found["first order", "margin@layers", split] for split in ("test", "news")}
-    of_test, of_news = (first_order[split]["comparisons"][0] for split in ("test", "news"))
-    assert f"is {shown(of_test['gains'])} of the" in page.replace("\n  ", " ")
-    assert f"({shown(of_news['gains']).replace(' (', ', ')}" in page
+    plain = np.array([increase(run) for run in sweep.baseline])
+    cases = [np.array([increase(run) for run in sweep.of("margin@layers", 0.02)])]
+    cases += [
+        at_equal_cost(sweep, method, cost).increases("test", *PERTURBATIONS[0])
+        for cost, method in ((0.005, "margin@layers"), (0.017, "margin@layers"), (0.017, "dropout"))
+    ]
+    for increases in cases:
+        assert shown(100 * (increases - plain) / plain.mean()) in page
+    for finding, digits in (("robustness", 1), ("clean", 2)):
+        one_sided = found[finding, "one-sided@layers", "test"]["comparisons"][0]
+        assert f"changes by {shown(changes_of(one_sided), digits)}" in page
+    of_test, of_news = (found["first order", "margin@layers", split]["comparisons"][0] for split in ("test", "news"))
+    assert f"is {shown(changes_of(of_test))} of the" in page
+    assert f"({shown(changes_of(of_news)).replace(' (', ', ')}" in page
     assert of_test["equivalence_p_holm"] < 0.05 < of_news["equivalence_p_holm"]
 
 
-def test_small_covariances_lower_the_clean_loss_and_raise_the_increase_as_the_page_says():
-    sweep = runs.load_runs(REFERENCE / "runs" / "full")
-    page = (ROOT / "docs/findings.md").read_text(encoding="utf-8").replace("\n  ", " ")
-    measures = {"clean": runs.clean_loss, "noise": lambda run, split: runs.increase(run, split, *PERTURBATIONS[0])}
-    established = set()
+def test_small_covariances_lower_the_clean_loss_and_raise_the_increase_as_the_page_says(sweep, findings_page):
+    def changes(measure, strength):
+        own, plain = (
+            np.array([measure(run) for run in some])
+            for some in (sweep.of("frobenius@layers", strength), sweep.baseline)
+        )
+        return 100 * (own - plain) / plain.mean()
+
+    def established(measure, strength):
+        tested = stats.ttest_1samp(changes(measure, strength), 0)
+        return np.sign(tested.statistic) * (6 * tested.pvalue < 0.05)
+
+    found = set()
     for strength, split in itertools.product(sweep.strengths("frobenius@layers"), ("test", "news")):
-        tests, told = [], []
-        for name, measure in measures.items():
-            plain, own = (
-                np.array([measure(run, split) for run in some])
-                for some in (sweep.baseline, sweep.of("frobenius@layers", strength))
-            )
-            tested = stats.ttest_1samp(100 * (own - plain) / plain.mean(), 0)
-            low, high = tested.confidence_interval(0.95)
-            digits = 2 if name == "clean" else 1
-            told.append(f"{(low + high) / 2:+.{digits}f} % ({low:+.{digits}f} to {high:+.{digits}f})")
-            tests.append((np.sign(tested.statistic), 6 * tested.pvalue < 0.05))
-        if tests == [(-1, True), (1, True)]:
-            established.add((strength, split))
-        if (strength, split) == (0.01, "test"):
-            assert f"by {told[0]} and by {told[1]} on test text" in page
-            under_noise = [
-                np.array([runs.clean_loss(run, split) + measures["noise"](run, split) for run in some])
-                for some in (sweep.baseline, sweep.of("frobenius@layers", strength))
-            ]
-            tested = stats.ttest_1samp(100 * (under_noise[1] - under_noise[0]) / under_noise[0].mean(), 0)
-            low, high = tested.confidence_interval(0.95)
-            assert f"changes by {(low + high) / 2:+.2f} % ({low:+.2f} to {high:+.2f}) on test text" in page
-            assert f"p = {6 * tested.pvalue:.2f} after multiplying by six" in page
-    assert established == {(0.003, "test"), (0.01, "test"), (0.003, "news"), (0.01, "news"), (0.03, "news")}
+        clean, noise = partial(runs.clean_loss, split=split), partial(increase, split=split)
+        if (established(clean, strength), established(noise, strength)) == (-1, 1):
+            found.add((strength, split))
+    assert found == {(0.003, "test"), (0.01, "test"), (0.003, "news"), (0.01, "news"), (0.03, "news")}
+    clean = partial(runs.clean_loss, split="test")
+    told = f"by {shown(changes(clean, 0.01), 2)} and by {shown(changes(increase, 0.01))} on test text"
+    assert told in findings_page
+    under_noise = changes(lambda run: clean(run) + increase(run), 0.01)
+    assert f"changes by {shown(under_noise, 2)} on test text" in findings_page
+    assert f"p = {6 * stats.ttest_1samp(under_noise, 0).pvalue:.2f} after multiplying by six" in findings_page
     quantiles = [
         np.mean([run["margins"]["layers"]["determinant_quantiles"]["0.01"] for run in some])
         for some in (sweep.baseline, sweep.of("frobenius@layers", 0.01))
     ]
-    assert "from {:+.2f} to {:+.2f} (strength 0.01)".format(*quantiles) in page
+    assert "from {:+.2f} to {:+.2f} (strength 0.01)".format(*quantiles) in findings_page
 
 
-def test_the_committed_verdicts_are_those_of_the_committed_runs():
-    record = load_verdicts(REFERENCE / "verdicts.json")
-    again = analyse(runs.load_runs(REFERENCE / "runs" / "full"))
+def test_the_committed_verdicts_are_those_of_the_committed_runs(record, sweep):
+    again = analyse(sweep)
     for part in ("seeds", "rules", "overview", "equal_cost", "findings", "first_budget", "answers"):
         assert json.loads(json.dumps(again[part])) == record[part]

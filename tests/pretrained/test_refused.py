@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from prob_transformer.inspection import main
-from prob_transformer.pretrained.load import load
 from tests.support.foreign_models import (
     LLAMA3,
     TEXT,
@@ -23,12 +21,6 @@ from tests.support.foreign_models import (
 )
 from tests.support.gguf_files import FIELDS, byte_level, tensors, write_gguf
 from tests.support.tiny_models import GPT2, LLAMA
-
-
-def inspect(model, folder):
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    given = ["--model", str(model), "--text", str(folder / "text.txt"), "--out", str(folder / "out")]
-    return main(["inspect", *given], load)
 
 
 def raw(name, content, make=llama_folder):
@@ -103,7 +95,7 @@ REFUSED = {
     "heads with a point": (config(num_attention_heads=4.0), "Expected `int`, got `float`"),
     "heads are true": (config(num_attention_heads=True), "Expected `int`, got `bool`"),
     "no heads": (config(num_attention_heads=0), "Expected `int` >= 1"),
-    "huge number of layers": (config(num_hidden_layers=10**30), "no output of layer 2"),
+    "huge number of layers": (config(num_hidden_layers=10**30), "no model.layers.2.input_layernorm.weight"),
     "huge epsilon": (config(rms_norm_eps=1e300), "Expected `float` < 1e+38"),
     "negative epsilon": (config(rms_norm_eps=-1e-5), "Expected `float` > 0.0 - at `$.rms_norm_eps`"),
     "infinite base": (
@@ -151,26 +143,26 @@ REFUSED = {
     "adapter": (raw("adapter_config.json", b"{}"), "merge the adapter into the weights first"),
     "more tokens than embeddings": (
         config(vocab_size=9),
-        "260 embeddings, but the configuration gives vocab_size = 9",
+        "embed_tokens.weight has shape (260, 8), but its configuration asks for (9, 8)",
     ),
-    "another width": (config(hidden_size=16), "token embedding has shape (260, 8)"),
-    "another head size": (config(head_dim=2), "output of layer 0 has shape"),
+    "another width": (config(hidden_size=16), "embed_tokens.weight has shape (260, 8)"),
+    "another head size": (config(head_dim=2), "layers.0.self_attn.q_proj.weight has shape"),
     "fewer layers than stored": (
         config(num_hidden_layers=1),
-        "holds model.layers.1.input_layernorm.weight, which",
+        "model.layers.1.input_layernorm.weight is stored, which",
     ),
-    "more layers than stored": (config(num_hidden_layers=3), "no output of layer 2"),
+    "more layers than stored": (config(num_hidden_layers=3), "no model.layers.2.input_layernorm.weight"),
     "biases that are not stored": (
         config(attention_bias=True),
-        "attention_bias = true",
+        "no model.layers.0.self_attn.q_proj.bias",
     ),
     "biases that config does not tell of": (
         weights(added(**{QUERY.replace("weight", "bias"): np.ones(16, np.float32)})),
-        "holds model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_proj.bias is stored, which",
     ),
     "norms of queries": (
         weights(added(**{"model.layers.1.self_attn.q_norm.weight": np.ones(4, np.float32)})),
-        "self_attn.q_norm.weight, which",
+        "self_attn.q_norm.weight is stored, which",
     ),
     "scales beside int8": (
         weights(
@@ -178,24 +170,27 @@ REFUSED = {
         ),
         "q_proj.weight as I8; quantised weights are not read",
     ),
-    "scales alone": (weights(added(**{QUERY.replace("weight", "SCB"): np.ones(16, np.float32)})), "q_proj.SCB, which"),
+    "scales alone": (
+        weights(added(**{QUERY.replace("weight", "SCB"): np.ones(16, np.float32)})),
+        "q_proj.SCB is stored, which",
+    ),
     "AWQ without a word of it": (weights(lambda w: without(QUERY)(w) | AWQ), "as I32; quantised weights are not read"),
     "eight bits, floating": (fp8, "q_proj.weight as F8_E4M3; quantised weights are not read"),
     "booleans": (weights(one(QUERY, lambda x: x > 0)), "q_proj.weight as BOOL"),
-    "turned weights": (weights(one(QUERY, lambda x: x.T.copy())), "query of layer 0 has shape (8, 16)"),
+    "turned weights": (weights(one(QUERY, lambda x: x.T.copy())), "q_proj.weight has shape (8, 16)"),
     "weights of three axes": (
         weights(one(QUERY, lambda x: x.reshape(4, 4, 8))),
-        "query of layer 0 has shape (4, 4, 8)",
+        "q_proj.weight has shape (4, 4, 8)",
     ),
-    "not a number": (weights(one("model.norm.weight", lambda x: x * np.nan)), "final_norm contains NaN or inf"),
+    "not a number": (weights(one("model.norm.weight", lambda x: x * np.nan)), "norm.weight contains NaN or inf"),
     "infinite in float16": (
         weights(lambda w: cast(np.float16)(one(QUERY, lambda x: x * np.inf)(w))),
         "contains NaN or inf",
     ),
-    "no norm": (weights(without("model.norm.weight")), "weights: no final_norm"),
+    "no norm": (weights(without("model.norm.weight")), "weights: no model.norm.weight"),
     "no head": (weights(without("lm_head.weight")), "a model without a language-model head"),
     "body": (weights(body), "a model without a language-model head"),
-    "no embedding": (weights(without("model.embed_tokens.weight")), "no token embedding"),
+    "no embedding": (weights(without("model.embed_tokens.weight")), "no model.embed_tokens.weight"),
     "weights cut off": (
         lambda f: raw("model.safetensors", (llama_folder(f) / "model.safetensors").read_bytes()[:-100])(f),
         "not a whole safetensors",
@@ -222,8 +217,8 @@ REFUSED = {
         ),
         "is in two files",
     ),
-    "no tokenizer": (removed("tokenizer.json"), "tokenizer.json cannot be read"),
-    "tokenizer cut off": (raw("tokenizer.json", b'{"version": "1.0"'), "is not a tokenizer of the tokenizers library"),
+    "no tokenizer": (removed("tokenizer.json"), "tokenizer.json cannot be read as one of"),
+    "tokenizer cut off": (raw("tokenizer.json", b'{"version": "1.0"'), "tokenizer.json cannot be read as one of"),
     "tokenizer is not UTF-8": (raw("tokenizer.json", b"\xff"), "tokenizer.json cannot be read"),
     "tokenizer of a larger model": (
         with_tokenizer(lambda t: t.add_tokens(["more"])),
@@ -272,24 +267,25 @@ REFUSED = {
 }
 
 
-def refused(status, told, word, folder):
-    assert status == 2
-    assert told.out == ""
-    assert told.err.startswith("error: ")
-    assert told.err.count("\n") == 1
-    assert word in told.err
-    assert not (folder / "out").exists()
-
-
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_folder_that_cannot_be_read_right_is_one_line(tmp_path, capsys, case):
+def test_a_folder_that_cannot_be_read_right_is_one_line(refused, tmp_path, case):
     spoil, word = REFUSED[case]
     spoil(tmp_path / "model")
-    refused(inspect(tmp_path / "model", tmp_path), capsys.readouterr(), word, tmp_path)
+    refused(tmp_path / "model", word)
 
 
 def file(fields=None, weights=None, tokenizer=None, **more):
     return lambda path: write_gguf(path, FIELDS | (fields or {}), weights, byte_level() | (tokenizer or {}), **more)
+
+
+def cut(kept):
+    """A file that ends early."""
+
+    def spoil(path):
+        whole = write_gguf(path).read_bytes()
+        path.write_bytes(whole[: int(kept * len(whole))])
+
+    return spoil
 
 
 LEFT = {name: x for name, x in tensors().items() if name != "output.weight"}
@@ -301,7 +297,7 @@ REFUSED_FILES = {
     "yarn": (file({"llama.rope.scaling.type": "yarn"}), "rope.scaling.type = 'yarn'; only 'linear' or 'none'"),
     "key heads that differ by layer": (
         file({"llama.attention.head_count_kv": [2, 1]}),
-        "head_count_kv is [2, 1]; only",
+        "head_count_kv = [2, 1]; only",
     ),
     "context in words": (file({"llama.context_length": "32"}), "Expected `int`, got `str` - at `$.context_length`"),
     "no context": (file({"llama.context_length": None}), "missing required field `context_length`"),
@@ -313,18 +309,24 @@ REFUSED_FILES = {
         "rope.dimension_count is 6 for heads of size 4",
     ),
     "values of another size": (file({"llama.attention.value_length": 2}), "value_length = 2; only None or 4"),
-    "another width": (file({"llama.embedding_length": 16}), "token embedding has shape (260, 8)"),
-    "other rows": (file({"llama.vocab_size": 300}), "260 embeddings, but the configuration gives vocab_size = 300"),
+    "another width": (file({"llama.embedding_length": 16}), "token_embd.weight has shape (260, 8)"),
+    "other rows": (file({"llama.vocab_size": 300}), "token_embd.weight has shape (260, 8)"),
     "factors of another count": (
         file(weights=tensors() | {"rope_freqs.weight": np.ones(3, np.float32)}),
         "rope_freqs.weight has shape (3,)",
     ),
     "unread tensor": (
         file(weights=tensors() | {"blk.0.attn_q_norm.weight": np.ones(4, np.float32)}),
-        "holds blk.0.attn_q_norm.weight",
+        "blk.0.attn_q_norm.weight is stored, which",
     ),
-    "tensor missing": (file(weights={k: x for k, x in tensors().items() if "ffn_up" not in k}), "no up of layer 0"),
-    "integers": (file(weights=tensors() | {"output.weight": np.ones((260, 8), np.int8)}), "output.weight of"),
+    "tensor missing": (
+        file(weights={k: x for k, x in tensors().items() if "ffn_up" not in k}),
+        "no blk.0.ffn_up.weight",
+    ),
+    "integers": (
+        file(weights=tensors() | {"output.weight": np.ones((260, 8), np.int8)}),
+        "output.weight cannot be dequantised",
+    ),
     "another tokenizer": (
         file(tokenizer={"pre": "tekken"}),
         "of kind 'gpt2', 'tekken'; supported are llama (SentencePiece)",
@@ -337,40 +339,30 @@ REFUSED_FILES = {
         file(tokenizer={"add_bos_token": True}),
         "bos is added to a text, but bos_token_id = None",
     ),
+    "empty": (lambda path: path.write_bytes(b""), "is not a whole GGUF file"),
+    "zipped": (lambda path: path.write_bytes(b"PK\3\4 something else"), "is not a whole GGUF file"),
+    "cut off after its first bytes": (lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "is not a whole GGUF file"),
+    "cut off in the middle": (cut(0.5), "is not a whole GGUF file"),
+    "cut off near the end": (cut(0.9), "is not a whole GGUF file"),
     "begins with a token beyond": (file(tokenizer={"add_bos_token": True, "bos_token_id": 999}), "bos_token_id = 999"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED_FILES)
-def test_a_gguf_file_that_cannot_be_read_right_is_one_line(tmp_path, capsys, case):
+def test_a_gguf_file_that_cannot_be_read_right_is_one_line(refused, tmp_path, case):
     make, word = REFUSED_FILES[case]
     make(tmp_path / "model.gguf")
-    refused(inspect(tmp_path / "model.gguf", tmp_path), capsys.readouterr(), word, tmp_path)
-
-
-def test_weights_alone_are_one_line(tmp_path, capsys):
-    model = llama_folder(tmp_path / "model") / "model.safetensors"
-    refused(inspect(model, tmp_path), capsys.readouterr(), "holds weights alone; pass the folder", tmp_path)
+    refused(tmp_path / "model.gguf", word)
 
 
 @pytest.mark.slow
-def test_a_refusal_and_an_output_that_cannot_be_encoded_in_processes_of_their_own(tmp_path):
-    command = [sys.executable, "-m", "prob_transformer", "inspect", "--text", str(tmp_path / "text.txt")]
+def test_an_output_that_cannot_be_encoded_in_a_process_of_its_own(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    bad = tmp_path / "bad"
-    config(rope_scaling="linear")(bad)
-    done = subprocess.run(
-        [*command, "--model", str(bad), "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "$.rope_scaling" in done.stderr
-    good = llama_folder(tmp_path / "good")
-    done = subprocess.run(
-        [*command, "--model", str(good), "--out", str(tmp_path / "Łódź"), "--rows", "8"],
-        capture_output=True,
-        check=False,
-        env={"PYTHONIOENCODING": "cp1252", "PATH": ""},
-    )
+    model, out = llama_folder(tmp_path / "good"), tmp_path / "Łódź"
+    given = ["--model", str(model), "--text", str(tmp_path / "text.txt"), "--out", str(out), "--rows", "8"]
+    command = [sys.executable, "-m", "prob_transformer", "inspect", *given]
+    environment = {"PYTHONIOENCODING": "cp1252", "PATH": ""}
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"?\xf3d?" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "Łódź").iterdir()) == ["inspect.html", "inspect.nc"]
+    assert sorted(path.name for path in out.iterdir()) == ["inspect.html", "inspect.nc"]

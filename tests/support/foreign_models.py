@@ -73,9 +73,9 @@ def stale_index(folder: Path) -> Path:
     return folder
 
 
-def with_tokenizer(change: Callable[[Tokenizer], object], rows: int = 260) -> Callable[[Path], Path]:
+def with_tokenizer(change: Callable[[Tokenizer], object], **changes: int) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
-        llama_folder(folder, {"vocab_size": rows})
+        llama_folder(folder, changes)
         tokenizer = byte_tokenizer()
         change(tokenizer)
         tokenizer.save(str(folder / "tokenizer.json"))

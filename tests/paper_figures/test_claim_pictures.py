@@ -7,12 +7,10 @@ import matplotlib as mpl
 import pytest
 from matplotlib import pyplot as plt
 
-from paper_figures.figures import style
-from paper_figures.figures.claims import __main__ as command
-from paper_figures.figures.claims import errors
+from paper_figures.figures import claim_pictures, style
 from theory_checks import registry
 
-RESULTS = Path(command.__file__).resolve().parents[2] / "results" / "reference" / "theory_checks.json"
+RESULTS = Path(claim_pictures.__file__).resolve().parents[2] / "results" / "reference" / "theory_checks.json"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +21,7 @@ def checks():
 @pytest.mark.parametrize("identifier", [check.id for check in registry.CHECKS])
 def test_axes_are_labelled_and_nothing_is_cut_off(checks, identifier):
     with mpl.rc_context(style.RC):
-        figure = command.PICTURES.get(identifier, errors.draw)(checks[identifier])
+        figure = claim_pictures.picture(checks[identifier])
         figure.canvas.draw()
         width, height = figure.bbox.width, figure.bbox.height
         for axes in figure.axes:
@@ -38,14 +36,14 @@ def test_axes_are_labelled_and_nothing_is_cut_off(checks, identifier):
 
 @pytest.mark.slow
 def test_every_claim_is_drawn(tmp_path):
-    command.main(["--json", str(RESULTS), "--out", str(tmp_path)])
+    claim_pictures.main(["--json", str(RESULTS), "--out", str(tmp_path)])
     assert {path.stem for path in tmp_path.iterdir()} == {check.id for check in registry.CHECKS}
 
 
 def test_missing_and_quick_results_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--json: no checks at"):
-        command.main(["--json", str(tmp_path / "none.json")])
+        claim_pictures.main(["--json", str(tmp_path / "none.json")])
     quick = tmp_path / "quick.json"
     quick.write_text(json.dumps({"provenance": {"configuration": {"quick": True}}, "checks": []}))
     with pytest.raises(ValueError, match="is of quick checks"):
-        command.main(["--json", str(quick)])
+        claim_pictures.main(["--json", str(quick)])

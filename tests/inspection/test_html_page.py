@@ -1,11 +1,12 @@
 import base64
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from prob_transformer.inspection.page import MOST_TOKENS, page
+from prob_transformer.inspection.html_page import MOST_TOKENS, inspection_page
 
 
 class Elements(HTMLParser):
@@ -28,18 +29,22 @@ class Elements(HTMLParser):
         self.text += data
 
 
+def page(inspection, title="t", facts={}):  # noqa: B006
+    return Elements(inspection_page(inspection, title, facts))
+
+
 def decoded(data, name, dtype, shape):
     return np.frombuffer(base64.b64decode(data[name]), dtype).reshape(shape)
 
 
 def test_the_page_holds_the_numbers(made_up):
-    data = json.loads(Elements(page(made_up, "t", {})).scripts["data"])
+    data = json.loads(page(made_up).scripts["data"])
     assert data["pieces"] == list(made_up.pieces)
     assert (data["layers"], data["heads"], data["carriersEach"]) == ([3, 7], 1, 3)
     # The head that is most often past the boundary, where the page opens.
     assert data["worst"] == {"row": 0, "head": 0}
-    flipped = made_up._replace(sign=made_up.sign[::-1], log_det=made_up.log_det[::-1])
-    assert json.loads(Elements(page(flipped, "t", {})).scripts["data"])["worst"] == {"row": 1, "head": 0}
+    flipped = replace(made_up, sign=made_up.sign[::-1], log_det=made_up.log_det[::-1])
+    assert json.loads(page(flipped).scripts["data"])["worst"] == {"row": 1, "head": 0}
     np.testing.assert_array_equal(decoded(data, "sign", "<i1", (2, 1, 5)), made_up.sign)
     np.testing.assert_array_equal(decoded(data, "logDet", "<f4", (2, 1, 5)), made_up.log_det)
     np.testing.assert_array_equal(decoded(data, "carriers", "<u2", (2, 1, 5, 3)), made_up.carriers)
@@ -48,8 +53,8 @@ def test_the_page_holds_the_numbers(made_up):
 
 
 def test_no_text_becomes_markup(made_up):
-    plain = Elements(page(made_up._replace(pieces=tuple("abcde")), "t", {}))
-    awkward = Elements(page(made_up, "<b>t</b>", {"Text": "<img src=x>"}))
+    plain = page(replace(made_up, pieces=tuple("abcde")))
+    awkward = page(made_up, "<b>t</b>", {"Text": "<img src=x>"})
     names = [tag for tag, _ in awkward.seen if tag not in ("dt", "dd")]
     assert names == [tag for tag, _ in plain.seen]
     assert "<b>t</b>" in awkward.text
@@ -58,27 +63,23 @@ def test_no_text_becomes_markup(made_up):
     assert awkward.scripts["page"] == plain.scripts["page"]
 
 
-def test_nothing_is_asked_for_elsewhere(made_up):
-    seen = Elements(page(made_up, "t", {})).seen
+def test_nothing_is_asked_for_elsewhere_and_controls_have_labels(made_up):
+    seen = page(made_up).seen
     asking = {"src", "href", "action", "srcset", "poster", "data", "background"}
     assert not [(tag, attrs) for tag, attrs in seen if asking & set(attrs)]
     policies = [attrs["content"] for tag, attrs in seen if attrs.get("http-equiv") == "Content-Security-Policy"]
     assert policies[0].startswith("default-src 'none'")
-
-
-def test_what_is_analysed_stands_in_the_page(made_up):
-    text = " ".join(Elements(page(made_up, "t", {})).text.split())
-    assert "It is not the residual block" in text
-    assert "det J < 0 at 37.50% of all places" in text
-
-
-def test_controls_have_labels(made_up):
-    seen = Elements(page(made_up, "t", {})).seen
     labelled = {attrs["for"] for tag, attrs in seen if tag == "label"}
     assert {attrs["id"] for tag, attrs in seen if tag == "select"} == labelled == {"layer", "head"}
     assert [attrs["lang"] for tag, attrs in seen if tag == "html"] == ["en"]
 
 
+def test_what_is_analysed_stands_in_the_page(made_up):
+    text = " ".join(page(made_up).text.split())
+    assert "It is not the residual block" in text
+    assert "det J < 0 at 37.50% of all places" in text
+
+
 def test_too_long_a_text_is_refused(made_up):
     with pytest.raises(ValueError, match=f"tokens: {MOST_TOKENS + 1} are too many"):
-        page(made_up._replace(tokens=np.zeros(MOST_TOKENS + 1, int)), "t", {})
+        page(replace(made_up, tokens=np.zeros(MOST_TOKENS + 1, int)))

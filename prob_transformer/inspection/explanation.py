@@ -8,7 +8,7 @@ With the position itself included the first position has e = 0, that argument do
 import numpy as np
 from jaxtyping import Float
 
-from prob_transformer.inspection.inspection import Setting
+from prob_transformer.inspection.text_margins import Setting
 
 
 def map_in_words(setting: Setting) -> str:
@@ -42,6 +42,6 @@ def density_reading(negative: Float[np.ndarray, "L H"], setting: Setting) -> str
     )
 
 
-def shown(piece: str) -> str:
+def quoted(piece: str) -> str:
     """A token in quotes on one line; control characters and line breaks are written out."""
     return repr(piece) if piece else "(rest of a character)"

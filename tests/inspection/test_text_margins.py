@@ -4,7 +4,7 @@ import pytest
 from scipy.special import softmax
 
 from prob_transformer import Attention
-from prob_transformer.inspection.inspection import Setting, inspect_text, pieces_of
+from prob_transformer.inspection.text_margins import QUANTILES, Setting, inspect_text, pieces_of
 from tests.support.plain_decoder import draw, jacobians
 
 LENGTH, WIDTH = 6, 3
@@ -64,15 +64,31 @@ def test_layers_are_read_no_further_than_needed_and_each_is_announced():
     assert done == [1]
 
 
-def test_what_does_not_fit_is_named():
+@pytest.mark.parametrize(
+    ("pieces", "setting", "chosen", "message"),
+    [
+        (PIECES[:5], Setting(), (0,), "pieces: got 5 for 6 tokens"),
+        (PIECES, Setting(), (0, 3), r"layers: \[3\] are not in the model"),
+        (PIECES, Setting("own"), (0,), "layer 0: values"),
+    ],
+)
+def test_what_does_not_fit_is_named(pieces, setting, chosen, message):
     _, inputs, layers = problem(1)
-    with pytest.raises(ValueError, match="pieces: got 5 for 6 tokens"):
-        inspect_text(layers, PIECES[:5], np.arange(LENGTH), Setting(), (0,))
-    with pytest.raises(ValueError, match=r"layers: \[3\] are not in the model"):
-        inspect_text(layers, PIECES, np.arange(LENGTH), Setting(), (0, 3))
     without_values = [(Attention(layers[0][0].query, layers[0][0].key), inputs[0])]
-    with pytest.raises(ValueError, match="layer 0: values"):
-        inspect_text(without_values, PIECES, np.arange(LENGTH), Setting("own"), (0,))
+    with pytest.raises(ValueError, match=message):
+        inspect_text(without_values, pieces, np.arange(LENGTH), setting, chosen)
+
+
+def test_figures_leave_the_first_position_out(made_up):
+    found = made_up.summary
+    np.testing.assert_array_equal(found.negative, [[3 / 4], [0]])
+    # - - + -, and + 0 + +
+    np.testing.assert_array_equal(found.crossings, [[2], [2]])
+    np.testing.assert_array_equal(found.closest, [[2], [2]])
+    np.testing.assert_array_equal(found.worst, [[0, 0], [1, 0]])
+    # Barriers 1 4 -2 3 and -0.5 inf -1.5 -800: the smallest of which at most half are smaller, and so on.
+    assert QUANTILES == (0.05, 0.5, 0.95)
+    np.testing.assert_array_equal(found.quantiles, [[[-2, 1, 4]], [[-800, -1.5, np.inf]]])
 
 
 def test_pieces_joined_are_the_text_and_the_rest_of_a_character_is_empty():

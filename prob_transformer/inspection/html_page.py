@@ -15,57 +15,54 @@ from typing import Any
 
 import numpy as np
 
-from prob_transformer.inspection.inspection import Inspection
-from prob_transformer.inspection.summary import summary, worst_heads
-from prob_transformer.inspection.wording import density_reading, map_in_words
+from prob_transformer.inspection.explanation import density_reading, map_in_words
+from prob_transformer.inspection.text_margins import Inspection
 
 # What a carrier's place in 16 bits can hold; a page with more tokens than this would be too large to read anyway.
 MOST_TOKENS = 2048
 
 
-def _base64(array: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode("ascii")
-
-
 def _data(inspection: Inspection) -> str:
     """The numbers and tokens as JSON that can stand in a script element."""
-    row, head = worst_heads(inspection, summary(inspection))[0]
+    row, head = inspection.summary.worst[0].tolist()
+    arrays = {
+        "sign": (inspection.sign, "<i1"),
+        "logDet": (inspection.log_det, "<f4"),
+        "carriers": (inspection.carriers, "<u2"),
+        "shares": (np.rint(255 * inspection.shares), "<u1"),
+    }
     payload = {
         "worst": {"row": row, "head": head},
         "pieces": inspection.pieces,
         "layers": inspection.layers,
         "heads": inspection.sign.shape[1],
         "carriersEach": inspection.carriers.shape[3],
-        "sign": _base64(inspection.sign, "<i1"),
-        "logDet": _base64(inspection.log_det, "<f4"),
-        "carriers": _base64(inspection.carriers, "<u2"),
-        "shares": _base64(np.rint(255 * inspection.shares), "<u1"),
+        **{name: base64.b64encode(array.astype(dtype).tobytes()).decode() for name, (array, dtype) in arrays.items()},
         "selfInclusive": inspection.setting.self_inclusive,
     }
     return json.dumps(payload, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
-    return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items())
-
-
-def page(inspection: Inspection, title: str, facts: Mapping[str, Any]) -> str:
+def inspection_page(inspection: Inspection, title: str, facts: Mapping[str, Any]) -> str:
     """The page's HTML. `facts`, say model, text and version, are listed at its end.
 
     Raises ValueError for more than MOST_TOKENS tokens.
     """
     if inspection.tokens.size > MOST_TOKENS:
         raise ValueError(f"tokens: {inspection.tokens.size} are too many for a page; pass at most {MOST_TOKENS}.")
-    folder = files("prob_transformer.inspection")
+    css, js, template = (
+        files("prob_transformer.inspection").joinpath(f"page.{part}").read_text(encoding="utf-8")
+        for part in ("css", "js", "html")
+    )
+    entries = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items())
     parts = {
         "title": html.escape(title),
-        "css": folder.joinpath("page.css").read_text(encoding="utf-8"),
-        "js": folder.joinpath("page.js").read_text(encoding="utf-8"),
+        "css": css,
+        "js": js,
         "map": html.escape(map_in_words(inspection.setting)),
-        "reading": html.escape(density_reading(summary(inspection).negative, inspection.setting)),
-        "facts": _facts(facts),
+        "reading": html.escape(density_reading(inspection.summary.negative, inspection.setting)),
+        "facts": "".join(entries),
         "data": _data(inspection),
     }
-    template = folder.joinpath("page.html").read_text(encoding="utf-8")
     # In one pass, so that nothing in a part is taken for a place to fill.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)

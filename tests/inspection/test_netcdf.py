@@ -3,11 +3,11 @@ import json
 import numpy as np
 
 from prob_transformer.inference.results import load, save
-from prob_transformer.inspection.tree import tree
+from prob_transformer.inspection.netcdf import inspection_tree
 
 
 def test_everything_comes_back_from_a_file(made_up, tmp_path):
-    save(tree(made_up, {"model": "m", "packages": {"jax": "1"}}), tmp_path / "inspect.nc")
+    save(inspection_tree(made_up, {"model": "m", "packages": {"jax": "1"}}), tmp_path / "inspect.nc")
     back = load(tmp_path / "inspect.nc")
     margins = back["margins"].to_dataset()
     assert margins["log_det"].dims == ("layer", "head", "position")

@@ -1,13 +1,12 @@
 """A pre-norm decoder that runs pretrained weights of the Llama and GPT-2 families, one layer at a time.
 
-    stream += W_O attention(norm(stream)) + b_O,   stream += perceptron(norm(stream)),   logits = norm(stream) . head
+    stream += W_O attention(norm(stream)) + b_O,   stream += mlp(norm(stream)),   logits = norm(stream) . head
 
 Every layer runs the same compiled function, and what a layer attended over is handed out as it is computed, so memory
 holds one layer's numbers however deep the model is.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,21 +21,8 @@ from prob_transformer.softmax import capped
 Tokens = Int[Array, " n"] | Int[np.ndarray, " n"]
 
 
-class LayerNorm(eqx.Module):
-    """Zero mean and unit variance over the last axis, then gain and shift (d,)."""
-
-    gain: Float[Array, " d"]
-    shift: Float[Array, " d"]
-    epsilon: float = eqx.field(static=True)
-
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return self.gain * centred * jax.lax.rsqrt(variance + self.epsilon) + self.shift
-
-
 class SwiGLU(eqx.Module):
-    """W_down (silu(W_gate x) * W_up x), the perceptron of the Llama family."""
+    """W_down (silu(W_gate x) * W_up x), the MLP of the Llama family."""
 
     gate: Float[Array, "f d"]
     up: Float[Array, "f d"]
@@ -46,18 +32,18 @@ class SwiGLU(eqx.Module):
         return (jax.nn.silu(x @ self.gate.T) * (x @ self.up.T)) @ self.down.T
 
 
-class GeluPerceptron(eqx.Module):
-    """W_2 gelu(W_1 x + b_1) + b_2, the perceptron of the GPT-2 family; gelu by its tanh form or exactly."""
+class GeluMLP(eqx.Module):
+    """W_down gelu(W_up x + b_up) + b_down, the MLP of the GPT-2 family; gelu by its tanh form or exactly."""
 
-    expand: Float[Array, "f d"]
-    expand_bias: Float[Array, " f"]
-    contract: Float[Array, "d f"]
-    contract_bias: Float[Array, " d"]
+    up: Float[Array, "f d"]
+    up_bias: Float[Array, " f"]
+    down: Float[Array, "d f"]
+    down_bias: Float[Array, " d"]
     approximate: bool = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        hidden = jax.nn.gelu(x @ self.expand.T + self.expand_bias, approximate=self.approximate)
-        return hidden @ self.contract.T + self.contract_bias
+        hidden = jax.nn.gelu(x @ self.up.T + self.up_bias, approximate=self.approximate)
+        return hidden @ self.down.T + self.down_bias
 
 
 def attention_logits(layer: Attention, inputs: Float[Array, "n d"]) -> Float[Array, "H n n"]:
@@ -71,37 +57,26 @@ def attention_logits(layer: Attention, inputs: Float[Array, "n d"]) -> Float[Arr
 
 
 class Block(eqx.Module):
-    """One layer. `constant` (d,) is what biases of values and output add to every position, or None."""
+    """One layer. `output_bias` (d,) is what biases of values and output add to every position, or None."""
 
-    attention_norm: RMSNorm | LayerNorm
+    attention_norm: RMSNorm | eqx.nn.LayerNorm
     attention: Attention
-    constant: Float[Array, " d"] | None
-    perceptron_norm: RMSNorm | LayerNorm
-    perceptron: SwiGLU | GeluPerceptron
+    output_bias: Float[Array, " d"] | None
+    mlp_norm: RMSNorm | eqx.nn.LayerNorm
+    mlp: SwiGLU | GeluMLP
 
+    @jax.jit
     def __call__(self, stream: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """The stream after the layer, and the normalised inputs that its heads attended over."""
-        layer, inputs = self.attention, self.attention_norm(stream)
+        layer, inputs = self.attention, jax.vmap(self.attention_norm)(stream)
         if layer.value is None or layer.output is None:
             raise ValueError("attention: has no value or no output map; a decoder block needs both.")
         weights = jax.nn.softmax(attention_logits(layer, inputs), axis=-1)
         values = jnp.einsum("gvd,nd->gnv", layer.value, inputs)[layer.group_of_head]
         stream = stream + jnp.einsum("hdv,hiv->id", layer.output, weights @ values)
-        if self.constant is not None:
-            stream = stream + self.constant
-        return stream + self.perceptron(self.perceptron_norm(stream)), inputs
-
-
-class LayerInputs(NamedTuple):
-    """An attention layer and the normalised inputs (n, d) it attended over."""
-
-    attention: Attention
-    inputs: Float[Array, "n d"]
-
-
-@jax.jit
-def _run_block(block: Block, stream: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-    return block(stream)
+        if self.output_bias is not None:
+            stream = stream + self.output_bias
+        return stream + self.mlp(jax.vmap(self.mlp_norm)(stream)), inputs
 
 
 class Decoder(eqx.Module):
@@ -110,11 +85,12 @@ class Decoder(eqx.Module):
     token_embedding: Float[Array, "V d"]
     position_embedding: Float[Array, "c d"] | None
     blocks: tuple[Block, ...]
-    final_norm: RMSNorm | LayerNorm
+    final_norm: RMSNorm | eqx.nn.LayerNorm
     head: Float[Array, "V d"]
     context: int = eqx.field(static=True)
 
-    def _checked(self, tokens: Tokens) -> Int[Array, " n"]:
+    def embed(self, tokens: Tokens) -> Float[Array, "n d"]:
+        """What enters the first layer, learned positions included. Raises ValueError for tokens that do not fit."""
         given = np.asarray(tokens)
         if given.ndim != 1 or given.size == 0 or not np.issubdtype(given.dtype, np.integer):
             raise ValueError("tokens: pass at least one token number, as integers (n,); was the text empty?")
@@ -128,26 +104,24 @@ class Decoder(eqx.Module):
                 f"tokens: run from {given.min()} to {given.max()} but the model has {vocabulary} embeddings; "
                 "pass the tokens of its own tokenizer."
             )
-        return jnp.asarray(given)
+        stream = self.token_embedding[jnp.asarray(given)]
+        return stream if self.position_embedding is None else stream + self.position_embedding[: given.size]
 
-    def embed(self, tokens: Tokens) -> Float[Array, "n d"]:
-        """What enters the first layer, learned positions included. Raises ValueError for tokens that do not fit."""
-        checked = self._checked(tokens)
-        stream = self.token_embedding[checked]
-        return stream if self.position_embedding is None else stream + self.position_embedding[: checked.shape[0]]
+    def layers(self, tokens: Tokens) -> Iterator[tuple[Attention, Float[Array, "n d"]]]:
+        """Each attention layer with the normalised inputs (n, d) that it attended over, run as it is read.
 
-    def layers(self, tokens: Tokens) -> Iterator[LayerInputs]:
-        """Each attention layer with its inputs, run as it is read. Raises ValueError for tokens that do not fit."""
+        Raises ValueError for tokens that do not fit.
+        """
         stream = self.embed(tokens)
         for block in self.blocks:
-            stream, inputs = _run_block(block, stream)
-            yield LayerInputs(block.attention, inputs)
+            stream, inputs = block(stream)
+            yield block.attention, inputs
 
     def logits_from(self, stream: Float[Array, "n d"]) -> Float[Array, "n V"]:
         """Next-token logits after every position when `stream` enters the first layer instead of embeddings."""
         for block in self.blocks:
-            stream, _ = _run_block(block, stream)
-        return self.final_norm(stream) @ self.head.T
+            stream, _ = block(stream)
+        return jax.vmap(self.final_norm)(stream) @ self.head.T
 
     def __call__(self, tokens: Tokens) -> Float[Array, "n V"]:
         """Next-token logits after every position. Raises ValueError for tokens that do not fit."""
