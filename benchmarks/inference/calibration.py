@@ -68,10 +68,9 @@ def simulate(key: PRNGKeyArray, sizes: Sizes) -> tuple[Float[np.ndarray, "R 2"],
 def _nuts_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> tuple[Float[np.ndarray, "L 2"], str]:
     count = (sizes.ranked_draws + 1) * sizes.thinning
     found = nuts(
+        jax.random.key(seed),
         parameter_model,
-        embeddings,
-        CALIBRATION_PRIORS,
-        key=jax.random.key(seed),
+        model_args=(embeddings, CALIBRATION_PRIORS),
         warmup=sizes.warmup,
         draws=count,
         chains=1,
@@ -83,7 +82,7 @@ def _nuts_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> t
 
 def _laplace_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> tuple[Float[np.ndarray, "L 2"], str]:
     start_key, draw_key = jax.random.split(jax.random.key(seed))
-    mode = find_map(parameter_model, embeddings, CALIBRATION_PRIORS, space="unconstrained", key=start_key)
+    mode = find_map(parameter_model, model_args=(embeddings, CALIBRATION_PRIORS), space="unconstrained", key=start_key)
     drawn = laplace(parameter_model, embeddings, CALIBRATION_PRIORS, at=mode).sample(draw_key, sizes.ranked_draws)
     return np.stack([np.asarray(drawn[site]) for site in SITES], -1), mode.status.name.lower()
 

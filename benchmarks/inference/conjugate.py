@@ -60,7 +60,9 @@ def run_conjugate(sizes: Sizes) -> dict[str, Any]:
     seen = np.random.default_rng(sizes.seed).normal(size=(LENGTH, WIDTH)) * 2
     scales = np.array([1.0] + [TRUE_NOISE_SCALE] * (LENGTH - 1))
     truth = gaussian_posterior(seen, scales, OBSERVATION_SCALE)
-    mode = find_map(conjugate_model, jnp.asarray(seen), space="unconstrained", seed=sizes.seed, tolerance=1e-9)
+    mode = find_map(
+        conjugate_model, model_args=(jnp.asarray(seen),), space="unconstrained", key=sizes.seed, tolerance=1e-9
+    )
     approximation = laplace(conjugate_model, jnp.asarray(seen), at=mode)
     full = np.kron(truth.covariance, np.eye(WIDTH))
     map_error = float(np.abs(np.asarray(mode.parameters["embeddings"]) - truth.mean).max())
@@ -82,9 +84,9 @@ def run_conjugate(sizes: Sizes) -> dict[str, Any]:
     ]
     for embeddings in ("direct", "noise"):
         found = nuts(
+            jax.random.key(sizes.seed),
             conjugate_model,
-            jnp.asarray(seen),
-            key=jax.random.key(sizes.seed),
+            model_args=(jnp.asarray(seen),),
             warmup=sizes.warmup,
             draws=sizes.draws,
             chains=sizes.chains,

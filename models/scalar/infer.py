@@ -43,7 +43,9 @@ def _refusals_are_failures() -> Iterator[None]:
 
 
 def _map(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple[xr.DataTree, str]:
-    found = find_map(parameter_model, data.embeddings, space=options.space, key=key, max_steps=options.max_steps)
+    found = find_map(
+        parameter_model, model_args=(data.embeddings,), space=options.space, key=key, max_steps=options.max_steps
+    )
     with _refusals_are_failures():
         tree = found.to_datatree()
     note = (
@@ -55,7 +57,13 @@ def _map(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple
 
 def _laplace(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple[xr.DataTree, str]:
     start_key, draw_key = jax.random.split(key)
-    mode = find_map(parameter_model, data.embeddings, space="unconstrained", key=start_key, max_steps=options.max_steps)
+    mode = find_map(
+        parameter_model,
+        model_args=(data.embeddings,),
+        space="unconstrained",
+        key=start_key,
+        max_steps=options.max_steps,
+    )
     with _refusals_are_failures():
         mode.to_datatree()
         found = laplace(parameter_model, data.embeddings, at=mode)
@@ -67,7 +75,7 @@ def _nuts(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tupl
     sizes = {"warmup": options.warmup, "draws": options.draws, "chains": options.chains}
     # New data for every draw would need as many solutions of the implicit equation, and nothing here looks at them.
     print(f"nuts: compiling, then {options.warmup + options.draws} transitions a chain", file=sys.stderr, flush=True)
-    found = nuts(parameter_model, data.embeddings, key=key, predictive=False, **sizes)
+    found = nuts(key, parameter_model, model_args=(data.embeddings,), predictive=False, **sizes)
     with _refusals_are_failures():
         tree = found.to_datatree()
     diagnostics = ", ".join(

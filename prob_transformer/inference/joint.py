@@ -59,6 +59,16 @@ def key_or_seed(key: PRNGKeyArray | None, seed: int | None, purpose: str) -> PRN
     return jax.random.key(seed) if key is None else key
 
 
+def key_and_seed(key: PRNGKeyArray | int, purpose: str) -> tuple[PRNGKeyArray, int | None]:
+    """The random key and None, or the key of an integer and that integer. Raises ValueError for anything else."""
+    if isinstance(key, (jax.Array, np.ndarray)):
+        return key, None
+    if key is None:
+        raise ValueError(f"key: got None; pass a JAX random key or an integer of at least 0, the seed of {purpose}.")
+    require_seed("key", key, purpose)
+    return jax.random.key(key), int(key)
+
+
 def starting_point(
     model: Callable, args: tuple, kwargs: dict, init: Mapping[str, Any], key: PRNGKeyArray | None
 ) -> dict[str, Float[Array, "..."]]:
@@ -84,7 +94,7 @@ def starting_point(
             if not np.isfinite(np.asarray(point)).all():
                 raise ValueError(f"init[{name!r}]: lies on the edge of {fn.support}; pass values inside the support.")
         elif key is None:
-            raise ValueError(f"init: has no value for {name!r}; pass one, or a key or seed for a random start.")
+            raise ValueError(f"init: has no value for {name!r}; pass one, or a key for a random start.")
         else:
             site_key = jax.random.fold_in(key, len(start))
             point = jax.random.uniform(site_key, transform.inverse_shape(shape), minval=-_RADIUS, maxval=_RADIUS)

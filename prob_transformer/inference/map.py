@@ -29,7 +29,7 @@ from prob_transformer.files import provenance
 from prob_transformer.inference.joint import (
     Sites,
     Space,
-    key_or_seed,
+    key_and_seed,
     negative_log_joint,
     observed_data,
     starting_point,
@@ -84,15 +84,18 @@ def embedding_signs(attention: Attention) -> Signs:
 class MapResult(NamedTuple):
     """A maximum, or where the search for it ended: look at `converged` first.
 
-    `parameters` by site, in their supports, and the same point as `unconstrained`; `objective`, the negative log joint
-    in nats in the chosen `space`; `gradient_norm`, its largest derivative in unconstrained coordinates; `crossings`,
-    how many of the `steps` were cut short because they crossed det = 0; `signs` at the end, None if none were watched;
-    `predicted_decrease`, by how many nats a quasi-Newton step would lower the objective, infinite where steps were
-    still long; `at_rounding`, whether the rounding of the dtype ended the search before the gradient fell to the
-    `tolerance`, which `note` then says; `law`, whether the likelihood at the point is certified to be a probability
-    law.
+    `model`, `model_args` and `model_kwargs` as `find_map` got them; `parameters` by site, in their supports, and the
+    same point as `unconstrained`; `objective`, the negative log joint in nats in the chosen `space`; `gradient_norm`,
+    its largest derivative in unconstrained coordinates; `crossings`, how many of the `steps` were cut short because
+    they crossed det = 0; `signs` at the end, None if none were watched; `predicted_decrease`, by how many nats a
+    quasi-Newton step would lower the objective, infinite where steps were still long; `at_rounding`, whether the
+    rounding of the dtype ended the search before the gradient fell to the `tolerance`, which `note` then says; `law`,
+    whether the likelihood at the point is certified to be a probability law.
     """
 
+    model: Callable
+    model_args: tuple
+    model_kwargs: dict[str, Any]
     parameters: dict[str, Float[Array, "..."]]
     unconstrained: dict[str, Float[Array, "..."]]
     objective: float
@@ -211,20 +214,20 @@ def _search(
 
 def find_map(
     model: Callable,
-    *args: Any,
+    *,
     space: Space,
+    model_args: tuple = (),
+    model_kwargs: Mapping[str, Any] = {},
     init: Mapping[str, Float[Array, "..."]] | None = None,
-    key: PRNGKeyArray | None = None,
-    seed: int | None = None,
+    key: PRNGKeyArray | int | None = None,
     max_steps: int = 500,
     tolerance: float = 1e-6,
     signs: Signs | None = None,
-    **kwargs: Any,
 ) -> MapResult:
-    """The maximum of a NumPyro model's joint density, called with `args` and `kwargs`, in the space named.
+    """The maximum of the joint density of a NumPyro model given its arguments, in the space named.
 
     Latent sites start at their values in `init`, in their supports, and where it has none at a random point drawn from
-    `key`, or from `jax.random.key(seed)`; `seed` is also what results are labelled with. The search ends when no
+    `key`, a JAX random key or an integer seed, which results are then labelled with. The search ends when no
     derivative exceeds `tolerance`, in nats per unit of the unconstrained coordinates, and steps have become short; or
     at the best point that rounding lets it reach, where no step could show a lower objective (see `MapResult.note`).
     `signs` maps the sites to signs of determinants, such as `embedding_signs(attention)`: a step that changes one is
@@ -241,13 +244,17 @@ def find_map(
         )
     require_count("max_steps", max_steps, 1, "the number of steps allowed")
     require_positive("tolerance", tolerance)
-    key = key_or_seed(key, seed, "the random start")
-    start = starting_point(model, args, kwargs, {} if init is None else init, key)
+    random_key, seed = (None, None) if key is None else key_and_seed(key, "the random start")
+    kwargs = dict(model_kwargs)
+    start = starting_point(model, model_args, kwargs, {} if init is None else init, random_key)
     found, parameters, unconstrained, log_likelihood, observed, embedding_processes = _search(
-        model, args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
+        model, model_args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
     )
     last = found.iterate
     return MapResult(
+        model=model,
+        model_args=model_args,
+        model_kwargs=kwargs,
         parameters=parameters,
         unconstrained=unconstrained,
         objective=float(last.value),

@@ -25,7 +25,7 @@ from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.inference.chains import Settings, run_chains
 from prob_transformer.inference.gauge import gauges
-from prob_transformer.inference.joint import key_or_seed, negative_log_joint, observed_data, starting_point
+from prob_transformer.inference.joint import key_and_seed, negative_log_joint, observed_data, starting_point
 from prob_transformer.inference.law import NO_LAW, Law, law_of, processes
 from prob_transformer.inference.nuts_result import NutsResult, diagnose
 from prob_transformer.inference.reparam import embedding_process, noise_name, position_scales, through_noise
@@ -79,10 +79,11 @@ _potential = eqx.filter_jit(negative_log_joint)
 
 
 def nuts(
+    key: PRNGKeyArray | int,
     model: Callable,
-    *args: Any,
-    key: PRNGKeyArray | None = None,
-    seed: int | None = None,
+    *,
+    model_args: tuple = (),
+    model_kwargs: Mapping[str, Any] = {},
     warmup: int = 500,
     draws: int = 1000,
     chains: int = 2,
@@ -93,11 +94,10 @@ def nuts(
     max_tree_depth: int = 10,
     predictive: bool = True,
     progress: Callable[[int], None] | bool = True,
-    **kwargs: Any,
 ) -> NutsResult:
-    """Draws from the posterior of a NumPyro model, called with `args` and `kwargs`; look at the result's `status`.
+    """Draws from the posterior of a NumPyro model given its arguments; look at the result's `status`.
 
-    Randomness comes from `key`, or from `jax.random.key(seed)`; `seed` also labels results. All chains start at the
+    `key` is a JAX random key, or an integer seed, which results are then labelled with. All chains start at the
     values in `init`, by site and in their supports, and at random where it has none. `embeddings` says how sites of an
     EmbeddingProcess are sampled: "direct", or by their "noise"; these have one posterior in the safe region, and past
     the boundary the |det J| density and the law of the root finder (module docstring). `predictive` draws observed
@@ -116,11 +116,10 @@ def nuts(
         raise ValueError(f"embeddings: got {embeddings!r}; pass one of {', '.join(get_args(Embeddings))}.")
     if is_concrete(target_accept) and not 0 < float(target_accept) < 1:
         raise ValueError(f"target_accept: got {target_accept}; pass a share of steps between 0 and 1.")
-    key = key_or_seed(key, seed, "the draws")
-    if key is None:
-        raise ValueError("key: got None; pass a JAX random key, or a seed.")
+    random_key, seed = key_and_seed(key, "the draws")
+    args, kwargs = model_args, dict(model_kwargs)
     init = {} if init is None else init
-    point_key, run_key = jax.random.split(key)
+    point_key, run_key = jax.random.split(random_key)
     start = starting_point(model, args, kwargs, init, point_key)
     here = constrain_fn(model, args, kwargs, start)
     trace = handlers.trace(handlers.substitute(model, data=here)).get_trace(*args, **kwargs)

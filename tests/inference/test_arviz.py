@@ -30,12 +30,12 @@ def pair(y):
 
 
 def with_nuts():
-    result = nuts(pair, Y, seed=0, warmup=200, draws=500)
+    result = nuts(0, pair, model_args=(Y,), warmup=200, draws=500)
     return result.to_inferencedata(), result.draws["z"]
 
 
 def with_laplace():
-    fit = laplace(pair, Y, at=find_map(pair, Y, space="unconstrained", seed=0))
+    fit = laplace(pair, Y, at=find_map(pair, model_args=(Y,), space="unconstrained", key=0))
     return fit.to_inferencedata(seed=1, draws=300), fit.sample(jax.random.key(1), 300)["z"][None]
 
 
@@ -61,9 +61,9 @@ def test_arviz_summarises_and_draws_every_result(method):
 
 
 def test_the_mode_goes_into_arviz_too():
-    found = find_map(pair, Y, space="unconstrained", seed=0)
+    found = find_map(pair, model_args=(Y,), space="unconstrained", key=0)
     np.testing.assert_array_equal(found.to_inferencedata().posterior["z"], found.parameters["z"][None, None])
-    failed = find_map(pair, Y, space="unconstrained", seed=0, max_steps=1)
+    failed = find_map(pair, model_args=(Y,), space="unconstrained", key=0, max_steps=1)
     with pytest.raises(ValueError, match="max_steps"):
         failed.to_inferencedata()
     failed.to_inferencedata(allow_unconverged=True)
@@ -78,8 +78,8 @@ class Terminal(io.StringIO):
 def test_nuts_shows_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch):
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        nuts(pair, Y, seed=0, warmup=20, draws=80)
+        nuts(0, pair, model_args=(Y,), warmup=20, draws=80)
         assert ("nuts, compiling" in stream.getvalue()) == ("100/100" in stream.getvalue()) == shown
     monkeypatch.setattr(sys, "stderr", Terminal())
-    nuts(pair, Y, seed=0, warmup=20, draws=80, progress=False)
+    nuts(0, pair, model_args=(Y,), warmup=20, draws=80, progress=False)
     assert sys.stderr.getvalue() == ""

@@ -54,7 +54,7 @@ def hessian_eigenvalues(model, *args, at):
 @pytest.mark.parametrize("tolerance", [1e-6, 1e-9])
 @pytest.mark.parametrize("head_size", [1, 2, 3])
 def test_laplace_counts_the_directions_that_the_hessian_has_none_of(head_size, tolerance):
-    at = find_map(one_head, LOGITS, head_size, space="unconstrained", seed=1, tolerance=tolerance)
+    at = find_map(one_head, model_args=(LOGITS, head_size), space="unconstrained", key=1, tolerance=tolerance)
     assert at.converged
     eigenvalues = hessian_eigenvalues(one_head, LOGITS, head_size, at=at)
     flat = int((np.abs(eigenvalues) < 1e-6 * eigenvalues.max()).sum())
@@ -93,14 +93,14 @@ def test_directions_are_counted_in_every_head_and_are_fewer_where_a_head_has_a_l
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_so_it_is_for_the_query_and_key_of_a_process(curvature):
     walk = np.random.default_rng(1).normal(size=(5, 2))
-    at = find_map(process, walk, space="unconstrained", seed=1)
+    at = find_map(process, model_args=(walk,), space="unconstrained", key=1)
     with pytest.raises(FlatDirectionsError, match="with 1 flat directions"):
         laplace(process, walk, at=at, curvature=curvature)
 
 
 @pytest.mark.parametrize("model", [rows_of_different_scale, interaction_itself])
 def test_a_model_without_flat_directions_is_not_refused(model):
-    at = find_map(model, LOGITS, space="unconstrained", seed=1, tolerance=1e-9)
+    at = find_map(model, model_args=(LOGITS,), space="unconstrained", key=1, tolerance=1e-9)
     eigenvalues = hessian_eigenvalues(model, LOGITS, at=at)
     assert eigenvalues.min() > 1e-6 * eigenvalues.max()
     found = laplace(model, LOGITS, at=at)
@@ -109,7 +109,7 @@ def test_a_model_without_flat_directions_is_not_refused(model):
 
 def test_nuts_names_what_is_not_identified_and_gives_the_diagnostics_of_what_is():
     # 40 draws a chain are too few for an effective sample size of 100 a chain, whatever the chains do.
-    result = nuts(one_head, LOGITS, 2, seed=0, warmup=40, draws=40, predictive=False, max_tree_depth=4)
+    result = nuts(0, one_head, model_args=(LOGITS, 2), warmup=40, draws=40, predictive=False, max_tree_depth=4)
     assert NutsStatus.NOT_MIXED in result.problems
     assert set(result.not_mixed) == {"key", "query"}
     ((sites, directions),) = result.gauges
@@ -126,7 +126,9 @@ def test_nuts_names_what_is_not_identified_and_gives_the_diagnostics_of_what_is(
 
 
 def test_nuts_does_not_blame_rotations_for_sites_that_are_identified():
-    result = nuts(rows_of_different_scale, LOGITS, seed=0, warmup=10, draws=10, predictive=False, max_tree_depth=2)
+    result = nuts(
+        0, rows_of_different_scale, model_args=(LOGITS,), warmup=10, draws=10, predictive=False, max_tree_depth=2
+    )
     assert NutsStatus.NOT_MIXED in result.problems
     assert result.gauges == ()
     with pytest.raises(ValueError, match="draw more, warm up longer"):

@@ -86,7 +86,7 @@ def linear_mode():
 
 @pytest.fixture(scope="module")
 def logistic_mode():
-    return find_map(logistic, X, LABELS, space="unconstrained", seed=0, tolerance=1e-9)
+    return find_map(logistic, model_args=(X, LABELS), space="unconstrained", key=0, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
