@@ -17,7 +17,7 @@ from models.char_gpt.laplace import Structure, covered, curvature, evidence_of, 
 from models.char_gpt.predictive import Score, probit, sampled, score
 from prob_transformer.files import provenance
 from prob_transformer.inference.laplace.kfac import Positions
-from prob_transformer.inference.results import datatree, save
+from prob_transformer.inference.result_tree import datatree, save
 
 DRAWS, CHARACTERS = 32, 32_768
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from prob_transformer._validation import is_concrete, require_count
 
 if TYPE_CHECKING:
-    from prob_transformer.inference.particle_result import ParticleResult
+    from prob_transformer.inference.particles import ParticleResult
 
 
 def _genealogy(result: ParticleResult, indices: Int[Array, " m"], position: Int[Array, ""] | int) -> Int[Array, "n m"]:
@@ -36,14 +36,14 @@ def _genealogy(result: ParticleResult, indices: Int[Array, " m"], position: Int[
 
 
 @partial(jax.jit, static_argnums=2)
-def ancestral_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Int[Array, "draws n"]:
+def ancestral_indices(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Int[Array, "draws n"]:
     """Particles of each position that `draws` paths, drawn by the last weights, go through."""
     last = jax.random.categorical(key, result.log_weights, shape=(draws,))
     return _genealogy(result, last, result.ancestors.shape[0] - 1).T
 
 
 @partial(jax.jit, static_argnums=2)
-def smoothing_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Int[Array, "draws n"]:
+def smoothing_indices(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Int[Array, "draws n"]:
     """Particles of each position that `draws` paths, drawn by backward simulation, go through."""
     length, particles, width = result.filtered.shape
     positions = jnp.arange(length)
@@ -69,7 +69,7 @@ def smoothing_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> 
     return jax.lax.scan(step, blank, inputs, reverse=True)[1].T
 
 
-def smooth(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Float[Array, "draws n d"]:
+def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array, "draws n d"]:
     """`draws` paths of embeddings given all tokens, each of equal weight, independent given the particles.
 
     Their law tends to the posterior as the particles grow in number; past the boundary that holds for the "direct"
@@ -81,4 +81,4 @@ def smooth(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Float[Array
         raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
     if key is None:
         raise ValueError("key: got None; pass a JAX random key.")
-    return result.filtered[jnp.arange(result.filtered.shape[0]), smoothing_indices(result, key, draws)]
+    return result.filtered[jnp.arange(result.filtered.shape[0]), smoothing_indices(key, result, draws)]

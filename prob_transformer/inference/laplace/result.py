@@ -25,7 +25,7 @@ from prob_transformer.inference.laplace.predictive import (
 )
 from prob_transformer.inference.law import NO_LAW, Law, law_of, processes
 from prob_transformer.inference.map import MapResult
-from prob_transformer.inference.results import Dims, datatree, for_arviz
+from prob_transformer.inference.result_tree import Dims, datatree, for_arviz
 from prob_transformer.sampling import named_solve_errors
 
 if TYPE_CHECKING:
