@@ -94,6 +94,8 @@ def starting_point(
 
     Running the model on concrete values validates its data.
     """
+    if not isinstance(args, tuple):
+        raise ValueError(f"model_args: got {type(args).__name__}; pass a tuple of the model's arguments, such as (y,).")
     require_data(args, kwargs)
     start: dict[str, Float[Array, "..."]] = {}
 

@@ -59,15 +59,7 @@ _REMEDY = {
     ),
 }
 
-_STATS = (
-    "objective",
-    "gradient_norm",
-    "converged",
-    "steps",
-    "crossings",
-    "predicted_decrease",
-    "at_rounding",
-)
+_STATS = ("objective", "gradient_norm", "converged", "steps", "crossings", "predicted_decrease", "at_rounding")
 
 
 class MapResult(NamedTuple):
@@ -185,6 +177,7 @@ def _search(
         parameters = {name: trace[name]["value"] for name in start}
         return value, (parameters, log_likelihood(trace), observed_data(trace), processes(trace))
 
+    # Traced once, however often the search calls it.
     @jax.jit
     def evaluate(point: Float[Array, " k"]) -> tuple[Iterate, _AtPoint]:
         (value, here), gradient = jax.value_and_grad(density, has_aux=True)(point)

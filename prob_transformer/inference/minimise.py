@@ -182,8 +182,6 @@ def minimise(
     their `MapStatus`. That the end is a minimum and not a saddle is not looked into.
     """
     lbfgs = optax.scale_by_lbfgs(_MEMORY)
-    # Traced once, however often it is called below.
-    evaluate = jax.jit(evaluate)
 
     def advance(state: Minimum) -> Minimum:
         here = state.iterate

@@ -32,7 +32,7 @@ from prob_transformer.inference.joint import key_and_seed
 from prob_transformer.inference.law import Law, law_of
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
 from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz, require_allowed
-from prob_transformer.inference.smoothing import ancestral_indices, smoothing_indices
+from prob_transformer.inference.smoothing import ancestral_indices, genealogy, smoothing_indices
 from prob_transformer.root_finder import SolveStatus
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
 
@@ -196,14 +196,6 @@ def _ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
     return jnp.where((log_weights > -jnp.inf).any(), size, 0.0)
 
 
-def _count_distinct(ancestors: Int[Array, "n N"], alive: Bool[Array, " N"]) -> Int[Array, " n"]:
-    def back(indices: Int[Array, " N"], ancestors_here: Int[Array, " N"]) -> tuple[Array, Array]:
-        met = jnp.zeros_like(alive).at[indices].max(alive)
-        return ancestors_here[indices], met.sum()
-
-    return jax.lax.scan(back, jnp.arange(alive.shape[0]), ancestors, reverse=True)[1]
-
-
 @eqx.filter_jit
 def _filter(
     process: EmbeddingProcess,
@@ -264,6 +256,8 @@ def _filter(
     (_, embeddings, log_weights), kept = jax.lax.scan(step, (empty, blank, uniform), positions)
     log_means, ess, resampled, ancestors, unsolved, worst, filtered, filtered_log_weights, log_likelihood = kept
     alive = log_weights > -jnp.inf
+    paths = genealogy(ancestors, jnp.arange(particles), length - 1)
+    distinct = jax.vmap(lambda indices: jnp.zeros_like(alive).at[indices].max(alive).sum())(paths)
     # The codes of the two enumerations agree as far as the first goes.
     status = jnp.where(alive.any(), worst.max(), ParticleStatus.ALL_DIED)
     return ParticleResult(
@@ -273,7 +267,7 @@ def _filter(
         ess,
         resampled,
         ancestors,
-        _count_distinct(ancestors, alive),
+        distinct,
         status,
         unsolved,
         filtered,

@@ -305,6 +305,7 @@ def test_the_datatree_holds_the_mode_the_fit_and_the_data(tmp_path):
     ("model", "data", "options", "message"),
     [
         (coin, (COINS,), {"space": "both"}, "space: got 'both'; pass one of constrained, unconstrained"),
+        (coin, COINS, {"key": 0}, r"model_args: got ndarray; pass a tuple of the model's arguments, such as \(y,\)"),
         (coin, (COINS,), {}, "init: has no value for 'p'; pass one, or a key"),
         (coin, (COINS,), {"init": {"q": 0.5}, "key": 0}, "init: names q; the model's latent sites are p"),
         (coin, (COINS,), {"init": {"p": 1.5}}, r"init\['p'\]: lies outside"),
