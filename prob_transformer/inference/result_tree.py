@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Num, Shaped
@@ -41,6 +41,7 @@ _ENGINES: dict[str, Literal["h5netcdf", "zarr"]] = {".nc": "h5netcdf", ".zarr": 
 _MODULES = {"h5netcdf": ("xarray", "h5netcdf", "h5py"), "zarr": ("xarray", "zarr")}
 
 
+@runtime_checkable
 class Result(Protocol):
     """What every method of inference returns: look at `status` first, which is 0 where nothing was found wrong.
 

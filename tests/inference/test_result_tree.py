@@ -18,7 +18,18 @@ import xarray as xr
 
 from prob_transformer import Attention, LinearDecoder
 from prob_transformer.files import provenance
-from prob_transformer.inference import MapStatus, datatree, find_map, load, nuts, particle_filter, save
+from prob_transformer.inference import (
+    MapStatus,
+    NutsStatus,
+    ParticleStatus,
+    Result,
+    datatree,
+    find_map,
+    load,
+    nuts,
+    particle_filter,
+    save,
+)
 from prob_transformer.inference.laplace import laplace
 
 ATTRS = provenance(7, {"steps": 5, "rate": 0.1}, "python -m x") | {"objective": "negative log joint"}
@@ -212,27 +223,64 @@ def pair(y):
         numpyro.sample("y", dist.Normal(z.sum(), 1.0), obs=y)
 
 
-def with_nuts():
-    result = nuts(0, pair, model_args=(Y,), warmup=200, draws=500)
-    return result.to_inferencedata(), result.posterior["z"]
+def with_map(max_steps=500):
+    return find_map(pair, model_args=(Y,), space="unconstrained", key=0, max_steps=max_steps)
 
 
-def with_laplace():
-    fit = laplace(pair, Y, at=find_map(pair, model_args=(Y,), space="unconstrained", key=0))
-    return fit.to_inferencedata(seed=1, draws=300), fit.sample(jax.random.key(1), 300)["z"][None]
+def with_nuts(draws=500):
+    return nuts(0, pair, model_args=(Y,), warmup=200, draws=draws)
 
 
 def with_particles():
     decoder = LinearDecoder(jnp.array([[1.0], [-1.0]]), jnp.zeros(2))
-    found = particle_filter(0, Attention(-ONE, ONE), decoder, jnp.array([0, 1, 0]), particles=100)
-    data = found.to_inferencedata(draws=50)
-    return data, found.to_datatree(draws=50)["posterior/embeddings"].values[..., 0]
+    return particle_filter(0, Attention(-ONE, ONE), decoder, jnp.array([0, 1, 0]), particles=100)
+
+
+def laplace_data_and_draws():
+    fit = laplace(pair, Y, at=with_map())
+    return fit.to_inferencedata(seed=1, draws=300), fit.sample(jax.random.key(1), 300)["z"][None]
+
+
+def data_and_draws(result):
+    (draws,) = result.posterior.values()
+    return result.to_inferencedata(), draws
+
+
+@pytest.mark.parametrize(
+    ("result", "failed", "status"),
+    [
+        (with_map, lambda: with_map(max_steps=1), MapStatus.MAX_STEPS),
+        (with_nuts, lambda: with_nuts(draws=20), NutsStatus.NOT_MIXED),
+        (
+            with_particles,
+            lambda: with_particles()._replace(status=ParticleStatus.PAST_BOUNDARY),
+            ParticleStatus.PAST_BOUNDARY,
+        ),
+    ],
+)
+def test_every_result_has_one_protocol(result, failed, status):
+    found, failed = result(), failed()
+    assert isinstance(found, Result)
+    assert (found.status, failed.status) == (0, status)
+    for name, draws in found.posterior.items():
+        np.testing.assert_array_equal(found.to_datatree()[f"posterior/{name}"], draws)
+        np.testing.assert_array_equal(found.to_inferencedata().posterior[name], draws)
+    for refused in (failed.to_datatree, failed.to_inferencedata):
+        remedy = rf"^status: {status.name.lower()} .*allow=\[{type(status).__name__}.{status.name}\]"
+        with pytest.raises(ValueError, match=remedy):
+            refused()
+        for allow in ([status], True):
+            refused(allow=allow)
 
 
 # ArviZ 0.23 with Matplotlib 3.11.
 @pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
 @pytest.mark.filterwarnings("ignore:Shape validation failed")
-@pytest.mark.parametrize("method", [with_nuts, with_laplace, with_particles])
+@pytest.mark.parametrize(
+    "method",
+    [lambda: data_and_draws(with_nuts()), laplace_data_and_draws, lambda: data_and_draws(with_particles())],
+    ids=["nuts", "laplace", "particles"],
+)
 def test_arviz_summarises_and_draws_every_result(method):
     data, draws = method()
     assert isinstance(data, xr.DataTree if version("arviz") >= "1" else arviz.InferenceData)
@@ -241,15 +289,6 @@ def test_arviz_summarises_and_draws_every_result(method):
     np.testing.assert_allclose(table["sd"].astype(float), draws.std((0, 1), ddof=1).ravel(), rtol=1e-2)
     assert "r_hat" in table
     arviz.plot_trace(data)
-
-
-def test_the_mode_goes_into_arviz_too():
-    found = find_map(pair, model_args=(Y,), space="unconstrained", key=0)
-    np.testing.assert_array_equal(found.to_inferencedata().posterior["z"], found.parameters["z"][None, None])
-    failed = find_map(pair, model_args=(Y,), space="unconstrained", key=0, max_steps=1)
-    with pytest.raises(ValueError, match="max_steps"):
-        failed.to_inferencedata()
-    failed.to_inferencedata(allow=[MapStatus.MAX_STEPS])
 
 
 class Terminal(io.StringIO):
