@@ -66,8 +66,8 @@ def _laplace(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> t
     )
     with _refusals_are_failures():
         mode.to_datatree()
-        found = laplace(parameter_model, data.embeddings, at=mode)
-        tree = found.to_datatree(key=draw_key, draws=options.draws)
+        found = laplace(mode)
+        tree = found.to_datatree(draw_key, draws=options.draws)
     return tree, f"around the maximum in unconstrained coordinates; log-evidence {float(found.log_evidence):.4f} nats"
 
 

@@ -35,8 +35,8 @@ def with_nuts():
 
 
 def with_laplace():
-    fit = laplace(pair, Y, at=find_map(pair, model_args=(Y,), space="unconstrained", key=0))
-    return fit.to_inferencedata(seed=1, draws=300), fit.sample(jax.random.key(1), 300)["z"][None]
+    fit = laplace(find_map(pair, model_args=(Y,), space="unconstrained", key=0))
+    return fit.to_inferencedata(1, draws=300), fit.sample(jax.random.key(1), 300)["z"][None]
 
 
 def with_particles():

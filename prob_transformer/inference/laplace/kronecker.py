@@ -1,23 +1,31 @@
-"""A Gaussian over matrix parameters whose precision is, matrix by matrix, a Kronecker product plus a multiple of I.
+"""One Kronecker product a matrix of parameters: of a site, the nearest to its block; of a network, two factors.
 
-    P = blockdiag_l (B_l (x) A_l + tau I),      B = U diag(b) U^T (outputs),      A = V diag(a) V^T (inputs)
-      = blockdiag_l (U_l (x) V_l) diag(b_l (x) a_l + tau) (U_l (x) V_l)^T
+    P = D^1/2 (U (x) V) diag(l) (U (x) V)^T D^1/2       U (a, a) and V (b, b) orthogonal, l and D (a, b)
 
-so that powers, log-determinant and samples need only the eigenvectors of the two small factors; the prior precision tau
-is added exactly, not spread over the factors. A vector of parameters holds the matrices W_l (o, i) one after the other,
-each by rows, in which order the block of W_l is kron(B_l, A_l).
+A site of shape (..., b) is seen as a matrix (a, b). D is the diagonal of the curvature of its prior, R what the rest of
+its block is in units of D, and I + A (x) B = (U (x) V) diag(l) (U (x) V)^T with A (x) B nearest to R in Frobenius norm
+over symmetric A and B: the best rank-one approximation of the entries of R rearranged as ((i, j), (p, q)) (Van Loan and
+Pitsianis 1993). For an isotropic prior tau that is tau I + tau A (x) B, with the prior exact; for a vector A is a
+number and the block is exact. Curvature between sites is left out.
+
+A linear map of a network has the curvature B (x) A, B over its outputs and A over its inputs (kronecker_factors.py),
+so D = 1 and l = b a + tau from the eigenvalues of the factors: the prior precision tau is added exactly, not spread
+over the factors, and another tau needs no other factorisation.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from prob_transformer._validation import require_count, require_finite, require_floating, require_positive
+from prob_transformer._validation import require_finite, require_floating
+from prob_transformer.inference.laplace.curvature import Curvature, block_of, curvature_diagonal, curvature_product
+from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.laplace.precision import BlockPrecision, Precision, require_definite
 
 # Factors are sums of outer products: eigenvalues this far below 0, in units of the largest, are rounding.
 _ROUNDING = {"float32": 1e-5, "float64": 1e-12}
@@ -30,93 +38,89 @@ class KroneckerFactors(NamedTuple):
     input: Float[Array, "i i"]
 
 
-class _Decomposed(eqx.Module):
-    """B (x) A by the eigenvalues and eigenvectors (in columns) of B and A."""
+class KroneckerPrecision(Precision):
+    """P of the module docstring for one matrix (a, b) of parameters, by rows."""
 
-    output_values: Float[Array, " o"]
-    output_vectors: Float[Array, "o o"]
-    input_values: Float[Array, " i"]
-    input_vectors: Float[Array, "i i"]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.output_values.shape[0], self.input_values.shape[0]
-
-    def values(self) -> Float[Array, "o i"]:
-        return self.output_values[:, None] * self.input_values
-
-    def rotated(self, matrices: Float[Array, "... o i"]) -> Float[Array, "... o i"]:
-        return self.output_vectors.T @ matrices @ self.input_vectors
-
-    def rotated_back(self, matrices: Float[Array, "... o i"]) -> Float[Array, "... o i"]:
-        return self.output_vectors @ matrices @ self.input_vectors.T
-
-
-class KroneckerPrecision(eqx.Module):
-    """The precision P of the module docstring; made by `kronecker_precision`."""
-
-    blocks: tuple[_Decomposed, ...]
-    prior_precision: Float[Array, ""]
+    scale: Float[Array, "a b"] | Float[Array, ""]
+    left: Float[Array, "a a"]
+    right: Float[Array, "b b"]
+    values: Float[Array, "a b"]
 
     @property
     def size(self) -> int:
-        """k, the number of parameters."""
-        return sum(outputs * inputs for outputs, inputs in (block.shape for block in self.blocks))
-
-    def with_prior_precision(self, prior_precision: float | Float[Array, ""]) -> "KroneckerPrecision":
-        """The same curvature with another tau. Raises ValueError unless it is finite and greater than 0."""
-        require_positive("prior_precision", prior_precision)
-        return KroneckerPrecision(self.blocks, jnp.asarray(prior_precision, self.prior_precision.dtype))
-
-    def curvature_eigenvalues(self) -> Float[Array, " k"]:
-        """The eigenvalues b (x) a of the curvature alone, all blocks after one another; those of P are tau more."""
-        return jnp.concatenate([block.values().ravel() for block in self.blocks])
+        return self.values.size
 
     @property
     def log_det(self) -> Float[Array, ""]:
-        """log det P, in nats."""
-        return jnp.log(self.curvature_eigenvalues() + self.prior_precision).sum()
+        return jnp.log(jnp.broadcast_to(self.scale, self.values.shape)).sum() + jnp.log(self.values).sum()
 
-    def _split(self, vectors: Float[Array, "m k"]) -> list[tuple[_Decomposed, Float[Array, "m o i"]]]:
-        """Every block with its part of the vectors."""
-        if vectors.shape[-1] != self.size:
-            raise ValueError(f"vector: has {vectors.shape[-1]} parameters; pass k = {self.size} of them.")
-        ends = np.cumsum([outputs * inputs for outputs, inputs in (block.shape for block in self.blocks)])
-        parts = jnp.split(vectors, ends[:-1], axis=-1)
-        return [(block, part.reshape(-1, *block.shape)) for part, block in zip(parts, self.blocks, strict=True)]
+    def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        matrices = rows.reshape(-1, *self.values.shape) / jnp.sqrt(self.values)
+        return (self.left @ matrices @ self.right.T / jnp.sqrt(self.scale)).reshape(rows.shape)
 
-    def _values(self, block: _Decomposed) -> Float[Array, "o i"]:
-        return block.values() + self.prior_precision
-
-    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
-        """P^{-1} v, for a vector or the columns of a matrix. Raises ValueError for another number of parameters."""
-        columns = v.reshape(v.shape[0], -1).T
-        parts = [b.rotated_back(b.rotated(part) / self._values(b)) for b, part in self._split(columns)]
-        return _joined(parts).T.reshape(v.shape)
-
-    def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]:
-        """Draws of N(0, P^{-1}). Raises ValueError unless `draws` is at least 1."""
-        require_count("draws", draws, 1, "the number of samples")
-        noise = jax.random.normal(key, (draws, self.size), self.prior_precision.dtype)
-        # Noise has the same law in any rotation, so only the way back is rotated.
-        return _joined([b.rotated_back(part / jnp.sqrt(self._values(b))) for b, part in self._split(noise)])
+    def root_transposed(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        matrices = rows.reshape(-1, *self.values.shape) / jnp.sqrt(self.scale)
+        return (self.left.T @ matrices @ self.right / jnp.sqrt(self.values)).reshape(rows.shape)
 
     def variance(self) -> Float[Array, " k"]:
-        """The diagonal of P^{-1}."""
-        parts = [b.output_vectors**2 @ (1 / self._values(b)) @ (b.input_vectors**2).T for b in self.blocks]
-        return jnp.concatenate([part.ravel() for part in parts])
+        return (self.left**2 @ (1 / self.values) @ (self.right**2).T / self.scale).ravel()
 
-    def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]:
-        """J P^{-1} J^T, the covariance of m linear functions. Raises ValueError for another number of parameters."""
-        halves = _joined([b.rotated(part) / jnp.sqrt(self._values(b)) for b, part in self._split(jacobian)])
-        return halves @ halves.T
+    def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
+        """Eigenvalues of P - diag(prior), for a prior that is the same everywhere, and D as well."""
+        return (self.values * self.scale).ravel() - prior
 
 
-def _joined(parts: Sequence[Float[Array, "m o i"]]) -> Float[Array, "m k"]:
-    return jnp.concatenate([part.reshape(len(part), -1) for part in parts], axis=-1)
+def nearest_kronecker(block: Float[Array, "ab ab"], rows: int) -> tuple[Float[Array, "a a"], Float[Array, "b b"]]:
+    """Symmetric A (a, a) and B (b, b), a = `rows`, with A (x) B nearest to a symmetric block in Frobenius norm."""
+    columns = block.shape[0] // rows
+    entries = block.reshape(rows, columns, rows, columns).transpose(0, 2, 1, 3)
+    # Of the entries, the part that symmetric factors can reach.
+    entries = 0.5 * (entries + entries.transpose(1, 0, 2, 3))
+    left, values, right = jnp.linalg.svd(entries.reshape(rows**2, columns**2), full_matrices=False)
+    root = jnp.sqrt(values[0])
+    first, second = root * left[:, 0].reshape(rows, rows), root * right[0].reshape(columns, columns)
+    return 0.5 * (first + first.T), 0.5 * (second + second.T)
 
 
-def _decomposed(name: str, factor: Any) -> tuple[Array, Array]:
+def scaled_kronecker(
+    diagonal: Float[Array, "a b"], left: Float[Array, "a a"], right: Float[Array, "b b"]
+) -> KroneckerPrecision:
+    """D^1/2 (I + A (x) B) D^1/2 from D and symmetric A, B. Raises IndefiniteCurvatureError unless it is definite."""
+    left_values, left_vectors = jnp.linalg.eigh(left)
+    right_values, right_vectors = jnp.linalg.eigh(right)
+    values = require_definite(1 + left_values[:, None] * right_values, size=diagonal.size)
+    scale = require_definite(diagonal, "smallest diagonal entry of the prior")
+    return KroneckerPrecision(scale, left_vectors, right_vectors, values)
+
+
+@eqx.filter_jit
+def _site_blocks(potential: Potential, curvature: Curvature) -> dict[str, Float[Array, "b b"]]:
+    """The block of every site, by its name."""
+    product, z = curvature_product(potential, curvature), potential.centre()
+    sites, start, found = potential.site_values(z), 0, {}
+    for name in potential.sites:
+        found[name] = block_of(product, z, start, start + sites[name].size)
+        start += sites[name].size
+    return found
+
+
+def sites_precision(potential: Potential, curvature: Curvature) -> BlockPrecision:
+    """A Kronecker product a site. Raises IndefiniteCurvatureError, naming the site, unless all are definite."""
+    diagonal = require_definite(curvature_diagonal(potential, None), "smallest diagonal entry of the prior")
+    prior = potential.site_values(diagonal)
+    blocks: list[Precision] = []
+    for name, block in _site_blocks(potential, curvature).items():
+        # The nearest product of an indefinite block may be definite: the block itself is what is judged.
+        require_definite(jnp.linalg.eigvalsh(block), f"smallest eigenvalue at site {name!r}", size=len(block))
+        own = prior[name].reshape(-1, prior[name].shape[-1] if prior[name].ndim else 1)
+        root = jnp.sqrt(own.ravel())
+        rest = block / root / root[:, None] - jnp.eye(len(block), dtype=block.dtype)
+        blocks.append(scaled_kronecker(own, *nearest_kronecker(rest, len(own))))
+    return BlockPrecision(blocks)
+
+
+def _decomposed(name: str, factor: Any) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """Eigenvalues of at least 0 and eigenvectors of a factor, found in float64 and kept in its own type."""
     array = require_floating(name, factor)
     if array.ndim != 2 or array.shape[0] != array.shape[1]:
         raise ValueError(f"{name}: has shape {array.shape}; pass a square matrix.")
@@ -124,9 +128,8 @@ def _decomposed(name: str, factor: Any) -> tuple[Array, Array]:
     wide = np.asarray(array, np.float64)
     values, vectors = np.linalg.eigh((wide + wide.T) / 2)
     largest = np.abs(values).max()
-    if values[0] < -_ROUNDING.get(array.dtype.name, 1e-5) * largest or not np.allclose(
-        wide, wide.T, atol=1e-3 * largest
-    ):
+    lowest = -_ROUNDING.get(array.dtype.name, 1e-5) * largest
+    if values[0] < lowest or not np.allclose(wide, wide.T, atol=1e-3 * largest):
         raise ValueError(
             f"{name}: is not symmetric with eigenvalues of at least 0 (smallest {values[0]:.3g}, largest "
             f"{values[-1]:.3g}); pass a sum of outer products."
@@ -135,20 +138,20 @@ def _decomposed(name: str, factor: Any) -> tuple[Array, Array]:
     return jnp.asarray(np.maximum(values, 0), array.dtype), jnp.asarray(vectors, array.dtype)
 
 
-def kronecker_precision(
-    factors: Sequence[KroneckerFactors], prior_precision: float | Float[Array, ""]
-) -> KroneckerPrecision:
-    """B_l (x) A_l + tau I for every matrix, in the order given.
+def kronecker_curvature(factors: Sequence[KroneckerFactors]) -> list[KroneckerPrecision]:
+    """B (x) A for every linear map, in the order given: what `with_prior_precision` makes a precision of.
 
-    The eigenvectors are found in float64 outside any trace, and kept in the type of the factors. Raises ValueError for
-    no factors, for one that is not symmetric with eigenvalues of at least 0, or unless `prior_precision` is greater
-    than 0.
+    Raises ValueError for a factor that is not symmetric with eigenvalues of at least 0.
     """
-    if not factors:
-        raise ValueError("factors: got none; pass one pair for every matrix.")
-    require_positive("prior_precision", prior_precision)
-    blocks = tuple(
-        _Decomposed(*_decomposed(f"factors[{i}].output", pair.output), *_decomposed(f"factors[{i}].input", pair.input))
-        for i, pair in enumerate(factors)
-    )
-    return KroneckerPrecision(blocks, jnp.asarray(prior_precision, blocks[0].output_values.dtype))
+    blocks = []
+    for i, pair in enumerate(factors):
+        output_values, left = _decomposed(f"factors[{i}].output", pair.output)
+        input_values, right = _decomposed(f"factors[{i}].input", pair.input)
+        scale = jnp.ones((), output_values.dtype)
+        blocks.append(KroneckerPrecision(scale, left, right, output_values[:, None] * input_values))
+    return blocks
+
+
+def with_prior_precision(curvature: Sequence[KroneckerPrecision], prior_precision: float) -> BlockPrecision:
+    """B (x) A + tau I for every linear map, with tau > 0. Raises ValueError for no maps."""
+    return BlockPrecision([dataclasses.replace(block, values=block.values + prior_precision) for block in curvature])

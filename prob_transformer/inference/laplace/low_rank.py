@@ -11,19 +11,30 @@ exact P, and log det P is too small by the sum of log(1 + l) over what is left o
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from prob_transformer.inference.laplace.precision import IndefiniteCurvatureError, require_definite
+from prob_transformer.inference.laplace.curvature import (
+    Curvature,
+    curvature_diagonal,
+    curvature_matrix,
+    curvature_product,
+)
+from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.laplace.precision import (
+    IndefiniteCurvatureError,
+    Precision,
+    finite_curvature,
+    require_definite,
+)
 
 # Multiples of Lanczos' own tolerance below which an eigenvalue counts as negative.
 _NEGATIVE = 10.0
 
 
-class LowRankPrecision(eqx.Module):
+class LowRankPrecision(Precision):
     """P from D (k,), orthonormal V (k, r) and l (r,). Raises IndefiniteCurvatureError unless D > 0 and 1 + l > 0."""
 
     diagonal: Float[Array, " k"]
@@ -43,28 +54,18 @@ class LowRankPrecision(eqx.Module):
     def log_det(self) -> Float[Array, ""]:
         return jnp.log(self.diagonal).sum() + jnp.log(self.ratios).sum()
 
-    def _root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+    def _symmetric_root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
         """Rows times the symmetric (I + V diag(l) V^T)^-1/2."""
         return rows + (rows @ self.vectors * (1 / jnp.sqrt(self.ratios) - 1)) @ self.vectors.T
 
-    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
-        """P^-1 v."""
-        rows = v.reshape(self.size, -1).T / jnp.sqrt(self.diagonal)
-        return (self._root(self._root(rows)) / jnp.sqrt(self.diagonal)).T.reshape(v.shape)
+    def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        return self._symmetric_root(rows) / jnp.sqrt(self.diagonal)
 
-    def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]:
-        """Draws from N(0, P^-1)."""
-        noise = jax.random.normal(key, (draws, self.size), self.diagonal.dtype)
-        return self._root(noise) / jnp.sqrt(self.diagonal)
+    def root_transposed(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        return self._symmetric_root(rows / jnp.sqrt(self.diagonal))
 
     def variance(self) -> Float[Array, " k"]:
-        """The diagonal of P^-1."""
         return (1 - jnp.square(self.vectors) @ (1 - 1 / self.ratios)) / self.diagonal
-
-    def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]:
-        """J P^-1 J^T."""
-        rotated = self._root(jacobian / jnp.sqrt(self.diagonal))
-        return rotated @ rotated.T
 
     def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
         """Eigenvalues of P - diag(prior), for a prior that is the same everywhere and equal to D."""
@@ -106,3 +107,30 @@ def largest_eigenpairs(
             "structure='full' or a rank of all parameters."
         )
     return values[::-1] - scale, vectors[:, ::-1]
+
+
+@eqx.filter_jit
+def _scaled_product(
+    potential: Potential, curvature: Curvature, root: Float[Array, " k"], v: Float[Array, " k"]
+) -> Float[Array, " k"]:
+    return curvature_product(potential, curvature)(v / root) / root - v
+
+
+def low_rank_precision(potential: Potential, curvature: Curvature, rank: int) -> LowRankPrecision:
+    """The diagonal of the prior and the `rank` largest directions of the rest; all directions come from P in full.
+
+    Raises ValueError and IndefiniteCurvatureError as `largest_eigenpairs`.
+    """
+    diagonal = require_definite(curvature_diagonal(potential, None), "smallest diagonal entry of the prior")
+    root, size = jnp.sqrt(diagonal), diagonal.shape[0]
+    if rank == size:
+        matrix = finite_curvature(curvature_matrix(potential, curvature)) / root / root[:, None]
+        gains, vectors = jnp.linalg.eigh(matrix - jnp.eye(size, dtype=diagonal.dtype))
+        return LowRankPrecision(diagonal, vectors, gains)
+
+    def product(v: np.ndarray) -> np.ndarray:
+        scaled = _scaled_product(potential, curvature, root, jnp.asarray(v, diagonal.dtype))
+        return np.asarray(finite_curvature(scaled))
+
+    values, directions = largest_eigenpairs(product, size, rank, diagonal.dtype)
+    return LowRankPrecision(diagonal, jnp.asarray(directions, diagonal.dtype), jnp.asarray(values, diagonal.dtype))

@@ -20,14 +20,29 @@ from numpyro.infer.util import constrain_fn
 from numpyro.primitives import Messenger
 
 from prob_transformer.inference.joint import Sites, negative_log_joint, observed_data
+from prob_transformer.inference.reparam import embedding_process
 
 Parameters = list[Float[Array, "..."]]
 
 
-class _WithoutData(Messenger):
+class _Linearisable(Messenger):
+    """The same model, refused where JAX cannot make a linear map of its gradient."""
+
+    def process_message(self, msg: Any) -> None:
+        process = embedding_process(msg)
+        if process is not None and process.implementation == "blocked":
+            raise ValueError(
+                f"model: site {msg['name']!r} has implementation='blocked', whose gradient cannot be linearised; pass "
+                "implementation='reference', which has the same density: to find_map, or to the model of its result "
+                "by mode._replace(model_kwargs=...)."
+            )
+
+
+class _WithoutData(_Linearisable):
     """The same model without its likelihood: data keep their values and get the log-density 0."""
 
     def process_message(self, msg: Any) -> None:
+        super().process_message(msg)
         if observed_data({"": msg}):
             msg["fn"] = msg["fn"].mask(False)
 
@@ -46,41 +61,42 @@ class Data(eqx.Module):
 
 
 class Potential(eqx.Module):
-    """A NumPyro model with its arguments, the unconstrained `mode` of all latent sites, and the sites that vary."""
+    """A NumPyro model with its arguments, and the unconstrained mode: `mean` of the sites that vary, others `held`."""
 
     model: Callable
     args: tuple
     kwargs: dict[str, Any]
-    mode: dict[str, Float[Array, "..."]]
-    sites: tuple[str, ...] = eqx.field(static=True)
+    mean: dict[str, Float[Array, "..."]]
+    held: dict[str, Float[Array, "..."]]
 
-    def chosen(self) -> dict[str, Float[Array, "..."]]:
-        """The mode at the chosen sites."""
-        return {name: self.mode[name] for name in self.sites}
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that vary, in the order of the parameters."""
+        return tuple(sorted(self.mean))
 
     def centre(self) -> Float[Array, " k"]:
-        """The mode as a flat vector."""
-        return ravel_pytree(self.chosen())[0]
+        """The mean as a flat vector."""
+        return ravel_pytree(self.mean)[0]
 
     def site_values(self, z: Float[Array, " k"]) -> dict[str, Float[Array, "..."]]:
-        """Unconstrained values of the chosen sites."""
-        return ravel_pytree(self.chosen())[1](z)
+        """Unconstrained values of the sites that vary."""
+        return ravel_pytree(self.mean)[1](z)
 
     def constrained(self, z: Float[Array, " k"]) -> dict[str, Float[Array, "..."]]:
         """All latent sites in their supports, and what the model computes deterministically from them."""
-        return constrain_fn(self.model, self.args, self.kwargs, {**self.mode, **self.site_values(z)})
+        return constrain_fn(self.model, self.args, self.kwargs, {**self.held, **self.site_values(z)})
 
     def value(self, z: Float[Array, " k"]) -> Float[Array, ""]:
         """U(z) in nats."""
-        return self._negative_log_joint(self.model, z)
+        return self._negative_log_joint(_Linearisable, z)
 
     def rest(self, z: Float[Array, " k"]) -> Float[Array, ""]:
         """U(z) without the likelihood, in nats."""
-        return self._negative_log_joint(_WithoutData(self.model), z)
+        return self._negative_log_joint(_WithoutData, z)
 
-    def _negative_log_joint(self, model: Callable, z: Float[Array, " k"]) -> Float[Array, ""]:
-        point: Sites = {**self.mode, **self.site_values(z)}
-        return negative_log_joint(model, self.args, self.kwargs, "unconstrained", point)
+    def _negative_log_joint(self, handler: type[Messenger], z: Float[Array, " k"]) -> Float[Array, ""]:
+        point: Sites = {**self.held, **self.site_values(z)}
+        return negative_log_joint(handler(self.model), self.args, self.kwargs, "unconstrained", point)
 
     def trace(self, z: Float[Array, " k"]) -> dict[str, dict[str, Any]]:
         """NumPyro's trace of the model at z."""

@@ -7,7 +7,6 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import multivariate_normal
 
 from prob_transformer.inference.laplace import (
-    DensePrecision,
     IndefiniteCurvatureError,
     TuningStatus,
     laplace,
@@ -38,7 +37,7 @@ def fitted(tau, model=linear, **options):
     prior = np.broadcast_to(tau, 3)
     mode = np.linalg.solve(CURVATURE + np.diag(prior), X.T @ Y / 0.5**2)
     scale = np.asarray(tau, float) ** -0.5
-    return laplace(model, X, Y, scale, at=mode_at({"w": mode}, model, X, Y, scale), **options), mode
+    return laplace(mode_at({"w": mode}, model, X, Y, scale), **options), mode
 
 
 def exact_evidence(tau):
@@ -122,7 +121,7 @@ def concave(y):
 
 def test_a_curvature_that_only_the_prior_makes_positive_is_refused_where_it_would_not():
     y = np.ones(())
-    result = laplace(concave, y, at=mode_at({"w": np.array([2 / 3, 0.0])}, concave, y))
+    result = laplace(mode_at({"w": np.array([2 / 3, 0.0])}, concave, y))
     with pytest.raises(IndefiniteCurvatureError, match=r"the smallest eigenvalue without the prior is -0\.5;"):
         tune_prior_precision(result)
 
@@ -146,7 +145,7 @@ def hierarchical(y):
 def test_other_priors_are_refused(sites, message):
     y = np.ones(())
     mode = {"t": 0.0, "w": np.array([0.9, 0.9]), "v": 0.5, "s": 0.0}
-    result = laplace(hierarchical, y, at=mode_at(mode, hierarchical, y), sites=sites)
+    result = laplace(mode_at(mode, hierarchical, y), sites=sites)
     with pytest.raises(ValueError, match=message):
         tune_prior_precision(result)
 
@@ -154,19 +153,15 @@ def test_other_priors_are_refused(sites, message):
 def test_a_scale_that_is_held_can_be_tuned():
     y = np.ones(())
     mode = {"t": 0.0, "w": np.array([0.9, 0.9]), "v": 0.5, "s": 0.0}
-    result = laplace(hierarchical, y, at=mode_at(mode, hierarchical, y), sites=("w",))
+    result = laplace(mode_at(mode, hierarchical, y), sites=("w",))
     found = tune_prior_precision(result)
     np.testing.assert_allclose(found.prior_precision * 2 * 0.9**2, found.effective_parameters, rtol=1e-6)
-
-
-class _Opaque:
-    size = 3
 
 
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ((1.0, 1.0), r"bounds: got \(1.0, 1.0\); pass low < high"),
+        ((1.0, 1.0), r"bounds: got \(1.0, 1.0\); pass \(low, high\)"),
         ((0.0, 1.0), "bounds: got"),
         ((1.0, 2.0, 3.0), r"bounds: got \(1.0, 2.0, 3.0\); pass \(low, high\)"),
     ],
@@ -174,10 +169,3 @@ class _Opaque:
 def test_bad_bounds_are_refused_by_name(bounds, message):
     with pytest.raises(ValueError, match=message):
         tune_prior_precision(fitted(1.0)[0], bounds)
-
-
-def test_a_precision_that_cannot_take_its_prior_out_is_refused():
-    result = fitted(1.0)[0]
-    assert isinstance(result.precision, DensePrecision)
-    with pytest.raises(ValueError, match="a _Opaque does not give its eigenvalues"):
-        tune_prior_precision(result._replace(precision=_Opaque()))

@@ -19,7 +19,7 @@ back is sum_t E_rt S_t e_c, and B is exact when E^T E = I.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -31,14 +31,10 @@ from prob_transformer.inference.laplace.kronecker import KroneckerFactors
 
 Positions = Literal["apart", "signs", "together"]
 # Called with the name of a linear map, its inputs (n, i) and its outputs (n, o); returns what goes on.
-Tap = Callable[[str, Float[Array, "n i"], Float[Array, "n o"]], Float[Array, "n o"]]
-# From a tap, parameters and one example to logits.
-Network = Callable[[Tap, PyTree, PyTree], Float[Array, "n V"]]
-
-
-class _Sums(NamedTuple):
-    outputs: dict[str, Float[Array, "o o"]]
-    inputs: dict[str, Float[Array, "i i"]]
+Hook = Callable[[str, Float[Array, "n i"], Float[Array, "n o"]], Float[Array, "n o"]]
+# From a hook, parameters and one example to logits.
+Network = Callable[[Hook, PyTree, PyTree], Float[Array, "n V"]]
+Sums = dict[str, KroneckerFactors]
 
 
 def softmax_root(logits: Float[Array, "n V"]) -> Float[Array, "n V V"]:
@@ -66,23 +62,26 @@ def combinations(positions: Positions, key: PRNGKeyArray, examples: int, length:
     return jax.random.rademacher(key, (examples, 1, length), jnp.float32)
 
 
-def _shapes(network: Network, parameters: PyTree, example: PyTree) -> dict[str, tuple[jax.ShapeDtypeStruct, int]]:
-    """Shape and type of the outputs of every linear map, and how wide its inputs are."""
-    found: dict[str, tuple[jax.ShapeDtypeStruct, int]] = {}
+def _hooked(network: Network, parameters: PyTree, example: PyTree) -> dict[str, tuple[Any, Any]]:
+    """Shapes and types of the inputs and outputs of every linear map, by its name."""
+    found: dict[str, tuple[Any, Any]] = {}
 
-    def tap(name: str, inputs: Array, outputs: Array) -> Array:
+    def hook(name: str, inputs: Array, outputs: Array) -> Array:
         if name in found:
-            raise ValueError(f"network: taps {name!r} twice; give every linear map a name of its own.")
+            raise ValueError(f"network: calls its hook under {name!r} twice; give every linear map a name of its own.")
         if inputs.ndim != 2 or outputs.ndim != 2 or len(inputs) != len(outputs):
             raise ValueError(
-                f"network: taps {name!r} with inputs {inputs.shape} and outputs {outputs.shape}; pass (n, i), (n, o)."
+                f"network: calls its hook under {name!r} with inputs {inputs.shape} and outputs {outputs.shape}; pass "
+                "(n, i) and (n, o)."
             )
-        found[name] = jax.ShapeDtypeStruct(outputs.shape, outputs.dtype), inputs.shape[1]
+        found[name] = jax.eval_shape(lambda: (inputs, outputs))
         return outputs
 
-    jax.eval_shape(lambda p, e: network(tap, p, e), parameters, example)
+    jax.eval_shape(lambda p, e: network(hook, p, e), parameters, example)
     if not found:
-        raise ValueError("network: taps no linear map; call tap(name, inputs, outputs) at those to be covered.")
+        raise ValueError(
+            "network: calls its hook at no linear map; call hook(name, inputs, outputs) at those to be covered."
+        )
     return found
 
 
@@ -94,44 +93,42 @@ def kronecker_factors(
     rows: Float[Array, "W R n"],
     root: Callable[[Float[Array, "n V"]], Float[Array, "n V C"]] = softmax_root,
 ) -> dict[str, KroneckerFactors]:
-    """B (outputs) and A (inputs) of every linear map that `network` taps, by its name.
+    """B (outputs) and A (inputs) of every linear map at which `network` calls its hook, by its name.
 
-    `network(tap, parameters, example)` calls tap(name, inputs, outputs) at every linear map, goes on with what that
+    `network(hook, parameters, example)` calls hook(name, inputs, outputs) at every linear map, goes on with what that
     returns, and ends in logits; `examples` holds W of them in its leading axes, `rows` those of `combinations`. Pass
-    the same function again and nothing is compiled again. Raises ValueError when a map is tapped twice, not in (n, i)
-    and (n, o), or none is.
+    the same function again and nothing is compiled again. Raises ValueError when the network calls its hook twice under
+    a name, with inputs and outputs that are not (n, i) and (n, o), or never.
     """
-    shapes = _shapes(network, parameters, jax.tree.map(lambda x: x[0], examples))
-    zeros = {name: jnp.zeros(outputs.shape, outputs.dtype) for name, (outputs, _) in shapes.items()}
+    shapes = _hooked(network, parameters, jax.tree.map(lambda x: x[0], examples))
+    zeros = {name: jnp.zeros(outputs.shape, outputs.dtype) for name, (_, outputs) in shapes.items()}
 
-    def one_example(sums: _Sums, item: tuple[PyTree, Float[Array, "R n"]]) -> tuple[_Sums, None]:
+    def one_example(sums: Sums, item: tuple[PyTree, Float[Array, "R n"]]) -> tuple[Sums, None]:
         example, rows_here = item
 
         def perturbed(perturbations: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
             seen: dict[str, Array] = {}
 
-            def tap(name: str, inputs: Array, outputs: Array) -> Array:
+            def hook(name: str, inputs: Array, outputs: Array) -> Array:
                 seen[name] = inputs
                 return outputs + perturbations[name]
 
-            return network(tap, parameters, example), seen
+            return network(hook, parameters, example), seen
 
         logits, sent_back, seen = jax.vjp(perturbed, zeros, has_aux=True)
         columns = jnp.moveaxis(root(logits), -1, 0)
 
-        def one_row(outputs: dict[str, Array], row: Float[Array, " n"]) -> tuple[dict[str, Array], None]:
+        def one_row(sums: Sums, row: Float[Array, " n"]) -> tuple[Sums, None]:
             (gradients,) = jax.vmap(sent_back)(row.astype(columns.dtype)[:, None] * columns)
-            flat = {name: gradients[name].reshape(-1, gradients[name].shape[-1]) for name in outputs}
-            return {name: total + flat[name].T @ flat[name] for name, total in outputs.items()}, None
+            flat = {name: gradient.reshape(-1, gradient.shape[-1]) for name, gradient in gradients.items()}
+            return {name: sums[name]._replace(output=sums[name].output + g.T @ g) for name, g in flat.items()}, None
 
-        outputs, _ = jax.lax.scan(one_row, sums.outputs, rows_here)
-        inputs = {name: total + seen[name].T @ seen[name] for name, total in sums.inputs.items()}
-        return _Sums(outputs, inputs), None
+        sums, _ = jax.lax.scan(one_row, sums, rows_here)
+        return {name: sums[name]._replace(input=sums[name].input + a.T @ a) for name, a in seen.items()}, None
 
-    start = _Sums(
-        {name: jnp.zeros((outputs.shape[1],) * 2, outputs.dtype) for name, (outputs, _) in shapes.items()},
-        {name: jnp.zeros((width, width), outputs.dtype) for name, (outputs, width) in shapes.items()},
-    )
+    start = {
+        name: KroneckerFactors(*(jnp.zeros((each.shape[1],) * 2, outputs.dtype) for each in (outputs, inputs)))
+        for name, (inputs, outputs) in shapes.items()
+    }
     sums, _ = jax.lax.scan(one_example, start, (examples, rows))
-    counts = {name: rows.shape[0] * outputs.shape[0] for name, (outputs, _) in shapes.items()}
-    return {name: KroneckerFactors(sums.outputs[name], sums.inputs[name] / counts[name]) for name in shapes}
+    return {name: sums[name]._replace(input=sums[name].input / (len(rows) * len(zeros[name]))) for name in sums}

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from prob_transformer.inference.laplace.kfac import combinations, gaussian_root, kronecker_factors, softmax_root
+from prob_transformer.inference.laplace.kronecker_factors import (
+    combinations,
+    gaussian_root,
+    kronecker_factors,
+    softmax_root,
+)
 
 KEY = jax.random.key(0)
 
@@ -21,8 +26,8 @@ def gauss_newton(logits_of, matrix, hessian):
     return np.einsum("nvk,nvw,nwl->kl", jacobian, hessian, jacobian)
 
 
-def head(tap, weight, features):
-    return tap("head", features, features @ weight.T)
+def head(hook, weight, features):
+    return hook("head", features, features @ weight.T)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-5)])
@@ -35,11 +40,11 @@ def test_factors_are_exact_for_a_softmax_layer_of_one_example_and_position(dtype
     np.testing.assert_allclose(np.kron(found.output, found.input), truth, rtol=0, atol=tolerance)
 
 
-def deep(tap, weights, features):
+def deep(hook, weights, features):
     first, second, third = weights
-    hidden = tap("first", features, features @ first.T)
-    hidden = tap("second", hidden, hidden @ second.T)
-    return tap("third", hidden, hidden @ third.T)
+    hidden = hook("first", features, features @ first.T)
+    hidden = hook("second", hidden, hidden @ second.T)
+    return hook("third", hidden, hidden @ third.T)
 
 
 def test_factors_are_exact_for_a_deep_linear_network_with_gaussian_loss_and_one_example():
@@ -57,12 +62,12 @@ def test_factors_are_exact_for_a_deep_linear_network_with_gaussian_loss_and_one_
         np.testing.assert_allclose(np.kron(found[name].output, found[name].input), truth, rtol=1e-12)
 
 
-def mixing(tap, weights, features):
+def mixing(hook, weights, features):
     """Every position averages those before it, between two maps."""
-    hidden = jnp.tanh(tap("first", features, features @ weights[0].T))
+    hidden = jnp.tanh(hook("first", features, features @ weights[0].T))
     length = len(features)
     averages = jnp.tril(jnp.ones((length, length))) / jnp.arange(1, length + 1)[:, None] @ hidden
-    return tap("head", averages, averages @ weights[1].T)
+    return hook("head", averages, averages @ weights[1].T)
 
 
 def mixing_case(examples=3, length=4):
@@ -110,8 +115,8 @@ def test_random_signs_are_exact_on_average():
 def test_positions_together_add_products_of_different_positions():
     """Two positions, f_1 = h_1 and f_2 = h_1 + h_2 with weights 0, so that H_1 = H_2 = H: apart 3 H, together 5 H."""
 
-    def sums(tap, weight, features):
-        return jnp.cumsum(tap("map", features, features @ weight.T), axis=0)
+    def sums(hook, weight, features):
+        return jnp.cumsum(hook("map", features, features @ weight.T), axis=0)
 
     hessian = np.array([[0.25, -0.25], [-0.25, 0.25]])
     features = jnp.ones((1, 2, 1))
@@ -139,12 +144,12 @@ def test_the_root_of_the_softmax_hessian():
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (lambda tap, w, x: x @ w.T, "network: taps no linear map"),
-        (lambda tap, w, x: tap("a", x, tap("a", x, x @ w.T)), "network: taps 'a' twice"),
-        (lambda tap, w, x: tap("a", x[0], x @ w.T), "network: taps 'a' with inputs"),
+        (lambda hook, w, x: x @ w.T, "network: calls its hook at no linear map"),
+        (lambda hook, w, x: hook("a", x, hook("a", x, x @ w.T)), "network: calls its hook under 'a' twice"),
+        (lambda hook, w, x: hook("a", x[0], x @ w.T), "network: calls its hook under 'a' with inputs"),
     ],
 )
-def test_networks_that_are_not_tapped_well_are_refused(network, message):
+def test_networks_that_are_not_hooked_well_are_refused(network, message):
     with pytest.raises(ValueError, match=message):
         kronecker_factors(network, jnp.ones((2, 3)), jnp.ones((1, 2, 3)), combinations("apart", KEY, 1, 2))
 
