@@ -13,9 +13,8 @@ from scipy.stats import kurtosis, norm, skew
 from benchmarks.inference.models import Problem, latent_problem, plane_problem, scalar_problem
 from benchmarks.inference.sizes import Sizes
 from benchmarks.section import Column, Section, at_most
-from prob_transformer.inference import find_map
+from prob_transformer.inference import find_map, nuts
 from prob_transformer.inference.laplace import laplace
-from prob_transformer.inference.nuts import nuts
 
 MEAN_BOUND, SD_BOUND = 0.1, 0.15
 _BINS = 40
@@ -61,7 +60,7 @@ def compare(problem: Problem, sizes: Sizes) -> list[dict[str, Any]]:
         chains=sizes.chains,
         predictive=False,
     )
-    draws = _flat(problem, {name: found.draws[name] for name in approximation.sites})
+    draws = _flat(problem, {name: found.posterior[name] for name in approximation.sites})
     centre = np.concatenate([np.ravel(approximation.mean[name]) for name in approximation.sites])
     spread = np.sqrt(np.asarray(approximation.precision.variance()))
     names = [

@@ -1,24 +1,35 @@
-"""What `python -m models.char_gpt laplace` takes of a trained run, and how well and calibrated probabilities predict.
+"""`python -m models.char_gpt laplace`: uncertainty of the weights of a trained run, and what it does to predictions.
 
 The data are N characters of training text in windows spread evenly over it, not all that the run was trained on: they
 are what the evidence is of, and the posterior is that of N characters.
 """
 
+import argparse
 import dataclasses
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+from rich.console import Console
+from rich.table import Table
 
 from models import corpus
 from models.char_gpt import checkpoint
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import evaluation_windows, standard_error
+from models.char_gpt.linear_maps import trained_network
 from models.char_gpt.model import CharGPT
 from models.char_gpt.run import configuration_of
 from models.char_gpt.training import initial_state
+from prob_transformer.files import provenance
+from prob_transformer.inference.laplace import NetworkStructure, Positions, laplace
+from prob_transformer.inference.result_tree import save
 
+DRAWS, CHARACTERS = 32, 32_768
 _BINS = 15
 
 
@@ -69,3 +80,97 @@ def load_run(run: Path, text_path: Path | None) -> tuple[CharGPT, Config, corpus
     except ValueError as error:
         raise ValueError(str(error).replace("--out:", "--run:", 1)) from None
     return state.model, config, text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
+    parser.add_argument("--structure", choices=get_args(NetworkStructure), required=True)
+    parser.add_argument("--prior-precision", type=float, help="tau (default: the one of the largest evidence)")
+    parser.add_argument("--characters", type=int, default=CHARACTERS, help="of training text (default: %(default)s)")
+    parser.add_argument(
+        "--positions",
+        choices=get_args(Positions),
+        default="signs",
+        help="how Kronecker factors combine the positions of a window: apart is exact and slow, signs exact in "
+        "expectation, together what laplace-torch computes (default: %(default)s)",
+    )
+    parser.add_argument("--draws", type=int, default=DRAWS, help="of the predictive (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of signs and draws (default: %(default)s)")
+    parser.add_argument("--corpus", type=Path, help="the text of the run (default: the Wikipedia sample)")
+    parser.add_argument("--out", type=Path, required=True, help="the result, a netCDF file (.nc)")
+
+
+def main(options: argparse.Namespace, console: Console) -> None:
+    """Do what the options ask for: print the table and write the DataTree. Raises ValueError for bad options."""
+    for name, smallest in (("draws", 1), ("seed", 0)):
+        if getattr(options, name) < smallest:
+            raise ValueError(f"--{name}: got {getattr(options, name)}; pass an integer of at least {smallest}.")
+    tau = options.prior_precision
+    if tau is not None and not (np.isfinite(tau) and tau > 0):
+        raise ValueError(f"--prior-precision: got {tau}; pass a finite number greater than 0.")
+    if options.out.suffix != ".nc":
+        raise ValueError(f"--out: got {options.out}; pass the path of a netCDF file, ending in .nc.")
+    model, config, text = load_run(options.run, options.corpus)
+    asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    origin = provenance(options.seed, {**asked, "run_configuration": config.as_dict()})
+    network = trained_network(model, jnp.asarray(training_windows(text, config, options.characters)))
+
+    started, key = time.perf_counter(), jax.random.key(options.seed)
+    chosen: dict[str, Any] = {"structure": options.structure, "positions": options.positions}
+    try:
+        fit = laplace(network, **chosen, prior_precision=tau, key=key)
+    except ValueError as error:
+        raise ValueError(str(error).replace("prior_precision:", "--prior-precision:", 1)) from None
+    after_evidence = time.perf_counter()
+
+    validation = evaluation_windows(text.validation, config)
+    examples, targets = jnp.asarray(validation[:, :-1]), validation[:, 1:]
+    # Apart from the key of the signs in the Kronecker factors.
+    found = fit.predictive(jax.random.fold_in(key, 1), options.draws, examples, jnp.asarray(targets))
+    predicted: dict[str, Any] = {"MAP": jax.nn.softmax(fit.logits(examples))}
+    if options.structure == "last-layer":
+        predicted["linearised, probit"] = fit.probit_probabilities(examples)
+    predicted[f"linearised, {options.draws} draws"] = found.probabilities
+    scores = {name: score(probabilities, targets) for name, probabilities in predicted.items()}
+    after_predictive = time.perf_counter()
+
+    summary = {
+        "structure": options.structure,
+        "covered": {name: list(matrix.shape) for name, matrix in fit.mean.items()},
+        "parameters": fit.precision.size,
+        "training_characters": int(network.targets.size),
+        "validation_characters": int(targets.size),
+        "prior_precision": fit.prior_precision,
+        "prior_precision_tuned": tau is None,
+        "log_evidence": fit.log_evidence,
+        **fit.evidence._asdict(),
+        "scores": {name: value._asdict() for name, value in scores.items()},
+        "seconds": {
+            "curvature_and_evidence": after_evidence - started,
+            "predictive": after_predictive - after_evidence,
+        },
+    }
+    attrs = {**origin, "objective": f"{options.structure} Laplace of {config.method}", "laplace": summary}
+    save(fit.to_datatree(found, targets, attrs), options.out)
+    _report(console, summary, scores, options.out)
+
+
+def _report(console: Console, summary: dict[str, Any], scores: dict[str, Score], out: Path) -> None:
+    maps = summary["covered"]
+    console.print(
+        f"{summary['structure']}: {summary['parameters']:,} parameters in {', '.join(maps)}; embeddings and norms are "
+        f"taken as known. Prior precision {summary['prior_precision']:.4g}"
+        f"{' (tuned)' if summary['prior_precision_tuned'] else ''}, log-evidence {summary['log_evidence']:.2f} nats of "
+        f"{summary['training_characters']:,} training characters."
+    )
+    table = Table("prediction", "nats per character", "standard error", "calibration error")
+    for name, value in scores.items():
+        table.add_row(name, *("undefined" if x is None else f"{x:.4f}" for x in value))
+    console.print(table)
+    seconds = summary["seconds"]
+    console.print(
+        f"{summary['validation_characters']:,} validation characters; curvature and evidence "
+        f"{seconds['curvature_and_evidence']:.1f} s, predictive {seconds['predictive']:.1f} s, compilation included; "
+        f"{out}"
+    )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prob_transformer import __version__
 from prob_transformer._extras import MissingExtraError, require
 from prob_transformer.files import provenance, replace_unencodable, write_text
-from prob_transformer.inference.results import save
+from prob_transformer.inference.result_tree import save
 from prob_transformer.inspection.inspection import Inspection, Setting, inspect_text, pieces_of
 from prob_transformer.inspection.page import MOST_TOKENS, page
 from prob_transformer.inspection.tree import tree

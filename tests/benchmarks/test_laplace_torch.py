@@ -18,7 +18,7 @@ from models.char_gpt.laplace import load_run
 from models.char_gpt.linear_maps import trained_network
 from models.char_gpt.training import initial_state, new_record
 from models.corpus import load
-from prob_transformer.inference.laplace.kronecker_factors import combinations, kronecker_factors
+from prob_transformer.inference.laplace.kronecker import combinations, kronecker_factors
 from prob_transformer.inference.laplace.network import logit_jacobian
 
 SMALL = Config(layers=1, width=4, heads=2, context=4)

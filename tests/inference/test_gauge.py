@@ -114,9 +114,9 @@ def test_nuts_names_what_is_not_identified_and_gives_the_diagnostics_of_what_is(
     assert set(result.not_mixed) == {"key", "query"}
     ((sites, directions),) = result.gauges
     assert (sites, directions) == (("key", "query"), 1)
-    query, key = result.draws["query"], result.draws["key"]
+    query, key = result.posterior["query"], result.posterior["key"]
     interaction = np.einsum("cnpa,cnpb->cnab", key, query) / np.sqrt(2)
-    np.testing.assert_allclose(result.draws["interaction"], interaction, atol=1e-12)
+    np.testing.assert_allclose(result.posterior["interaction"], interaction, atol=1e-12)
     r_hat, ess = result.deterministic
     np.testing.assert_allclose(r_hat["interaction"], split_gelman_rubin(interaction), rtol=1e-10)
     np.testing.assert_allclose(ess["interaction"], effective_sample_size(interaction), rtol=1e-10)

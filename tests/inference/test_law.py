@@ -88,7 +88,7 @@ def test_laplace_gives_the_share_of_its_draws():
 
 def test_nuts_gives_the_share_of_its_draws():
     result = nuts(0, strength, model_args=(EMBEDDINGS, -0.5), warmup=200, draws=400, predictive=False)
-    a = result.draws["a"]
+    a = result.posterior["a"]
     np.testing.assert_array_equal(result.sample_stats["certified"], a <= 0)
     np.testing.assert_allclose(result.sample_stats["symmetric_eigenvalue"], 2 * a, rtol=1e-12)
     assert 0 < result.law.share < 1
@@ -103,9 +103,9 @@ def test_nuts_gives_the_share_of_its_draws():
 def test_particles_say_it_of_the_process_they_were_given(a, text):
     decoder = LinearDecoder(jnp.array([[1.0], [-1.0]]), jnp.zeros(2))
     tokens = jnp.array([0, 1, 0])
-    found = particle_filter(scalar_attention(a), decoder, tokens, jax.random.key(0), particles=50, noise_scale=0.3)
+    found = particle_filter(0, scalar_attention(a), decoder, tokens, particles=50, noise_scale=0.3)
     assert found.law.line.startswith(text)
-    tree = found.to_datatree(draws=10, allow_past_boundary=True)
+    tree = found.to_datatree(draws=10, allow=True)
     assert tree.attrs["law"] == found.law.line
 
 

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 
 from prob_transformer import Attention, EmbeddingProcess, token_model
 from prob_transformer.inference import NutsResult, NutsStatus, load, nuts, save
-from prob_transformer.inference.nuts_result import diagnose
+from prob_transformer.inference.nuts_sampler import diagnose
 from tests.support.small_models import BUMPS, FIRST_SCALE, NOISE_SCALE, TOKENS, bump, conjugate_truth, scalar_density
 
 Y = np.array([[0.5], [-0.4], [1.1]])
@@ -51,7 +51,7 @@ def test_without_interaction_the_posterior_is_that_of_the_linear_gaussian_model(
     mean, covariance = gain @ Y[:, 0], prior - gain @ prior
     result = nuts(1, observed_process, model_args=(interacting(0.0), Y), embeddings=embeddings, **OPTIONS)
     assert result.status is NutsStatus.OK
-    centred = result.draws["embeddings"][..., 0] - mean
+    centred = result.posterior["embeddings"][..., 0] - mean
     for i in range(3):
         assert_mean(centred[..., i], 0.0)
         for k in range(i + 1):
@@ -69,7 +69,7 @@ def test_in_the_safe_region_both_ways_to_sample_embeddings_have_the_posterior_of
     joint /= joint.sum()
     result = nuts(2, observed_process, model_args=(interacting(-2.0), Y), embeddings=embeddings, **OPTIONS)
     assert result.status is NutsStatus.OK
-    u = np.moveaxis(result.draws["embeddings"][..., 0], -1, 0)
+    u = np.moveaxis(result.posterior["embeddings"][..., 0], -1, 0)
     for f in (lambda u1, u2, u3: u1, lambda u1, u2, u3: u3, lambda u1, u2, u3: u1 * u3, lambda u1, u2, u3: u2**2):
         assert_mean(f(*u), (joint * f(u1, u2, u3)).sum())
 
@@ -79,7 +79,7 @@ def test_tokens_as_gaussian_observations_in_two_dimensions():
     _, mean, variance = conjugate_truth()
     result = token_run()
     assert result.status is NutsStatus.OK
-    u = result.draws["embeddings"]
+    u = result.posterior["embeddings"]
     assert u.shape == (2, 1000, 3, 2)
     for i in range(3):
         for k in range(2):
@@ -126,7 +126,7 @@ def test_a_parameter_by_quadrature_with_one_compilation_for_data_of_one_shape_an
     def run(walk, seed, **options):
         result = nuts(seed, strength, model_args=(walk,), warmup=400, draws=2000, **options)
         assert result.status is NutsStatus.OK
-        b = result.draws["b"]
+        b = result.posterior["b"]
         for power, truth in enumerate(moments(walk), start=1):
             assert_mean(b**power, truth)
         return b
@@ -170,7 +170,7 @@ def test_past_the_boundary_the_status_says_so(embeddings):
     # a = 6 and observations far apart: u_3 has several roots.
     y = np.array([[-1.5], [1.5], [0.2]])
     result = nuts(5, observed_process, model_args=(interacting(6.0), y), embeddings=embeddings, **OPTIONS)
-    u1, u2, u3 = np.moveaxis(result.draws["embeddings"][..., 0], -1, 0)
+    u1, u2, u3 = np.moveaxis(result.posterior["embeddings"][..., 0], -1, 0)
     assert np.isfinite(u3).all()
     share = 1 / (1 + np.exp(-6 * u3 * (u1 - u2)))
     crossed = 6 * share * (1 - share) * (u1 - u2) ** 2 >= 1
@@ -182,7 +182,9 @@ def test_past_the_boundary_the_status_says_so(embeddings):
     else:
         # A root may also have been reached by a path that met the wall, or be missing.
         assert (past + lost)[crossed].all()
-        missing = np.abs(u3 - share * u1 - (1 - share) * u2 - NOISE_SCALE * result.draws["embeddings_noise"][..., 2, 0])
+        missing = np.abs(
+            u3 - share * u1 - (1 - share) * u2 - NOISE_SCALE * result.posterior["embeddings_noise"][..., 2, 0]
+        )
         assert (missing[lost == 0] < 1e-6).all()
         assert (NutsStatus.ROOT_LOST in result.problems) == lost.any()
     with pytest.raises(ValueError, match="past_boundary"):
@@ -199,7 +201,7 @@ def test_the_tree_holds_all_groups_and_comes_back_from_a_file(tmp_path, run, suf
     tree = load(tmp_path / f"nuts{suffix}")
     for name in ["embeddings"] if run else ["embeddings", "embeddings_noise"]:
         assert tree[f"posterior/{name}"].dims == ("chain", "draw", "position", "embedding_dim")
-        np.testing.assert_array_equal(tree[f"posterior/{name}"], result.draws[name])
+        np.testing.assert_array_equal(tree[f"posterior/{name}"], result.posterior[name])
     data = "tokens" if run else "y"
     assert tree[f"posterior_predictive/{data}"].dims[:3] == ("chain", "draw", "position")
     assert tree[f"log_likelihood/{data}"].dims == ("chain", "draw")
@@ -216,7 +218,7 @@ def made_of(draws, **changes):
     nothing = np.zeros(draws.shape[:2], int)
     stats = {"diverging": nothing, "past_boundary": nothing, "root_lost": nothing, "potential_energy": 0.0 * nothing}
     r_hat, ess = diagnose({"x": draws})
-    fields = {"draws": {"x": draws}, "sample_stats": stats, "r_hat": r_hat, "ess": ess, "log_likelihood": {}}
+    fields = {"posterior": {"x": draws}, "sample_stats": stats, "r_hat": r_hat, "ess": ess, "log_likelihood": {}}
     fields |= {"posterior_predictive": {}, "observed_data": {}, "finite": True, "configuration": {}, "seed": None}
     return NutsResult(**fields | changes)
 

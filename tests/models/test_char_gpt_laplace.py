@@ -15,11 +15,11 @@ from models.char_gpt.config import Config
 from models.char_gpt.laplace import calibration_error, score
 from models.char_gpt.training import initial_state, new_record
 from models.corpus import load
-from prob_transformer.inference import results
 from prob_transformer.inference.laplace import BlockPrecision, laplace, network
 from prob_transformer.inference.laplace.last_layer import CholeskyPrecision, gauss_newton
 from prob_transformer.inference.laplace.predictive import probit_logits
 from prob_transformer.inference.laplace.tuning import coarse_prior_precision
+from prob_transformer.inference.result_tree import load as load_tree
 from tests.support.tiny_gpt import compiled_logits, made_wide
 
 SMALL = Config(layers=2, width=4, heads=2, context=4, steps=2, batch=2, evaluation_windows=3)
@@ -248,7 +248,7 @@ def test_the_command_prints_a_table_and_writes_a_tree(run_folder, structure, cap
     assert "MAP" in printed
     assert "linearised, 3" in printed
     assert ("probit" in printed) == (structure == "last-layer")
-    tree = results.load(out)
+    tree = load_tree(out)
     summary = json.loads(tree.attrs["laplace"])
     assert summary["prior_precision"] == 2.0
     assert summary["training_characters"] == 40
@@ -281,7 +281,7 @@ def test_of_one_window_the_command_says_that_the_standard_error_is_undefined(tmp
     assert run_command(folder, "--structure", "last-layer", "--prior-precision", "2", "--out", out) == 0
     shown = [row for row in capsys.readouterr().out.splitlines() if "undefined" in row]
     assert [row.split("│")[3].strip() for row in shown] == ["undefined"] * 3
-    scores = json.loads(results.load(out).attrs["laplace"])["scores"]
+    scores = json.loads(load_tree(out).attrs["laplace"])["scores"]
     assert {score["standard_error"] for score in scores.values()} == {None}
 
 

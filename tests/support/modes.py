@@ -32,7 +32,7 @@ def mode_at(unconstrained, model, *args, **kwargs):
         space="unconstrained",
         steps=1,
         crossings=0,
-        signs=None,
+        signs=jnp.zeros(0),
         log_likelihood={},
         observed_data=observed,
         seed=None,

@@ -18,17 +18,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._validation import require_count
 from prob_transformer.inference.gauge import REMEDY, gauges
+from prob_transformer.inference.joint import key_and_seed
 from prob_transformer.inference.laplace.curvature import Curvature, curvature_diagonal, curvature_matrix
-from prob_transformer.inference.laplace.kronecker import sites_precision
-from prob_transformer.inference.laplace.kronecker_factors import Positions
-from prob_transformer.inference.laplace.low_rank import low_rank_precision
+from prob_transformer.inference.laplace.kronecker import Positions, sites_precision
+from prob_transformer.inference.laplace.low_rank import DiagonalPrecision, low_rank_precision
 from prob_transformer.inference.laplace.network import (
     NetworkLaplace,
     NetworkStructure,
@@ -38,7 +37,6 @@ from prob_transformer.inference.laplace.network import (
 from prob_transformer.inference.laplace.potential import Potential
 from prob_transformer.inference.laplace.precision import (
     DensePrecision,
-    DiagonalPrecision,
     FlatDirectionsError,
     IndefiniteCurvatureError,
     Precision,
@@ -104,11 +102,9 @@ def _at_the_mean(potential: Potential) -> Float[Array, ""]:
 
 def _require_identified(potential: Potential) -> None:
     """Refuse a curvature with directions that a rotation of two sites makes flat, in which no Gaussian exists."""
-
-    def value(point: Mapping[str, Float[Array, "..."]]) -> Float[Array, ""]:
-        return _at_the_mean(dataclasses.replace(potential, mean=dict(point)))
-
-    pairs = gauges(value, potential.mean, potential.sites)
+    pairs = gauges(
+        lambda p: _at_the_mean(dataclasses.replace(potential, mean=dict(p))), potential.mean, potential.sites
+    )
     found = [gauge for gauge in pairs if gauge.directions]
     if found:
         count = sum(gauge.directions for gauge in found)
@@ -138,6 +134,8 @@ def laplace(
     sites: Sequence[str] | None = ...,
     curvature: Curvature = ...,
     rank: int | None = ...,
+    key: PRNGKeyArray | int | None = ...,
+    draws: int = ...,
 ) -> LaplaceResult: ...
 
 
@@ -148,7 +146,7 @@ def laplace(
     structure: NetworkStructure,
     positions: Positions = ...,
     prior_precision: float | None = ...,
-    key: PRNGKeyArray | None = ...,
+    key: PRNGKeyArray | int | None = ...,
 ) -> NetworkLaplace: ...
 
 
@@ -161,7 +159,8 @@ def laplace(
     rank: int | None = None,
     positions: Positions = "signs",
     prior_precision: float | None = None,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray | int | None = None,
+    draws: int = 1000,
 ) -> LaplaceResult | NetworkLaplace:
     """The Gaussian approximation of a posterior at its mode, with its log-evidence in nats.
 
@@ -169,10 +168,11 @@ def laplace(
     that are approximated, all by default; the others are held at the mode, and the evidence is then of the data
     together with their values, p(y, held). `rank` is for structure "low-rank" alone. The precision is factorised once;
     the model is compiled once for each structure, curvature and shapes: pass the same function, not a new closure.
+    `key`, a JAX random key or an integer seed, and `draws` are those of the result's posterior and tree.
 
     Of a `TrainedNetwork` the structures are "last-layer" and "kronecker", and the curvature is Gauss-Newton.
     `prior_precision` is that of all weights, by default the one of the largest evidence; `positions` and `key`, by
-    default `jax.random.key(0)`, are those of the Kronecker factors (kronecker_factors.py).
+    default 0, are those of the Kronecker factors (kronecker.py).
 
     Raises ValueError for a mode that did not converge or is of another space, and for unknown names, and
     IndefiniteCurvatureError, with the smallest eigenvalue and a remedy, for a precision that is not positive definite;
@@ -181,13 +181,14 @@ def laplace(
     """
     _require_mode(mode)
     of_network = isinstance(mode, TrainedNetwork)
-    foreign = {"sites": sites, "rank": rank} if of_network else {"prior_precision": prior_precision, "key": key}
+    foreign = {"sites": sites, "rank": rank} if of_network else {"prior_precision": prior_precision}
     for option, given in foreign.items():
         if given is not None:
             raise ValueError(f"{option}: is no option for a {type(mode).__name__}; leave it out.")
     if isinstance(mode, TrainedNetwork):
         _require_choice("structure", structure, get_args(NetworkStructure))
-        return network_laplace(mode, structure, positions, prior_precision, jax.random.key(0) if key is None else key)
+        random_key, _ = key_and_seed(0 if key is None else key, "the signs")
+        return network_laplace(mode, structure, positions, prior_precision, random_key)
     _require_choice("structure", structure, _OF_A_MODEL)
     _require_choice("curvature", curvature, get_args(Curvature))
     mean, held = _split(mode.unconstrained, sites)
@@ -205,4 +206,4 @@ def laplace(
         if spectrum.min() <= smallest * spectrum.max():
             _require_identified(potential)
     log_evidence = -mode.objective + 0.5 * size * np.log(2 * np.pi) - 0.5 * float(precision.log_det)
-    return LaplaceResult(mode, potential, precision, log_evidence, structure, curvature, rank)
+    return LaplaceResult(mode, potential, precision, log_evidence, structure, curvature, rank, key, draws)

@@ -68,6 +68,7 @@ class CholeskyPrecision(Precision):
     """H + tau I by its Cholesky factor, in NumPy. Raises LinAlgError for a matrix that is not positive definite, which
     H + tau I with tau > 0 is not but by rounding."""
 
+    log_det: Any
     factor: Float[np.ndarray, "k k"]
 
     def __init__(self, curvature: Float[np.ndarray, "k k"], prior_precision: float):
@@ -75,14 +76,7 @@ class CholeskyPrecision(Precision):
         precision = np.array(curvature, np.float64, order="C").T
         precision[np.diag_indices(len(precision))] += prior_precision
         self.factor = linalg.cholesky(precision, lower=True, overwrite_a=True, check_finite=True)
-
-    @property
-    def size(self) -> int:
-        return len(self.factor)
-
-    @property
-    def log_det(self) -> Any:
-        return float(2 * np.log(np.diag(self.factor)).sum())
+        self.size, self.log_det = len(precision), float(2 * np.log(np.diag(self.factor)).sum())
 
     def root(self, rows: Float[Array, "m k"]) -> Float[Any, "m k"]:
         return linalg.solve_triangular(self.factor, np.asarray(rows, np.float64).T, lower=True, trans="T").T

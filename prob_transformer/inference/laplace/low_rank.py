@@ -1,11 +1,12 @@
 """A precision that differs from a diagonal in few directions, found by Lanczos without forming a matrix.
 
-    P = D^1/2 (I + R) D^1/2,     R ~ V diag(l) V^T
+    P = D^1/2 (I + R) D^1/2,     R ~ V diag(l) V^T,     S = D^-1/2 (I + V diag((1 + l)^-1/2 - 1) V^T)
 
 D is the diagonal of the curvature of the prior (for independent normal priors all of it), R what the rest adds in its
 units, l its `rank` largest eigenvalues and the columns of V their eigenvectors. With all k of them P is exact. With
 fewer, a direction that is left out keeps the precision of the prior: variances are never smaller than those of the
 exact P, and log det P is too small by the sum of log(1 + l) over what is left out, so the evidence is too large.
+A diagonal P is one of rank 0.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
+from prob_transformer._validation import require_floating
 from prob_transformer.inference.laplace.curvature import (
     Curvature,
     curvature_diagonal,
@@ -45,32 +47,32 @@ class LowRankPrecision(Precision):
         self.diagonal = require_definite(diagonal, "smallest diagonal entry of the prior")
         self.ratios = require_definite(1 + gains, "smallest Ritz value", size=len(diagonal))
         self.vectors = vectors
-
-    @property
-    def size(self) -> int:
-        return self.diagonal.shape[0]
-
-    @property
-    def log_det(self) -> Float[Array, ""]:
-        return jnp.log(self.diagonal).sum() + jnp.log(self.ratios).sum()
-
-    def _symmetric_root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
-        """Rows times the symmetric (I + V diag(l) V^T)^-1/2."""
-        return rows + (rows @ self.vectors * (1 / jnp.sqrt(self.ratios) - 1)) @ self.vectors.T
+        self.size, self.log_det = len(diagonal), jnp.log(self.diagonal).sum() + jnp.log(self.ratios).sum()
 
     def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
-        return self._symmetric_root(rows) / jnp.sqrt(self.diagonal)
-
-    def root_transposed(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
-        return self._symmetric_root(rows / jnp.sqrt(self.diagonal))
+        turned = rows + (rows @ self.vectors * (1 / jnp.sqrt(self.ratios) - 1)) @ self.vectors.T
+        return turned / jnp.sqrt(self.diagonal)
 
     def variance(self) -> Float[Array, " k"]:
         return (1 - jnp.square(self.vectors) @ (1 - 1 / self.ratios)) / self.diagonal
 
     def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
-        """Eigenvalues of P - diag(prior), for a prior that is the same everywhere and equal to D."""
-        rest = jnp.zeros(self.size - len(self.ratios), self.ratios.dtype)
-        return jnp.concatenate([self.ratios - 1, rest]) * prior[0]
+        """Eigenvalues of P - diag(prior), for a prior that is the same everywhere and, unless r = 0, equal to D."""
+        ones = jnp.ones(self.size - len(self.ratios), self.ratios.dtype)
+        return self.diagonal * jnp.concatenate([self.ratios, ones]) - prior
+
+
+class DiagonalPrecision(LowRankPrecision):
+    """P = diag(p) from its entries (k,): D of rank 0. Raises ValueError for another shape or entries that are not
+    finite, IndefiniteCurvatureError for one that is not above zero."""
+
+    def __init__(self, diagonal: Float[Array, " k"]):
+        diagonal = require_floating("diagonal", diagonal)
+        if diagonal.ndim != 1 or diagonal.shape[0] == 0:
+            raise ValueError(f"diagonal: has shape {diagonal.shape}; pass (k,) with k of at least 1.")
+        self.diagonal = require_definite(diagonal, "smallest entry")
+        self.vectors, self.ratios = jnp.zeros((len(diagonal), 0), diagonal.dtype), jnp.zeros(0, diagonal.dtype)
+        self.size, self.log_det = len(diagonal), jnp.log(self.diagonal).sum()
 
 
 def largest_eigenpairs(

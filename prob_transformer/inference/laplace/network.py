@@ -9,7 +9,7 @@ H is the Gauss-Newton matrix of the cross-entropy. Weights of a stopped training
 training with this tau: the evidence compares tau, it is not a bound.
 
     last-layer    the head alone, with the whole of H                           (last_layer.py)
-    kronecker     every linear map, with Kronecker factors of its block of H    (kronecker_factors.py)
+    kronecker     every linear map, with Kronecker factors of its block of H    (kronecker.py)
 
 Predictions take the logits as linear in the weights, f(theta) = f + J (theta - theta*):
 
@@ -17,9 +17,9 @@ Predictions take the logits as linear in the weights, f(theta) = f + J (theta - 
     probit        softmax(f_v / sqrt(1 + pi/8 var_v)),    var = diag(J P^-1 J^T)        (MacKay 1992; last layer)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,8 +30,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from scipy.special import softmax
 
 from prob_transformer._validation import require_count, require_positive
-from prob_transformer.inference.laplace.kronecker import KroneckerPrecision, kronecker_curvature, with_prior_precision
-from prob_transformer.inference.laplace.kronecker_factors import Network, Positions, combinations, kronecker_factors
+from prob_transformer.inference.laplace.kronecker import (
+    KroneckerCurvature,
+    Network,
+    Positions,
+    combinations,
+    kronecker_factors,
+)
 from prob_transformer.inference.laplace.last_layer import (
     CholeskyPrecision,
     gauss_newton,
@@ -41,10 +46,7 @@ from prob_transformer.inference.laplace.last_layer import (
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.laplace.predictive import probit_logits
 from prob_transformer.inference.laplace.tuning import coarse_prior_precision
-from prob_transformer.inference.results import datatree
-
-if TYPE_CHECKING:
-    import xarray as xr
+from prob_transformer.inference.result_tree import DataTree, datatree
 
 NetworkStructure = Literal["last-layer", "kronecker"]
 Matrices = dict[str, Float[Array, "*S o i"]]
@@ -180,9 +182,7 @@ class NetworkLaplace(NamedTuple):
         posterior = jax.tree.map(jnp.add, self.mean, deviations)
         return NetworkPredictive(posterior, probabilities, log_p.swapaxes(0, 1))
 
-    def to_datatree(
-        self, predicted: NetworkPredictive, targets: Int[Any, "W n"], attrs: Mapping[str, Any]
-    ) -> "xr.DataTree":
+    def to_datatree(self, predicted: NetworkPredictive, targets: Int[Any, "W n"], attrs: Mapping[str, Any]) -> DataTree:
         """One chain of draws of the maps, with the log-likelihood of the targets; `attrs` as for `datatree`."""
         groups = {
             "posterior": {name: np.asarray(draws)[None] for name, draws in predicted.posterior.items()},
@@ -228,21 +228,14 @@ def _position_variances(
 Ratio = Callable[[float], float]
 
 
-def _log_det_ratio(curvature: Sequence[KroneckerPrecision]) -> Ratio:
-    """log det(H + tau I) - k log tau as a function of tau, in float64."""
-    values = np.concatenate([np.ravel(block.values) for block in curvature]).astype(np.float64)
-    return lambda tau: float(np.log1p(values / tau).sum())
-
-
 def _kronecker(
     network: TrainedNetwork, positions: Positions, key: PRNGKeyArray
 ) -> tuple[Callable[[float], Precision], Ratio, Ratio]:
     """P and log det P - k log tau as functions of tau, and the latter where only its shape matters."""
     rows = combinations(positions, key, *network.examples.shape)
     factors = kronecker_factors(network.logits, network.parameters, network.examples, rows)
-    curvature = kronecker_curvature([factors[name] for name in sorted(network.maps)])
-    ratio = _log_det_ratio(curvature)
-    return lambda tau: with_prior_precision(curvature, tau), ratio, ratio
+    curvature = KroneckerCurvature({name: factors[name] for name in sorted(network.maps)})
+    return curvature.precision, curvature.log_det_ratio, curvature.log_det_ratio
 
 
 def _last_layer(network: TrainedNetwork) -> tuple[Callable[[float], Precision], Ratio, Ratio]:
@@ -250,8 +243,8 @@ def _last_layer(network: TrainedNetwork) -> tuple[Callable[[float], Precision], 
     inputs, logits = head_inputs(network, network.examples)
     matrix = gauss_newton(inputs, logits)
     at = lru_cache(maxsize=1)(lambda tau: CholeskyPrecision(matrix, tau))
-    rough = _log_det_ratio(kronecker_curvature([kronecker_of_layer(inputs, logits)]))
-    return at, lambda tau: at(tau).log_det - len(matrix) * float(np.log(tau)), rough
+    rough = KroneckerCurvature({network.head: kronecker_of_layer(inputs, logits)})
+    return at, lambda tau: at(tau).log_det - len(matrix) * float(np.log(tau)), rough.log_det_ratio
 
 
 def network_laplace(

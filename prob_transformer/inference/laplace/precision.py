@@ -1,9 +1,8 @@
 """Precision matrices P of Gaussians N(0, P^-1) over k parameters, each factorised once, when it is built.
 
-    P^-1 = S S^T      S is what a structure is made of: all it has to offer are products with S and S^T
+    P^-1 = S S^T      a structure is its products with S; JAX makes those with S^T of them
 
     dense        P = Q diag(p) Q^T          S = Q diag(p)^-1/2     eigendecomposition, O(k^3) once, O(k^2) a product
-    diagonal     P = diag(p)                S = diag(p)^-1/2
     blocks       P = P_1 (+) P_2 (+) ...    S = S_1 (+) S_2 (+) ...    independent between blocks
 
 Draws are S times noise, P^-1 v = S S^T v, and J P^-1 J^T = (J S)(J S)^T. A P with an eigenvalue that is not above
@@ -35,25 +34,17 @@ class FlatDirectionsError(IndefiniteCurvatureError):
 
 
 class Precision(eqx.Module):
-    """What every structure of the posterior precision P offers; rows of matrices are vectors of k parameters."""
+    """What every structure of the posterior precision P offers: its `size` k, `log_det` P in nats, and products.
 
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """k, the number of parameters."""
+    Rows of matrices are vectors of k parameters.
+    """
 
-    @property
-    @abstractmethod
-    def log_det(self) -> Float[Array, ""]:
-        """log det P in nats."""
+    size: int = eqx.field(static=True)
+    log_det: Float[Array, ""]
 
     @abstractmethod
     def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
         """S v for every row v, with S S^T = P^-1."""
-
-    @abstractmethod
-    def root_transposed(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
-        """S^T v for every row v."""
 
     @abstractmethod
     def variance(self) -> Float[Array, " k"]:
@@ -62,6 +53,10 @@ class Precision(eqx.Module):
     @abstractmethod
     def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
         """Eigenvalues of P - diag(prior), the curvature without that of the prior."""
+
+    def root_transposed(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        """S^T v for every row v."""
+        return jax.linear_transpose(self.root, rows)(rows)[0]
 
     def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
         """P^-1 v, for a vector or the columns of a matrix."""
@@ -125,14 +120,7 @@ class DensePrecision(Precision):
             raise ValueError(f"matrix: has shape {matrix.shape}; pass (k, k) with k of at least 1.")
         eigenvalues, self.eigenvectors = jnp.linalg.eigh(0.5 * finite_curvature(matrix + matrix.T))
         self.eigenvalues = require_definite(eigenvalues, size=len(matrix))
-
-    @property
-    def size(self) -> int:
-        return self.eigenvalues.shape[0]
-
-    @property
-    def log_det(self) -> Float[Array, ""]:
-        return jnp.log(self.eigenvalues).sum()
+        self.size, self.log_det = len(matrix), jnp.log(self.eigenvalues).sum()
 
     def matrix(self) -> Float[Array, "k k"]:
         """P itself."""
@@ -141,46 +129,11 @@ class DensePrecision(Precision):
     def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
         return rows @ (self.eigenvectors / jnp.sqrt(self.eigenvalues)).T
 
-    def root_transposed(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
-        return rows @ (self.eigenvectors / jnp.sqrt(self.eigenvalues))
-
     def variance(self) -> Float[Array, " k"]:
         return (jnp.square(self.eigenvectors) / self.eigenvalues).sum(-1)
 
     def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
         return jnp.linalg.eigvalsh(self.matrix() - jnp.diag(prior))
-
-
-class DiagonalPrecision(Precision):
-    """P = diag(p) from its entries (k,). Raises ValueError for another shape or entries that are not finite,
-    IndefiniteCurvatureError for one that is not above zero."""
-
-    diagonal: Float[Array, " k"]
-
-    def __init__(self, diagonal: Float[Array, " k"]):
-        diagonal = require_floating("diagonal", diagonal)
-        if diagonal.ndim != 1 or diagonal.shape[0] == 0:
-            raise ValueError(f"diagonal: has shape {diagonal.shape}; pass (k,) with k of at least 1.")
-        self.diagonal = require_definite(diagonal, "smallest entry")
-
-    @property
-    def size(self) -> int:
-        return self.diagonal.shape[0]
-
-    @property
-    def log_det(self) -> Float[Array, ""]:
-        return jnp.log(self.diagonal).sum()
-
-    def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
-        return rows / jnp.sqrt(self.diagonal)
-
-    root_transposed = root
-
-    def variance(self) -> Float[Array, " k"]:
-        return 1.0 / self.diagonal
-
-    def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
-        return self.diagonal - prior
 
 
 class BlockPrecision(Precision):
@@ -192,14 +145,8 @@ class BlockPrecision(Precision):
         if not blocks:
             raise ValueError("blocks: got none; pass at least one precision.")
         self.blocks = tuple(blocks)
-
-    @property
-    def size(self) -> int:
-        return sum(block.size for block in self.blocks)
-
-    @property
-    def log_det(self) -> Float[Array, ""]:
-        return jnp.stack([block.log_det for block in self.blocks]).sum()
+        self.size = sum(block.size for block in blocks)
+        self.log_det = jnp.stack([block.log_det for block in blocks]).sum()
 
     def _by_block(self, method: str, rows: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
         """What a method of every block gives for its own part of the rows, put together again."""
@@ -211,9 +158,6 @@ class BlockPrecision(Precision):
 
     def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
         return self._by_block("root", rows)
-
-    def root_transposed(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
-        return self._by_block("root_transposed", rows)
 
     def variance(self) -> Float[Array, " k"]:
         return jnp.concatenate([block.variance() for block in self.blocks])

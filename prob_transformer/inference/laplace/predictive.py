@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Num, PRNGKeyArray
-from numpyro import handlers
 from numpyro.infer import Predictive
 from numpyro.primitives import Messenger
 
-from prob_transformer.inference.joint import observed_data
-from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.joint import log_likelihood, observed_data
+from prob_transformer.inference.laplace.potential import Potential, Trace
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.law import statistics
 
@@ -94,23 +93,17 @@ class LinearisedPredictive(NamedTuple):
         return jax.nn.sigmoid(scaled) if self.distribution == "BernoulliLogits" else jax.nn.softmax(scaled, axis=-1)
 
 
-def _trace(potential: Potential, values: dict[str, Array], args: tuple, kwargs: dict) -> dict[str, dict[str, Any]]:
-    # The seed is for data that the call leaves out; nothing here depends on what is drawn for them.
-    model = handlers.seed(handlers.substitute(potential.model, data=values), jax.random.key(0))
-    return handlers.trace(model).get_trace(*args, **kwargs)
-
-
-def _data_names(potential: Potential, trace: dict[str, dict[str, Any]]) -> list[str]:
+def _data_names(potential: Potential, trace: Trace) -> list[str]:
     """The sites of data, given or left out; a factor is a sample site of the distribution Unit."""
-    latent = {*potential.mean, *potential.held}
     samples = {name: site["fn"] for name, site in trace.items() if site["type"] == "sample"}
+    latent = {*potential.mean, *potential.held}
     return [name for name, fn in samples.items() if name not in latent and not isinstance(fn, dist.Unit)]
 
 
 def sites_at(potential: Potential, z: Float[Array, " k"]) -> dict[str, Array]:
     """All latent sites in their supports."""
-    values = potential.constrained(z)
-    return {name: values[name] for name in (*potential.mean, *potential.held)}
+    trace = potential.trace(z)
+    return {name: trace[name]["value"] for name in (*potential.mean, *potential.held)}
 
 
 def log_joint_and_law(potential: Potential, z: Float[Array, " k"]) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -137,17 +130,12 @@ def sampled(
     """Predictions of the model called with `args` and `kwargs` at the draws that `at_draws` has for this key."""
     latent = at_draws(sites_at, potential, precision, key, draws)
     data_key = jax.random.fold_in(key, 1)
-    names = _data_names(
-        potential, _trace(potential, {name: values[0] for name, values in latent.items()}, args, kwargs)
-    )
+    names = _data_names(potential, potential.trace(potential.centre(), (args, kwargs)))
     predict = Predictive(_Unobserved(potential.model), latent, return_sites=names, parallel=True)
     drawn = predict(data_key, *args, **kwargs)
 
-    def log_likelihood(values: dict[str, Array]) -> dict[str, Array]:
-        trace = _trace(potential, values, args, kwargs)
-        return {name: trace[name]["fn"].log_prob(value) for name, value in observed_data(trace).items()}
-
-    densities = jax.vmap(log_likelihood)(latent)
+    z = potential.centre() + precision.sample(key, draws)
+    densities = jax.vmap(lambda z: log_likelihood(potential.trace(z, (args, kwargs))))(z)
     return SampledPredictive(
         posterior={name: latent[name] for name in potential.sites},
         posterior_predictive=drawn,
@@ -164,7 +152,7 @@ def linearised(
 
     def distribution(z: Float[Array, " k"]) -> tuple[dist.Distribution, dist.Distribution]:
         """That of the site, and the one behind expansion and masks; the model may be called without its data."""
-        trace = _trace(potential, sites_at(potential, z), args, kwargs)
+        trace = potential.trace(z, (args, kwargs))
         names = _data_names(potential, trace)
         if site not in names:
             raise ValueError(f"site: got {site!r}; pass one of the model's sites of data, {', '.join(names)}.")

@@ -1,7 +1,7 @@
 """What Laplace's approximation returns: a Gaussian in unconstrained coordinates, with draws and predictions from it."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._validation import require_count, require_finite, require_floating, require_positive
 from prob_transformer.files import provenance
+from prob_transformer.inference.embedding_sites import processes
 from prob_transformer.inference.joint import key_and_seed
 from prob_transformer.inference.laplace.curvature import Curvature, covariance_product
 from prob_transformer.inference.laplace.potential import Potential
@@ -23,14 +24,11 @@ from prob_transformer.inference.laplace.predictive import (
     sampled,
     sites_at,
 )
-from prob_transformer.inference.law import NO_LAW, Law, law_of, processes
+from prob_transformer.inference.law import NO_LAW, Law, law_of
 from prob_transformer.inference.map import MapResult
 from prob_transformer.inference.minimise import MapStatus
-from prob_transformer.inference.results import Dims, datatree, for_arviz
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz
 from prob_transformer.sampling import named_solve_errors
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 # A square matrix of this many rows takes 800 MB in float64.
 _LARGEST_DENSE = 10_000
@@ -60,7 +58,8 @@ class LaplaceResult(NamedTuple):
     """A Gaussian N(z*, P^-1) over the unconstrained coordinates z of the approximated sites, around a `mode`.
 
     `precision` is P in its structure, its parameters ordered by the names of the sites, each row by row;
-    `log_evidence` in nats, exact where the posterior is Gaussian and `structure` keeps all of P.
+    `log_evidence` in nats, exact where the posterior is Gaussian and `structure` keeps all of P. `posterior` and
+    `to_datatree` have as many `draws` as `laplace` was asked for, from its `key`, a JAX random key or an integer seed.
     """
 
     mode: MapResult
@@ -70,6 +69,8 @@ class LaplaceResult(NamedTuple):
     structure: str
     curvature: Curvature
     rank: int | None
+    key: PRNGKeyArray | int | None
+    draws: int
 
     @property
     def status(self) -> MapStatus:
@@ -175,31 +176,29 @@ class LaplaceResult(NamedTuple):
         require_count("draws", draws, 1, "the number of draws")
         return self._log_joint_and_law(key, draws)[1]
 
-    def to_datatree(self, key: PRNGKeyArray | int, dims: Dims | None = None, *, draws: int = 1000) -> "xr.DataTree":
+    @property
+    def posterior(self) -> dict[str, Float[Array, "1 draws ..."]]:
+        """One chain of draws by site. Raises ValueError without a key, and as `sample`."""
+        drawn = self.sample(key_and_seed(self.key, "the draws")[0], self.draws)
+        return {name: values[None] for name, values in drawn.items()}
+
+    def to_datatree(self, dims: Dims | None = None, *, allow: Allow = ()) -> DataTree:
         """One chain of draws: posterior, posterior_predictive, log_likelihood, sample_stats and observed_data.
 
-        `sample_stats` has the log joint density of each draw in nats, in unconstrained coordinates. Draws come from
-        `key`, a JAX random key or an integer seed, which the tree is then labelled with. Raises ValueError for another
-        key, as `sample`, and as `datatree` for `dims`.
+        `sample_stats` has the log joint density of each draw in nats, in unconstrained coordinates. There is no status
+        to `allow`. Raises ValueError without a key, as `sample`, and as `datatree` for `dims`.
         """
-        random_key, seed = key_and_seed(key, "the draws")
-        predicted = self.predictive(random_key, draws)
-        log_joint, law = self._log_joint_and_law(random_key, draws)
+        key, seed = key_and_seed(self.key, "the draws")
+        predicted = self.predictive(key, self.draws)
+        log_joint, law = self._log_joint_and_law(key, self.draws)
         groups = {
             "posterior": predicted.posterior,
             "posterior_predictive": predicted.posterior_predictive,
             "log_likelihood": predicted.log_likelihood,
             "sample_stats": {"log_joint": log_joint},
         }
-        configuration = {
-            "method": "laplace",
-            "structure": self.structure,
-            "curvature": self.curvature,
-            "rank": self.rank,
-            "sites": list(self.sites),
-            "draws": draws,
-        }
-        attrs = provenance(seed, configuration) | {
+        own = {name: getattr(self, name) for name in ("structure", "curvature", "rank", "draws")}
+        attrs = provenance(seed, {"method": "laplace", **own, "sites": list(self.sites)}) | {
             "objective": "negative log joint in nats, density in unconstrained coordinates, Gaussian at its mode",
             "log_evidence": self.log_evidence,
             "note": self.mode.note,
@@ -208,6 +207,6 @@ class LaplaceResult(NamedTuple):
         one_chain = jax.tree.map(lambda value: np.asarray(value)[None], groups)
         return datatree({**one_chain, "observed_data": self.mode.observed_data}, dims, attrs)
 
-    def to_inferencedata(self, key: PRNGKeyArray | int, dims: Dims | None = None, **options: Any) -> Any:
+    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
         """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
-        return for_arviz(self.to_datatree(key, dims, **options))
+        return for_arviz(self.to_datatree(dims, **options))

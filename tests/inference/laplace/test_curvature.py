@@ -112,14 +112,18 @@ def test_conjugate_gradients_give_the_covariance_whatever_the_structure(at, trut
         )
 
 
-def test_conjugate_gradients_that_stop_early_are_refused(at):
+@pytest.mark.parametrize(
+    ("v", "options", "message"),
+    [
+        (np.ones(7), {"tolerance": 1e-10, "max_steps": 1}, "tolerance: the relative residual is"),
+        (np.ones(3), {}, r"v: has shape \(3,\); pass \(7,\)"),
+        (np.zeros(7), {}, "not all 0"),
+    ],
+)
+def test_conjugate_gradients_that_stop_early_are_refused(at, v, options, message):
     result = laplace(at, structure="diagonal", curvature="ggn")
-    with pytest.raises(ValueError, match="tolerance: the relative residual is"):
-        result.covariance_product(RNG.normal(size=7), tolerance=1e-10, max_steps=1)
-    with pytest.raises(ValueError, match=r"v: has shape \(3,\); pass \(7,\)"):
-        result.covariance_product(np.ones(3))
-    with pytest.raises(ValueError, match="not all 0"):
-        result.covariance_product(np.zeros(7))
+    with pytest.raises(ValueError, match=message):
+        result.covariance_product(v, **options)
 
 
 def saddle(y):

@@ -36,12 +36,17 @@ def test_lanczos_takes_a_rank_above_that_of_the_matrix(rank):
     np.testing.assert_allclose(values, [direction @ direction] + [0.0] * (rank - 1), atol=1e-10)
 
 
-def test_a_negative_eigenvalue_that_a_low_rank_would_leave_out_is_refused():
-    spectrum = np.concatenate([[5.0], np.zeros(10), [-0.5]])
-    with pytest.raises(IndefiniteCurvatureError, match=r"eigenvalue of -0\.5, which a low rank would leave out; use"):
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (1, r"eigenvalue of -0\.5, which a low rank would leave out; use"),
+        (3, "and the precision is not positive definite"),
+    ],
+)
+def test_a_negative_eigenvalue_that_a_low_rank_would_leave_out_is_refused(scale, message):
+    spectrum = scale * np.concatenate([[5.0], np.zeros(10), [-0.5]])
+    with pytest.raises(IndefiniteCurvatureError, match=message):
         largest_eigenpairs(lambda v: spectrum * v, 12, 1, np.dtype(np.float64))
-    with pytest.raises(IndefiniteCurvatureError, match="and the precision is not positive definite"):
-        largest_eigenpairs(lambda v: 3 * spectrum * v, 12, 1, np.dtype(np.float64))
 
 
 def test_an_iteration_that_does_not_converge_is_refused(monkeypatch):
