@@ -143,7 +143,7 @@ seen = jnp.array(2.0)
 mode = find_map(model, model_args=(seen,), space="unconstrained", key=0)
 draws = nuts(0, model, model_args=(seen,), warmup=20, draws=20, chains=1).posterior["mean"]
 # Prior and likelihood have variance 1, so the posterior is N(1, 1/2).
-print(f"{mode.parameters['mean']:.4f} {laplace(model, seen, at=mode).precision.variance()[0]:.4f} {draws.shape}")
+print(f"{mode.parameters['mean']:.4f} {laplace(mode).precision.variance()[0]:.4f} {draws.shape}")
 """,
     )
     assert (done.stdout, done.stderr) == ("1.0000 0.5000 (1, 20)\n", "")

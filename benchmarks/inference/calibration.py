@@ -82,7 +82,7 @@ def _nuts_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> t
 def _laplace_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> tuple[Float[np.ndarray, "L 2"], str]:
     start_key, draw_key = jax.random.split(jax.random.key(seed))
     mode = find_map(parameter_model, model_args=(embeddings, CALIBRATION_PRIORS), space="unconstrained", key=start_key)
-    drawn = laplace(parameter_model, embeddings, CALIBRATION_PRIORS, at=mode).sample(draw_key, sizes.ranked_draws)
+    drawn = laplace(mode).sample(draw_key, sizes.ranked_draws)
     return np.stack([np.asarray(drawn[site]) for site in SITES], -1), mode.status.name.lower()
 
 

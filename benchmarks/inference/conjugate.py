@@ -62,7 +62,7 @@ def run_conjugate(sizes: Sizes) -> dict[str, Any]:
     mode = find_map(
         conjugate_model, model_args=(jnp.asarray(seen),), space="unconstrained", key=sizes.seed, tolerance=1e-9
     )
-    approximation = laplace(conjugate_model, jnp.asarray(seen), at=mode)
+    approximation = laplace(mode)
     full = np.kron(truth.covariance, np.eye(WIDTH))
     map_error = float(np.abs(np.asarray(mode.parameters["embeddings"]) - truth.mean).max())
     covariance_error = float(np.abs(np.asarray(approximation.covariance()) - full).max())

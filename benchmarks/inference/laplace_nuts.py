@@ -50,7 +50,7 @@ def _row(
 def compare(problem: Problem, sizes: Sizes) -> list[dict[str, Any]]:
     """A row a coordinate. Raises ValueError if the mode was not found or the chains are not fit for use."""
     mode = find_map(problem.model, model_args=problem.data, space="unconstrained", key=sizes.seed)
-    approximation = laplace(problem.model, *problem.data, at=mode)
+    approximation = laplace(mode)
     found = nuts(
         jax.random.key(sizes.seed),
         problem.model,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from models import cli, corpus
-from models.char_gpt import checkpoint, laplace_command, sharding
+from models.char_gpt import checkpoint, laplace, sharding
 from models.char_gpt.config import CHOICES, Config
 from models.char_gpt.run import METRICS, configuration_of, run
 from models.char_gpt.study import PROFILES
@@ -62,9 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (train, resume, every):
         command.add_argument("--corpus", type=Path, help="any UTF-8 text (default: the Wikipedia sample)")
         command.add_argument("--out", type=Path, required=True, help="folder for checkpoint, metrics and margins")
-    laplace_command.add_arguments(
-        commands.add_parser("laplace", help="uncertainty of a trained run's weights, and evidence")
-    )
+    laplace.add_arguments(commands.add_parser("laplace", help="uncertainty of a trained run's weights, and evidence"))
     return parser
 
 
@@ -79,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             sweep(arguments.profile, arguments.corpus, text, arguments.out, console, arguments.workers)
             return 0
         if arguments.command == "laplace":
-            laplace_command.main(arguments, console)
+            laplace.main(arguments, console)
             return 0
         config = _train_configuration(arguments) if arguments.command == "train" else configuration_of(arguments.out)
         mesh = _mesh(arguments, config)

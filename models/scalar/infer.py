@@ -70,9 +70,9 @@ def _map(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple
 def _laplace(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple[xr.DataTree, str]:
     start_key, draw_key = jax.random.split(key)
     mode, _ = _mode(data, start_key, options, "unconstrained")
-    found = laplace(parameter_model, data.embeddings, at=mode)
+    found = laplace(mode, key=draw_key, draws=options.draws)
     note = f"around the maximum in unconstrained coordinates; log-evidence {float(found.log_evidence):.4f} nats"
-    return found.to_datatree(key=draw_key, draws=options.draws), note
+    return found.to_datatree(), note
 
 
 def _nuts(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace) -> tuple[xr.DataTree, str]:

@@ -69,15 +69,7 @@ def require_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
             raise ValueError(f"model: an argument has shape {leaf.shape}; pass at least one observation.")
 
 
-def key_or_seed(key: PRNGKeyArray | None, seed: int | None, purpose: str) -> PRNGKeyArray | None:
-    """The key, or else that of the seed, or None without either. Raises ValueError for a seed beyond 0 to 2^32 - 1."""
-    if seed is None:
-        return key
-    require_seed("seed", seed, purpose)
-    return jax.random.key(seed) if key is None else key
-
-
-def key_and_seed(key: PRNGKeyArray | int, purpose: str) -> tuple[PRNGKeyArray, int | None]:
+def key_and_seed(key: PRNGKeyArray | int | None, purpose: str) -> tuple[PRNGKeyArray, int | None]:
     """The random key and None, or the key of an integer and that integer. Raises ValueError for anything else."""
     if isinstance(key, (jax.Array, np.ndarray)):
         return key, None

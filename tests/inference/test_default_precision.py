@@ -55,7 +55,7 @@ def test_every_seed_converges_to_the_posterior_mean_and_the_evidence_is_the_clos
             assert found.predicted_decrease <= 20 * np.finfo(np.float32).eps * (1 + abs(found.objective))
         else:
             assert found.note == ""
-        fit = laplace(mean_of_data, y, at=found)
+        fit = laplace(found)
         np.testing.assert_allclose(fit.log_evidence, evidence, atol=0.01 if n <= 1000 else 0.05)
         np.testing.assert_allclose(fit.covariance(), 1 / (n + 0.01), rtol=1e-5)
 
@@ -79,7 +79,7 @@ def test_a_regression_of_twenty_rows_has_the_normal_equations_of_float64():
         assert found.status is MapStatus.CONVERGED
         wide, precision = np.asarray(x, np.float64), np.asarray(x, np.float64).T @ x + 0.01 * np.eye(3)
         np.testing.assert_allclose(found.parameters["weights"], np.linalg.solve(precision, wide.T @ y), atol=2e-6)
-        fit = laplace(regression, x, y, at=found)
+        fit = laplace(found)
         np.testing.assert_allclose(fit.covariance(), np.linalg.inv(precision), atol=1e-6)
         exact = stats.multivariate_normal(cov=np.eye(20) + 100 * wide @ wide.T).logpdf(y)
         np.testing.assert_allclose(fit.log_evidence, exact, atol=0.01)

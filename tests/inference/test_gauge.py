@@ -60,18 +60,18 @@ def test_laplace_counts_the_directions_that_the_hessian_has_none_of(head_size, t
     flat = int((np.abs(eigenvalues) < 1e-6 * eigenvalues.max()).sum())
     assert flat == head_size * (head_size - 1) // 2
     if not flat:
-        found = laplace(one_head, LOGITS, head_size, at=at)
+        found = laplace(at)
         np.testing.assert_allclose(found.precision.log_det, np.log(eigenvalues).sum(), rtol=1e-8)
         return
     with pytest.raises(FlatDirectionsError, match=rf"^precision: .* with {flat} flat .*'key' and 'query'") as info:
-        laplace(one_head, LOGITS, head_size, at=at)
+        laplace(at)
     assert info.value.directions == flat
     for remedy in ("numpyro.deterministic('interaction'", "sampled_attention", "`sites`"):
         assert remedy in str(info.value)
-    assert np.isfinite(laplace(one_head, LOGITS, head_size, at=at, sites=("query",)).log_evidence)
+    assert np.isfinite(laplace(at, sites=("query",)).log_evidence)
     # The Gauss-Newton matrix has the curvature of the prior, 1 / 0.7^2, wherever A stays: along W_Q -> G W_Q,
     # W_K -> G^-T W_K for any invertible G.
-    ggn = laplace(one_head, LOGITS, head_size, at=at, curvature="ggn").precision.eigenvalues
+    ggn = laplace(at, curvature="ggn").precision.eigenvalues
     assert (np.abs(ggn - 0.7**-2) < 1e-6).sum() == head_size**2
 
 
@@ -95,7 +95,7 @@ def test_so_it_is_for_the_query_and_key_of_a_process(curvature):
     walk = np.random.default_rng(1).normal(size=(5, 2))
     at = find_map(process, model_args=(walk,), space="unconstrained", key=1)
     with pytest.raises(FlatDirectionsError, match="with 1 flat directions"):
-        laplace(process, walk, at=at, curvature=curvature)
+        laplace(at, curvature=curvature)
 
 
 @pytest.mark.parametrize("model", [rows_of_different_scale, interaction_itself])
@@ -103,7 +103,7 @@ def test_a_model_without_flat_directions_is_not_refused(model):
     at = find_map(model, model_args=(LOGITS,), space="unconstrained", key=1, tolerance=1e-9)
     eigenvalues = hessian_eigenvalues(model, LOGITS, at=at)
     assert eigenvalues.min() > 1e-6 * eigenvalues.max()
-    found = laplace(model, LOGITS, at=at)
+    found = laplace(at)
     np.testing.assert_allclose(found.precision.log_det, np.log(eigenvalues).sum(), rtol=1e-8)
 
 

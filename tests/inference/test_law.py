@@ -78,7 +78,7 @@ def test_the_mode_says_it_and_so_does_its_tree(centre, certified):
 def test_laplace_gives_the_share_of_its_draws():
     # Of the two modes the one before the boundary, whose draws reach beyond it.
     at = find_map(strength, model_args=(EMBEDDINGS, 0.0), space="unconstrained", init={"a": -1.0})
-    fit, key = laplace(strength, EMBEDDINGS, 0.0, at=at), jax.random.key(3)
+    fit, key = laplace(at), jax.random.key(3)
     a, law = np.asarray(fit.sample(key, 200)["a"]), fit.law(key, 200)
     assert 0 < law.share < 1
     np.testing.assert_allclose(law.share, (a <= 0).mean())

@@ -7,7 +7,6 @@ import warnings
 from importlib.metadata import version
 
 import arviz
-import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
@@ -231,19 +230,13 @@ def with_nuts(draws=500):
     return nuts(0, pair, model_args=(Y,), warmup=200, draws=draws)
 
 
+def with_laplace():
+    return laplace(with_map(), key=1, draws=300)
+
+
 def with_particles():
     decoder = LinearDecoder(jnp.array([[1.0], [-1.0]]), jnp.zeros(2))
     return particle_filter(0, Attention(-ONE, ONE), decoder, jnp.array([0, 1, 0]), particles=100)
-
-
-def laplace_data_and_draws():
-    fit = laplace(pair, Y, at=with_map())
-    return fit.to_inferencedata(seed=1, draws=300), fit.sample(jax.random.key(1), 300)["z"][None]
-
-
-def data_and_draws(result):
-    (draws,) = result.posterior.values()
-    return result.to_inferencedata(), draws
 
 
 @pytest.mark.parametrize(
@@ -276,13 +269,11 @@ def test_every_result_has_one_protocol(result, failed, status):
 # ArviZ 0.23 with Matplotlib 3.11.
 @pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
 @pytest.mark.filterwarnings("ignore:Shape validation failed")
-@pytest.mark.parametrize(
-    "method",
-    [lambda: data_and_draws(with_nuts()), laplace_data_and_draws, lambda: data_and_draws(with_particles())],
-    ids=["nuts", "laplace", "particles"],
-)
+@pytest.mark.parametrize("method", [with_nuts, with_laplace, with_particles])
 def test_arviz_summarises_and_draws_every_result(method):
-    data, draws = method()
+    found = method()
+    assert isinstance(found, Result)
+    data, (draws,) = found.to_inferencedata(), found.posterior.values()
     assert isinstance(data, xr.DataTree if version("arviz") >= "1" else arviz.InferenceData)
     table = arviz.summary(data, round_to="none")
     np.testing.assert_allclose(table["mean"].astype(float), draws.mean((0, 1)).ravel(), rtol=1e-6)

@@ -12,7 +12,7 @@ from rich.console import Console
 from models.char_gpt import __main__ as command
 from models.char_gpt import evaluation, training
 from models.char_gpt.config import Config
-from models.char_gpt.predictive import score
+from models.char_gpt.laplace import score
 from models.char_gpt.training import new_record, seconds_per_step, train
 from models.corpus import load
 from paper_figures import verdicts
