@@ -143,10 +143,10 @@ def model(seen):
     numpyro.sample("seen", dist.Normal(mean, 1.0), obs=seen)
 
 seen = jnp.array(2.0)
-mode = find_map(model, seen, space="unconstrained", seed=0)
-draws = nuts(model, seen, seed=0, warmup=20, draws=20, chains=1).draws["mean"]
+mode = find_map(model, model_args=(seen,), space="unconstrained", key=0)
+draws = nuts(0, model, model_args=(seen,), warmup=20, draws=20, chains=1).posterior["mean"]
 # Prior and likelihood have variance 1, so the posterior is N(1, 1/2).
-print(f"{mode.parameters['mean']:.4f} {laplace(model, seen, at=mode).precision.variance()[0]:.4f} {draws.shape}")
+print(f"{mode.parameters['mean']:.4f} {laplace(mode).precision.variance()[0]:.4f} {draws.shape}")
 """,
     )
     assert (done.stdout, done.stderr) == ("1.0000 0.5000 (1, 20)\n", "")
@@ -171,8 +171,8 @@ _USES = {
     "particle_filter": (
         "blackjax",
         "inference",
-        "particle_filter(Attention(jnp.eye(2)[None], jnp.eye(2)[None]), LinearDecoder(jnp.eye(2), jnp.zeros(2)),"
-        " jnp.array([0, 1]), jax.random.key(0))",
+        "particle_filter(0, Attention(jnp.eye(2)[None], jnp.eye(2)[None]), LinearDecoder(jnp.eye(2), jnp.zeros(2)),"
+        " jnp.array([0, 1]))",
     ),
     "datatree": ("xarray", "inference", "datatree({}, None, {})"),
     "save": ("xarray", "inference", "save(None, 'result.nc')"),
@@ -246,7 +246,7 @@ def test_an_extra_is_what_the_library_requires_of_it():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
                 extra, *modules = (argument.value for argument in node.args if isinstance(argument, ast.Constant))
                 required[extra] |= set(modules)
-    formats = import_module("prob_transformer.inference.results")._MODULES
+    formats = import_module("prob_transformer.inference.result_tree")._MODULES
     required["inference"] |= {module for modules in formats.values() for module in modules}
     extras = PROJECT["optional-dependencies"]
     # All these distributions are named like their module.

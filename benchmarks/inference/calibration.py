@@ -16,10 +16,9 @@ from benchmarks.section import Column, Section, at_least
 from models.scalar.dataset import decoder, parameter_model
 from models.scalar.density import scalar_attention
 from prob_transformer import EmbeddingProcess
-from prob_transformer.inference import ParticleStatus, find_map, particle_filter, smooth
+from prob_transformer.inference import ParticleStatus, find_map, nuts, particle_filter, smooth
 from prob_transformer.inference.calibration import ranks, uniformity
 from prob_transformer.inference.laplace import laplace
-from prob_transformer.inference.nuts import nuts
 
 SITES = CALIBRATION_PRIORS._fields
 # Five in a hundred that a correct method misses it, over all the quantities that are ranked for it.
@@ -68,23 +67,22 @@ def simulate(key: PRNGKeyArray, sizes: Sizes) -> tuple[Float[np.ndarray, "R 2"],
 def _nuts_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> tuple[Float[np.ndarray, "L 2"], str]:
     count = (sizes.ranked_draws + 1) * sizes.thinning
     found = nuts(
+        jax.random.key(seed),
         parameter_model,
-        embeddings,
-        CALIBRATION_PRIORS,
-        key=jax.random.key(seed),
+        model_args=(embeddings, CALIBRATION_PRIORS),
         warmup=sizes.warmup,
         draws=count,
         chains=1,
         predictive=False,
     )
     kept = slice(sizes.thinning - 1, count - 1, sizes.thinning)
-    return np.stack([np.asarray(found.draws[site])[0, kept] for site in SITES], -1), found.status.name.lower()
+    return np.stack([np.asarray(found.posterior[site])[0, kept] for site in SITES], -1), found.status.name.lower()
 
 
 def _laplace_draws(embeddings: Float[Array, "S n 1"], seed: int, sizes: Sizes) -> tuple[Float[np.ndarray, "L 2"], str]:
     start_key, draw_key = jax.random.split(jax.random.key(seed))
-    mode = find_map(parameter_model, embeddings, CALIBRATION_PRIORS, space="unconstrained", key=start_key)
-    drawn = laplace(parameter_model, embeddings, CALIBRATION_PRIORS, at=mode).sample(draw_key, sizes.ranked_draws)
+    mode = find_map(parameter_model, model_args=(embeddings, CALIBRATION_PRIORS), space="unconstrained", key=start_key)
+    drawn = laplace(mode).sample(draw_key, sizes.ranked_draws)
     return np.stack([np.asarray(drawn[site]) for site in SITES], -1), mode.status.name.lower()
 
 
@@ -111,9 +109,9 @@ def _particle_rows(sizes: Sizes) -> Iterator[dict[str, Any]]:
         truth = process.sample(data_key)
         tokens: Int[Array, " n"] = jax.random.categorical(token_key, decoder()(truth))
         found = particle_filter(
-            attention, decoder(), tokens, filter_key, sizes.calibration_particles, noise_scale=TRUE_NOISE_SCALE
+            filter_key, attention, decoder(), tokens, sizes.calibration_particles, noise_scale=TRUE_NOISE_SCALE
         )
-        return truth[:, 0], smooth(found, smooth_key, sizes.ranked_draws)[..., 0], found.status
+        return truth[:, 0], smooth(smooth_key, found, sizes.ranked_draws)[..., 0], found.status
 
     keys = jax.random.split(jax.random.key(sizes.seed + 1), sizes.replicates)
     # In parts, so that the caches of all particles of all datasets are not alive at once.

@@ -12,9 +12,8 @@ from benchmarks.inference.models import OBSERVATION_SCALE, TRUE_NOISE_SCALE, con
 from benchmarks.inference.sizes import Sizes
 from benchmarks.section import Column, Section, at_most
 from prob_transformer import Attention
-from prob_transformer.inference import find_map, particle_filter
+from prob_transformer.inference import find_map, nuts, particle_filter
 from prob_transformer.inference.laplace import laplace
-from prob_transformer.inference.nuts import nuts
 from theory_checks.truth.token_truth import BUMPS, SCALES, TOKENS, conjugate_truth, gaussian_posterior
 
 LENGTH, WIDTH = 4, 2
@@ -33,7 +32,7 @@ def _particle_row(sizes: Sizes) -> dict[str, Any]:
     @jax.jit
     @jax.vmap
     def run(key: PRNGKeyArray) -> tuple[Float[Array, ""], Float[Array, "n d"], Float[Array, "n d"]]:
-        found = particle_filter(attention, BUMPS, jnp.asarray(TOKENS), key, sizes.particles, **SCALES)
+        found = particle_filter(key, attention, BUMPS, jnp.asarray(TOKENS), sizes.particles, **SCALES)
         weights, u = jnp.exp(found.log_weights)[:, None, None], found.embeddings
         return found.log_evidence, (weights * u).sum(0), (weights * jnp.square(u - mean)).sum(0)
 
@@ -60,8 +59,10 @@ def run_conjugate(sizes: Sizes) -> dict[str, Any]:
     seen = np.random.default_rng(sizes.seed).normal(size=(LENGTH, WIDTH)) * 2
     scales = np.array([1.0] + [TRUE_NOISE_SCALE] * (LENGTH - 1))
     truth = gaussian_posterior(seen, scales, OBSERVATION_SCALE)
-    mode = find_map(conjugate_model, jnp.asarray(seen), space="unconstrained", seed=sizes.seed, tolerance=1e-9)
-    approximation = laplace(conjugate_model, jnp.asarray(seen), at=mode)
+    mode = find_map(
+        conjugate_model, model_args=(jnp.asarray(seen),), space="unconstrained", key=sizes.seed, tolerance=1e-9
+    )
+    approximation = laplace(mode)
     full = np.kron(truth.covariance, np.eye(WIDTH))
     map_error = float(np.abs(np.asarray(mode.parameters["embeddings"]) - truth.mean).max())
     covariance_error = float(np.abs(np.asarray(approximation.covariance()) - full).max())
@@ -82,16 +83,16 @@ def run_conjugate(sizes: Sizes) -> dict[str, Any]:
     ]
     for embeddings in ("direct", "noise"):
         found = nuts(
+            jax.random.key(sizes.seed),
             conjugate_model,
-            jnp.asarray(seen),
-            key=jax.random.key(sizes.seed),
+            model_args=(jnp.asarray(seen),),
             warmup=sizes.warmup,
             draws=sizes.draws,
             chains=sizes.chains,
             predictive=False,
             embeddings=embeddings,
         )
-        draws = np.asarray(found.draws["embeddings"])
+        draws = np.asarray(found.posterior["embeddings"])
         variances = np.broadcast_to(np.diag(truth.covariance)[:, None], truth.mean.shape)
         row: dict[str, Any] = {
             "method": f"NUTS, embeddings sampled {'directly' if embeddings == 'direct' else 'through their noise'}",

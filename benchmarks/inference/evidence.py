@@ -22,7 +22,7 @@ def _runs(
 ) -> tuple[Float[Array, " repeats"], Int[Array, " repeats"]]:
     def run(key: PRNGKeyArray) -> tuple[Float[Array, ""], Int[Array, ""]]:
         found = particle_filter(
-            case.attention, case.decoder, jnp.asarray(case.tokens), key, particles, proposal=proposal, **SCALES
+            key, case.attention, case.decoder, jnp.asarray(case.tokens), particles, proposal=proposal, **SCALES
         )
         return found.log_evidence, found.status
 

@@ -13,9 +13,8 @@ from scipy.stats import kurtosis, norm, skew
 from benchmarks.inference.models import Problem, latent_problem, plane_problem, scalar_problem
 from benchmarks.inference.sizes import Sizes
 from benchmarks.section import Column, Section, at_most
-from prob_transformer.inference import find_map
+from prob_transformer.inference import find_map, nuts
 from prob_transformer.inference.laplace import laplace
-from prob_transformer.inference.nuts import nuts
 
 MEAN_BOUND, SD_BOUND = 0.1, 0.15
 _BINS = 40
@@ -50,18 +49,18 @@ def _row(
 
 def compare(problem: Problem, sizes: Sizes) -> list[dict[str, Any]]:
     """A row a coordinate. Raises ValueError if the mode was not found or the chains are not fit for use."""
-    mode = find_map(problem.model, *problem.data, space="unconstrained", seed=sizes.seed)
-    approximation = laplace(problem.model, *problem.data, at=mode)
+    mode = find_map(problem.model, model_args=problem.data, space="unconstrained", key=sizes.seed)
+    approximation = laplace(mode)
     found = nuts(
+        jax.random.key(sizes.seed),
         problem.model,
-        *problem.data,
-        key=jax.random.key(sizes.seed),
+        model_args=problem.data,
         warmup=sizes.warmup,
         draws=sizes.draws,
         chains=sizes.chains,
         predictive=False,
     )
-    draws = _flat(problem, {name: found.draws[name] for name in approximation.sites})
+    draws = _flat(problem, {name: found.posterior[name] for name in approximation.sites})
     centre = np.concatenate([np.ravel(approximation.mean[name]) for name in approximation.sites])
     spread = np.sqrt(np.asarray(approximation.precision.variance()))
     names = [

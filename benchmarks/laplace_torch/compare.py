@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from models.char_gpt.evidence import Evidence
+from prob_transformer.inference.laplace import Evidence
 
 # Agreement asked for, relative.
 TOLERANCE = 1e-3

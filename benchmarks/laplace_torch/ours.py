@@ -3,66 +3,42 @@
 import time
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from models.char_gpt import last_layer, linear_maps
-from models.char_gpt.laplace import Curvature, Structure, covered, curvature, evidence_of
+from models.char_gpt.linear_maps import trained_network
 from models.char_gpt.model import CharGPT
-from models.char_gpt.predictive import probit
-from prob_transformer.inference.laplace.kfac import Positions
-from prob_transformer.inference.laplace.kronecker import KroneckerPrecision
+from prob_transformer.inference.laplace import NetworkLaplace, NetworkStructure, Positions, laplace
 
 
 def _fitted(
-    model: CharGPT, windows: Int[Array, "W n+1"], structure: Structure, positions: Positions, tau: float
-) -> tuple[Curvature, float]:
-    """The curvature, and the seconds until log det P was there."""
+    model: CharGPT, problem: dict[str, Any], structure: NetworkStructure, positions: Positions
+) -> tuple[NetworkLaplace, float]:
+    """The Gaussian, and the seconds until its evidence was there."""
+    network = trained_network(model, jnp.asarray(problem["training"]))
     started = time.perf_counter()
-    found = curvature(model, windows, structure, positions)
-    found.log_det_ratio(tau)
+    found = laplace(network, structure=structure, positions=positions, prior_precision=problem["prior_precision"])
     return found, time.perf_counter() - started
 
 
-@jax.jit
-def _variances(
-    model: CharGPT, at: linear_maps.Matrices, precision: KroneckerPrecision, characters: Int[Array, " n"]
-) -> Float[Array, "n V"]:
-    def one(position: Int[Array, ""]) -> Float[Array, " V"]:
-        return jnp.diag(precision.covariance_of(linear_maps.logit_jacobian(model, at, characters, position)))
-
-    return jax.lax.map(one, jnp.arange(characters.shape[0]))
-
-
-def answer(model: CharGPT, problem: dict[str, Any], structure: Structure) -> dict[str, Any]:
+def answer(model: CharGPT, problem: dict[str, Any], structure: NetworkStructure) -> dict[str, Any]:
     """Evidence parts, seconds of a first and a second fit, and probit probabilities of the validation windows."""
-    windows, contexts = (jnp.asarray(problem["training"]), jnp.asarray(problem["validation"][:, :-1]))
-    tau, at = problem["prior_precision"], covered(model, structure)
+    contexts = jnp.asarray(problem["validation"][:, :-1])
     # As laplace-torch combines positions, so that the same thing is compared.
-    _, first = _fitted(model, windows, structure, "together", tau)
-    found, seconds = _fitted(model, windows, structure, "together", tau)
-    precision = found.at(tau)
-    parts = evidence_of(model, windows, at, found.log_det_ratio)(tau)
+    _, first = _fitted(model, problem, structure, "together")
+    found, seconds = _fitted(model, problem, structure, "together")
     started = time.perf_counter()
-    inputs, logits = last_layer.head_inputs(model, contexts)
-    if isinstance(precision, KroneckerPrecision):
-        variances = np.concatenate([_variances(model, at, precision, window) for window in contexts])
-    else:
-        variances = last_layer.logit_variance(precision, inputs)
+    probabilities = found.probit_probabilities(contexts)
     return {
-        "evidence": np.array(parts),
-        "probabilities": probit(logits, variances).reshape(*contexts.shape, -1),
-        "logits": np.asarray(logits).reshape(*contexts.shape, -1),
+        "evidence": np.array(found.evidence),
+        "probabilities": probabilities,
         "seconds": seconds,
         "first_seconds": first,
         "predictive_seconds": time.perf_counter() - started,
+        "logits": np.asarray(found.logits(contexts)),
     }
 
 
 def log_evidence_with(model: CharGPT, problem: dict[str, Any], positions: Positions) -> float:
     """The Kronecker log-evidence in nats with positions combined in another way."""
-    windows, at = jnp.asarray(problem["training"]), covered(model, "kronecker")
-    found = curvature(model, windows, "kronecker", positions)
-    return evidence_of(model, windows, at, found.log_det_ratio)(problem["prior_precision"]).total
+    return _fitted(model, problem, "kronecker", positions)[0].log_evidence

@@ -7,16 +7,18 @@ import jax
 import numpy as np
 
 from models import corpus
-from models.char_gpt import laplace, linear_maps
 from models.char_gpt.config import Config
+from models.char_gpt.laplace import training_windows
+from models.char_gpt.linear_maps import matrices
 from models.char_gpt.model import CharGPT, LayerNorm
+from prob_transformer.inference.laplace import NetworkStructure
 
-STRUCTURES: tuple[laplace.Structure, ...] = ("last-layer", "kronecker")
+STRUCTURES: tuple[NetworkStructure, ...] = ("last-layer", "kronecker")
 
 
 def weights(model: CharGPT) -> dict[str, np.ndarray]:
     """Everything that takes part in prediction: maps as matrices (outputs, inputs), embeddings, scales and biases."""
-    found: dict[str, Any] = dict(linear_maps.matrices(model, linear_maps.names(model)))
+    found: dict[str, Any] = dict(matrices(model))
     found |= {name: getattr(model, name) for name in ("token_embedding", "position_embedding")}
     norms: dict[str, LayerNorm] = {"final_norm": model.final_norm}
     for index, block in enumerate(model.blocks):
@@ -47,7 +49,7 @@ def problem(
         raise ValueError(f"--validation-windows: got {sizes['validation_windows']}; pass at most {available}.")
     starts = np.arange(sizes["validation_windows"]) * (available // sizes["validation_windows"]) * (length + 1)
     return {
-        "training": laplace.training_windows(text, config, sizes["training_windows"] * config.context),
+        "training": training_windows(text, config, sizes["training_windows"] * config.context),
         "validation": np.stack([text.validation[start : start + length + 1] for start in starts]),
         "prior_precision": prior_precision,
         "heads": config.heads,

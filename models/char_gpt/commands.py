@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from models import corpus
-from models.char_gpt import checkpoint, device_mesh, laplace_command
+from models.char_gpt import checkpoint, device_mesh, laplace
 from models.char_gpt.config import CHOICES, Config, in_names_of_today
 from models.char_gpt.evaluation import evaluate
 from models.char_gpt.model import parameter_count
@@ -122,9 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens")
         command.add_argument("--processes", type=int, metavar="N", help="how many processes take part")
         command.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    laplace_command.add_arguments(
-        commands.add_parser("laplace", help="uncertainty of a trained run's weights, and evidence")
-    )
+    laplace.add_arguments(commands.add_parser("laplace", help="uncertainty of a trained run's weights, and evidence"))
     return parser
 
 
@@ -135,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("sweep: is now python -m paper_figures.study sweep, with the same options.")
     arguments, console = _parser().parse_args(given), Console()
     if arguments.command == "laplace":
-        laplace_command.main(arguments, console)
+        laplace.main(arguments, console)
         return 0
     is_new = arguments.command == "train"
     if is_new and (arguments.out / checkpoint.NAME).exists():

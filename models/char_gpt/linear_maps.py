@@ -5,29 +5,17 @@ the maps are the token and position embeddings, the scales and biases of the nor
 part in prediction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.char_gpt.model import CharGPT
+from prob_transformer.inference.laplace import TrainedNetwork
 
 _OF_A_LAYER = ("query", "key", "value", "output", "up", "down")
 _BY_HEAD = ("query", "key", "value")
 Matrices = dict[str, Float[Array, "*S o i"]]
-
-
-def names(model: CharGPT) -> tuple[str, ...]:
-    """Names of all linear maps, sorted: the order in which JAX hands dictionaries back."""
-    return tuple(sorted((*(f"{i}.{name}" for i in range(len(model.blocks)) for name in _OF_A_LAYER), "head")))
-
-
-def matrices(model: CharGPT, chosen: Sequence[str]) -> Matrices:
-    """The chosen maps as matrices (outputs, inputs), sorted by name."""
-    return {name: _matrix(name, _leaf(model, name)) for name in sorted(chosen)}
 
 
 def _leaf(model: CharGPT, name: str) -> Array:
@@ -44,6 +32,12 @@ def _matrix(name: str, leaf: Array) -> Float[Array, "o i"]:
     return leaf.transpose(1, 0, 2).reshape(leaf.shape[1], -1) if own == "output" else leaf
 
 
+def matrices(model: CharGPT) -> Matrices:
+    """All linear maps as matrices (outputs, inputs), sorted by name as JAX hands dictionaries back."""
+    names = (*(f"{i}.{name}" for i in range(len(model.blocks)) for name in _OF_A_LAYER), "head")
+    return {name: _matrix(name, _leaf(model, name)) for name in sorted(names)}
+
+
 def _as_leaf(name: str, matrix: Float[Array, "o i"], like: Array) -> Array:
     if name.rpartition(".")[2] == "output":
         heads, width, size = like.shape
@@ -53,44 +47,23 @@ def _as_leaf(name: str, matrix: Float[Array, "o i"], like: Array) -> Array:
 
 def with_matrices(model: CharGPT, replaced: Matrices) -> CharGPT:
     """The model with some of its maps replaced."""
-    chosen = list(replaced)
-    leaves = [_as_leaf(name, replaced[name], _leaf(model, name)) for name in chosen]
-    return eqx.tree_at(lambda m: [_leaf(m, name) for name in chosen], model, leaves)
+    leaves = [_as_leaf(name, matrix, _leaf(model, name)) for name, matrix in replaced.items()]
+    return eqx.tree_at(lambda m: [_leaf(m, name) for name in replaced], model, leaves)
 
 
-def network(tap: Callable[[str, Array, Array], Array], model: CharGPT, characters: Int[Array, " n"]) -> Array:
-    """Logits (n, V) of one window; `tap` sees every map with inputs (n, i) and outputs (n, o)."""
+def logits(hook: Callable[[str, Array, Array], Array], model: CharGPT, characters: Int[Array, " n"]) -> Array:
+    """Logits (n, V) of one window; `hook` sees every map with inputs (n, i) and outputs (n, o)."""
 
     def positions_first(name: str, inputs: Array, outputs: Array) -> Array:
         if name.endswith(".stream"):
             return outputs
         if outputs.ndim == 2:
-            return tap(name, inputs, outputs)
-        return tap(name, inputs, outputs.reshape(-1, outputs.shape[-1]).T).T.reshape(outputs.shape)
+            return hook(name, inputs, outputs)
+        return hook(name, inputs, outputs.reshape(-1, outputs.shape[-1]).T).T.reshape(outputs.shape)
 
-    return model.decode(model.embed(characters), hook=positions_first)[0]
-
-
-def flat(chosen: Matrices) -> Float[Array, "*S k"]:
-    """The matrices one after the other, by rows, sorted by name as `matrices` has them."""
-    return jnp.concatenate([matrix.reshape(*matrix.shape[:-2], -1) for _, matrix in sorted(chosen.items())], axis=-1)
+    return model.decode(model.embed(characters), "none", positions_first)[0]
 
 
-def unflat(vectors: Float[Array, "*S k"], like: Matrices) -> Matrices:
-    """The inverse of `flat`, for any number of vectors."""
-    parts = jnp.split(vectors, np.cumsum([matrix.size for _, matrix in sorted(like.items())])[:-1], axis=-1)
-    named = zip(sorted(like.items()), parts, strict=True)
-    return {name: part.reshape(*part.shape[:-1], *matrix.shape) for (name, matrix), part in named}
-
-
-def logit_jacobian(
-    model: CharGPT, at: Matrices, characters: Int[Array, " n"], position: Int[Array, ""]
-) -> Float[Array, "V k"]:
-    """Derivative of the logits at one position of a window in the matrices `at`, flat."""
-
-    def logits(replaced: Matrices) -> Float[Array, " V"]:
-        return with_matrices(model, replaced)(characters)[position]
-
-    found, sent_back = jax.vjp(logits, at)
-    (rows,) = jax.vmap(sent_back)(jnp.eye(found.shape[0], dtype=found.dtype))
-    return flat(rows)
+def trained_network(model: CharGPT, windows: Int[Array, "W n+1"]) -> TrainedNetwork:
+    """The model at its weights with windows of text, whose characters are predicted one by one."""
+    return TrainedNetwork(logits, with_matrices, model, matrices(model), "head", windows[:, :-1], windows[:, 1:])

@@ -1,4 +1,4 @@
-"""The smallest model: d = 1, one head, identity values, one interaction a. Everything in `density` has a closed form.
+"""The smallest model: d = 1, one head, identity values, one interaction a. Its density has a closed form.
 
     alpha_s proportional to exp(a u_s u_i),   mu_i = sum alpha_s u_s,   J_i = 1 - a Var_alpha(u)
 
@@ -12,9 +12,7 @@ from models.scalar.density import (
     conditional_masses,
     draw,
     scalar_attention,
-    scalar_jacobian,
     scalar_model,
-    scalar_weights,
 )
 
 __all__ = [
@@ -23,7 +21,5 @@ __all__ = [
     "conditional_masses",
     "draw",
     "scalar_attention",
-    "scalar_jacobian",
     "scalar_model",
-    "scalar_weights",
 ]

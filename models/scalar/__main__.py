@@ -10,7 +10,7 @@ from rich.table import Table
 from models import cli
 from models.scalar import infer
 from models.scalar.density import NOISE_SCALE, PAST, conditional_masses, draw
-from prob_transformer._validation import require_seed
+from prob_transformer._validation import require_count, require_seed
 
 # Four digits are shown.
 _SIGNED_MASS_ERROR = 1e-4
@@ -27,8 +27,7 @@ def _show_density(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     arguments = parser.parse_args(argv)
     require_seed("--seed", arguments.seed, "the draws")
-    if arguments.draws < 1:
-        raise ValueError(f"--draws: got {arguments.draws}; pass an integer of at least 1.")
+    require_count("--draws", arguments.draws, 1, "the number of sequences")
     past = ", ".join(f"{value:g}" for value in PAST)
     table = Table(title=f"p(u_4 given past ({past})), noise scale {NOISE_SCALE:g}")
     for column in ("a", "smallest det J", "mass of |det J| density", "signed mass", "drawn, det J > 0 throughout"):
@@ -40,9 +39,9 @@ def _show_density(argv: list[str]) -> None:
                 f"a: got {a:g}; pass a smaller number: the signed mass, which is 1 for every a, came out as "
                 f"{found['signed']:.4g}, so the integrals are not resolved."
             )
-        figures = (found["smallest_determinant"], found["absolute"], found["signed"])
-        _, solved = draw(a, jax.random.key(arguments.seed), arguments.draws)
-        table.add_row(f"{a:g}", *(f"{figure:.4f}" for figure in figures), f"{solved:.1%}")
+        solved = draw(jax.random.key(arguments.seed), a, arguments.draws)[1]
+        figures = (f"{found[name]:.4f}" for name in ("smallest_determinant", "absolute", "signed"))
+        table.add_row(f"{a:g}", *figures, f"{solved:.1%}")
     Console().print(table)
 
 

@@ -32,22 +32,6 @@ def scalar_attention(a: Float[Array, ""] | float) -> Attention:
     return Attention(strength.reshape(1, 1, 1), jnp.ones((1, 1, 1), strength.dtype))
 
 
-def scalar_weights(
-    a: Float[Array, ""] | float, past: Float[Array, " s"], u: Float[Array, ""] | float
-) -> Float[Array, " s"]:
-    """The closed form alpha_s proportional to exp(a u_s u), over a past of at least one embedding."""
-    return jax.nn.softmax(a * jnp.asarray(past) * u)
-
-
-def scalar_jacobian(
-    a: Float[Array, ""] | float, past: Float[Array, " s"], u: Float[Array, ""] | float
-) -> Float[Array, ""]:
-    """The closed form J = 1 - a Var_alpha(past): the derivative of the residual of u, given its past."""
-    values = jnp.asarray(past)
-    weights = scalar_weights(a, values, u)
-    return 1 - a * weights @ jnp.square(values - weights @ values)
-
-
 def scalar_model(tokens: Int[Array, " n"] | None = None, length: int | None = None, vocabulary_size: int = 2) -> None:
     """NumPyro model over "a" ~ N(0, 1), "weight" ~ N(0, 1) of a linear decoder, embeddings and tokens (n,).
 
@@ -70,13 +54,6 @@ def _signed_density(
     return jnp.exp(-0.5 * jnp.square(residual[0] / noise_scale)) * determinant, determinant
 
 
-@jax.jit
-def _determinants(
-    attention: Attention, past: Past, noise_scale: Float[Array, ""] | float, points: Float[Array, " m"]
-) -> Float[Array, " m"]:
-    return jax.vmap(lambda u: _signed_density(attention, past, noise_scale, u)[1])(points)
-
-
 def conditional_masses(a: float, past: tuple[float, ...] = PAST, noise_scale: float = NOISE_SCALE) -> dict[str, float]:
     """Of p(u given past): the mass with |det J|, the mass with its sign, and the smallest det J on the way."""
     attention = scalar_attention(a)
@@ -94,11 +71,11 @@ def conditional_masses(a: float, past: tuple[float, ...] = PAST, noise_scale: fl
 
         return sum(quad(density, low, high)[0] for low, high in pairwise(edges)) / norm
 
-    determinants = np.asarray(_determinants(*given, jnp.linspace(-reach, reach, 4001)))
+    determinants = jax.vmap(lambda u: _signed_density(*given, u)[1])(jnp.linspace(-reach, reach, 4001))
     return {"absolute": mass(True), "signed": mass(False), "smallest_determinant": float(determinants.min())}
 
 
-def draw(a: float, key: PRNGKeyArray, draws: int, length: int = 8) -> tuple[Float[Array, "draws n"], float]:
+def draw(key: PRNGKeyArray, a: float, draws: int, length: int = 8) -> tuple[Float[Array, "draws n"], float]:
     """Embeddings of the process in the noise scale of this module, and the share of sequences solved as asked.
 
     A sequence counts as solved where every position has a root that was reached with det J > 0 all the way; those that

@@ -39,28 +39,22 @@ REMEDY = (
 
 def _rotations(shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "... p p"]:
     """A random orthogonal matrix for every head: a reflection where p is 1."""
-    *leading, size = shape[:-1]
-    heads = int(np.prod(leading, dtype=int))
-    if size == 1:
-        return -np.ones((*leading, 1, 1))
-    drawn = np.random.default_rng(seed).normal(size=(heads, size, size))
-    return np.linalg.qr(drawn).Q.reshape(*leading, size, size)
+    size = shape[-2]
+    drawn = np.random.default_rng(seed).normal(size=(*shape[:-1], size))
+    return np.linalg.qr(drawn).Q if size > 1 else -np.ones_like(drawn)
 
 
 def _directions(query: Float[np.ndarray, "... p d"], key: Float[np.ndarray, "... p d"]) -> int:
-    """The dimension of the orbit of (W_Q, W_K): over heads, the rank of G -> (G W_Q, G W_K), G antisymmetric."""
+    """The dimension of the orbit of (W_Q, W_K) under rotations, over all heads.
+
+    Where a head's [W_Q W_K] has rank r, rotations of the other p - r dimensions leave it as it is: p (p - 1) / 2 less
+    (p - r) (p - r - 1) / 2 directions are left.
+    """
     stacked = np.concatenate([query, key], -1).astype(float)
-    size, found = stacked.shape[-2], 0
-    for head in stacked.reshape(-1, *stacked.shape[-2:]):
-        rows = []
-        for i, k in combinations(range(size), 2):
-            turned = np.zeros_like(head)
-            turned[i], turned[k] = head[k], -head[i]
-            rows.append(turned.ravel())
-        if rows:
-            # Single precision at most is what an optimiser's zeros are worth.
-            found += int(np.linalg.matrix_rank(np.array(rows), tol=1e-4 * max(1e-30, np.abs(head).max())))
-    return found
+    size, largest = stacked.shape[-2], np.abs(stacked).max((-2, -1))
+    # Single precision at most is what an optimiser's zeros are worth.
+    kept = size - np.linalg.matrix_rank(stacked, tol=1e-4 * np.maximum(1e-30, largest))
+    return int((size * (size - 1) // 2 - kept * (kept - 1) // 2).sum())
 
 
 def gauges(
@@ -69,22 +63,17 @@ def gauges(
     sites: tuple[str, ...],
 ) -> tuple[Gauge, ...]:
     """Pairs out of `sites` that rotate together, judged by the potential in nats at the unconstrained `point`."""
-    found: list[Gauge] = []
-    candidates = [name for name in sites if jnp.ndim(point[name]) >= 2]
+    candidates = sorted(name for name in sites if jnp.ndim(point[name]) >= 2)
     pairs = [pair for pair in combinations(candidates, 2) if point[pair[0]].shape == point[pair[1]].shape]
     if not pairs:
         return ()
     here = float(potential(point))
-    for pair in pairs:
-        values = [np.asarray(point[name]) for name in pair]
 
-        def changed(seed: int, pair: tuple[str, str] = pair, values: list[np.ndarray] = values) -> float:
-            turn = _rotations(values[0].shape, seed)
-            turned = {name: jnp.asarray(turn @ value, value.dtype) for name, value in zip(pair, values, strict=True)}
-            return abs(float(potential({**point, **turned})) - here)
+    def rotate_together(pair: tuple[str, str]) -> bool:
+        allowed = float(jnp.finfo(point[pair[0]].dtype).eps) ** 0.75 * (1 + abs(here))
+        turns = [_rotations(point[pair[0]].shape, seed) for seed in range(_ROTATIONS)]
+        turned = [{name: jnp.asarray(turn @ point[name], point[name].dtype) for name in pair} for turn in turns]
+        return all(abs(float(potential({**point, **sites})) - here) <= allowed for sites in turned)
 
-        allowed = float(jnp.finfo(values[0].dtype).eps) ** 0.75 * (1 + abs(here))
-        if all(changed(seed) <= allowed for seed in range(_ROTATIONS)):
-            names = tuple(sorted(pair))
-            found.append(Gauge((names[0], names[1]), _directions(*values)))
-    return tuple(found)
+    together = filter(rotate_together, pairs)
+    return tuple(Gauge(pair, _directions(*(np.asarray(point[name]) for name in pair))) for pair in together)

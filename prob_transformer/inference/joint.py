@@ -24,24 +24,42 @@ Space = Literal["constrained", "unconstrained"]
 Sites = Mapping[str, Float[Array, "..."]]
 
 # NumPyro's own radius of random starts.
-_RADIUS = 2.0
+RADIUS = 2.0
+
+
+def joint_and_trace(
+    model: Callable, args: tuple, kwargs: dict, space: Space, point: Sites
+) -> tuple[Float[Array, ""], dict[str, dict[str, Any]]]:
+    """Negative log joint in nats at unconstrained values of the latent sites, and the model's trace there, in one run.
+
+    The space decides about the Jacobian.
+    """
+    run = handlers.trace(model)
+    if space == "unconstrained":
+        value = potential_energy(run, args, kwargs, point)
+    else:
+        value = -log_density(run, args, kwargs, constrain_fn(model, args, kwargs, point))[0]
+    return value, run.trace
 
 
 def negative_log_joint(model: Callable, args: tuple, kwargs: dict, space: Space, point: Sites) -> Float[Array, ""]:
     """Negative log joint in nats at unconstrained values of the latent sites; the space decides about the Jacobian."""
-    if space == "unconstrained":
-        return potential_energy(model, args, kwargs, point)
-    return -log_density(model, args, kwargs, constrain_fn(model, args, kwargs, point))[0]
+    return joint_and_trace(model, args, kwargs, space, point)[0]
 
 
 def observed_data(trace: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The values of the observed sites of a trace, factors left out."""
-    return {name: site["value"] for name, site in trace.items() if _is_data(site)}
-
-
-def _is_data(site: dict[str, Any]) -> bool:
     # A factor is a sample site of the distribution Unit, observed as an empty array.
-    return site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
+    return {
+        name: site["value"]
+        for name, site in trace.items()
+        if site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
+    }
+
+
+def log_likelihood(trace: Mapping[str, dict[str, Any]]) -> dict[str, Float[Array, "..."]]:
+    """The log density in nats of the observed sites of a trace, summed over the event of each alone."""
+    return {name: trace[name]["fn"].log_prob(value) for name, value in observed_data(trace).items()}
 
 
 def require_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -51,18 +69,25 @@ def require_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
             raise ValueError(f"model: an argument has shape {leaf.shape}; pass at least one observation.")
 
 
-def key_or_seed(key: PRNGKeyArray | None, seed: int | None, purpose: str) -> PRNGKeyArray | None:
-    """The key, or else that of the seed, or None without either. Raises ValueError for a seed beyond 0 to 2^32 - 1."""
-    if seed is None:
-        return key
-    require_seed("seed", seed, purpose)
-    return jax.random.key(seed) if key is None else key
+def key_and_seed(key: PRNGKeyArray | int | None, purpose: str) -> tuple[PRNGKeyArray, int | None]:
+    """The random key and None, or the key of an integer and that integer. Raises ValueError for anything else."""
+    if isinstance(key, (jax.Array, np.ndarray)):
+        return key, None
+    if key is None:
+        raise ValueError(f"key: got None; pass a JAX random key or an integer of at least 0, the seed of {purpose}.")
+    require_seed("key", key, purpose)
+    return jax.random.key(key), int(key)
 
 
 def starting_point(
     model: Callable, args: tuple, kwargs: dict, init: Mapping[str, Any], key: PRNGKeyArray | None
-) -> dict[str, Float[Array, "..."]]:
-    """Unconstrained starting values of all latent sites; running the model on concrete values validates its data."""
+) -> tuple[dict[str, Float[Array, "..."]], dict[str, dict[str, Any]]]:
+    """Unconstrained starting values of all latent sites, and the model's trace there.
+
+    Running the model on concrete values validates its data.
+    """
+    if not isinstance(args, tuple):
+        raise ValueError(f"model_args: got {type(args).__name__}; pass a tuple of the model's arguments, such as (y,).")
     require_data(args, kwargs)
     start: dict[str, Float[Array, "..."]] = {}
 
@@ -84,10 +109,10 @@ def starting_point(
             if not np.isfinite(np.asarray(point)).all():
                 raise ValueError(f"init[{name!r}]: lies on the edge of {fn.support}; pass values inside the support.")
         elif key is None:
-            raise ValueError(f"init: has no value for {name!r}; pass one, or a key or seed for a random start.")
+            raise ValueError(f"init: has no value for {name!r}; pass one, or a key for a random start.")
         else:
             site_key = jax.random.fold_in(key, len(start))
-            point = jax.random.uniform(site_key, transform.inverse_shape(shape), minval=-_RADIUS, maxval=_RADIUS)
+            point = jax.random.uniform(site_key, transform.inverse_shape(shape), minval=-RADIUS, maxval=RADIUS)
         # Not weakly typed, which a Python number is and which would compile once more.
         start[name] = jnp.asarray(point, point.dtype)
         return transform(point)
@@ -103,4 +128,4 @@ def starting_point(
             raise ValueError(
                 f"model: observed site {name!r} has shape {jnp.shape(value)}; pass at least one observation."
             )
-    return start
+    return start, trace

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from prob_transformer.attention import Attention, Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
 from prob_transformer.embedding_process import EmbeddingProcess
-from prob_transformer.inference.reparam import embedding_process
+from prob_transformer.inference.embedding_sites import Processes, processes
 
 # Of A + A^T, in units of its largest entry times its size and the rounding of its dtype.
 _ROUNDING = 8
@@ -48,12 +48,6 @@ def certificate(attention: Attention) -> Certificate:
     largest = jnp.linalg.eigvalsh(symmetric).max()
     rounding = _ROUNDING * attention.width * jnp.finfo(symmetric.dtype).eps * jnp.abs(symmetric).max()
     return Certificate(largest, (largest <= rounding) & (attention.value is None))
-
-
-def processes(trace: Mapping[str, dict[str, Any]]) -> dict[str, tuple[EmbeddingProcess, Float[Array, "... n d"]]]:
-    """The embedding processes of a trace by site, each with its embeddings."""
-    found = {name: (embedding_process(site), site["value"]) for name, site in trace.items()}
-    return {name: (process, value) for name, (process, value) in found.items() if process is not None}
 
 
 def statistics(trace: Mapping[str, dict[str, Any]]) -> dict[str, Array]:
@@ -119,9 +113,7 @@ class Law(NamedTuple):
 NO_LAW = Law((), None, None, 1, False)
 
 
-def law_of(
-    found: Mapping[str, tuple[EmbeddingProcess, Float[Array, "... n d"]]], certified: Bool[np.ndarray, "..."] | None
-) -> Law:
+def law_of(found: Processes, certified: Bool[np.ndarray, "..."] | None = None) -> Law:
     """The law behind processes at one point, by default, or at many draws of which some are `certified`.
 
     `found` is then that of the draw whose mass is to be computed.
@@ -131,13 +123,11 @@ def law_of(
     if certified is None:
         certified = np.array([all(bool(certificate(process.attention).certified) for process, _ in found.values())])
     share = float(np.mean(certified))
-    excess = None
-    if share < 1:
-        masses = [
-            float(conditional_mass(process, jnp.reshape(value, (-1, *value.shape[-2:]))[0]))
-            for process, value in found.values()
-            if process.attention.width == 1
-        ]
-        excess = max(0.0, max(masses) - 1) if masses else None
+    masses = [
+        float(conditional_mass(process, jnp.reshape(value, (-1, *value.shape[-2:]))[0]))
+        for process, value in found.values()
+        if share < 1 and process.attention.width == 1
+    ]
+    excess = max(0.0, max(masses) - 1) if masses else None
     value_maps = any(process.attention.value is not None for process, _ in found.values())
     return Law(tuple(found), share, excess, int(np.size(certified)), value_maps)

@@ -10,7 +10,7 @@ agree where every support is the whole space, as for embeddings.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import equinox as eqx
 import jax
@@ -18,30 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
-from numpyro import handlers
-from numpyro.infer.util import constrain_fn
 
 from prob_transformer._validation import require_count, require_positive
-from prob_transformer.attention import Attention
 from prob_transformer.change_of_variables import residual_and_log_det
-from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.files import provenance
+from prob_transformer.inference.embedding_sites import Processes, processes
 from prob_transformer.inference.joint import (
     Sites,
     Space,
-    key_or_seed,
-    negative_log_joint,
+    joint_and_trace,
+    key_and_seed,
+    log_likelihood,
     observed_data,
     starting_point,
 )
-from prob_transformer.inference.law import NO_LAW, Law, law_of, processes
+from prob_transformer.inference.law import NO_LAW, Law, law_of
 from prob_transformer.inference.minimise import Iterate, MapStatus, Minimum, minimise
-from prob_transformer.inference.results import Dims, datatree, for_arviz
-
-if TYPE_CHECKING:
-    import xarray as xr
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz, require_allowed
 
 Signs = Callable[[Sites], Float[Array, "..."]]
+# Parameters, log-likelihood and data by site, and the embedding processes.
+_AtPoint = tuple[dict[str, Array], dict[str, Array], dict[str, Array], Processes]
 
 _REMEDY = {
     MapStatus.MAX_STEPS: (
@@ -62,37 +59,25 @@ _REMEDY = {
     ),
 }
 
-
-class _EmbeddingSigns(eqx.Module):
-    attention: Attention
-
-    def __call__(self, parameters: Sites) -> Float[Array, "..."]:
-        if "embeddings" not in parameters:
-            raise ValueError(
-                f"signs: the model has no site 'embeddings' but {sorted(parameters)}; pass your own function."
-            )
-        return residual_and_log_det(self.attention, parameters["embeddings"]).sign
-
-
-def embedding_signs(attention: Attention) -> Signs:
-    """Signs of det J_i (..., n) at the site "embeddings" under a known attention, to be passed to `find_map`."""
-    if not isinstance(attention, Attention):
-        raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
-    return _EmbeddingSigns(attention)
+_STATS = ("objective", "gradient_norm", "converged", "steps", "crossings", "predicted_decrease", "at_rounding")
 
 
 class MapResult(NamedTuple):
     """A maximum, or where the search for it ended: look at `converged` first.
 
-    `parameters` by site, in their supports, and the same point as `unconstrained`; `objective`, the negative log joint
-    in nats in the chosen `space`; `gradient_norm`, its largest derivative in unconstrained coordinates; `crossings`,
-    how many of the `steps` were cut short because they crossed det = 0; `signs` at the end, None if none were watched;
+    `model`, `model_args` and `model_kwargs` as `find_map` got them; `parameters` by site, in their supports, and the
+    same point as `unconstrained`; `objective`, the negative log joint in nats in the chosen `space`; `gradient_norm`,
+    its largest derivative in unconstrained coordinates; `crossings`, how many of the `steps` were cut short because
+    they crossed det = 0; `signs` of all determinants that were watched, at the end, empty if there were none;
     `predicted_decrease`, by how many nats a quasi-Newton step would lower the objective, infinite where steps were
     still long; `at_rounding`, whether the rounding of the dtype ended the search before the gradient fell to the
     `tolerance`, which `note` then says; `law`, whether the likelihood at the point is certified to be a probability
     law.
     """
 
+    model: Callable
+    model_args: tuple
+    model_kwargs: dict[str, Any]
     parameters: dict[str, Float[Array, "..."]]
     unconstrained: dict[str, Float[Array, "..."]]
     objective: float
@@ -101,7 +86,7 @@ class MapResult(NamedTuple):
     space: Space
     steps: int
     crossings: int
-    signs: Float[Array, "..."] | None
+    signs: Float[Array, " s"]
     log_likelihood: dict[str, Float[Array, "..."]]
     observed_data: dict[str, Num[Array, "..."]]
     seed: int | None
@@ -131,46 +116,46 @@ class MapResult(NamedTuple):
             f"{self.predicted_decrease:.1e} nats is below the rounding of the objective"
         )
 
-    def to_datatree(self, dims: Dims | None = None, *, allow_unconverged: bool = False) -> "xr.DataTree":
+    @property
+    def posterior(self) -> dict[str, Float[np.ndarray, "1 1 ..."]]:
+        """The parameters as one chain with one draw."""
+        return _one_draw(self.parameters)
+
+    def to_datatree(self, dims: Dims | None = None, *, allow: Allow = ()) -> DataTree:
         """The point as one chain with one draw, in the groups posterior, log_likelihood, sample_stats, observed_data.
 
-        Raises ValueError with status and remedy if the search did not converge and that is not allowed, and as
-        `datatree` for `dims`.
+        Raises ValueError with status and remedy if the search did not converge and `allow` does not have its status,
+        and as `datatree` for `dims`.
         """
-        if not (self.converged or allow_unconverged):
-            raise ValueError(
-                f"status: {self.status.name.lower()} after {self.steps} steps, gradient norm {self.gradient_norm:.1e}: "
-                f"{_REMEDY[self.status]}. Pass allow_unconverged=True to keep this point all the same."
-            )
-        stats: dict[str, Any] = {
-            "objective": self.objective,
-            "gradient_norm": self.gradient_norm,
-            "converged": self.converged,
-            "status": int(self.status),
-            "steps": self.steps,
-            "crossings": self.crossings,
-            "predicted_decrease": self.predicted_decrease,
-            "at_rounding": self.at_rounding,
-        }
-        if self.signs is not None:
+        status = self.status.name.lower()
+        if not self.converged:
+            where = f"after {self.steps} steps, gradient norm {self.gradient_norm:.1e}"
+            require_allowed({self.status: f"{where}: {_REMEDY[self.status]}"}, allow)
+        stats = {name: getattr(self, name) for name in _STATS} | {"status": int(self.status)}
+        if self.signs.size:
             stats["negative_signs"] = int((np.asarray(self.signs) < 0).sum())
-        groups = {"posterior": self.parameters, "log_likelihood": self.log_likelihood, "sample_stats": stats}
-        drawn = {
-            group: {name: np.asarray(value)[None, None] for name, value in sites.items()}
-            for group, sites in groups.items()
+        groups: dict[str, dict[str, Any]] = {
+            "posterior": self.posterior,
+            "log_likelihood": _one_draw(self.log_likelihood),
+            "sample_stats": _one_draw(stats),
+            "observed_data": self.observed_data,
         }
         configuration = {"method": "map", "space": self.space, "tolerance": self.tolerance}
         attrs = provenance(self.seed, configuration) | {
             "objective": f"negative log joint in nats, density in {self.space} coordinates",
-            "status": self.status.name.lower(),
+            "status": status,
             "note": self.note,
             "law": self.law.line,
         }
-        return datatree({**drawn, "observed_data": self.observed_data}, dims, attrs)
+        return datatree(groups, dims, attrs)
 
     def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
         """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
         return for_arviz(self.to_datatree(dims, **options))
+
+
+def _one_draw(sites: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value)[None, None] for name, value in sites.items()}
 
 
 @eqx.filter_jit
@@ -183,53 +168,52 @@ def _search(
     start: Sites,
     tolerance: Float[Array, ""],
     max_steps: Int[Array, ""],
-) -> tuple[
-    Minimum,
-    dict[str, Array],
-    dict[str, Array],
-    dict[str, Array],
-    dict[str, Array],
-    dict[str, tuple[EmbeddingProcess, Array]],
-]:
+) -> tuple[Minimum, dict[str, Array], _AtPoint]:
     # One compilation a model, space and shapes: all that changes between calls comes in as an argument.
     flat, unravel = ravel_pytree(start)
 
-    def evaluate(point: Float[Array, " k"]) -> Iterate:
-        value, gradient = jax.value_and_grad(lambda z: negative_log_joint(model, args, kwargs, space, unravel(z)))(
-            point
-        )
-        watched = jnp.ones(()) if signs is None else signs(constrain_fn(model, args, kwargs, unravel(point)))
-        return Iterate(point, value, gradient, watched)
+    def density(point: Float[Array, " k"]) -> tuple[Float[Array, ""], _AtPoint]:
+        value, trace = joint_and_trace(model, args, kwargs, space, unravel(point))
+        parameters = {name: trace[name]["value"] for name in start}
+        return value, (parameters, log_likelihood(trace), observed_data(trace), processes(trace))
 
-    found: Minimum = minimise(evaluate, flat, tolerance, max_steps)
-    unconstrained = unravel(found.iterate.point)
-    parameters = constrain_fn(model, args, kwargs, unconstrained)
-    trace = handlers.trace(handlers.substitute(model, data=parameters)).get_trace(*args, **kwargs)
-    log_likelihood = {name: trace[name]["fn"].log_prob(value) for name, value in observed_data(trace).items()}
-    return found, parameters, unconstrained, log_likelihood, observed_data(trace), processes(trace)
+    # Traced once, however often the search calls it.
+    @jax.jit
+    def evaluate(point: Float[Array, " k"]) -> tuple[Iterate, _AtPoint]:
+        (value, here), gradient = jax.value_and_grad(density, has_aux=True)(point)
+        parameters, *_, found = here
+        watched = [] if signs is None else [signs(parameters)]
+        latent = [found[name] for name in found if name in start]
+        watched += [residual_and_log_det(process.attention, value).sign for process, value in latent]
+        flat_signs = jnp.concatenate([jnp.ravel(each) for each in watched]) if watched else jnp.zeros(0)
+        return Iterate(point, value, gradient, flat_signs), here
+
+    found = minimise(lambda point: evaluate(point)[0], flat, tolerance, max_steps)
+    return found, unravel(found.iterate.point), evaluate(found.iterate.point)[1]
 
 
 def find_map(
     model: Callable,
-    *args: Any,
+    *,
     space: Space,
-    init: Mapping[str, Float[Array, "..."]] | None = None,
-    key: PRNGKeyArray | None = None,
-    seed: int | None = None,
+    model_args: tuple = (),
+    model_kwargs: Mapping[str, Any] = {},
+    init: Mapping[str, Float[Array, "..."]] = {},
+    key: PRNGKeyArray | int | None = None,
     max_steps: int = 500,
     tolerance: float = 1e-6,
     signs: Signs | None = None,
-    **kwargs: Any,
 ) -> MapResult:
-    """The maximum of a NumPyro model's joint density, called with `args` and `kwargs`, in the space named.
+    """The maximum of the joint density of a NumPyro model given its arguments, in the space named.
 
     Latent sites start at their values in `init`, in their supports, and where it has none at a random point drawn from
-    `key`, or from `jax.random.key(seed)`; `seed` is also what results are labelled with. The search ends when no
+    `key`, a JAX random key or an integer seed, which results are then labelled with. The search ends when no
     derivative exceeds `tolerance`, in nats per unit of the unconstrained coordinates, and steps have become short; or
     at the best point that rounding lets it reach, where no step could show a lower objective (see `MapResult.note`).
-    `signs` maps the sites to signs of determinants, such as `embedding_signs(attention)`: a step that changes one is
-    cut short. The search stays on the side of each wall on which it starts, also where that is det < 0. A mode of
-    latent embeddings is one in embedding coordinates: in noise coordinates there is no barrier term (theory section 5).
+    A step that changes the sign of some det J_i of embeddings that are latent is cut short, and so is one that changes
+    what `signs` makes of the sites: the signs of other determinants, if given. The search stays on the side of each
+    wall on which it starts, also where that is det < 0. A mode of latent embeddings is one in embedding coordinates: in
+    noise coordinates there is no barrier term (theory section 5).
 
     Compiled once for a model, the shapes of its arrays and the values of what is not an array: pass the same function
     again, not a new closure. A search that fails is returned with its `MapStatus`. Raises ValueError for an unknown
@@ -241,13 +225,17 @@ def find_map(
         )
     require_count("max_steps", max_steps, 1, "the number of steps allowed")
     require_positive("tolerance", tolerance)
-    key = key_or_seed(key, seed, "the random start")
-    start = starting_point(model, args, kwargs, {} if init is None else init, key)
-    found, parameters, unconstrained, log_likelihood, observed, embedding_processes = _search(
-        model, args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
+    random_key, seed = (None, None) if key is None else key_and_seed(key, "the random start")
+    kwargs = dict(model_kwargs)
+    start, _ = starting_point(model, model_args, kwargs, init, random_key)
+    found, unconstrained, (parameters, likelihood, observed, at_end) = _search(
+        model, model_args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
     )
     last = found.iterate
     return MapResult(
+        model=model,
+        model_args=model_args,
+        model_kwargs=kwargs,
         parameters=parameters,
         unconstrained=unconstrained,
         objective=float(last.value),
@@ -256,12 +244,12 @@ def find_map(
         space=space,
         steps=int(found.steps),
         crossings=int(found.crossings),
-        signs=None if signs is None else last.signs,
-        log_likelihood=log_likelihood,
+        signs=last.signs,
+        log_likelihood=likelihood,
         observed_data=observed,
         seed=seed,
         tolerance=tolerance,
         predicted_decrease=float(found.predicted_decrease),
         at_rounding=bool(found.at_rounding),
-        law=law_of(embedding_processes, None),
+        law=law_of(at_end),
     )

@@ -20,7 +20,8 @@ that H predicts, g.H g / 2, is at most 10 R: no step could show a lower value.
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,8 @@ _GRADIENT_ROUNDING, _ROUNDING_PROBES = 4, 4
 # Steps without a smaller predicted decrease, all of them below the rounding of the value, before the end is judged.
 _PATIENCE = 10
 _RUNNING, _STALLED = -1, -2
+
+Tree = TypeVar("Tree")
 
 
 class MapStatus(enum.IntEnum):
@@ -64,21 +67,25 @@ class Iterate(NamedTuple):
 
 
 class Minimum(NamedTuple):
-    """Where the search ended, its `MapStatus` code, the steps made, and how many of them were cut short at a wall.
+    """Where a search is, or ended: the point, a `MapStatus` code, the steps made, how many were cut short at a wall.
 
-    `predicted_decrease` is g.H g / 2 at the end, in nats, infinite where steps were still long; `at_rounding` says that
-    rounding, and not the tolerance, ended the search.
+    `best` is, of the points whose predicted decrease is below the rounding of the value, that with the smallest, and
+    `predicted_decrease` is g.H g / 2 there, in nats, infinite where steps were still long; `at_rounding` says that
+    rounding, and not the tolerance, ended the search. `waited` counts the steps since `best`, `memory` is optax's.
     """
 
     iterate: Iterate
     status: Int[Array, ""]
     steps: Int[Array, ""]
     crossings: Int[Array, ""]
+    best: Iterate
     predicted_decrease: Float[Array, ""]
     at_rounding: Bool[Array, ""]
+    waited: Int[Array, ""]
+    memory: Any
 
 
-class _Search(NamedTuple):
+class _LineSearch(NamedTuple):
     best: Iterate
     step: Float[Array, ""]
     low: Float[Array, ""]
@@ -89,23 +96,8 @@ class _Search(NamedTuple):
     not_finite: Bool[Array, ""]
 
 
-class _Candidate(NamedTuple):
-    """A point and the decrease predicted there."""
-
-    iterate: Iterate
-    predicted: Float[Array, ""]
-
-
-class _State(NamedTuple):
-    iterate: Iterate
-    memory: Any
-    status: Int[Array, ""]
-    steps: Int[Array, ""]
-    crossings: Int[Array, ""]
-    # Of the points whose predicted decrease is below the rounding of the value, that with the smallest.
-    best: _Candidate
-    waited: Int[Array, ""]
-    at_rounding: Bool[Array, ""]
+def _choose(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
+    return jax.tree.map(partial(jnp.where, condition), new, old)
 
 
 def _is_finite(iterate: Iterate) -> Bool[Array, ""]:
@@ -117,55 +109,56 @@ def _line_search(
     here: Iterate,
     direction: Float[Array, " k"],
     skip: Bool[Array, ""],
-) -> _Search:
+) -> _LineSearch:
     slope = here.gradient @ direction
     slack = _ROUNDING * jnp.finfo(here.point.dtype).eps * jnp.abs(here.value)
 
-    def trial(search: _Search) -> _Search:
+    def trial(search: _LineSearch) -> _LineSearch:
         there = evaluate(here.point + search.step * direction)
-        crosses = (there.signs != here.signs).any()
-        low_enough = there.value <= here.value + _ARMIJO * search.step * slope + slack
-        accepted = ~crosses & _is_finite(there) & low_enough
+        crosses, finite = (there.signs != here.signs).any(), _is_finite(there)
+        accepted = ~crosses & finite & (there.value <= here.value + _ARMIJO * search.step * slope + slack)
         too_short = there.gradient @ direction < _WOLFE * slope
         low = jnp.where(accepted, search.step, search.low)
         high = jnp.where(accepted, search.high, search.step)
-        return _Search(
-            best=jax.tree.map(lambda new, old: jnp.where(accepted, new, old), there, search.best),
+        return _LineSearch(
+            best=_choose(accepted, there, search.best),
             step=jnp.where(jnp.isinf(high), 2 * search.step, 0.5 * (low + high)),
             low=low,
             high=high,
             trials=search.trials + 1,
             done=accepted & ~too_short,
             crossed=search.crossed | crosses,
-            not_finite=~crosses & ~_is_finite(there),
+            not_finite=~crosses & ~finite,
         )
 
     one, no = jnp.ones((), here.point.dtype), jnp.zeros((), bool)
-    start = _Search(here, one, 0 * one, jnp.inf * one, jnp.zeros((), jnp.int32), skip, no, no)
+    start = _LineSearch(here, one, 0 * one, jnp.inf * one, jnp.zeros((), jnp.int32), skip, no, no)
     return jax.lax.while_loop(lambda search: ~search.done & (search.trials < _TRIALS), trial, start)
 
 
 def _look_around(
-    evaluate: Callable[[Float[Array, " k"]], Iterate], end: _Candidate, tolerance: Float[Array, ""]
+    evaluate: Callable[[Float[Array, " k"]], Iterate],
+    here: Iterate,
+    predicted: Float[Array, ""],
+    tolerance: Float[Array, ""],
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     """Whether some coordinate has no curvature to speak of for its gradient, and whether that is only rounding."""
-    here = end.iterate
     sign_key, size_key, last_digit_key = jax.random.split(jax.random.key(0), 3)
     size, dtype = here.point.shape, here.point.dtype
+    epsilon = jnp.finfo(dtype).eps
     signs = jax.random.rademacher(sign_key, (_PROBES, *size), dtype)
     steps = _PROBE * signs * jax.random.uniform(size_key, signs.shape, dtype, minval=0.5)
-    digits = jnp.finfo(dtype).eps * jnp.maximum(jnp.abs(here.point), 1.0)
+    digits = epsilon * jnp.maximum(jnp.abs(here.point), 1.0)
     units = digits * jax.random.rademacher(last_digit_key, (_ROUNDING_PROBES, *size), dtype)
-    around = jax.lax.map(lambda step: evaluate(here.point + step), jnp.concatenate([steps, units]))
-    changes = jnp.abs(around.gradient - here.gradient)
+    around = jax.lax.map(evaluate, here.point + jnp.concatenate([steps, units]))
+    changes, largest = jnp.abs(around.gradient - here.gradient), jnp.abs(here.gradient)
     gradient_rounding = _GRADIENT_ROUNDING * changes[_PROBES:].max(0)
     value_rounding = jnp.maximum(
-        jnp.abs(around.value[_PROBES:] - here.value).max(), jnp.finfo(dtype).eps * (1 + jnp.abs(here.value))
+        jnp.abs(around.value[_PROBES:] - here.value).max(), epsilon * (1 + jnp.abs(here.value))
     )
-    largest = jnp.abs(here.gradient)
     at_rounding = (
         (largest <= jnp.maximum(gradient_rounding, tolerance)).all()
-        & (end.predicted <= _ROUNDING * value_rounding)
+        & (predicted <= _ROUNDING * value_rounding)
         & jnp.isfinite(gradient_rounding).all()
         & jnp.isfinite(value_rounding)
     )
@@ -190,62 +183,61 @@ def minimise(
     """
     lbfgs = optax.scale_by_lbfgs(_MEMORY)
 
-    def direction_at(here: Iterate, memory: Any) -> tuple[Float[Array, " k"], Any]:
-        downhill, kept = lbfgs.update(here.gradient, memory, here.point)
+    def advance(state: Minimum) -> Minimum:
+        here = state.iterate
+        downhill, memory = lbfgs.update(here.gradient, state.memory, here.point)
         # A step cut short at a wall may have met negative curvature; what H then proposes can point uphill. Forget it.
         again = here.gradient / jnp.maximum(1.0, jnp.linalg.norm(here.gradient))
         good = here.gradient @ downhill > 0
-        return jax.tree.map(lambda a, b: jnp.where(good, a, b), (-downhill, kept), (-again, lbfgs.init(here.point)))
-
-    def advance(state: _State) -> _State:
-        here = state.iterate
-        direction, memory = direction_at(here, state.memory)
+        direction, memory = _choose(good, (-downhill, memory), (-again, lbfgs.init(here.point)))
         predicted = -0.5 * here.gradient @ direction
         # The first direction is the gradient, which says nothing of the distance to go.
         short = (state.steps > 0) & (jnp.abs(direction).max() <= _LARGEST_FINAL_STEP)
         largest = jnp.abs(here.gradient).max()
         settled = (largest == 0) | ((largest <= tolerance) & short)
         hidden = short & (predicted <= _ROUNDING * jnp.finfo(here.point.dtype).eps * (1 + jnp.abs(here.value)))
-        better = settled | (hidden & (predicted < state.best.predicted))
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), _Candidate(here, predicted), state.best)
+        better = settled | (hidden & (predicted < state.predicted_decrease))
         waited = jnp.where(better | ~hidden, 0, state.waited + 1)
         stalled = ~settled & (waited >= _PATIENCE)
         stop = settled | stalled | (state.steps >= max_steps)
         search = _line_search(evaluate, here, direction, stop)
         moved = search.low > 0
-        failed = jnp.where(search.not_finite, MapStatus.NOT_FINITE, MapStatus.LINE_SEARCH_FAILED)
         stuck = ~stop & ~moved
-        searched = jnp.where(stuck, failed, _RUNNING)
+        failed = jnp.where(search.not_finite, MapStatus.NOT_FINITE, MapStatus.LINE_SEARCH_FAILED)
         ended = jnp.where(stalled, _STALLED, MapStatus.MAX_STEPS)
-        status = jnp.where(settled, MapStatus.CONVERGED, jnp.where(stop, ended, searched))
+        status = jnp.where(settled, MapStatus.CONVERGED, jnp.where(stop, ended, jnp.where(stuck, failed, _RUNNING)))
         # Where the search ends without a point like that, its end is the only candidate, unless it had further to go.
-        lone = (stop | stuck) & short & jnp.isinf(best.predicted)
-        return _State(
+        lone = (stop | stuck) & short & jnp.isinf(state.predicted_decrease)
+        best, predicted = _choose(better | lone, (here, predicted), (state.best, state.predicted_decrease))
+        return Minimum(
             search.best,
-            memory,
             status.astype(jnp.int32),
             state.steps + moved,
             state.crossings + search.crossed,
-            jax.tree.map(lambda new, old: jnp.where(lone, new, old), _Candidate(here, predicted), best),
-            waited,
+            best,
+            predicted,
             state.at_rounding,
+            waited,
+            memory,
         )
 
-    def search_and_judge(state: _State) -> _State:
+    def search_and_judge(state: Minimum) -> Minimum:
         end = jax.lax.while_loop(lambda state: state.status == _RUNNING, advance, state)
-        flat, at_rounding = _look_around(evaluate, end.best, tolerance)
-        settled, stalled = end.status == MapStatus.CONVERGED, end.status == _STALLED
+        flat, at_rounding = _look_around(evaluate, end.best, end.predicted_decrease, tolerance)
+        settled = end.status == MapStatus.CONVERGED
         at_rounding = at_rounding & ~settled & (end.status != MapStatus.NOT_FINITE)
         status = jnp.where(
             settled | at_rounding,
             jnp.where(flat, MapStatus.FLAT, MapStatus.CONVERGED),
-            jnp.where(stalled, _RUNNING, end.status),
+            jnp.where(end.status == _STALLED, _RUNNING, end.status),
         )
-        iterate = jax.tree.map(lambda new, old: jnp.where(at_rounding, new, old), end.best.iterate, end.iterate)
-        # What was judged and found wanting is no candidate any more.
-        again = end.best._replace(predicted=jnp.where(status == _RUNNING, jnp.inf, end.best.predicted))
         return end._replace(
-            iterate=iterate, status=status.astype(jnp.int32), best=again, waited=0 * end.waited, at_rounding=at_rounding
+            iterate=_choose(at_rounding, end.best, end.iterate),
+            status=status.astype(jnp.int32),
+            # What was judged and found wanting is no candidate any more.
+            predicted_decrease=jnp.where(status == _RUNNING, jnp.inf, end.predicted_decrease),
+            at_rounding=at_rounding,
+            waited=0 * end.waited,
         )
 
     here = evaluate(start)
@@ -254,15 +246,7 @@ def minimise(
         on_wall, MapStatus.INFEASIBLE_START, jnp.where(_is_finite(here), _RUNNING, MapStatus.NOT_FINITE)
     )
     none, unknown = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, here.value.dtype)
-    first = _State(
-        here,
-        lbfgs.init(start),
-        refused.astype(jnp.int32),
-        none,
-        none,
-        _Candidate(here, unknown),
-        none,
-        jnp.zeros((), bool),
+    first = Minimum(
+        here, refused.astype(jnp.int32), none, none, here, unknown, jnp.zeros((), bool), none, lbfgs.init(start)
     )
-    last = jax.lax.while_loop(lambda state: state.status == _RUNNING, search_and_judge, first)
-    return Minimum(last.iterate, last.status, last.steps, last.crossings, last.best.predicted, last.at_rounding)
+    return jax.lax.while_loop(lambda state: state.status == _RUNNING, search_and_judge, first)

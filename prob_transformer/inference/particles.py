@@ -12,7 +12,9 @@ returned, is below the log-evidence on average (Jensen), and less so the more pa
 everywhere; `proposals` says what is estimated elsewhere.
 """
 
-from typing import Any, get_args
+import enum
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
@@ -25,10 +27,157 @@ from prob_transformer._extras import require
 from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.attention import Attention, Past
 from prob_transformer.embedding_process import EmbeddingProcess
-from prob_transformer.inference.particle_result import ParticleResult, ParticleStatus
+from prob_transformer.files import provenance
+from prob_transformer.inference.joint import key_and_seed
+from prob_transformer.inference.law import Law, law_of
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz, require_allowed
+from prob_transformer.inference.smoothing import ancestral_indices, genealogy, smoothing_indices
 from prob_transformer.root_finder import SolveStatus
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
+
+Paths = Literal["smoothed", "ancestral"]
+_INDICES = {"smoothed": smoothing_indices, "ancestral": ancestral_indices}
+_PATHS = 1000
+
+# No position of the filter has this number, whose key would be the same as that of fold_in.
+_DRAWS = 2**31 - 1
+
+
+class ParticleStatus(enum.IntEnum):
+    """What the evidence is worth; the larger the worse, and the worst that happened is reported.
+
+    PAST_BOUNDARY: a particle met det J <= 0, so the evidence belongs to the law of the root finder ("process") or to
+    the |det J| density of mass above 1 ("direct"). NOT_CONVERGED: a root was not found or a weight was NaN; such a
+    particle has weight 0, so the evidence misses its share. ALL_DIED: no particle has a weight above 0. OK says only
+    that no particle met any of this: several roots with det J > 0 each cannot be seen.
+    """
+
+    OK = 0
+    PAST_BOUNDARY = 1
+    NOT_CONVERGED = 2
+    ALL_DIED = 3
+
+
+_REMEDY = {
+    ParticleStatus.PAST_BOUNDARY: (
+        "det J <= 0 was met, so these are not draws from a normalised density; scale query or key down"
+    ),
+    ParticleStatus.NOT_CONVERGED: (
+        "roots were not found or weights were NaN, and what they stood for is missing; use float64 or "
+        "proposal='direct', scale query or key down, and look at the decoder for NaN"
+    ),
+    ParticleStatus.ALL_DIED: (
+        "no particle explains the tokens, so there are no draws; use more particles, and look at the decoder for "
+        "tokens it gives probability 0"
+    ),
+}
+
+_STATS_DIMS: Dims = {
+    "ess": ("position",),
+    "resampled": ("position",),
+    "unsolved": ("position",),
+    "distinct": ("position",),
+    "log_weights": ("particle",),
+}
+
+
+class ParticleResult(NamedTuple):
+    """N particles after n positions, and how they came about; all weights are normalised, in nats.
+
+    `log_evidence` () log Z, -inf when all died; `embeddings` (N, n, d) whole paths and `log_weights` (N,) theirs;
+    `ess` (n,) after each position; `resampled` (n,) whether particles were resampled before it; `ancestors` (n, N)
+    which particle of the position before each descends from; `distinct` (n,) how many particles of each position the
+    paths of weight above 0 go through; `status` () a `ParticleStatus` code; `unsolved` (n,) particles that met
+    det J <= 0 or got no root or weight. `filtered` (n, N, d), `filtered_log_weights` (n, N) and `log_likelihood` (n, N)
+    of the token are of the particles as they were at each position, which `smooth` needs together with the `process`.
+    `tokens` (n,), `key` and its `seed`, if it had one, are what the filter was given.
+    """
+
+    log_evidence: Float[Array, ""]
+    embeddings: Float[Array, "N n d"]
+    log_weights: Float[Array, " N"]
+    ess: Float[Array, " n"]
+    resampled: Bool[Array, " n"]
+    ancestors: Int[Array, "n N"]
+    distinct: Int[Array, " n"]
+    status: Int[Array, ""]
+    unsolved: Int[Array, " n"]
+    filtered: Float[Array, "n N d"]
+    filtered_log_weights: Float[Array, "n N"]
+    log_likelihood: Float[Array, "n N"]
+    process: EmbeddingProcess
+    tokens: Int[Array, " n"]
+    key: PRNGKeyArray
+    seed: int | None = None
+
+    @property
+    def posterior(self) -> dict[str, Float[Array, "1 draws n d"]]:
+        """One chain of 1000 smoothed paths, as `to_datatree` has them."""
+        return self._draw(smoothing_indices, None, _PATHS)[0]
+
+    def _draw(
+        self, indices_of: Callable[..., Int[Array, "draws n"]], key: PRNGKeyArray | None, draws: int
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        indices = indices_of(jax.random.fold_in(self.key, _DRAWS) if key is None else key, self, draws)
+        rows = jnp.arange(self.filtered.shape[0])
+        log_likelihood = {"tokens": self.log_likelihood[rows, indices][None]}
+        return {"embeddings": self.filtered[rows, indices][None]}, log_likelihood
+
+    @property
+    def law(self) -> Law:
+        """Whether the process is certified to be a probability law; the mass is given the heaviest particle's past."""
+        heaviest = self.embeddings[jnp.argmax(self.log_weights)]
+        return law_of({"embeddings": (self.process, heaviest)}, None)
+
+    def to_datatree(
+        self,
+        dims: Dims | None = None,
+        *,
+        draws: int = _PATHS,
+        paths: Paths = "smoothed",
+        key: PRNGKeyArray | None = None,
+        allow: Allow = (),
+    ) -> DataTree:
+        """One chain of equally weighted paths (draws, n, d) and, as its one draw, the statistics of the filter's run.
+
+        Paths are drawn by backward simulation ("smoothed", see `smooth` for its cost) or from the N paths of the
+        particles by their weights ("ancestral", cheap, few distinct early embeddings), from `key` or else from one
+        derived from the filter's. Raises ValueError with status and remedy for particles that died or were lost, past
+        the boundary unless `allow` has PAST_BOUNDARY, for several results at once, and as `datatree`.
+        """
+        if self.filtered.ndim != 3:
+            raise ValueError(
+                f"result: holds several runs, log_evidence has shape {self.log_evidence.shape}; pick one of them by "
+                "jax.tree.map(lambda leaf: leaf[0], result)."
+            )
+        require_count("draws", draws, 1, "the number of paths")
+        if paths not in _INDICES:
+            raise ValueError(f"paths: got {paths!r}; pass one of {', '.join(_INDICES)}.")
+        status = ParticleStatus(int(self.status))
+        if status:
+            where = f"(unsolved by position {np.asarray(self.unsolved).tolist()})"
+            never = [ParticleStatus.NOT_CONVERGED, ParticleStatus.ALL_DIED]
+            require_allowed({status: f"{where}: {_REMEDY[status]}"}, allow, never)
+        posterior, log_likelihood = self._draw(_INDICES[paths], key, draws)
+        configuration = {"method": "particles", "particles": self.log_weights.shape[0], "paths": paths}
+        attrs = provenance(self.seed, configuration) | {
+            "objective": "log p(embeddings, tokens) in nats, embeddings by the process",
+            "status": status.name.lower(),
+            "law": self.law.line,
+        }
+        stats = ("log_evidence", "status", *_STATS_DIMS)
+        groups: dict[str, dict[str, Any]] = {
+            "posterior": posterior,
+            "log_likelihood": log_likelihood,
+            "sample_stats": {name: np.asarray(getattr(self, name))[None, None] for name in stats},
+            "observed_data": {"tokens": self.tokens},
+        }
+        return datatree(groups, {**_STATS_DIMS, **(dims or {})}, attrs)
+
+    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
+        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
+        return for_arviz(self.to_datatree(dims, **options))
 
 
 def _smc() -> Any:
@@ -45,14 +194,6 @@ def _ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
     # Blackjax gives NaN where all are 0, and rounding may take it past N, which would foil a threshold of 1.
     size = jnp.minimum(_smc().ess.ess(log_weights), log_weights.shape[0])
     return jnp.where((log_weights > -jnp.inf).any(), size, 0.0)
-
-
-def _count_distinct(ancestors: Int[Array, "n N"], alive: Bool[Array, " N"]) -> Int[Array, " n"]:
-    def back(indices: Int[Array, " N"], ancestors_here: Int[Array, " N"]) -> tuple[Array, Array]:
-        met = jnp.zeros_like(alive).at[indices].max(alive)
-        return ancestors_here[indices], met.sum()
-
-    return jax.lax.scan(back, jnp.arange(alive.shape[0]), ancestors, reverse=True)[1]
 
 
 @eqx.filter_jit
@@ -115,6 +256,8 @@ def _filter(
     (_, embeddings, log_weights), kept = jax.lax.scan(step, (empty, blank, uniform), positions)
     log_means, ess, resampled, ancestors, unsolved, worst, filtered, filtered_log_weights, log_likelihood = kept
     alive = log_weights > -jnp.inf
+    paths = genealogy(ancestors, jnp.arange(particles), length - 1)
+    distinct = jax.vmap(lambda indices: jnp.zeros_like(alive).at[indices].max(alive).sum())(paths)
     # The codes of the two enumerations agree as far as the first goes.
     status = jnp.where(alive.any(), worst.max(), ParticleStatus.ALL_DIED)
     return ParticleResult(
@@ -124,7 +267,7 @@ def _filter(
         ess,
         resampled,
         ancestors,
-        _count_distinct(ancestors, alive),
+        distinct,
         status,
         unsolved,
         filtered,
@@ -153,10 +296,10 @@ def _require_decoder(decoder: Any, width: int, dtype: Any) -> int:
 
 
 def particle_filter(
+    key: PRNGKeyArray | int,
     attention: Attention,
     decoder: Decoder,
     tokens: Int[Array, " n"],
-    key: PRNGKeyArray,
     particles: int = 1000,
     *,
     noise_scale: Float[Array, ""] | float = 1.0,
@@ -166,10 +309,10 @@ def particle_filter(
 ) -> ParticleResult:
     """Embeddings given tokens (n,) under `token_model`, and an estimate of log p(tokens) in nats whose exp is unbiased.
 
-    Resamples where the effective sample size is at most `threshold` * N. The decoder must act row by row, as
-    `LinearDecoder` does, so that token i depends on the past through u_i alone. Never raises for numerical trouble:
-    see `status`. Raises ValueError for bad arguments, and MissingExtraError without Blackjax. Equations: module
-    docstring.
+    `key` is a JAX random key, or an integer seed, which the result is then labelled with. Resamples where the effective
+    sample size is at most `threshold` * N. The decoder must act row by row, as `LinearDecoder` does, so that token i
+    depends on the past through u_i alone. Never raises for numerical trouble: see `status`. Raises ValueError for bad
+    arguments, and MissingExtraError without Blackjax. Equations: module docstring.
     """
     require("inference", "blackjax")
     tokens = require_tokens(tokens)
@@ -182,8 +325,7 @@ def particle_filter(
         raise ValueError(f"proposal: got {proposal!r}; pass one of {', '.join(get_args(ProposalName))}.")
     if is_concrete(threshold) and not 0 <= float(threshold) <= 1:
         raise ValueError(f"threshold: got {threshold}; pass a share of the particles from 0 (never) to 1 (always).")
-    if key is None:
-        raise ValueError("key: got None; pass a JAX random key.")
+    random_key, seed = key_and_seed(key, "the particles")
     process = EmbeddingProcess(attention, tokens.shape[0], noise_scale, first_scale)
     if process.batch_shape:
         raise ValueError(f"noise_scale: has shape {process.batch_shape} with first_scale; pass scalars, or vmap.")
@@ -192,4 +334,5 @@ def particle_filter(
         attention, tokens.shape[0], process.noise_scale.astype(dtype), process.first_scale.astype(dtype)
     )
     require_vocabulary(tokens, _require_decoder(decoder, attention.width, dtype))
-    return _filter(process, decoder, tokens, key, jnp.asarray(threshold, dtype), particles, proposal)
+    found = _filter(process, decoder, tokens, random_key, jnp.asarray(threshold, dtype), particles, proposal)
+    return found._replace(seed=seed)

@@ -9,7 +9,7 @@ root finder, which is not the |det J| density; the second targets that density, 
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,8 @@ ProposalName = Literal["process", "direct"]
 _INFLATION = 1.25
 
 
-class Proposal(NamedTuple):
-    """An embedding (d,), log density / q of it () in nats, and a `SolveStatus` code ()."""
-
-    embedding: Float[Array, " d"]
-    log_weight: Float[Array, ""]
-    status: Int[Array, ""]
+# An embedding, log density / q of it in nats, and a `SolveStatus` code.
+Proposal = tuple[Float[Array, " d"], Float[Array, ""], Int[Array, ""]]
 
 
 def from_process(
@@ -41,7 +37,7 @@ def from_process(
     root, status = solve_position(attention, past, noise)
     # A lost root may be anything, NaN included, and would spoil the cache.
     embedding = jnp.where(status == SolveStatus.NOT_CONVERGED, noise, root)
-    return Proposal(embedding, jnp.zeros_like(scale), status)
+    return embedding, jnp.zeros_like(scale), status
 
 
 def from_values(
@@ -58,7 +54,7 @@ def from_values(
     residual, sign, log_det = residual_and_log_det_at(attention, past, embedding)
     log_density = norm.logpdf(residual, 0.0, scale).sum() + log_det
     status = jnp.where(sign > 0, SolveStatus.CONVERGED, SolveStatus.PAST_BOUNDARY).astype(jnp.int32)
-    return Proposal(embedding, log_density - norm.logpdf(embedding, centre, width).sum(), status)
+    return embedding, log_density - norm.logpdf(embedding, centre, width).sum(), status
 
 
 PROPOSALS: dict[str, Callable[..., Proposal]] = {"process": from_process, "direct": from_values}

@@ -21,29 +21,31 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from prob_transformer._validation import is_concrete, require_count
 
 if TYPE_CHECKING:
-    from prob_transformer.inference.particle_result import ParticleResult
+    from prob_transformer.inference.particles import ParticleResult
 
 
-def _genealogy(result: ParticleResult, indices: Int[Array, " m"], position: Int[Array, ""] | int) -> Int[Array, "n m"]:
+def genealogy(
+    ancestors: Int[Array, "n N"], indices: Int[Array, " m"], position: Int[Array, ""] | int
+) -> Int[Array, "n m"]:
     """Which particle of each position the paths of particles `indices` at `position` go through; then `indices`."""
 
     def back(indices: Int[Array, " m"], inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        here, ancestors = inputs
-        return jnp.where(here <= position, ancestors[indices], indices), indices
+        here, mothers = inputs
+        return jnp.where(here <= position, mothers[indices], indices), indices
 
-    rows = jnp.arange(result.ancestors.shape[0]), result.ancestors
+    rows = jnp.arange(ancestors.shape[0]), ancestors
     return jax.lax.scan(back, indices, rows, reverse=True)[1]
 
 
 @partial(jax.jit, static_argnums=2)
-def ancestral_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Int[Array, "draws n"]:
+def ancestral_indices(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Int[Array, "draws n"]:
     """Particles of each position that `draws` paths, drawn by the last weights, go through."""
     last = jax.random.categorical(key, result.log_weights, shape=(draws,))
-    return _genealogy(result, last, result.ancestors.shape[0] - 1).T
+    return genealogy(result.ancestors, last, result.ancestors.shape[0] - 1).T
 
 
 @partial(jax.jit, static_argnums=2)
-def smoothing_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Int[Array, "draws n"]:
+def smoothing_indices(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Int[Array, "draws n"]:
     """Particles of each position that `draws` paths, drawn by backward simulation, go through."""
     length, particles, width = result.filtered.shape
     positions = jnp.arange(length)
@@ -51,7 +53,7 @@ def smoothing_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> 
     def step(carry: Float[Array, "draws n d"], inputs: tuple[Array, Array, PRNGKeyArray]) -> tuple[Array, Array]:
         position, log_weights, key = inputs
         pasts = jnp.swapaxes(
-            result.filtered[positions[:, None], _genealogy(result, jnp.arange(particles), position)], 0, 1
+            result.filtered[positions[:, None], genealogy(result.ancestors, jnp.arange(particles), position)], 0, 1
         )
 
         def one_path(path_and_key: tuple[Float[Array, "n d"], PRNGKeyArray]) -> tuple[Array, Array]:
@@ -69,7 +71,7 @@ def smoothing_indices(result: ParticleResult, key: PRNGKeyArray, draws: int) -> 
     return jax.lax.scan(step, blank, inputs, reverse=True)[1].T
 
 
-def smooth(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Float[Array, "draws n d"]:
+def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array, "draws n d"]:
     """`draws` paths of embeddings given all tokens, each of equal weight, independent given the particles.
 
     Their law tends to the posterior as the particles grow in number; past the boundary that holds for the "direct"
@@ -81,4 +83,4 @@ def smooth(result: ParticleResult, key: PRNGKeyArray, draws: int) -> Float[Array
         raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
     if key is None:
         raise ValueError("key: got None; pass a JAX random key.")
-    return result.filtered[jnp.arange(result.filtered.shape[0]), smoothing_indices(result, key, draws)]
+    return result.filtered[jnp.arange(result.filtered.shape[0]), smoothing_indices(key, result, draws)]

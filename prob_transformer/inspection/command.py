@@ -21,7 +21,7 @@ from tqdm import tqdm
 from prob_transformer import __version__
 from prob_transformer._extras import MissingExtraError, require
 from prob_transformer.files import provenance, replace_unencodable, write_text
-from prob_transformer.inference.results import save
+from prob_transformer.inference.result_tree import save
 from prob_transformer.inspection.explanation import quoted
 from prob_transformer.inspection.html_page import MOST_TOKENS, inspection_page
 from prob_transformer.inspection.netcdf import inspection_tree

@@ -1,4 +1,4 @@
-"""An inspection as an `xarray.DataTree`, to be written by `prob_transformer.inference.results.save`.
+"""An inspection as an `xarray.DataTree`, to be written by `prob_transformer.inference.result_tree.save`.
 
     /text       token, token_number                                        (position)
     /margins    sign, log_det, barrier, determinant                        (layer, head, position)

@@ -1,22 +1,26 @@
 import sys
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
 from scipy import linalg
+from scipy.special import softmax
 
 from benchmarks.laplace_torch import __main__ as command
 from benchmarks.laplace_torch.compare import comparison, mean_loss, require_same_logits
 from benchmarks.laplace_torch.ours import answer
 from benchmarks.laplace_torch.problem import problem, weights
 from models import cli
-from models.char_gpt import checkpoint, laplace, last_layer, linear_maps
+from models.char_gpt import checkpoint
 from models.char_gpt.config import Config
-from models.char_gpt.predictive import probit
+from models.char_gpt.laplace import load_run
+from models.char_gpt.linear_maps import trained_network
 from models.char_gpt.train import initial_state
 from models.char_gpt.training_record import new_record
 from models.corpus import load
-from prob_transformer.inference.laplace.kfac import combinations, kronecker_factors
+from prob_transformer.inference.laplace.kronecker import combinations, kronecker_factors
+from prob_transformer.inference.laplace.network import logit_jacobian
 
 SMALL = Config(layers=1, width=4, heads=2, context=4)
 SIZES = {"training_windows": 3, "validation_windows": 2, "validation_length": 3, "batch": 2}
@@ -36,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return laplace.load_run(folder / "run", folder / "text.txt")
+    return load_run(folder / "run", folder / "text.txt")
 
 
 def answers():
@@ -103,14 +107,16 @@ def test_our_answer_is_the_probit_of_the_dense_covariance(loaded):
     assert given["validation"].shape == (2, 4)
     found = answer(model, given, "kronecker")
     contexts = given["validation"][:, :-1]
-    jacobian = jax.jit(linear_maps.logit_jacobian)(model, laplace.covered(model, "kronecker"), contexts[1], np.array(2))
+    network = trained_network(model, given["training"])
+    jacobian = eqx.filter_jit(logit_jacobian)(network, network.maps, contexts[1], np.array(2))
     rows = combinations("together", jax.random.key(0), *given["training"][:, :-1].shape)
-    factors = kronecker_factors(linear_maps.network, model, given["training"][:, :-1], rows)
-    blocks = [np.kron(factors[name].output, factors[name].input) for name in linear_maps.names(model)]
+    factors = kronecker_factors(network.logits, model, network.examples, rows)
+    blocks = [np.kron(factors[name].output, factors[name].input) for name in network.maps]
     dense = linalg.block_diag(*blocks).astype(float) + 2.0 * np.eye(jacobian.shape[1])
     variance = np.diag(jacobian @ np.linalg.solve(dense, np.asarray(jacobian, float).T))
-    logits = last_layer.head_inputs(model, contexts)[1].reshape(2, 3, -1)
-    np.testing.assert_allclose(found["probabilities"][1, 2], probit(logits[1, 2], variance), rtol=1e-4)
+    logits = np.asarray(jax.vmap(model)(contexts))
+    scaled = logits[1, 2] / np.sqrt(1 + np.pi / 8 * variance)
+    np.testing.assert_allclose(found["probabilities"][1, 2], softmax(scaled), rtol=1e-4)
     assert found["probabilities"].shape == logits.shape
     by_hand = [
         -np.log(p[t])

@@ -44,7 +44,7 @@ def test_every_seed_converges_to_the_posterior_mean_and_the_evidence_is_the_clos
     for seed in range(10):
         y = np.float32(1 + np.random.default_rng(seed).normal(size=n))
         mean, evidence = mean_and_evidence(y)
-        found = find_map(mean_of_data, y, space="unconstrained", seed=seed)
+        found = find_map(mean_of_data, model_args=(y,), space="unconstrained", key=seed)
         assert found.status is MapStatus.CONVERGED
         assert found.parameters["z"].dtype == jnp.float32
         # A few units of the last digit of a number near 1.
@@ -55,14 +55,14 @@ def test_every_seed_converges_to_the_posterior_mean_and_the_evidence_is_the_clos
             assert found.predicted_decrease <= 20 * np.finfo(np.float32).eps * (1 + abs(found.objective))
         else:
             assert found.note == ""
-        fit = laplace(mean_of_data, y, at=found)
+        fit = laplace(found)
         np.testing.assert_allclose(fit.log_evidence, evidence, atol=0.01 if n <= 1000 else 0.05)
         np.testing.assert_allclose(fit.covariance(), 1 / (n + 0.01), rtol=1e-5)
 
 
 def test_the_note_of_a_search_that_rounding_ended_goes_with_the_result():
     y = np.float32(1 + np.random.default_rng(0).normal(size=1000))
-    found = find_map(mean_of_data, y, space="unconstrained", seed=0)
+    found = find_map(mean_of_data, model_args=(y,), space="unconstrained", key=0)
     assert found.at_rounding
     tree = found.to_datatree()
     assert tree.attrs["note"] == found.note
@@ -75,11 +75,11 @@ def test_a_regression_of_twenty_rows_has_the_normal_equations_of_float64():
         draw = np.random.default_rng(seed)
         x = np.float32(draw.normal(size=(20, 3)))
         y = np.float32(x @ np.array([1.0, -2.0, 0.5]) + draw.normal(size=20))
-        found = find_map(regression, x, y, space="unconstrained", seed=seed)
+        found = find_map(regression, model_args=(x, y), space="unconstrained", key=seed)
         assert found.status is MapStatus.CONVERGED
         wide, precision = np.asarray(x, np.float64), np.asarray(x, np.float64).T @ x + 0.01 * np.eye(3)
         np.testing.assert_allclose(found.parameters["weights"], np.linalg.solve(precision, wide.T @ y), atol=2e-6)
-        fit = laplace(regression, x, y, at=found)
+        fit = laplace(found)
         np.testing.assert_allclose(fit.covariance(), np.linalg.inv(precision), atol=1e-6)
         exact = stats.multivariate_normal(cov=np.eye(20) + 100 * wide @ wide.T).logpdf(y)
         np.testing.assert_allclose(fit.log_evidence, exact, atol=0.01)
@@ -92,7 +92,9 @@ def far_from_its_mode(y):
 
 def test_a_search_that_needs_more_steps_is_not_said_to_have_converged():
     y = np.float32(5 + np.random.default_rng(0).normal(size=1000))
-    found = find_map(far_from_its_mode, y, space="unconstrained", init={"z": np.float32([0, 8])}, max_steps=3)
+    found = find_map(
+        far_from_its_mode, model_args=(y,), space="unconstrained", init={"z": np.float32([0, 8])}, max_steps=3
+    )
     assert found.status is MapStatus.MAX_STEPS
     assert not found.at_rounding
 
@@ -105,7 +107,7 @@ def scale_without_a_mode(y):
 
 def test_rounding_of_a_long_sum_does_not_hide_that_another_site_is_flat():
     y = np.float32(1 + np.random.default_rng(0).normal(size=10_000))
-    found = find_map(scale_without_a_mode, y, space="constrained", seed=0, max_steps=5000)
+    found = find_map(scale_without_a_mode, model_args=(y,), space="constrained", key=0, max_steps=5000)
     assert found.status is MapStatus.FLAT
 
 

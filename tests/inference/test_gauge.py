@@ -54,24 +54,24 @@ def hessian_eigenvalues(model, *args, at):
 @pytest.mark.parametrize("tolerance", [1e-6, 1e-9])
 @pytest.mark.parametrize("head_size", [1, 2, 3])
 def test_laplace_counts_the_directions_that_the_hessian_has_none_of(head_size, tolerance):
-    at = find_map(one_head, LOGITS, head_size, space="unconstrained", seed=1, tolerance=tolerance)
+    at = find_map(one_head, model_args=(LOGITS, head_size), space="unconstrained", key=1, tolerance=tolerance)
     assert at.converged
     eigenvalues = hessian_eigenvalues(one_head, LOGITS, head_size, at=at)
     flat = int((np.abs(eigenvalues) < 1e-6 * eigenvalues.max()).sum())
     assert flat == head_size * (head_size - 1) // 2
     if not flat:
-        found = laplace(one_head, LOGITS, head_size, at=at)
+        found = laplace(at)
         np.testing.assert_allclose(found.precision.log_det, np.log(eigenvalues).sum(), rtol=1e-8)
         return
     with pytest.raises(FlatDirectionsError, match=rf"^precision: .* with {flat} flat .*'key' and 'query'") as info:
-        laplace(one_head, LOGITS, head_size, at=at)
+        laplace(at)
     assert info.value.directions == flat
     for remedy in ("numpyro.deterministic('interaction'", "sampled_attention", "`sites`"):
         assert remedy in str(info.value)
-    assert np.isfinite(laplace(one_head, LOGITS, head_size, at=at, sites=("query",)).log_evidence)
+    assert np.isfinite(laplace(at, sites=("query",)).log_evidence)
     # The Gauss-Newton matrix has the curvature of the prior, 1 / 0.7^2, wherever A stays: along W_Q -> G W_Q,
     # W_K -> G^-T W_K for any invertible G.
-    ggn = laplace(one_head, LOGITS, head_size, at=at, curvature="ggn").precision.eigenvalues
+    ggn = laplace(at, curvature="ggn").precision.eigenvalues
     assert (np.abs(ggn - 0.7**-2) < 1e-6).sum() == head_size**2
 
 
@@ -93,30 +93,30 @@ def test_directions_are_counted_in_every_head_and_are_fewer_where_a_head_has_a_l
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_so_it_is_for_the_query_and_key_of_a_process(curvature):
     walk = np.random.default_rng(1).normal(size=(5, 2))
-    at = find_map(process, walk, space="unconstrained", seed=1)
+    at = find_map(process, model_args=(walk,), space="unconstrained", key=1)
     with pytest.raises(FlatDirectionsError, match="with 1 flat directions"):
-        laplace(process, walk, at=at, curvature=curvature)
+        laplace(at, curvature=curvature)
 
 
 @pytest.mark.parametrize("model", [rows_of_different_scale, interaction_itself])
 def test_a_model_without_flat_directions_is_not_refused(model):
-    at = find_map(model, LOGITS, space="unconstrained", seed=1, tolerance=1e-9)
+    at = find_map(model, model_args=(LOGITS,), space="unconstrained", key=1, tolerance=1e-9)
     eigenvalues = hessian_eigenvalues(model, LOGITS, at=at)
     assert eigenvalues.min() > 1e-6 * eigenvalues.max()
-    found = laplace(model, LOGITS, at=at)
+    found = laplace(at)
     np.testing.assert_allclose(found.precision.log_det, np.log(eigenvalues).sum(), rtol=1e-8)
 
 
 def test_nuts_names_what_is_not_identified_and_gives_the_diagnostics_of_what_is():
     # 40 draws a chain are too few for an effective sample size of 100 a chain, whatever the chains do.
-    result = nuts(one_head, LOGITS, 2, seed=0, warmup=40, draws=40, predictive=False, max_tree_depth=4)
+    result = nuts(0, one_head, model_args=(LOGITS, 2), warmup=40, draws=40, predictive=False, max_tree_depth=4)
     assert NutsStatus.NOT_MIXED in result.problems
     assert set(result.not_mixed) == {"key", "query"}
     ((sites, directions),) = result.gauges
     assert (sites, directions) == (("key", "query"), 1)
-    query, key = result.draws["query"], result.draws["key"]
+    query, key = result.posterior["query"], result.posterior["key"]
     interaction = np.einsum("cnpa,cnpb->cnab", key, query) / np.sqrt(2)
-    np.testing.assert_allclose(result.draws["interaction"], interaction, atol=1e-12)
+    np.testing.assert_allclose(result.posterior["interaction"], interaction, atol=1e-12)
     r_hat, ess = result.deterministic
     np.testing.assert_allclose(r_hat["interaction"], split_gelman_rubin(interaction), rtol=1e-10)
     np.testing.assert_allclose(ess["interaction"], effective_sample_size(interaction), rtol=1e-10)
@@ -126,7 +126,9 @@ def test_nuts_names_what_is_not_identified_and_gives_the_diagnostics_of_what_is(
 
 
 def test_nuts_does_not_blame_rotations_for_sites_that_are_identified():
-    result = nuts(rows_of_different_scale, LOGITS, seed=0, warmup=10, draws=10, predictive=False, max_tree_depth=2)
+    result = nuts(
+        0, rows_of_different_scale, model_args=(LOGITS,), warmup=10, draws=10, predictive=False, max_tree_depth=2
+    )
     assert NutsStatus.NOT_MIXED in result.problems
     assert result.gauges == ()
     with pytest.raises(ValueError, match="draw more, warm up longer"):

@@ -60,7 +60,7 @@ def test_the_mass_of_a_conditional_is_that_of_quadrature(a):
 
 @pytest.mark.parametrize(("centre", "certified"), [(-6.0, True), (6.0, False)])
 def test_the_mode_says_it_and_so_does_its_tree(centre, certified):
-    found = find_map(strength, EMBEDDINGS, centre, space="unconstrained", seed=0)
+    found = find_map(strength, model_args=(EMBEDDINGS, centre), space="unconstrained", key=0)
     assert found.converged
     a = float(found.parameters["a"])
     assert (a <= 0) == certified == (found.law.share == 1)
@@ -77,8 +77,8 @@ def test_the_mode_says_it_and_so_does_its_tree(centre, certified):
 
 def test_laplace_gives_the_share_of_its_draws():
     # Of the two modes the one before the boundary, whose draws reach beyond it.
-    at = find_map(strength, EMBEDDINGS, 0.0, space="unconstrained", init={"a": -1.0})
-    fit, key = laplace(strength, EMBEDDINGS, 0.0, at=at), jax.random.key(3)
+    at = find_map(strength, model_args=(EMBEDDINGS, 0.0), space="unconstrained", init={"a": -1.0})
+    fit, key = laplace(at), jax.random.key(3)
     a, law = np.asarray(fit.sample(key, 200)["a"]), fit.law(key, 200)
     assert 0 < law.share < 1
     np.testing.assert_allclose(law.share, (a <= 0).mean())
@@ -87,8 +87,8 @@ def test_laplace_gives_the_share_of_its_draws():
 
 
 def test_nuts_gives_the_share_of_its_draws():
-    result = nuts(strength, EMBEDDINGS, -0.5, seed=0, warmup=200, draws=400, predictive=False)
-    a = result.draws["a"]
+    result = nuts(0, strength, model_args=(EMBEDDINGS, -0.5), warmup=200, draws=400, predictive=False)
+    a = result.posterior["a"]
     np.testing.assert_array_equal(result.sample_stats["certified"], a <= 0)
     np.testing.assert_allclose(result.sample_stats["symmetric_eigenvalue"], 2 * a, rtol=1e-12)
     assert 0 < result.law.share < 1
@@ -103,9 +103,9 @@ def test_nuts_gives_the_share_of_its_draws():
 def test_particles_say_it_of_the_process_they_were_given(a, text):
     decoder = LinearDecoder(jnp.array([[1.0], [-1.0]]), jnp.zeros(2))
     tokens = jnp.array([0, 1, 0])
-    found = particle_filter(scalar_attention(a), decoder, tokens, jax.random.key(0), particles=50, noise_scale=0.3)
+    found = particle_filter(0, scalar_attention(a), decoder, tokens, particles=50, noise_scale=0.3)
     assert found.law.line.startswith(text)
-    tree = found.to_datatree(draws=10, allow_past_boundary=True)
+    tree = found.to_datatree(draws=10, allow=True)
     assert tree.attrs["law"] == found.law.line
 
 
@@ -114,6 +114,6 @@ def mean_of(y):
 
 
 def test_a_model_without_embeddings_has_no_law_to_certify():
-    found = find_map(mean_of, np.ones(3), space="unconstrained", seed=0)
+    found = find_map(mean_of, model_args=(np.ones(3),), space="unconstrained", key=0)
     assert found.law.share is None
     assert found.to_datatree().attrs["law"] == "law: the model has no embedding process"

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 
 from prob_transformer import Attention, EmbeddingProcess, token_model
 from prob_transformer.inference import NutsResult, NutsStatus, load, nuts, save
-from prob_transformer.inference.nuts_result import diagnose
+from prob_transformer.inference.nuts_sampler import diagnose
 from tests.support.small_models import BUMPS, FIRST_SCALE, NOISE_SCALE, TOKENS, bump, conjugate_truth, scalar_density
 
 Y = np.array([[0.5], [-0.4], [1.1]])
@@ -49,9 +49,9 @@ def test_without_interaction_the_posterior_is_that_of_the_linear_gaussian_model(
     prior = inverse @ np.diag(np.array([FIRST_SCALE, NOISE_SCALE, NOISE_SCALE]) ** 2) @ inverse.T
     gain = prior @ np.linalg.inv(prior + SPREAD**2 * np.eye(3))
     mean, covariance = gain @ Y[:, 0], prior - gain @ prior
-    result = nuts(observed_process, interacting(0.0), Y, seed=1, embeddings=embeddings, **OPTIONS)
+    result = nuts(1, observed_process, model_args=(interacting(0.0), Y), embeddings=embeddings, **OPTIONS)
     assert result.status is NutsStatus.OK
-    centred = result.draws["embeddings"][..., 0] - mean
+    centred = result.posterior["embeddings"][..., 0] - mean
     for i in range(3):
         assert_mean(centred[..., i], 0.0)
         for k in range(i + 1):
@@ -67,9 +67,9 @@ def test_in_the_safe_region_both_ways_to_sample_embeddings_have_the_posterior_of
     for u, y in zip((u1, u2, u3), Y[:, 0], strict=True):
         joint = joint * stats.norm.pdf(y, u, SPREAD)
     joint /= joint.sum()
-    result = nuts(observed_process, interacting(-2.0), Y, seed=2, embeddings=embeddings, **OPTIONS)
+    result = nuts(2, observed_process, model_args=(interacting(-2.0), Y), embeddings=embeddings, **OPTIONS)
     assert result.status is NutsStatus.OK
-    u = np.moveaxis(result.draws["embeddings"][..., 0], -1, 0)
+    u = np.moveaxis(result.posterior["embeddings"][..., 0], -1, 0)
     for f in (lambda u1, u2, u3: u1, lambda u1, u2, u3: u3, lambda u1, u2, u3: u1 * u3, lambda u1, u2, u3: u2**2):
         assert_mean(f(*u), (joint * f(u1, u2, u3)).sum())
 
@@ -79,7 +79,7 @@ def test_tokens_as_gaussian_observations_in_two_dimensions():
     _, mean, variance = conjugate_truth()
     result = token_run()
     assert result.status is NutsStatus.OK
-    u = result.draws["embeddings"]
+    u = result.posterior["embeddings"]
     assert u.shape == (2, 1000, 3, 2)
     for i in range(3):
         for k in range(2):
@@ -95,7 +95,7 @@ def test_tokens_as_gaussian_observations_in_two_dimensions():
 def token_run():
     attention = Attention(np.zeros((1, 1, 2)), np.zeros((1, 1, 2)))
     scales = {"noise_scale": NOISE_SCALE, "first_scale": FIRST_SCALE}
-    return nuts(token_model, attention, BUMPS, TOKENS, seed=1, **OPTIONS, **scales)
+    return nuts(1, token_model, model_args=(attention, BUMPS, TOKENS), model_kwargs=scales, **OPTIONS)
 
 
 @pytest.mark.slow
@@ -124,9 +124,9 @@ def test_a_parameter_by_quadrature_with_one_compilation_for_data_of_one_shape_an
         return first / mass, second / mass
 
     def run(walk, seed, **options):
-        result = nuts(strength, walk, warmup=400, draws=2000, seed=seed, **options)
+        result = nuts(seed, strength, model_args=(walk,), warmup=400, draws=2000, **options)
         assert result.status is NutsStatus.OK
-        b = result.draws["b"]
+        b = result.posterior["b"]
         for power, truth in enumerate(moments(walk), start=1):
             assert_mean(b**power, truth)
         return b
@@ -147,7 +147,7 @@ def test_a_parameter_by_quadrature_with_one_compilation_for_data_of_one_shape_an
 
 
 def test_a_funnel_diverges_and_is_not_written_silently():
-    result = nuts(funnel, seed=0, warmup=200, draws=400)
+    result = nuts(0, funnel, warmup=200, draws=400)
     assert NutsStatus.DIVERGED in result.problems
     assert result.status is NutsStatus.DIVERGED
     assert 0 < result.sample_stats["diverging"].sum() < 800
@@ -159,7 +159,7 @@ def test_a_funnel_diverges_and_is_not_written_silently():
 
 
 def test_data_that_are_not_a_number_are_named_and_never_written():
-    result = nuts(observed_process, interacting(0.0), np.array([[0.5], [np.nan], [1.1]]), seed=0, **OPTIONS)
+    result = nuts(0, observed_process, model_args=(interacting(0.0), np.array([[0.5], [np.nan], [1.1]])), **OPTIONS)
     assert result.status is NutsStatus.NOT_FINITE
     with pytest.raises(ValueError, match=r"status: not_finite.*pass an init"):
         result.to_datatree(allow=list(NutsStatus))
@@ -169,8 +169,8 @@ def test_data_that_are_not_a_number_are_named_and_never_written():
 def test_past_the_boundary_the_status_says_so(embeddings):
     # a = 6 and observations far apart: u_3 has several roots.
     y = np.array([[-1.5], [1.5], [0.2]])
-    result = nuts(observed_process, interacting(6.0), y, seed=5, embeddings=embeddings, **OPTIONS)
-    u1, u2, u3 = np.moveaxis(result.draws["embeddings"][..., 0], -1, 0)
+    result = nuts(5, observed_process, model_args=(interacting(6.0), y), embeddings=embeddings, **OPTIONS)
+    u1, u2, u3 = np.moveaxis(result.posterior["embeddings"][..., 0], -1, 0)
     assert np.isfinite(u3).all()
     share = 1 / (1 + np.exp(-6 * u3 * (u1 - u2)))
     crossed = 6 * share * (1 - share) * (u1 - u2) ** 2 >= 1
@@ -182,7 +182,9 @@ def test_past_the_boundary_the_status_says_so(embeddings):
     else:
         # A root may also have been reached by a path that met the wall, or be missing.
         assert (past + lost)[crossed].all()
-        missing = np.abs(u3 - share * u1 - (1 - share) * u2 - NOISE_SCALE * result.draws["embeddings_noise"][..., 2, 0])
+        missing = np.abs(
+            u3 - share * u1 - (1 - share) * u2 - NOISE_SCALE * result.posterior["embeddings_noise"][..., 2, 0]
+        )
         assert (missing[lost == 0] < 1e-6).all()
         assert (NutsStatus.ROOT_LOST in result.problems) == lost.any()
     with pytest.raises(ValueError, match="past_boundary"):
@@ -191,13 +193,15 @@ def test_past_the_boundary_the_status_says_so(embeddings):
 
 @pytest.mark.parametrize(("run", "suffix"), [(token_run, ".nc"), (None, ".zarr")])
 def test_the_tree_holds_all_groups_and_comes_back_from_a_file(tmp_path, run, suffix):
-    result = run() if run else nuts(observed_process, interacting(-2.0), Y, seed=2, embeddings="noise", **OPTIONS)
+    result = (
+        run() if run else nuts(2, observed_process, model_args=(interacting(-2.0), Y), embeddings="noise", **OPTIONS)
+    )
     dims = None if run else {"y": ("position", "embedding_dim")}
     save(result.to_datatree(dims), tmp_path / f"nuts{suffix}")
     tree = load(tmp_path / f"nuts{suffix}")
     for name in ["embeddings"] if run else ["embeddings", "embeddings_noise"]:
         assert tree[f"posterior/{name}"].dims == ("chain", "draw", "position", "embedding_dim")
-        np.testing.assert_array_equal(tree[f"posterior/{name}"], result.draws[name])
+        np.testing.assert_array_equal(tree[f"posterior/{name}"], result.posterior[name])
     data = "tokens" if run else "y"
     assert tree[f"posterior_predictive/{data}"].dims[:3] == ("chain", "draw", "position")
     assert tree[f"log_likelihood/{data}"].dims == ("chain", "draw")
@@ -214,7 +218,7 @@ def made_of(draws, **changes):
     nothing = np.zeros(draws.shape[:2], int)
     stats = {"diverging": nothing, "past_boundary": nothing, "root_lost": nothing, "potential_energy": 0.0 * nothing}
     r_hat, ess = diagnose({"x": draws})
-    fields = {"draws": {"x": draws}, "sample_stats": stats, "r_hat": r_hat, "ess": ess, "log_likelihood": {}}
+    fields = {"posterior": {"x": draws}, "sample_stats": stats, "r_hat": r_hat, "ess": ess, "log_likelihood": {}}
     fields |= {"posterior_predictive": {}, "observed_data": {}, "finite": True, "configuration": {}, "seed": None}
     return NutsResult(**fields | changes)
 
@@ -249,8 +253,8 @@ COINS = np.ones(3, int)
         (lone_coins, (COINS,), {"init": {"q": 0.5}}, "init: names q; the model's latent sites are p"),
         (lone_coins, (COINS,), {"init": {"p": 1.5}}, r"init\['p'\]: lies outside"),
         (lone_coins, (COINS[:0],), {}, r"model: an argument has shape \(0,\)"),
-        (lone_coins, (COINS,), {"seed": None}, "key: got None; pass a JAX random key, or a seed"),
-        (lone_coins, (COINS,), {"seed": -1}, "seed: got -1"),
+        (lone_coins, (COINS,), {"key": None}, "key: got None; pass a JAX random key or an integer of at least 0"),
+        (lone_coins, (COINS,), {"key": -1}, "key: got -1"),
         (lone_coins, (COINS,), {"draws": 3}, "draws: got 3; pass an integer of at least 4"),
         (lone_coins, (COINS,), {"warmup": -1}, "warmup: got -1"),
         (lone_coins, (COINS,), {"chains": 0}, "chains: got 0"),
@@ -263,4 +267,4 @@ COINS = np.ones(3, int)
 )
 def test_bad_input_is_refused_by_name(model, data, options, message):
     with pytest.raises(ValueError, match=message):
-        nuts(model, *data, **{"seed": 0, **options})
+        nuts(**{"key": 0, "model": model, "model_args": data, **options})

@@ -184,7 +184,7 @@ class Signs(eqx.Module):
 def signed(below, above, tokens=(0, 1, 0), threshold=0.0, count=16):
     decoder = Signs(np.array(below, float), np.array(above, float))
     options = {"proposal": "direct", "threshold": threshold}
-    return particle_filter(scalar(-2.0), decoder, np.array(tokens), jax.random.key(0), count, **options)
+    return particle_filter(jax.random.key(0), scalar(-2.0), decoder, np.array(tokens), count, **options)
 
 
 def test_an_impossible_token_kills_all_and_an_improbable_one_does_not():
@@ -196,7 +196,7 @@ def test_an_impossible_token_kills_all_and_an_improbable_one_does_not():
     np.testing.assert_array_equal(result.distinct, 0)
     np.testing.assert_array_equal(result.unsolved, 0)
     with pytest.raises(ValueError, match="result: has status ALL_DIED"):
-        smooth(result, jax.random.key(0), 2)
+        smooth(jax.random.key(0), result, 2)
 
     # exp(-5000) is 0 in any floating-point format; its logarithm is as good a weight as any.
     improbable = signed([0.0, -5000.0], [0.0, -5000.0])
@@ -249,7 +249,7 @@ def test_float32_stays_float32_and_agrees():
     floating = [leaf.dtype for leaf in jax.tree.leaves(result) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert set(floating) == {jnp.dtype("float32")}
     assert_unnormalised_moments(result, *scalar_truth(-2.0)[1:])
-    solved = jax.eval_shape(lambda key: particle_filter(single, decoder, TOKENS, key, 8), jax.random.key(0))
+    solved = jax.eval_shape(lambda key: particle_filter(key, single, decoder, TOKENS, 8), jax.random.key(0))
     assert solved.embeddings.dtype == solved.log_evidence.dtype == jnp.float32
 
 
@@ -277,7 +277,7 @@ def test_one_compilation_serves_other_keys_tokens_parameters_scales_and_threshol
     def run(seed, a, tokens, noise_scale, threshold):
         decoder = Counting(LinearDecoder((1 + a) * WEIGHT, BIAS), traced)
         options = {"noise_scale": noise_scale, "threshold": threshold, "proposal": "direct"}
-        particle_filter(scalar(a), decoder, np.array(tokens), jax.random.key(seed), 5, **options)
+        particle_filter(seed, scalar(a), decoder, np.array(tokens), 5, **options)
         return traced.count
 
     once = run(0, -2.0, [0, 1, 0], 1.0, 0.5)

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from prob_transformer.inference.results import load, save
+from prob_transformer.inference.result_tree import load, save
 from prob_transformer.inspection.netcdf import inspection_tree
 
 

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from models.char_gpt import commands as command
 from models.char_gpt import evaluation
 from models.char_gpt.config import Config
-from models.char_gpt.predictive import score
+from models.char_gpt.laplace import score
 from models.corpus import load
 from paper_figures.study import runs, sweep
 from paper_figures.study.analysis import analyse

@@ -21,6 +21,9 @@ def mode_at(unconstrained, model, *args, **kwargs):
     point = {name: jnp.asarray(value) for name, value in unconstrained.items()}
     parameters, objective, observed = _evaluate(point, model, args, kwargs)
     return MapResult(
+        model=model,
+        model_args=args,
+        model_kwargs=kwargs,
         parameters=parameters,
         unconstrained=point,
         objective=float(objective),
@@ -29,7 +32,7 @@ def mode_at(unconstrained, model, *args, **kwargs):
         space="unconstrained",
         steps=1,
         crossings=0,
-        signs=None,
+        signs=jnp.zeros(0),
         log_likelihood={},
         observed_data=observed,
         seed=None,

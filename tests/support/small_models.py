@@ -56,11 +56,11 @@ def assert_within_three_standard_errors(samples, truth):
 def filters(attention, keys, particles, proposal, threshold):
     decoder = LinearDecoder(WEIGHT, BIAS)
     options = {"threshold": threshold, "proposal": proposal, **SCALES}
-    return jax.vmap(lambda key: particle_filter(attention, decoder, TOKENS, key, particles, **options))(keys)
+    return jax.vmap(lambda key: particle_filter(key, attention, decoder, TOKENS, particles, **options))(keys)
 
 
 @partial(jax.jit, static_argnums=2)
 def planar_filters(attention, keys, proposal, noise_scale, threshold):
     """d = 2, 100 particles and the tokens of Bumps."""
     options = {"noise_scale": noise_scale, "first_scale": FIRST_SCALE, "threshold": threshold, "proposal": proposal}
-    return jax.vmap(lambda key: particle_filter(attention, BUMPS, TOKENS, key, 100, **options))(keys)
+    return jax.vmap(lambda key: particle_filter(key, attention, BUMPS, TOKENS, 100, **options))(keys)

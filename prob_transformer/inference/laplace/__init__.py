@@ -1,17 +1,18 @@
 """Laplace's approximation of a posterior: a Gaussian at its mode, in unconstrained coordinates.
 
-Read in this order: precision (the structures), potential (what is approximated, split in likelihood and rest),
-curvature, low_rank and blockwise (more structures), predictive, result, fit, which puts them together, and what is
-done with a fit: matrix_free (products with the exact covariance) and tuning (the precision of the prior).
+Read in this order: precision (what a structure is), potential (what is approximated, split in likelihood and rest),
+curvature, then the structures low_rank, kronecker and last_layer (of networks), predictive, result,
+tuning (the precision of the prior), network, and fit, which puts them together.
 """
 
 from prob_transformer.inference.laplace.curvature import Curvature
 from prob_transformer.inference.laplace.fit import Structure, laplace
-from prob_transformer.inference.laplace.matrix_free import covariance_product
+from prob_transformer.inference.laplace.kronecker import Positions
+from prob_transformer.inference.laplace.low_rank import DiagonalPrecision
+from prob_transformer.inference.laplace.network import Evidence, NetworkLaplace, NetworkStructure, TrainedNetwork
 from prob_transformer.inference.laplace.precision import (
     BlockPrecision,
     DensePrecision,
-    DiagonalPrecision,
     FlatDirectionsError,
     IndefiniteCurvatureError,
     Precision,
@@ -25,16 +26,20 @@ __all__ = [
     "Curvature",
     "DensePrecision",
     "DiagonalPrecision",
+    "Evidence",
     "FlatDirectionsError",
     "IndefiniteCurvatureError",
     "LaplaceResult",
     "LinearisedPredictive",
+    "NetworkLaplace",
+    "NetworkStructure",
+    "Positions",
     "Precision",
     "PriorTuning",
     "SampledPredictive",
     "Structure",
+    "TrainedNetwork",
     "TuningStatus",
-    "covariance_product",
     "laplace",
     "tune_prior_precision",
 ]

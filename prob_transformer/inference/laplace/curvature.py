@@ -1,4 +1,4 @@
-"""The curvature of the potential at the mode, as products with vectors; no matrix larger than asked for is formed.
+"""The curvature P of the potential at the mode, as products with vectors; no matrix larger than asked for is formed.
 
     hessian    P = d^2 U / dz^2
     ggn        P = J^T (d^2 loss / df^2) J + d^2 rest / dz^2,      J = df/dz
@@ -11,11 +11,14 @@ parameters these are, and is indefinite where the loss is not convex in them (a 
 from collections.abc import Callable
 from typing import Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float, Int
 
 from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.laplace.precision import Precision
 
 Curvature = Literal["hessian", "ggn"]
 Product = Callable[[Float[Array, " k"]], Float[Array, " k"]]
@@ -26,26 +29,18 @@ _SIDE_BY_SIDE = 64
 _ROUNDING = 8
 
 
-def _hessian_product(value: Callable[[Float[Array, " k"]], Float[Array, ""]], z: Float[Array, " k"]) -> Product:
-    return jax.linearize(jax.grad(value), z)[1]
-
-
-def rest_product(potential: Potential) -> Product:
-    """v -> (d^2 rest / dz^2) v: the curvature of the prior, factors and transforms alone."""
-    return _hessian_product(potential.rest, potential.centre())
-
-
-def curvature_product(potential: Potential, curvature: Curvature) -> Product:
-    """v -> P v for the curvature named."""
+def curvature_product(potential: Potential, curvature: Curvature | None) -> Product:
+    """v -> P v for the curvature named; for None d^2 rest / dz^2, that of the prior, factors and transforms alone."""
     z = potential.centre()
-    if curvature == "hessian":
-        return _hessian_product(potential.value, z)
+    value = potential.value if curvature == "hessian" else potential.rest
+    product = jax.linearize(jax.grad(value), z)[1]
+    if curvature != "ggn":
+        return product
     parameters, loss = potential.outputs()
     outputs, forward = jax.linearize(parameters, z)
     backward = jax.linear_transpose(forward, z)
     outer = jax.linearize(jax.grad(loss), outputs)[1]
-    rest = rest_product(potential)
-    return lambda v: backward(outer(forward(v)))[0] + rest(v)
+    return lambda v: backward(outer(forward(v)))[0] + product(v)
 
 
 def block_of(product: Product, like: Float[Array, " k"], low: int, high: int) -> Float[Array, "b b"]:
@@ -72,3 +67,31 @@ def diagonal_of(product: Product, like: Float[Array, " k"]) -> Float[Array, " k"
         return jax.lax.map(entry, jnp.arange(like.shape[0]), batch_size=_SIDE_BY_SIDE)
 
     return jax.lax.cond(is_diagonal, lambda: row_sums, one_by_one)
+
+
+@eqx.filter_jit
+def curvature_matrix(potential: Potential, curvature: Curvature) -> Float[Array, "k k"]:
+    """P in full."""
+    z = potential.centre()
+    return block_of(curvature_product(potential, curvature), z, 0, z.shape[0])
+
+
+@eqx.filter_jit
+def curvature_diagonal(potential: Potential, curvature: Curvature | None) -> Float[Array, " k"]:
+    """The diagonal of P, or for None of the prior's part."""
+    return diagonal_of(curvature_product(potential, curvature), potential.centre())
+
+
+@eqx.filter_jit
+def covariance_product(
+    potential: Potential,
+    preconditioner: Precision,
+    curvature: Curvature,
+    v: Float[Array, " k"],
+    tolerance: Float[Array, ""],
+    max_steps: Int[Array, ""],
+) -> tuple[Float[Array, " k"], Float[Array, ""], Float[Array, ""]]:
+    """P^-1 v by conjugate gradients, its relative residual |P x - v| / |v|, and v^T P^-1 v; P is never formed."""
+    product = curvature_product(potential, curvature)
+    x = cg(product, v, tol=0.1 * tolerance, maxiter=max_steps, M=preconditioner.solve)[0]
+    return x, jnp.linalg.norm(product(x) - v) / jnp.linalg.norm(v), x @ v

@@ -1,15 +1,16 @@
 """Precision matrices P of Gaussians N(0, P^-1) over k parameters, each factorised once, when it is built.
 
-    dense        P = Q diag(p) Q^T      symmetric eigendecomposition, O(k^3) once and O(k^2) a product
-    diagonal     P = diag(p)
-    blocks       P = P_1 (+) P_2 (+) ...    block-diagonal, independent between blocks
+    P^-1 = S S^T      a structure is its products with S; JAX makes those with S^T of them
 
-A P with an eigenvalue that is not above rounding is refused, never repaired: a Gaussian with it does not exist.
+    dense        P = Q diag(p) Q^T          S = Q diag(p)^-1/2     eigendecomposition, O(k^3) once, O(k^2) a product
+    blocks       P = P_1 (+) P_2 (+) ...    S = S_1 (+) S_2 (+) ...    independent between blocks
+
+Draws are S times noise, P^-1 v = S S^T v, and J P^-1 J^T = (J S)(J S)^T. A P with an eigenvalue that is not above
+rounding is refused, never repaired: a Gaussian with it does not exist.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from prob_transformer._validation import is_concrete, require_finite, require_floating
+from prob_transformer._validation import is_concrete, require_floating
 
 
 class IndefiniteCurvatureError(ValueError):
@@ -32,27 +33,53 @@ class FlatDirectionsError(IndefiniteCurvatureError):
         self.directions = directions
 
 
-@runtime_checkable
-class Precision(Protocol):
-    """What a structure of the posterior precision P offers; `log_det` is log det P in nats.
+class Precision(eqx.Module):
+    """What every structure of the posterior precision P offers: its `size` k, `log_det` P in nats, and products.
 
-    `solve` gives P^-1 v for a vector or for the columns of a matrix, `sample` draws from N(0, P^-1), `variance` is the
-    diagonal of P^-1, and `covariance_of` is J P^-1 J^T: the covariance of m linear functions of the parameters.
+    Rows of matrices are vectors of k parameters.
     """
 
-    @property
-    def size(self) -> int: ...
+    size: int = eqx.field(static=True)
+    log_det: Float[Array, ""]
 
-    @property
-    def log_det(self) -> Float[Array, ""]: ...
+    @abstractmethod
+    def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        """S v for every row v, with S S^T = P^-1."""
 
-    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]: ...
+    @abstractmethod
+    def variance(self) -> Float[Array, " k"]:
+        """The diagonal of P^-1."""
 
-    def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]: ...
+    @abstractmethod
+    def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
+        """Eigenvalues of P - diag(prior), the curvature without that of the prior."""
 
-    def variance(self) -> Float[Array, " k"]: ...
+    def root_transposed(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        """S^T v for every row v."""
+        return jax.linear_transpose(self.root, rows)(rows)[0]
 
-    def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]: ...
+    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
+        """P^-1 v, for a vector or the columns of a matrix."""
+        return self.root(self.root_transposed(v.reshape(v.shape[0], -1).T)).T.reshape(v.shape)
+
+    def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]:
+        """Draws from N(0, P^-1)."""
+        return self.root(jax.random.normal(key, (draws, self.size), jnp.result_type(self.log_det)))
+
+    def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]:
+        """J P^-1 J^T, the covariance of m linear functions of the parameters."""
+        rotated = self.root_transposed(jacobian)
+        return rotated @ rotated.T
+
+
+def finite_curvature(array: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The array, if it is finite or traced. Raises ValueError otherwise."""
+    if is_concrete(array) and not np.isfinite(np.asarray(array)).all():
+        raise ValueError(
+            "curvature: is NaN or inf at the mode, though the potential is finite there; the model has no second "
+            "derivative at this point (a kink, or a square root at 0)."
+        )
+    return array
 
 
 def require_definite(
@@ -60,10 +87,10 @@ def require_definite(
 ) -> Float[Array, "..."]:
     """The values, if the smallest exceeds 0 by what rounding makes of eigenvalues of `size`: size * eps * largest.
 
-    Raises IndefiniteCurvatureError otherwise; under jit the run-time error of the same text, as long as what is
-    returned here is used.
+    Raises IndefiniteCurvatureError otherwise, ValueError for NaN or inf; under jit the run-time error of the first
+    text, as long as what is returned here is used.
     """
-    smallest, limit = values.min(), size * jnp.finfo(values.dtype).eps * values.max()
+    smallest, limit = finite_curvature(values).min(), size * jnp.finfo(values.dtype).eps * values.max()
     remedy = (
         "the point is a saddle or flat, or rounding hides its curvature. Find the mode again from another start or "
         "with a smaller tolerance, use curvature='ggn', a tighter prior or float64; nothing was set to zero"
@@ -80,7 +107,7 @@ def require_definite(
     return values
 
 
-class DensePrecision(eqx.Module):
+class DensePrecision(Precision):
     """P in full, from its symmetric matrix (k, k). Raises ValueError if it is not square or not finite,
     IndefiniteCurvatureError if it is not positive definite."""
 
@@ -91,132 +118,49 @@ class DensePrecision(eqx.Module):
         matrix = require_floating("matrix", matrix)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
             raise ValueError(f"matrix: has shape {matrix.shape}; pass (k, k) with k of at least 1.")
-        require_finite("matrix", matrix)
-        eigenvalues, self.eigenvectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
+        eigenvalues, self.eigenvectors = jnp.linalg.eigh(0.5 * finite_curvature(matrix + matrix.T))
         self.eigenvalues = require_definite(eigenvalues, size=len(matrix))
-
-    @property
-    def size(self) -> int:
-        return self.eigenvalues.shape[0]
-
-    @property
-    def log_det(self) -> Float[Array, ""]:
-        return jnp.log(self.eigenvalues).sum()
+        self.size, self.log_det = len(matrix), jnp.log(self.eigenvalues).sum()
 
     def matrix(self) -> Float[Array, "k k"]:
         """P itself."""
         return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
 
-    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
-        """P^-1 v."""
-        return jnp.tensordot(self.eigenvectors / self.eigenvalues, jnp.tensordot(self.eigenvectors.T, v, 1), 1)
-
-    def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]:
-        """Draws from N(0, P^-1)."""
-        noise = jax.random.normal(key, (draws, self.size), self.eigenvalues.dtype)
-        return noise @ (self.eigenvectors / jnp.sqrt(self.eigenvalues)).T
+    def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        return rows @ (self.eigenvectors / jnp.sqrt(self.eigenvalues)).T
 
     def variance(self) -> Float[Array, " k"]:
-        """The diagonal of P^-1."""
         return (jnp.square(self.eigenvectors) / self.eigenvalues).sum(-1)
 
-    def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]:
-        """J P^-1 J^T."""
-        rotated = jacobian @ (self.eigenvectors / jnp.sqrt(self.eigenvalues))
-        return rotated @ rotated.T
-
     def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
-        """Eigenvalues of P - diag(prior)."""
         return jnp.linalg.eigvalsh(self.matrix() - jnp.diag(prior))
 
 
-class DiagonalPrecision(eqx.Module):
-    """P = diag(p) from its entries (k,). Raises ValueError for another shape or entries that are not finite,
-    IndefiniteCurvatureError for one that is not above zero."""
-
-    diagonal: Float[Array, " k"]
-
-    def __init__(self, diagonal: Float[Array, " k"]):
-        diagonal = require_floating("diagonal", diagonal)
-        if diagonal.ndim != 1 or diagonal.shape[0] == 0:
-            raise ValueError(f"diagonal: has shape {diagonal.shape}; pass (k,) with k of at least 1.")
-        require_finite("diagonal", diagonal)
-        self.diagonal = require_definite(diagonal, "smallest entry")
-
-    @property
-    def size(self) -> int:
-        return self.diagonal.shape[0]
-
-    @property
-    def log_det(self) -> Float[Array, ""]:
-        return jnp.log(self.diagonal).sum()
-
-    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
-        """P^-1 v."""
-        return (v.T / self.diagonal).T
-
-    def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]:
-        """Draws from N(0, P^-1)."""
-        return jax.random.normal(key, (draws, self.size), self.diagonal.dtype) / jnp.sqrt(self.diagonal)
-
-    def variance(self) -> Float[Array, " k"]:
-        """1 / p."""
-        return 1.0 / self.diagonal
-
-    def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]:
-        """J P^-1 J^T."""
-        scaled = jacobian / jnp.sqrt(self.diagonal)
-        return scaled @ scaled.T
-
-    def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
-        """The entries of P - diag(prior)."""
-        return self.diagonal - prior
-
-
-class BlockPrecision(eqx.Module):
+class BlockPrecision(Precision):
     """Independent blocks in the order of the parameters, each with its own precision. Raises ValueError for none."""
 
-    blocks: tuple[Any, ...]
+    blocks: tuple[Precision, ...]
 
     def __init__(self, blocks: Sequence[Precision]):
         if not blocks:
             raise ValueError("blocks: got none; pass at least one precision.")
         self.blocks = tuple(blocks)
+        self.size = sum(block.size for block in blocks)
+        self.log_det = jnp.stack([block.log_det for block in blocks]).sum()
 
-    @property
-    def size(self) -> int:
-        return sum(block.size for block in self.blocks)
+    def _by_block(self, method: str, rows: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
+        """What a method of every block gives for its own part of the rows, put together again."""
+        if rows.shape[-1] != self.size:
+            raise ValueError(f"vector: has {rows.shape[-1]} parameters; pass k = {self.size} of them.")
+        parts = jnp.split(rows, np.cumsum([block.size for block in self.blocks])[:-1], axis=-1)
+        found = [getattr(block, method)(part) for block, part in zip(self.blocks, parts, strict=True)]
+        return jnp.concatenate(found, axis=-1)
 
-    @property
-    def log_det(self) -> Float[Array, ""]:
-        return jnp.stack([block.log_det for block in self.blocks]).sum()
-
-    def _parts(self, array: Float[Array, "... k"]) -> list[Float[Array, "... kb"]]:
-        edges = np.cumsum([0, *(block.size for block in self.blocks)])
-        return [array[..., low:high] for low, high in pairwise(edges.tolist())]
-
-    def solve(self, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
-        """P^-1 v, block by block."""
-        parts = self._parts(jnp.moveaxis(v, 0, -1))
-        solved = [block.solve(jnp.moveaxis(part, -1, 0)) for block, part in zip(self.blocks, parts, strict=True)]
-        return jnp.concatenate(solved)
-
-    def sample(self, key: PRNGKeyArray, draws: int) -> Float[Array, "draws k"]:
-        """Draws from N(0, P^-1), independent between blocks."""
-        keys = jax.random.split(key, len(self.blocks))
-        drawn = [block.sample(own, draws) for block, own in zip(self.blocks, keys, strict=True)]
-        return jnp.concatenate(drawn, axis=-1)
+    def root(self, rows: Float[Array, "m k"]) -> Float[Array, "m k"]:
+        return self._by_block("root", rows)
 
     def variance(self) -> Float[Array, " k"]:
-        """The diagonal of P^-1."""
         return jnp.concatenate([block.variance() for block in self.blocks])
 
-    def covariance_of(self, jacobian: Float[Array, "m k"]) -> Float[Array, "m m"]:
-        """J P^-1 J^T, the sum over blocks."""
-        parts = zip(self.blocks, self._parts(jacobian), strict=True)
-        return jnp.stack([block.covariance_of(part) for block, part in parts]).sum(0)
-
     def curvature_eigenvalues(self, prior: Float[Array, " k"]) -> Float[Array, " k"]:
-        """Eigenvalues of P - diag(prior), block by block; for blocks that can all give theirs."""
-        parts = zip(self.blocks, self._parts(prior), strict=True)
-        return jnp.concatenate([block.curvature_eigenvalues(part) for block, part in parts])
+        return self._by_block("curvature_eigenvalues", prior)

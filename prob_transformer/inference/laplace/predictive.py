@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Num, PRNGKeyArray
-from numpyro import handlers
 from numpyro.infer import Predictive
 from numpyro.primitives import Messenger
 
-from prob_transformer.inference.joint import observed_data
-from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.joint import log_likelihood, observed_data
+from prob_transformer.inference.laplace.potential import Potential, Trace
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.law import statistics
 
@@ -56,6 +55,12 @@ class SampledPredictive(NamedTuple):
     log_density: dict[str, Float[Array, "..."]]
 
 
+def probit_logits(mean: Float[Any, "..."], variance: Float[Any, "..."]) -> Float[Any, "..."]:
+    """Each logit divided by sqrt(1 + pi/8 variance): their probabilities are MacKay's (1992) approximation of the mean
+    probabilities. Covariances between the logits of a case are left out."""
+    return mean / (1 + math.pi / 8 * variance) ** 0.5
+
+
 class LinearisedPredictive(NamedTuple):
     """A Gaussian over the outputs f of a site: `mean` (...) at the mode and `covariance` (m, m) of its m entries.
 
@@ -81,68 +86,56 @@ class LinearisedPredictive(NamedTuple):
         return self.covariance + jnp.diag(jnp.square(self.noise_scale).ravel())
 
     def probit_probabilities(self) -> Float[Array, "..."]:
-        """Probabilities with each logit divided by sqrt(1 + pi/8 variance), MacKay's approximation; ValueError for
-        normal sites. Covariances between the logits of a case are left out."""
+        """Probabilities of the `probit_logits`; ValueError for normal sites."""
         if self.noise_scale is not None:
             raise ValueError(f"site: {self.site!r} is Normal and has no logits; use predictive_covariance().")
-        scaled = self.mean / jnp.sqrt(1 + math.pi / 8 * self.variance)
+        scaled = probit_logits(self.mean, self.variance)
         return jax.nn.sigmoid(scaled) if self.distribution == "BernoulliLogits" else jax.nn.softmax(scaled, axis=-1)
 
 
-def _trace(potential: Potential, values: dict[str, Array], args: tuple, kwargs: dict) -> dict[str, dict[str, Any]]:
-    # The seed is for data that the call leaves out; nothing here depends on what is drawn for them.
-    model = handlers.seed(handlers.substitute(potential.model, data=values), jax.random.key(0))
-    return handlers.trace(model).get_trace(*args, **kwargs)
-
-
-def _data_names(potential: Potential, trace: dict[str, dict[str, Any]]) -> list[str]:
+def _data_names(potential: Potential, trace: Trace) -> list[str]:
     """The sites of data, given or left out; a factor is a sample site of the distribution Unit."""
     samples = {name: site["fn"] for name, site in trace.items() if site["type"] == "sample"}
-    return [name for name, fn in samples.items() if name not in potential.mode and not isinstance(fn, dist.Unit)]
+    latent = {*potential.mean, *potential.held}
+    return [name for name, fn in samples.items() if name not in latent and not isinstance(fn, dist.Unit)]
 
 
-def _draw(potential: Potential, precision: Precision, key: PRNGKeyArray, draws: int) -> dict[str, Array]:
-    drawn = jax.vmap(potential.constrained)(potential.centre() + precision.sample(key, draws))
-    return {name: drawn[name] for name in potential.mode}
+def sites_at(potential: Potential, z: Float[Array, " k"]) -> dict[str, Array]:
+    """All latent sites in their supports."""
+    trace = potential.trace(z)
+    return {name: trace[name]["value"] for name in (*potential.mean, *potential.held)}
 
 
-@eqx.filter_jit
-def draw(potential: Potential, precision: Precision, key: PRNGKeyArray, draws: int) -> dict[str, Array]:
-    """Draws of the chosen sites in their supports, each (draws, ...)."""
-    drawn = _draw(potential, precision, key, draws)
-    return {name: drawn[name] for name in potential.sites}
-
-
-@eqx.filter_jit
-def log_joint(potential: Potential, precision: Precision, key: PRNGKeyArray, draws: int) -> Float[Array, " draws"]:
-    """-U in nats at the same draws as `draw` has for this key."""
-    return -jax.vmap(potential.value)(potential.centre() + precision.sample(key, draws))
+def log_joint_and_law(potential: Potential, z: Float[Array, " k"]) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """-U in nats, and the `statistics` of the law."""
+    return -potential.value(z), statistics(potential.trace(z))
 
 
 @eqx.filter_jit
-def law_statistics(potential: Potential, precision: Precision, key: PRNGKeyArray, draws: int) -> dict[str, Array]:
-    """The `statistics` of the law at the same draws as `draw` has for this key."""
-    return jax.vmap(lambda z: statistics(potential.trace(z)))(potential.centre() + precision.sample(key, draws))
+def at_draws(
+    function: Callable[[Potential, Float[Array, " k"]], Any],
+    potential: Potential,
+    precision: Precision,
+    key: PRNGKeyArray,
+    draws: int,
+) -> Any:
+    """What a function of the module gives at draws from the Gaussian, the same draws for the same key."""
+    return jax.vmap(lambda z: function(potential, z))(potential.centre() + precision.sample(key, draws))
 
 
 @eqx.filter_jit
 def sampled(
     potential: Potential, precision: Precision, key: PRNGKeyArray, draws: int, args: tuple, kwargs: dict
 ) -> SampledPredictive:
-    """Predictions of the model called with `args` and `kwargs` under draws of the same parameters as `draw` has."""
-    latent = _draw(potential, precision, key, draws)
+    """Predictions of the model called with `args` and `kwargs` at the draws that `at_draws` has for this key."""
+    latent = at_draws(sites_at, potential, precision, key, draws)
     data_key = jax.random.fold_in(key, 1)
-    names = _data_names(
-        potential, _trace(potential, {name: values[0] for name, values in latent.items()}, args, kwargs)
-    )
+    names = _data_names(potential, potential.trace(potential.centre(), (args, kwargs)))
     predict = Predictive(_Unobserved(potential.model), latent, return_sites=names, parallel=True)
     drawn = predict(data_key, *args, **kwargs)
 
-    def log_likelihood(values: dict[str, Array]) -> dict[str, Array]:
-        trace = _trace(potential, values, args, kwargs)
-        return {name: trace[name]["fn"].log_prob(value) for name, value in observed_data(trace).items()}
-
-    densities = jax.vmap(log_likelihood)(latent)
+    z = potential.centre() + precision.sample(key, draws)
+    densities = jax.vmap(lambda z: log_likelihood(potential.trace(z, (args, kwargs))))(z)
     return SampledPredictive(
         posterior={name: latent[name] for name in potential.sites},
         posterior_predictive=drawn,
@@ -151,45 +144,35 @@ def sampled(
     )
 
 
-def _site_at(
-    potential: Potential, site: str, args: tuple, kwargs: dict
-) -> Callable[[Float[Array, " k"]], dist.Distribution]:
-    """The distribution of a site as a function of z; the model may be called without its data."""
-
-    def distribution(z: Float[Array, " k"]) -> dist.Distribution:
-        latent = {name: value for name, value in potential.constrained(z).items() if name in potential.mode}
-        trace = _trace(potential, latent, args, kwargs)
-        names = _data_names(potential, trace)
-        if site not in names:
-            raise ValueError(f"site: got {site!r}; pass one of the model's sites of data, {', '.join(names)}.")
-        return trace[site]["fn"]
-
-    return distribution
-
-
 @eqx.filter_jit
 def linearised(
     potential: Potential, precision: Precision, site: str, args: tuple, kwargs: dict
 ) -> LinearisedPredictive:
     """The outputs of `site` for the model called with `args` and `kwargs`, linear in the parameters around the mode."""
-    distribution, z = _site_at(potential, site, args, kwargs), potential.centre()
 
-    def base(fn: dist.Distribution) -> dist.Distribution:
-        while isinstance(fn, _WRAPPERS):
-            fn = fn.base_dist
-        return fn
+    def distribution(z: Float[Array, " k"]) -> tuple[dist.Distribution, dist.Distribution]:
+        """That of the site, and the one behind expansion and masks; the model may be called without its data."""
+        trace = potential.trace(z, (args, kwargs))
+        names = _data_names(potential, trace)
+        if site not in names:
+            raise ValueError(f"site: got {site!r}; pass one of the model's sites of data, {', '.join(names)}.")
+        whole = base = trace[site]["fn"]
+        while isinstance(base, _WRAPPERS):
+            base = base.base_dist
+        return whole, base
 
-    whole = distribution(z)
-    kind = type(base(whole))
+    z = potential.centre()
+    whole, base = distribution(z)
+    kind = type(base)
     if kind not in _OUTPUT:
         names = ", ".join(known.__name__ for known in _OUTPUT)
         raise ValueError(f"site: {site!r} is {kind.__name__}, not one of {names}; use predictive() by sampling.")
-    own = base(whole).logits.shape[-1:] if kind is dist.CategoricalLogits else ()
+    shape = (*whole.shape(), *(base.logits.shape[-1:] if kind is dist.CategoricalLogits else ()))
 
     def output(z: Float[Array, " k"]) -> Float[Array, "..."]:
-        return jnp.broadcast_to(getattr(base(distribution(z)), _OUTPUT[kind]), (*whole.shape(), *own))
+        return jnp.broadcast_to(getattr(distribution(z)[1], _OUTPUT[kind]), shape)
 
     mean = output(z)
     jacobian = (jax.jacrev if mean.size < z.size else jax.jacfwd)(output)(z).reshape(mean.size, z.size)
-    noise = jnp.broadcast_to(base(whole).scale, whole.shape()) if kind is dist.Normal else None
+    noise = jnp.broadcast_to(base.scale, whole.shape()) if kind is dist.Normal else None
     return LinearisedPredictive(site, _OUTPUT[kind], kind.__name__, mean, precision.covariance_of(jacobian), noise)

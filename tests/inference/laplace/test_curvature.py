@@ -9,7 +9,6 @@ from scipy.special import softmax
 
 from prob_transformer.inference.laplace import IndefiniteCurvatureError, laplace
 from prob_transformer.inference.laplace.curvature import diagonal_of
-from prob_transformer.inference.laplace.matrix_free import covariance_product
 from tests.support.modes import mode_at
 
 RNG = np.random.default_rng(5)
@@ -72,18 +71,18 @@ def truth():
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 def test_both_curvatures_are_those_written_by_hand(at, truth, curvature):
     assert np.abs(truth["ggn"] - truth["hessian"]).max() > 0.05
-    result = laplace(network, X, LABELS, SEEN, at=at, curvature=curvature)
+    result = laplace(at, curvature=curvature)
     assert result.curvature == curvature
     np.testing.assert_allclose(result.precision.matrix(), truth[curvature], rtol=1e-9, atol=1e-12)
 
 
 def test_the_diagonal_of_the_gauss_newton_matrix(at, truth):
-    result = laplace(network, X, LABELS, SEEN, at=at, structure="diagonal", curvature="ggn")
+    result = laplace(at, structure="diagonal", curvature="ggn")
     np.testing.assert_allclose(result.precision.diagonal, np.diag(truth["ggn"]), rtol=1e-10)
 
 
 def test_a_low_rank_keeps_the_largest_eigenpairs_in_units_of_the_prior(at, truth):
-    result = laplace(network, X, LABELS, SEEN, at=at, structure="low-rank", rank=2, curvature="ggn")
+    result = laplace(at, structure="low-rank", rank=2, curvature="ggn")
     root = np.sqrt(np.diag(truth["prior"]))
     values, vectors = np.linalg.eigh(truth["ggn"] / np.outer(root, root) - np.eye(7))
     scaled = np.eye(7) + (vectors[:, -2:] * values[-2:]) @ vectors[:, -2:].T
@@ -91,7 +90,7 @@ def test_a_low_rank_keeps_the_largest_eigenpairs_in_units_of_the_prior(at, truth
 
 
 def test_sites_have_a_kronecker_product_each(at, truth):
-    result = laplace(network, X, LABELS, SEEN, at=at, structure="kronecker", curvature="ggn")
+    result = laplace(at, structure="kronecker", curvature="ggn")
     covariance = np.asarray(result.covariance())
     np.testing.assert_array_equal(covariance[0, 1:], 0.0)
     # A scalar is exact, and of a matrix the entries beside the prior are one product.
@@ -107,20 +106,24 @@ def test_sites_have_a_kronecker_product_each(at, truth):
 def test_conjugate_gradients_give_the_covariance_whatever_the_structure(at, truth):
     v = RNG.normal(size=7)
     for structure, rank in [("diagonal", None), ("low-rank", 2)]:
-        result = laplace(network, X, LABELS, SEEN, at=at, structure=structure, rank=rank, curvature="ggn")
+        result = laplace(at, structure=structure, rank=rank, curvature="ggn")
         np.testing.assert_allclose(
-            covariance_product(result, v, tolerance=1e-10), np.linalg.solve(truth["ggn"], v), atol=1e-8
+            result.covariance_product(v, tolerance=1e-10), np.linalg.solve(truth["ggn"], v), atol=1e-8
         )
 
 
-def test_conjugate_gradients_that_stop_early_are_refused(at):
-    result = laplace(network, X, LABELS, SEEN, at=at, structure="diagonal", curvature="ggn")
-    with pytest.raises(ValueError, match="tolerance: the relative residual is"):
-        covariance_product(result, RNG.normal(size=7), tolerance=1e-10, max_steps=1)
-    with pytest.raises(ValueError, match=r"v: has shape \(3,\); pass \(7,\)"):
-        covariance_product(result, np.ones(3))
-    with pytest.raises(ValueError, match="not all 0"):
-        covariance_product(result, np.zeros(7))
+@pytest.mark.parametrize(
+    ("v", "options", "message"),
+    [
+        (np.ones(7), {"tolerance": 1e-10, "max_steps": 1}, "tolerance: the relative residual is"),
+        (np.ones(3), {}, r"v: has shape \(3,\); pass \(7,\)"),
+        (np.zeros(7), {}, "not all 0"),
+    ],
+)
+def test_conjugate_gradients_that_stop_early_are_refused(at, v, options, message):
+    result = laplace(at, structure="diagonal", curvature="ggn")
+    with pytest.raises(ValueError, match=message):
+        result.covariance_product(v, **options)
 
 
 def saddle(y):
@@ -132,14 +135,14 @@ def saddle(y):
 
 def test_conjugate_gradients_see_the_negative_direction_that_the_diagonal_does_not():
     y = np.zeros(())
-    result = laplace(saddle, y, at=mode_at({"w": np.zeros(2)}, saddle, y), structure="diagonal")
+    result = laplace(mode_at({"w": np.zeros(2)}, saddle, y), structure="diagonal")
     np.testing.assert_allclose(result.precision.diagonal, [3.0, 3.0])
     with pytest.raises(IndefiniteCurvatureError, match=r"v\^T P\^-1 v is -2"):
-        covariance_product(result, np.array([1.0, -1.0]))
+        result.covariance_product(np.array([1.0, -1.0]))
     with pytest.raises(IndefiniteCurvatureError, match="smallest eigenvalue is -1 "):
-        laplace(saddle, y, at=mode_at({"w": np.zeros(2)}, saddle, y))
+        laplace(mode_at({"w": np.zeros(2)}, saddle, y))
     with pytest.raises(IndefiniteCurvatureError, match="smallest eigenvalue at site 'w' is -1 "):
-        laplace(saddle, y, at=mode_at({"w": np.zeros(2)}, saddle, y), structure="kronecker")
+        laplace(mode_at({"w": np.zeros(2)}, saddle, y), structure="kronecker")
 
 
 def spread(y):
@@ -159,7 +162,7 @@ def test_a_loss_that_is_not_convex_in_its_outputs_is_refused():
     smallest = np.linalg.eigvalsh(jacobian.T @ outer @ jacobian + np.eye(2))[0]
     assert smallest < 0
     with pytest.raises(IndefiniteCurvatureError, match=f"smallest eigenvalue is {smallest:.4g}"[:-1]):
-        laplace(spread, y, at=mode_at(point, spread, y), curvature="ggn")
+        laplace(mode_at(point, spread, y), curvature="ggn")
 
 
 def test_a_diagonal_matrix_is_told_from_others_with_the_same_row_sums():
@@ -186,4 +189,4 @@ def rooted(y):
 def test_a_curvature_that_is_not_finite_is_named():
     y = np.zeros(())
     with pytest.raises(ValueError, match="curvature: is NaN or inf at the mode"):
-        laplace(rooted, y, at=mode_at({"w": np.array(0.0)}, rooted, y))
+        laplace(mode_at({"w": np.array(0.0)}, rooted, y))

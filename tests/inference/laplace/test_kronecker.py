@@ -2,109 +2,197 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import linalg
+from scipy.linalg import hadamard
 
-from prob_transformer.inference.laplace import Precision
-from prob_transformer.inference.laplace.kronecker import KroneckerFactors, kronecker_precision
+from prob_transformer.inference.laplace.kronecker import (
+    combinations,
+    gaussian_root,
+    kronecker_factors,
+    nearest_kronecker,
+    softmax_root,
+)
 
-SHAPES = ((3, 2), (2, 4))
-SIZE = 14
-TAU = 0.7
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(4)
+LEFT, RIGHT = RNG.normal(size=(2, 2)), RNG.normal(size=(3, 3))
+LEFT, RIGHT = LEFT @ LEFT.T, RIGHT @ RIGHT.T
 
 
-def gram(rng, size, rows):
-    x = rng.normal(size=(rows, size))
-    return x.T @ x
+def softmax_hessian(logits):
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return np.einsum("nv,vw->nvw", p, np.eye(p.shape[-1])) - np.einsum("nv,nw->nvw", p, p)
 
 
-def factors(dtype=np.float64):
-    """One pair of full rank, and one whose factors have zero eigenvalues, as curvature of few data has."""
+def gauss_newton(logits_of, matrix, hessian):
+    """sum_t J_t^T H_t J_t over all positions, by autodiff, for one matrix by rows."""
+    jacobian = np.asarray(jax.jacobian(logits_of)(matrix)).reshape(*hessian.shape[:-1], -1)
+    return np.einsum("nvk,nvw,nwl->kl", jacobian, hessian, jacobian)
+
+
+def head(hook, weight, features):
+    return hook("head", features, features @ weight.T)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-5)])
+def test_factors_are_exact_for_a_softmax_layer_of_one_example_and_position(dtype, tolerance):
     rng = np.random.default_rng(0)
-    pairs = [(gram(rng, 3, 5), gram(rng, 2, 3)), (gram(rng, 2, 1), gram(rng, 4, 2))]
-    return [KroneckerFactors(*(jnp.asarray(x, dtype) for x in pair)) for pair in pairs]
+    weight, features = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((4, 3), (1, 1, 3)))
+    found = kronecker_factors(head, weight, features, combinations("apart", KEY, 1, 1))["head"]
+    truth = gauss_newton(lambda w: features[0] @ w.T, weight, softmax_hessian(np.asarray(features[0] @ weight.T)))
+    assert found.output.dtype == dtype
+    np.testing.assert_allclose(np.kron(found.output, found.input), truth, rtol=0, atol=tolerance)
 
 
-def dense(tau=TAU):
-    return linalg.block_diag(*(np.kron(*pair) for pair in factors())) + tau * np.eye(SIZE)
+def deep(hook, weights, features):
+    first, second, third = weights
+    hidden = hook("first", features, features @ first.T)
+    hidden = hook("second", hidden, hidden @ second.T)
+    return hook("third", hidden, hidden @ third.T)
 
 
-@pytest.fixture(scope="module", params=["float64", "float32"])
-def case(request):
-    """The precision in either type, and how many digits it has."""
-    return kronecker_precision(factors(request.param), TAU), {"float64": 1e-11, "float32": 2e-5}[request.param]
-
-
-def test_it_is_a_precision_in_the_type_of_its_factors(case):
-    precision, tolerance = case
-    assert isinstance(precision, Precision)
-    assert precision.size == SIZE
-    assert precision.solve(jnp.ones(SIZE, precision.prior_precision.dtype)).dtype == precision.log_det.dtype
-    assert precision.log_det.dtype == ("float64" if tolerance < 1e-10 else "float32")
-
-
-def test_log_det_solve_variance_and_covariance_are_those_of_the_dense_matrix(case):
-    precision, tolerance = case
-    dtype = precision.prior_precision.dtype
-    inverse = np.linalg.inv(dense())
+def test_factors_are_exact_for_a_deep_linear_network_with_gaussian_loss_and_one_example():
     rng = np.random.default_rng(1)
-    vectors, jacobian = rng.normal(size=(SIZE, 2, 3)), rng.normal(size=(5, SIZE))
-    np.testing.assert_allclose(precision.log_det, np.linalg.slogdet(dense())[1], rtol=tolerance)
-    np.testing.assert_allclose(precision.variance(), np.diag(inverse), rtol=10 * tolerance)
-    solved = precision.solve(jnp.asarray(vectors, dtype))
-    np.testing.assert_allclose(solved, np.tensordot(inverse, vectors, 1), rtol=0, atol=10 * tolerance)
-    np.testing.assert_allclose(precision.solve(jnp.asarray(vectors[:, 0, 0], dtype)), solved[:, 0, 0], atol=tolerance)
-    covariance = precision.covariance_of(jnp.asarray(jacobian, dtype))
-    np.testing.assert_allclose(covariance, jacobian @ inverse @ jacobian.T, rtol=0, atol=50 * tolerance)
+    weights = [jnp.asarray(rng.normal(size=shape)) for shape in ((3, 2), (4, 3), (2, 4))]
+    features = jnp.asarray(rng.normal(size=(1, 1, 2)))
+    found = kronecker_factors(deep, weights, features, combinations("apart", KEY, 1, 1), gaussian_root)
+    for index, name in enumerate(("first", "second", "third")):
+
+        def logits_of(weight, index=index):
+            replaced = [*weights[:index], weight, *weights[index + 1 :]]
+            return deep(lambda _, inputs, outputs: outputs, replaced, features[0])
+
+        truth = gauss_newton(logits_of, weights[index], np.eye(2)[None])
+        np.testing.assert_allclose(np.kron(found[name].output, found[name].input), truth, rtol=1e-12)
 
 
-def test_samples_have_the_covariance_of_the_dense_matrix():
-    precision = kronecker_precision(factors(), TAU)
-    draws = np.asarray(precision.sample(jax.random.key(0), 200_000))
-    inverse = np.linalg.inv(dense())
-    # In the basis where the covariance is I, every entry of its estimate has a standard error of at most sqrt(2 / S).
-    white = draws @ np.linalg.cholesky(dense())
-    np.testing.assert_allclose(white.T @ white / len(draws), np.eye(SIZE), atol=5 * np.sqrt(2 / len(draws)))
-    np.testing.assert_allclose(draws.mean(0) / np.sqrt(np.diag(inverse)), 0, atol=5 / np.sqrt(len(draws)))
+def mixing(hook, weights, features):
+    """Every position averages those before it, between two maps."""
+    hidden = jnp.tanh(hook("first", features, features @ weights[0].T))
+    length = len(features)
+    averages = jnp.tril(jnp.ones((length, length))) / jnp.arange(1, length + 1)[:, None] @ hidden
+    return hook("head", averages, averages @ weights[1].T)
 
 
-def test_another_prior_precision_is_added_exactly_and_eigenvalues_are_those_of_the_curvature():
-    precision = kronecker_precision(factors(), TAU).with_prior_precision(3.0)
-    np.testing.assert_allclose(precision.log_det, np.linalg.slogdet(dense(3.0))[1], rtol=1e-12)
-    np.testing.assert_allclose(
-        np.sort(precision.curvature_eigenvalues()), np.linalg.eigvalsh(dense(0.0)), rtol=0, atol=1e-10
-    )
+def mixing_case(examples=3, length=4):
+    rng = np.random.default_rng(2)
+    weights = [jnp.asarray(rng.normal(size=shape)) for shape in ((3, 2), (5, 3))]
+    return weights, jnp.asarray(rng.normal(size=(examples, length, 2)))
 
 
-def test_a_compiled_function_takes_a_precision():
-    precision = kronecker_precision(factors(), TAU)
-    compiled = jax.jit(lambda p, v: p.solve(v))(precision, jnp.ones(SIZE))
-    np.testing.assert_allclose(compiled, np.linalg.solve(dense(), np.ones(SIZE)), rtol=1e-10)
+def factors_by_hand(weights, features):
+    """B and A of "first" by autodiff of the logits in its outputs at every position."""
+    output, inputs = 0.0, []
+    for example in features:
+        hidden = example @ weights[0].T
+
+        def logits_of(outputs, example=example):
+            return mixing(lambda name, _, y: outputs if name == "first" else y, weights, example)
+
+        jacobian = np.asarray(jax.jacobian(logits_of)(hidden))
+        hessian = softmax_hessian(np.asarray(logits_of(hidden)))
+        output = output + np.einsum("tvsi,tvw,twsj->ij", jacobian, hessian, jacobian)
+        inputs.append(np.asarray(example))
+    stacked = np.concatenate(inputs)
+    return output, stacked.T @ stacked / len(stacked)
+
+
+def test_shared_weights_sum_outputs_and_average_inputs():
+    weights, features = mixing_case()
+    found = kronecker_factors(mixing, weights, features, combinations("apart", KEY, 3, 4))["first"]
+    output, inputs = factors_by_hand(weights, features)
+    np.testing.assert_allclose(found.output, output, rtol=1e-12)
+    np.testing.assert_allclose(found.input, inputs, rtol=1e-12)
+
+
+def test_random_signs_are_exact_on_average():
+    weights, features = mixing_case()
+    output, _ = factors_by_hand(weights, features)
+    # The rows of a Hadamard matrix are orthogonal signs: E^T E = I once divided by their number.
+    rows = jnp.broadcast_to(jnp.asarray(hadamard(4) / 2.0), (3, 4, 4))
+    np.testing.assert_allclose(kronecker_factors(mixing, weights, features, rows)["first"].output, output, rtol=1e-12)
+    rows = combinations("signs", KEY, 3000, 4)
+    np.testing.assert_array_equal(np.abs(rows), np.ones((3000, 1, 4)))
+    np.testing.assert_allclose(np.einsum("wrs,wrt->st", rows, rows) / 3000, np.eye(4), atol=5 / np.sqrt(3000))
+
+
+def test_positions_together_add_products_of_different_positions():
+    """Two positions, f_1 = h_1 and f_2 = h_1 + h_2 with weights 0, so that H_1 = H_2 = H: apart 3 H, together 5 H."""
+
+    def sums(hook, weight, features):
+        return jnp.cumsum(hook("map", features, features @ weight.T), axis=0)
+
+    hessian = np.array([[0.25, -0.25], [-0.25, 0.25]])
+    features = jnp.ones((1, 2, 1))
+    for positions, factor in (("apart", 3), ("together", 5)):
+        found = kronecker_factors(sums, jnp.zeros((2, 1)), features, combinations(positions, KEY, 1, 2))["map"]
+        np.testing.assert_allclose(found.output, factor * hessian, atol=1e-6)
+
+
+def test_without_mixing_it_does_not_matter_how_positions_are_combined():
+    weights, features = mixing_case()
+    heads = [
+        kronecker_factors(mixing, weights, features, combinations(positions, KEY, 3, 4))["head"].output
+        for positions in ("apart", "signs", "together")
+    ]
+    np.testing.assert_allclose(heads[1:], [heads[0]] * 2, rtol=1e-12)
+
+
+def test_the_root_of_the_softmax_hessian():
+    logits = np.random.default_rng(3).normal(size=(2, 5))
+    root = np.asarray(softmax_root(jnp.asarray(logits)))
+    np.testing.assert_allclose(root @ root.swapaxes(1, 2), softmax_hessian(logits), atol=1e-14)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("network", "message"),
     [
-        (lambda f: ([], 1.0), "factors: got none"),
-        (lambda f: (f, 0.0), "prior_precision: got 0.0; pass a value greater than 0"),
-        (lambda f: (f, np.nan), "prior_precision: contains NaN"),
-        (lambda f: ([f[0], f[1]._replace(input=f[1].input[:3])], 1.0), r"factors\[1\].input: has shape \(3, 4\)"),
-        (lambda f: ([f[0]._replace(output=-f[0].output)], 1.0), r"factors\[0\].output: is not symmetric with eigenv"),
-        (lambda f: ([f[0]._replace(output=jnp.triu(f[0].output))], 1.0), r"factors\[0\].output: is not symmetric"),
-        (lambda f: ([f[0]._replace(input=f[0].input * jnp.nan)], 1.0), r"factors\[0\].input: contains NaN"),
+        (lambda hook, w, x: x @ w.T, "network: calls its hook at no linear map"),
+        (lambda hook, w, x: hook("a", x, hook("a", x, x @ w.T)), "network: calls its hook under 'a' twice"),
+        (lambda hook, w, x: hook("a", x[0], x @ w.T), "network: calls its hook under 'a' with inputs"),
     ],
 )
-def test_bad_factors_are_refused_by_name(change, message):
+def test_networks_that_are_not_hooked_well_are_refused(network, message):
     with pytest.raises(ValueError, match=message):
-        kronecker_precision(*change(factors()))
+        kronecker_factors(network, jnp.ones((2, 3)), jnp.ones((1, 2, 3)), combinations("apart", KEY, 1, 2))
 
 
-def test_vectors_of_another_length_and_no_draws_are_refused():
-    precision = kronecker_precision(factors(), TAU)
-    with pytest.raises(ValueError, match="vector: has 13 parameters; pass k = 14"):
-        precision.solve(jnp.ones(13))
-    with pytest.raises(ValueError, match="vector: has 13 parameters"):
-        precision.covariance_of(jnp.ones((2, 13)))
-    with pytest.raises(ValueError, match="draws: got 0"):
-        precision.sample(jax.random.key(0), 0)
-    with pytest.raises(ValueError, match="prior_precision: got -1"):
-        precision.with_prior_precision(-1.0)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("all", KEY, 1, 1), "positions: got 'all'; pass one of apart, signs, together"),
+        (("signs", KEY, 0, 1), "examples: got 0"),
+        (("signs", KEY, 1, 0), "length: got 0"),
+    ],
+)
+def test_unknown_combinations_and_no_examples_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        combinations(*given)
+
+
+def test_the_nearest_kronecker_product_is_a_product_where_there_is_one():
+    for product in (np.kron(LEFT, RIGHT), np.kron(LEFT, -RIGHT)):
+        np.testing.assert_allclose(np.kron(*nearest_kronecker(jnp.asarray(product), 2)), product, atol=1e-12)
+
+
+def test_only_symmetric_factors_are_looked_for():
+    # A product of antisymmetric matrices is symmetric, but none of symmetric ones comes nearer to it than 0.
+    turn, spin = np.array([[0.0, 1.0], [-1.0, 0.0]]), np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, -3.0, 0.0]])
+    left, right = nearest_kronecker(jnp.asarray(np.kron(LEFT, RIGHT) + 50 * np.kron(turn, spin)), 2)
+    np.testing.assert_allclose(np.kron(left, right), np.kron(LEFT, RIGHT), atol=1e-10)
+
+
+def test_no_other_kronecker_product_is_nearer():
+    block = RNG.normal(size=(6, 6))
+    block = block @ block.T
+    left, right = map(np.asarray, nearest_kronecker(jnp.asarray(block), 2))
+    nearest = np.linalg.norm(block - np.kron(left, right))
+    # Alternating least squares from many starts: each factor is optimal given the other.
+    blocks = block.reshape(2, 3, 2, 3)
+    for _ in range(20):
+        other = RNG.normal(size=(3, 3))
+        for _ in range(200):
+            own = np.einsum("ipjq,pq->ij", blocks, other) / (other**2).sum()
+            other = np.einsum("ipjq,ij->pq", blocks, own) / (own**2).sum()
+        assert nearest <= np.linalg.norm(block - np.kron(own, other)) + 1e-9
+    assert nearest >= 1e-3

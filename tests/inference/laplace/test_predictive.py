@@ -39,12 +39,12 @@ def logistic(x, y=None):
 @pytest.fixture(scope="module")
 def result():
     mode = np.linalg.solve(X.T @ X / 0.25 + np.eye(3) / 4, X.T @ Y / 0.25)
-    return laplace(linear, X, Y, at=mode_at({"w": mode}, linear, X, Y))
+    return laplace(mode_at({"w": mode}, linear, X, Y))
 
 
 @pytest.fixture(scope="module")
 def classes():
-    return laplace(softmax_regression, X, CLASSES, at=mode_at({"w": WEIGHTS}, softmax_regression, X, CLASSES))
+    return laplace(mode_at({"w": WEIGHTS}, softmax_regression, X, CLASSES))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def new_data(truth):
 
 
 def test_linearised_predictions_of_a_linear_gaussian_model_are_exact(result, truth):
-    found = result.linearised("y", NEW)
+    found = result.linearised("y", model_args=(NEW,))
     assert (found.parameter, found.distribution) == ("loc", "Normal")
     np.testing.assert_allclose(found.mean, truth[0], atol=1e-12)
     np.testing.assert_allclose(found.predictive_covariance(), truth[1], atol=1e-12)
@@ -71,7 +71,7 @@ def test_linearised_predictions_of_a_linear_gaussian_model_are_exact(result, tru
 
 
 def test_sampled_predictions_have_the_exact_mean_and_covariance(result, new_data, truth):
-    found, draws = result.predictive(jax.random.key(2), DRAWS, NEW, new_data), DRAWS
+    found, draws = result.predictive(jax.random.key(2), DRAWS, model_args=(NEW, new_data)), DRAWS
     assert set(found.posterior_predictive) == {"y"}
     # Data given to the call are drawn anew all the same.
     y, variances = np.asarray(found.posterior_predictive["y"]), np.diag(truth[1])
@@ -81,7 +81,7 @@ def test_sampled_predictions_have_the_exact_mean_and_covariance(result, new_data
 
 
 def test_the_log_density_of_new_data_is_that_of_the_mixture_of_draws(result, new_data, truth):
-    found = result.predictive(jax.random.key(2), DRAWS, NEW, new_data)
+    found = result.predictive(jax.random.key(2), DRAWS, model_args=(NEW, new_data))
     fit = norm.logpdf(new_data, np.asarray(found.posterior["w"]) @ NEW.T, 0.5)
     np.testing.assert_allclose(found.log_likelihood["y"], fit, rtol=1e-9)
     np.testing.assert_allclose(found.log_density["y"], logsumexp(fit, axis=0) - np.log(DRAWS), rtol=1e-9)
@@ -93,7 +93,7 @@ def test_the_log_density_of_new_data_is_that_of_the_mixture_of_draws(result, new
 
 
 def test_linearised_logits_of_classes(classes):
-    found = classes.linearised("y", NEW)
+    found = classes.linearised("y", model_args=(NEW,))
     # Case n, class c is x_n . w[:, c]; the parameters go row by row through w.
     jacobian = np.einsum("ni,cd->ncid", NEW, np.eye(3)).reshape(12, 9)
     covariance = jacobian @ np.asarray(classes.covariance()) @ jacobian.T
@@ -107,7 +107,7 @@ def test_linearised_logits_of_classes(classes):
 
 
 def test_sampled_classes_have_the_frequencies_of_the_draws(classes):
-    found = classes.predictive(jax.random.key(1), DRAWS, NEW)
+    found = classes.predictive(jax.random.key(1), DRAWS, model_args=(NEW,))
     assert found.log_likelihood == found.log_density == {}
     probability = softmax(np.einsum("ni,sic->snc", NEW, found.posterior["w"]), axis=-1).mean(0)
     frequency = (np.asarray(found.posterior_predictive["y"])[..., None] == np.arange(3)).mean(0)
@@ -116,7 +116,7 @@ def test_sampled_classes_have_the_frequencies_of_the_draws(classes):
 
 def test_linearised_logits_of_two_classes():
     mode = np.array([0.3, -0.2, 0.5])
-    found = laplace(logistic, X, LABELS, at=mode_at({"w": mode}, logistic, X, LABELS)).linearised("y")
+    found = laplace(mode_at({"w": mode}, logistic, X, LABELS)).linearised("y")
     p = expit(X @ mode)
     variance = np.diag(X @ np.linalg.inv((X.T * p * (1 - p)) @ X + np.eye(3) / 4) @ X.T)
     np.testing.assert_allclose(found.variance, variance, atol=1e-12)
@@ -132,7 +132,7 @@ def counts(y):
 
 def test_bad_input_is_refused_by_name(result):
     y = np.array(2)
-    other = laplace(counts, y, at=mode_at({"t": np.array(0.4)}, counts, y))
+    other = laplace(mode_at({"t": np.array(0.4)}, counts, y))
     with pytest.raises(ValueError, match=r"site: 'y' is Poisson, not one of Normal, .*; use predictive\(\)"):
         other.linearised("y")
     with pytest.raises(ValueError, match="site: got 'w'; pass one of the model's sites of data, y"):
@@ -148,6 +148,6 @@ def huge(y):
 
 def test_draws_that_overflow_their_support_are_refused():
     y = np.zeros(())
-    result = laplace(huge, y, at=mode_at({"s": np.array(0.0)}, huge, y))
+    result = laplace(mode_at({"s": np.array(0.0)}, huge, y))
     with pytest.raises(ValueError, match="draws: some of site 's' are inf or NaN"):
         result.sample(jax.random.key(0), 100)

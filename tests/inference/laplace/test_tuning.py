@@ -7,7 +7,6 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import multivariate_normal
 
 from prob_transformer.inference.laplace import (
-    DensePrecision,
     IndefiniteCurvatureError,
     TuningStatus,
     laplace,
@@ -38,7 +37,7 @@ def fitted(tau, model=linear, **options):
     prior = np.broadcast_to(tau, 3)
     mode = np.linalg.solve(CURVATURE + np.diag(prior), X.T @ Y / 0.5**2)
     scale = np.asarray(tau, float) ** -0.5
-    return laplace(model, X, Y, scale, at=mode_at({"w": mode}, model, X, Y, scale), **options), mode
+    return laplace(mode_at({"w": mode}, model, X, Y, scale), **options), mode
 
 
 def exact_evidence(tau):
@@ -74,22 +73,16 @@ def test_the_maximum_is_that_of_a_grid_written_by_hand(structure, rank):
     np.testing.assert_allclose(found.prior_precision * (mode @ mode), found.effective_parameters, rtol=1e-5)
 
 
-def test_the_maximum_of_the_exact_evidence_stays_where_it_is():
-    best = minimize_scalar(
-        lambda t: -exact_evidence(np.exp(t)), bounds=(-4, 6), method="bounded", options={"xatol": 1e-10}
-    )
-    tau = np.exp(best.x)
-    found = tune_prior_precision(fitted(tau)[0])
-    np.testing.assert_allclose(found.prior_precision, tau, rtol=1e-5)
-    np.testing.assert_allclose(found.log_evidence, exact_evidence(tau), atol=1e-9)
-
-
-def test_refitting_leads_to_the_maximum_of_the_exact_evidence():
+def test_the_maximum_of_the_exact_evidence_stays_where_it_is_and_refitting_leads_to_it():
+    options = {"bounds": (-4, 6), "method": "bounded", "options": {"xatol": 1e-10}}
+    best = minimize_scalar(lambda t: -exact_evidence(np.exp(t)), **options).x
+    found = tune_prior_precision(fitted(np.exp(best))[0])
+    np.testing.assert_allclose(found.prior_precision, np.exp(best), rtol=1e-5)
+    np.testing.assert_allclose(found.log_evidence, exact_evidence(np.exp(best)), atol=1e-9)
     tau = 0.05
     for _ in range(25):
         tau = tune_prior_precision(fitted(tau)[0]).prior_precision
-    best = minimize_scalar(lambda t: -exact_evidence(np.exp(t)), bounds=(-4, 6), method="bounded")
-    np.testing.assert_allclose(np.log(tau), best.x, atol=1e-4)
+    np.testing.assert_allclose(np.log(tau), best, atol=1e-4)
 
 
 def test_different_scales_are_replaced_by_one():
@@ -122,7 +115,7 @@ def concave(y):
 
 def test_a_curvature_that_only_the_prior_makes_positive_is_refused_where_it_would_not():
     y = np.ones(())
-    result = laplace(concave, y, at=mode_at({"w": np.array([2 / 3, 0.0])}, concave, y))
+    result = laplace(mode_at({"w": np.array([2 / 3, 0.0])}, concave, y))
     with pytest.raises(IndefiniteCurvatureError, match=r"the smallest eigenvalue without the prior is -0\.5;"):
         tune_prior_precision(result)
 
@@ -135,6 +128,11 @@ def hierarchical(y):
     numpyro.sample("y", dist.Normal(w.sum() + v + jnp.log(s), 1.0), obs=y)
 
 
+def hierarchical_fit(sites):
+    mode = {"t": 0.0, "w": np.array([0.9, 0.9]), "v": 0.5, "s": 0.0}
+    return laplace(mode_at(mode, hierarchical, np.ones(())), sites=sites)
+
+
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
@@ -144,29 +142,19 @@ def hierarchical(y):
     ],
 )
 def test_other_priors_are_refused(sites, message):
-    y = np.ones(())
-    mode = {"t": 0.0, "w": np.array([0.9, 0.9]), "v": 0.5, "s": 0.0}
-    result = laplace(hierarchical, y, at=mode_at(mode, hierarchical, y), sites=sites)
     with pytest.raises(ValueError, match=message):
-        tune_prior_precision(result)
+        tune_prior_precision(hierarchical_fit(sites))
 
 
 def test_a_scale_that_is_held_can_be_tuned():
-    y = np.ones(())
-    mode = {"t": 0.0, "w": np.array([0.9, 0.9]), "v": 0.5, "s": 0.0}
-    result = laplace(hierarchical, y, at=mode_at(mode, hierarchical, y), sites=("w",))
-    found = tune_prior_precision(result)
+    found = tune_prior_precision(hierarchical_fit(("w",)))
     np.testing.assert_allclose(found.prior_precision * 2 * 0.9**2, found.effective_parameters, rtol=1e-6)
-
-
-class _Opaque:
-    size = 3
 
 
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ((1.0, 1.0), r"bounds: got \(1.0, 1.0\); pass low < high"),
+        ((1.0, 1.0), r"bounds: got \(1.0, 1.0\); pass \(low, high\)"),
         ((0.0, 1.0), "bounds: got"),
         ((1.0, 2.0, 3.0), r"bounds: got \(1.0, 2.0, 3.0\); pass \(low, high\)"),
     ],
@@ -174,10 +162,3 @@ class _Opaque:
 def test_bad_bounds_are_refused_by_name(bounds, message):
     with pytest.raises(ValueError, match=message):
         tune_prior_precision(fitted(1.0)[0], bounds)
-
-
-def test_a_precision_that_cannot_take_its_prior_out_is_refused():
-    result = fitted(1.0)[0]
-    assert isinstance(result.precision, DensePrecision)
-    with pytest.raises(ValueError, match="a _Opaque does not give its eigenvalues"):
-        tune_prior_precision(result._replace(precision=_Opaque()))

@@ -1,4 +1,4 @@
-"""Results as an `xarray.DataTree` in the groups that ArviZ reads, written to netCDF or zarr whole or not at all.
+"""What every result of inference has in common, and its form on disk: an `xarray.DataTree` in ArviZ's groups.
 
     posterior, posterior_predictive, log_likelihood, sample_stats    dimensions chain, draw, then those of the site
     observed_data                                                    the dimensions of the site
@@ -12,21 +12,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Num, Shaped
 
 from prob_transformer._extras import require
 from prob_transformer.files import atomic_path
 
 if TYPE_CHECKING:
-    import xarray as xr
+    from xarray import Dataset, DataTree
+else:
+    # Results are read and made without xarray, which belongs to an extra.
+    DataTree = Dataset = Any
 
 Group = Literal["posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data"]
 Dims = Mapping[str, tuple[str, ...]]
+Allow = Collection[IntEnum] | Literal[True]
 
 _SITE_DIMS = {"embeddings": ("position", "embedding_dim"), "tokens": ("position",)}
 _REQUIRED_ATTRS = ("version", "seed", "objective")
@@ -34,6 +39,32 @@ _REQUIRED_ATTRS = ("version", "seed", "objective")
 _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
 _ENGINES: dict[str, Literal["h5netcdf", "zarr"]] = {".nc": "h5netcdf", ".zarr": "zarr"}
 _MODULES = {"h5netcdf": ("xarray", "h5netcdf", "h5py"), "zarr": ("xarray", "zarr")}
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What every method of inference returns: look at `status` first, which is 0 where nothing was found wrong.
+
+    `posterior` by site, `to_datatree` the whole result. The tree is refused with the name of what is wrong and a remedy
+    unless `allow` names it: it is a collection of statuses, or True for all that leave something to be kept.
+    """
+
+    @property
+    def status(self) -> Any: ...
+    @property
+    def posterior(self) -> Mapping[str, Num[Any, "chain draw ..."]]: ...
+    def to_datatree(self, dims: Dims | None = None, *, allow: Allow = ()) -> DataTree: ...
+    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any: ...
+
+
+def require_allowed(problems: Mapping[Any, str], allow: Allow, never: Collection[IntEnum] = ()) -> None:
+    """Raise ValueError with extent and remedy of each problem, unless all are in `allow` and none is in `never`."""
+    refused = [problem for problem in problems if problem in never or (allow is not True and problem not in allow)]
+    if refused:
+        found = "; ".join(f"{problem.name.lower()} {problems[problem]}" for problem in refused)
+        names = ", ".join(f"{type(problem).__name__}.{problem.name}" for problem in refused)
+        keep = "" if set(refused) & set(never) else f". Pass allow=[{names}] to keep this result all the same"
+        raise ValueError(f"status: {found}{keep}.")
 
 
 def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
@@ -48,16 +79,7 @@ def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
     return tuple(f"{name}_dim_{axis}" for axis in range(ndim))
 
 
-def _numbers(label: str, value: Shaped[Any, "..."]) -> np.ndarray:
-    array = np.asarray(value)
-    if array.dtype.name not in _DTYPES:
-        raise ValueError(f"{label}: has dtype {array.dtype}; pass one of {', '.join(_DTYPES)}.")
-    return array
-
-
-def _dataset(
-    group: str, arrays: Mapping[str, Shaped[Any, "..."]], observed: Mapping[str, Any], dims: Dims
-) -> "xr.Dataset":
+def _dataset(group: str, arrays: Mapping[str, Shaped[Any, "..."]], observed: Mapping[str, Any], dims: Dims) -> Dataset:
     import xarray as xr
 
     outer = () if group == "observed_data" else ("chain", "draw")
@@ -66,7 +88,9 @@ def _dataset(
         label = f"{group}/{name}"
         if "/" in name:
             raise ValueError(f"{label}: the name holds '/', which separates groups; rename the site.")
-        array = _numbers(label, value)
+        array = np.asarray(value)
+        if array.dtype.name not in _DTYPES:
+            raise ValueError(f"{label}: has dtype {array.dtype}; pass one of {', '.join(_DTYPES)}.")
         own = array.ndim - len(outer)
         if own < 0:
             raise ValueError(f"{label}: has shape {array.shape}; pass (chain, draw, ...).")
@@ -92,7 +116,7 @@ def _text(name: str, value: Any) -> str:
 
 def datatree(
     groups: Mapping[str, Mapping[str, Shaped[Any, "..."]]], dims: Dims | None, attrs: Mapping[str, Any]
-) -> "xr.DataTree":
+) -> DataTree:
     """The tree of the given groups of arrays by site, all shaped (chain, draw, ...) but those of `observed_data`.
 
     `dims` names the dimensions of a site after chain and draw; without it "embeddings" are (position, embedding_dim),
@@ -120,7 +144,7 @@ def datatree(
     return tree
 
 
-def for_arviz(tree: "xr.DataTree") -> Any:
+def for_arviz(tree: DataTree) -> Any:
     """A tree as the installed ArviZ takes it, without a file in between: an InferenceData for 0.x, itself for 1.x.
 
     Raises MissingExtraError without ArviZ.
@@ -139,7 +163,7 @@ def _engine(path: Path) -> Literal["h5netcdf", "zarr"]:
     return engine
 
 
-def _save_zarr(tree: "xr.DataTree", path: Path) -> None:
+def _save_zarr(tree: DataTree, path: Path) -> None:
     if path.exists() and not any((path / marker).exists() for marker in (".zgroup", "zarr.json")):
         raise ValueError(f"{path}: is there and is not a zarr store; pass another path.")
     try:
@@ -162,7 +186,7 @@ def _save_zarr(tree: "xr.DataTree", path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def save(tree: "xr.DataTree", path: Path | str) -> None:
+def save(tree: DataTree, path: Path | str) -> None:
     """Write a tree to `path`, a netCDF file (.nc) or a zarr folder (.zarr), whole or not at all.
 
     It is written beside `path` and renamed. A folder cannot replace another in one step: a process killed between the
@@ -178,7 +202,7 @@ def save(tree: "xr.DataTree", path: Path | str) -> None:
         tree.to_netcdf(os.fspath(temporary), engine="h5netcdf")
 
 
-def load(path: Path | str) -> "xr.DataTree":
+def load(path: Path | str) -> DataTree:
     """The tree that `save` wrote, in memory.
 
     Raises ValueError naming the path if it is not there or not readable, and MissingExtraError without the packages

@@ -1,4 +1,4 @@
-"""Embeddings through their noise: the site of an EmbeddingProcess replaced by standard normals and the root finder.
+"""Sites of an EmbeddingProcess in a NumPyro model: finding them, sampling them by their noise, drawing from the prior.
 
     z ~ N(0, I),    u = root of u_i - mu_i(u_i; u_<i) = scale_i z_i        instead of        u ~ EmbeddingProcess
 
@@ -6,19 +6,26 @@ Where det J > 0 everywhere this is the same law in other coordinates, in which t
 boundary u has the law of the root finder, which is not the |det J| density (docs/theory.md section 3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpyro
 import numpyro.distributions as dist
-from jaxtyping import Array, Float
+import numpyro.infer
+from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.root_finder import SolveStatus
-from prob_transformer.sampling import CausalAttentionTransform
+from prob_transformer.sampling import CausalAttentionTransform, named_solve_errors
+
+# A site "u" that is sampled by its noise becomes the site "u_noise", the deterministic "u", and "u_solve_status" with
+# the `SolveStatus` of every position.
+NOISE, STATUS = "_noise", "_solve_status"
+
+Processes = dict[str, tuple[EmbeddingProcess, Float[Array, "... n d"]]]
 
 
 def embedding_process(site: dict[str, Any]) -> EmbeddingProcess | None:
@@ -29,14 +36,10 @@ def embedding_process(site: dict[str, Any]) -> EmbeddingProcess | None:
     return fn if isinstance(fn, EmbeddingProcess) else None
 
 
-def noise_name(name: str) -> str:
-    """The site of the noise of an embedding site."""
-    return f"{name}_noise"
-
-
-def status_name(name: str) -> str:
-    """The deterministic site with the `SolveStatus` of every position of an embedding site."""
-    return f"{name}_solve_status"
+def processes(trace: Mapping[str, dict[str, Any]]) -> Processes:
+    """The embedding processes of a trace by site, each with its embeddings."""
+    found = {name: (embedding_process(site), site["value"]) for name, site in trace.items()}
+    return {name: (process, value) for name, (process, value) in found.items() if process is not None}
 
 
 def position_scales(process: EmbeddingProcess) -> Float[Array, "... n 1"]:
@@ -60,10 +63,10 @@ class NoiseReparam(Reparam):
             raise ValueError(f"{name}: is drawn from {type(fn).__name__}; NoiseReparam takes an EmbeddingProcess.")
         if obs is not None:
             raise ValueError(f"{name}: is observed; only embeddings that are sampled can be sampled by their noise.")
-        noise = numpyro.sample(noise_name(name), dist.Normal(0.0, 1.0).expand(fn.shape()).to_event(2))
+        noise = numpyro.sample(name + NOISE, dist.Normal(0.0, 1.0).expand(fn.shape()).to_event(2))
         scaled = noise * position_scales(process)
         roots, status = CausalAttentionTransform(process.attention).solve(scaled)
-        numpyro.deterministic(status_name(name), status)
+        numpyro.deterministic(name + STATUS, status)
         embeddings = jnp.where((status == SolveStatus.NOT_CONVERGED)[..., None], scaled, roots)
         return None, embeddings
 
@@ -75,3 +78,15 @@ def _noise_of(site: dict[str, Any]) -> Reparam | None:
 def through_noise(model: Callable) -> Callable:
     """The model with every unobserved EmbeddingProcess site sampled through its noise by `NoiseReparam`."""
     return handlers.reparam(model, config=_noise_of)
+
+
+class Predictive(numpyro.infer.Predictive):
+    """NumPyro's `Predictive` for models with an `EmbeddingProcess`, with the same arguments.
+
+    Where embeddings cannot be drawn, because det J <= 0 was met or no root was found, the call raises
+    `ImplicitSolveError` with the status and its remedy, where NumPyro's own shows the traceback of a callback.
+    """
+
+    def __call__(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        with named_solve_errors():
+            return jax.block_until_ready(super().__call__(rng_key, *args, **kwargs))

@@ -1,14 +1,35 @@
+"""The form of results on disk, and in the installed ArviZ."""
+
+import io
 import os
+import sys
 import warnings
+from importlib.metadata import version
 
 import arviz
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 import xarray as xr
 
+from prob_transformer import Attention, LinearDecoder
 from prob_transformer.files import provenance
-from prob_transformer.inference import datatree, load, save
+from prob_transformer.inference import (
+    MapStatus,
+    NutsStatus,
+    ParticleStatus,
+    Result,
+    datatree,
+    find_map,
+    load,
+    nuts,
+    particle_filter,
+    save,
+)
+from prob_transformer.inference.laplace import laplace
 
 ATTRS = provenance(7, {"steps": 5, "rate": 0.1}, "python -m x") | {"objective": "negative log joint"}
 ENDINGS = [".nc", ".zarr"]
@@ -188,3 +209,90 @@ def test_bad_paths_are_refused_by_name(tmp_path):
             warnings.simplefilter("ignore", RuntimeWarning)
             with pytest.raises(ValueError, match=f"{name}: cannot be read with"):
                 load(tmp_path / name)
+
+
+mpl.use("Agg")
+Y = np.array([0.3, -0.2, 1.1])
+ONE = np.ones((1, 1, 1))
+
+
+def pair(y):
+    z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with numpyro.plate("cases", y.shape[0]):
+        numpyro.sample("y", dist.Normal(z.sum(), 1.0), obs=y)
+
+
+def with_map(max_steps=500):
+    return find_map(pair, model_args=(Y,), space="unconstrained", key=0, max_steps=max_steps)
+
+
+def with_nuts(draws=500):
+    return nuts(0, pair, model_args=(Y,), warmup=200, draws=draws)
+
+
+def with_laplace():
+    return laplace(with_map(), key=1, draws=300)
+
+
+def with_particles():
+    decoder = LinearDecoder(jnp.array([[1.0], [-1.0]]), jnp.zeros(2))
+    return particle_filter(0, Attention(-ONE, ONE), decoder, jnp.array([0, 1, 0]), particles=100)
+
+
+@pytest.mark.parametrize(
+    ("result", "failed", "status"),
+    [
+        (with_map, lambda: with_map(max_steps=1), MapStatus.MAX_STEPS),
+        (with_nuts, lambda: with_nuts(draws=20), NutsStatus.NOT_MIXED),
+        (
+            with_particles,
+            lambda: with_particles()._replace(status=ParticleStatus.PAST_BOUNDARY),
+            ParticleStatus.PAST_BOUNDARY,
+        ),
+    ],
+)
+def test_every_result_has_one_protocol(result, failed, status):
+    found, failed = result(), failed()
+    assert isinstance(found, Result)
+    assert (found.status, failed.status) == (0, status)
+    for name, draws in found.posterior.items():
+        np.testing.assert_array_equal(found.to_datatree()[f"posterior/{name}"], draws)
+        np.testing.assert_array_equal(found.to_inferencedata().posterior[name], draws)
+    for refused in (failed.to_datatree, failed.to_inferencedata):
+        remedy = rf"^status: {status.name.lower()} .*allow=\[{type(status).__name__}.{status.name}\]"
+        with pytest.raises(ValueError, match=remedy):
+            refused()
+        for allow in ([status], True):
+            refused(allow=allow)
+
+
+# ArviZ 0.23 with Matplotlib 3.11.
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
+@pytest.mark.filterwarnings("ignore:Shape validation failed")
+@pytest.mark.parametrize("method", [with_nuts, with_laplace, with_particles])
+def test_arviz_summarises_and_draws_every_result(method):
+    found = method()
+    assert isinstance(found, Result)
+    data, (draws,) = found.to_inferencedata(), found.posterior.values()
+    assert isinstance(data, xr.DataTree if version("arviz") >= "1" else arviz.InferenceData)
+    table = arviz.summary(data, round_to="none")
+    np.testing.assert_allclose(table["mean"].astype(float), draws.mean((0, 1)).ravel(), rtol=1e-6)
+    np.testing.assert_allclose(table["sd"].astype(float), draws.std((0, 1), ddof=1).ravel(), rtol=1e-2)
+    assert "r_hat" in table
+    arviz.plot_trace(data)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.slow
+def test_nuts_shows_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch):
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        nuts(0, pair, model_args=(Y,), warmup=20, draws=80)
+        assert ("nuts, compiling" in stream.getvalue()) == ("100/100" in stream.getvalue()) == shown
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    nuts(0, pair, model_args=(Y,), warmup=20, draws=80, progress=False)
+    assert sys.stderr.getvalue() == ""
