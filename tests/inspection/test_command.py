@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from prob_transformer import layer_margins
-from prob_transformer.inference import results
+from prob_transformer.inference import result_tree
 from prob_transformer.inspection import command
 from prob_transformer.inspection.command import parse_layers
 from prob_transformer.pretrained import load
@@ -68,7 +68,7 @@ def test_page_and_file_hold_what_layer_margins_gives(run, loaded, capsys):
     assert "".join(data["pieces"]) == TEXT
     assert data["pieces"][10:14] == ["😀", "", "", ""]
     page = np.frombuffer(base64.b64decode(data["logDet"]), "<f4").reshape(2, 4, COUNT)
-    tree = results.load(out / "inspect.nc")
+    tree = result_tree.load(out / "inspect.nc")
     for index, (layer, inputs) in enumerate(loaded.decoder.layers(tokens)):
         expected = layer_margins(layer, inputs)
         np.testing.assert_array_equal(page[index], np.asarray(expected.log_det, np.float32))
@@ -83,7 +83,7 @@ def test_page_and_file_hold_what_layer_margins_gives(run, loaded, capsys):
 def test_layers_and_setting_are_as_asked(run, loaded):
     status, out = run("--layers", "1", "--values", "own", "--self-inclusive", "--tokens", "20")
     assert status == 0
-    tree = results.load(out / "inspect.nc")
+    tree = result_tree.load(out / "inspect.nc")
     tokens = np.array(loaded.tokenizer.encode(TEXT).ids, np.int32)[:20]
     layer, inputs = list(loaded.decoder.layers(tokens))[1]
     expected = layer_margins(layer, inputs, values="own", self_inclusive=True)

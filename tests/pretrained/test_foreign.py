@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prob_transformer.inference import results
+from prob_transformer.inference import result_tree
 from prob_transformer.pretrained.load import load_pretrained
 from tests.support.foreign_models import FOLDERS, TEXT, TIED, ends, llama_folder, with_tokenizer
 from tests.support.gguf_files import FIELDS, tensors, write_gguf
@@ -29,7 +29,7 @@ def compare(inspect, tmp_path):
         truth = {name: TRUTH[f"{case}/{name}"] for name in ("tokens", "logits", "sign", "log_det")}
         for index, more in enumerate(((), ("--values", "own", "--self-inclusive"))):
             assert inspect(model, *more) == 0
-            tree = results.load(tmp_path / "out" / "inspect.nc")
+            tree = result_tree.load(tmp_path / "out" / "inspect.nc")
             np.testing.assert_array_equal(tree["text/token_number"], truth["tokens"])
             # The first position has no past: J is the identity, or that of a position alone with itself.
             sign, log_det = truth["sign"][:, index, :, 1:], truth["log_det"][:, index, :, 1:]
@@ -113,7 +113,7 @@ def test_a_gguf_tokenizer_cuts_as_the_models_own_does(tmp_path, kind):
 def test_added_tokens_are_shown_and_can_be_left_out(inspect, tmp_path, capsys):
     model = with_tokenizer(ends("<unused0> $A <unused1>"))(tmp_path / "model")
     assert inspect(model) == 0
-    whole = results.load(tmp_path / "out" / "inspect.nc")
+    whole = result_tree.load(tmp_path / "out" / "inspect.nc")
     last = len(TEXT.encode()) + 1
     words = f"Tokens added by the tokenizer: '<unused0>' at 0, '<unused1>' at {last}."
     assert words in " ".join(capsys.readouterr().out.split())
@@ -125,5 +125,5 @@ def test_added_tokens_are_shown_and_can_be_left_out(inspect, tmp_path, capsys):
     assert (pieces[0], pieces[-1], "".join(pieces[1:-1])) == ("<unused0>", "<unused1>", TEXT)
     assert inspect(model, "--no-special-tokens") == 0
     assert "Tokens added by the tokenizer: none." in capsys.readouterr().out
-    plain = results.load(tmp_path / "out" / "inspect.nc")
+    plain = result_tree.load(tmp_path / "out" / "inspect.nc")
     assert "".join(plain["text/token"].values.tolist()) == TEXT
