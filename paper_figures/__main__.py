@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help=f"draw one of {', '.join(names)}; repeatable")
     parser.add_argument("--runs", type=Path, default=Path("results/runs/quick"), help="sweep (default: %(default)s)")
     parser.add_argument("--checks", type=Path, default=Path("results/theory_checks.json"), help="of theory_checks")
-    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of benchmarks.inference")
+    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of theory_checks.inference")
     parser.add_argument("--benchmark", type=Path, default=scaling.BENCHMARK, help="result of benchmarks")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import TARGET_HEADINGS, target_cells
+from benchmarks.result_tables import TARGET_HEADINGS, target_cells
 from models import cli
 from paper_figures.__main__ import FIGURES
 from paper_figures.html import STYLE, table
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m paper_figures.report", description="Write the HTML report.")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder (default: %(default)s)")
     parser.add_argument("--profile", default="quick", help="profile of the sweep (default: %(default)s)")
-    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of benchmarks.inference")
+    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of theory_checks.inference")
     arguments = parser.parse_args(argv)
     path = arguments.results / "report.html"
     write_text(path, build(arguments.results, arguments.profile, arguments.inference))

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from paper_figures.figures import style
 from paper_figures.figures.claims import __main__ as command
 from paper_figures.figures.claims import errors
-from theory_checks import registry
+from theory_checks import claims
 
 RESULTS = Path(command.__file__).resolve().parents[2] / "results" / "reference" / "theory_checks.json"
 
@@ -20,7 +20,7 @@ def checks():
     return {check["id"]: check for check in json.loads(RESULTS.read_text(encoding="utf-8"))["checks"]}
 
 
-@pytest.mark.parametrize("identifier", [check.id for check in registry.CHECKS])
+@pytest.mark.parametrize("identifier", [check.id for check in claims.CHECKS])
 def test_axes_are_labelled_and_nothing_is_cut_off(checks, identifier):
     with mpl.rc_context(style.RC):
         figure = command.PICTURES.get(identifier, errors.draw)(checks[identifier])
@@ -39,7 +39,7 @@ def test_axes_are_labelled_and_nothing_is_cut_off(checks, identifier):
 @pytest.mark.slow
 def test_every_claim_is_drawn(tmp_path):
     command.main(["--json", str(RESULTS), "--out", str(tmp_path)])
-    assert {path.stem for path in tmp_path.iterdir()} == {check.id for check in registry.CHECKS}
+    assert {path.stem for path in tmp_path.iterdir()} == {check.id for check in claims.CHECKS}
 
 
 def test_missing_and_quick_results_are_refused(tmp_path):

@@ -21,10 +21,9 @@ from prob_transformer import (
     weight_prior,
 )
 from theory_checks.check import Plan, Result, evaluate
+from theory_checks.claims import CHECKS, change_of_variables, kolmogorov, map_equivalence
 from theory_checks.claims import certified_radius as certified_radius_check
-from theory_checks.claims import change_of_variables, kolmogorov, map_equivalence
-from theory_checks.registry import CHECKS
-from theory_checks.strategies import SHAPES
+from theory_checks.drawn_cases import SHAPES
 
 IDS = [check.id for check in CHECKS]
 
@@ -234,7 +233,7 @@ def as_parameter(identifier: str, name: str, mistake: Callable[..., Any]) -> Any
 @pytest.mark.parametrize(("identifier", "name", "mistake"), [as_parameter(*mistake) for mistake in MISTAKES])
 @pytest.mark.usefixtures("optimised_if_long")
 def test_mistake_is_caught(replaced, identifier, name, mistake):
-    replaced(importlib.import_module(f"theory_checks.{identifier.replace('-', '_')}"), name, mistake)
+    replaced(importlib.import_module(f"theory_checks.claims.{identifier.replace('-', '_')}"), name, mistake)
     assert not result(identifier).as_stated
 
 

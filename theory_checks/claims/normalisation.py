@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from models.scalar import NOISE_SCALE, PAST, scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, residual_and_log_det
-from theory_checks.check import Check, Outcome, Plan
-from theory_checks.compiling import quick_jit
+from theory_checks.check import Check, Outcome, Plan, quick_jit
 from theory_checks.truth.quadrature import Integral, expected_roots, expected_roots_plane, integrate
 
 TOLERANCE = 1e-6
