@@ -33,7 +33,7 @@ WORKED_EXAMPLE = {1.5: 1.0313, 4.0: 2.1239}
 TAIL = 9.0
 
 
-def interaction_attention(interaction: NDArray[np.float64]) -> Attention:
+def interaction_attention(interaction: Any) -> Attention:
     """One head with identity values and the given interaction A (d, d): W_K = I, p = d."""
     width = interaction.shape[0]
     return Attention(jnp.asarray(np.sqrt(width) * interaction)[None], jnp.eye(width)[None])

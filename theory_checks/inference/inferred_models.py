@@ -20,6 +20,7 @@ from models.scalar.dataset import Priors, decoder, generate, parameter_model
 from models.scalar.density import scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, token_model
 from theory_checks.check import Outcome, Plan
+from theory_checks.claims.normalisation import interaction_attention
 
 TRUE_A, TRUE_NOISE_SCALE = -1.0, 1.0
 TRUE_STRENGTHS = (1.0, 2.0)
@@ -107,9 +108,7 @@ class Problem(NamedTuple):
 
 def plane_attention(strengths: Float[Array, " d"]) -> Attention:
     """One head with A = -diag(strengths) and identity values: negative definite, so det J >= 1."""
-    width = strengths.shape[0]
-    query = -jnp.sqrt(jnp.asarray(width, strengths.dtype)) * jnp.diag(strengths)
-    return Attention(query[None], jnp.eye(width, dtype=strengths.dtype)[None])
+    return interaction_attention(-jnp.diag(strengths))
 
 
 def plane_model(embeddings: Float[Array, "S n 2"]) -> None:
