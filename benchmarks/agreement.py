@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from benchmarks.contestants import FAST, Contestant, Gradient, side_by_side, to_numpy, with_log_det
-from benchmarks.machine import cores
-from benchmarks.section import Column, Section, at_most
-from benchmarks.sizes import Sizes, draw_cells
+from benchmarks.problem_sizes import Sizes, draw_cells
+from benchmarks.result_file import cores
+from benchmarks.result_tables import Column, Section, at_most
 from prob_transformer import Attention, residual_and_log_det, stability_margin
 from prob_transformer.attention import Past
 from prob_transformer.change_of_variables import residual_and_log_det_at

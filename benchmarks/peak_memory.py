@@ -1,19 +1,28 @@
-"""Sections "step-memory" and "kernel-memory": the peak memory of a fresh process that does one piece of work."""
+"""Sections "step-memory" and "kernel-memory": the peak memory of a fresh process that does one piece of work.
+
+The process is `python -m benchmarks.peak_memory WORK SIZES`, which prints its memory as JSON. WORK is {"step": NAME} or
+{"kernel": LENGTH}, SIZES the sizes, both JSON. `before` is the peak once model and data are built, `peak` that after
+the work, in bytes, libraries and compilation included; `device_peak` is that of a GPU, and `planned` what the compiler
+plans for arguments, results and all between them (kernel only).
+"""
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks.section import Column, Section, at_most
-from benchmarks.sizes import Sizes
-from benchmarks.training_step import EXACT, PLAIN, REFERENCE, SUBSAMPLED, describe
+from benchmarks.contestants import fast_mean
+from benchmarks.problem_sizes import Sizes, draw_cells
+from benchmarks.result_file import ROOT, device_peak
+from benchmarks.result_tables import Column, Section, at_most
+from benchmarks.training_step import EXACT, PLAIN, REFERENCE, SUBSAMPLED, configurations, describe, prepare
 
-ROOT = Path(__file__).resolve().parent.parent
 FOUR_GIGABYTES = 4e9
 # When the length doubles, linear growth at most doubles the bytes; an array (n, n) makes them nearly fourfold.
 MOST_GROWTH = 2.1
@@ -24,8 +33,8 @@ _STARTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
 
 
 def in_fresh_process(work: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """What fresh.py prints for this work, or why there is nothing: {"missing": ...}."""
-    command = [sys.executable, "-m", "benchmarks.fresh", json.dumps(work), json.dumps(sizes.as_dict())]
+    """What such a process prints for this work, or why there is nothing: {"missing": ...}."""
+    command = [sys.executable, "-m", "benchmarks.peak_memory", json.dumps(work), json.dumps(sizes.as_dict())]
     starter = [sys.executable, "-S", "-c", _STARTER, *command]
     finished = subprocess.run(starter, capture_output=True, text=True, check=False, cwd=ROOT)
     if finished.returncode != 0:
@@ -101,3 +110,33 @@ KERNEL_SECTION = Section(
     (Column("length", "n", "count"), *_MEMORY, Column("planned", "arrays, MB", "megabytes")),
     run_kernel_memory,
 )
+
+
+def peak_of_this_process() -> int:
+    """Bytes; the system's unit is a kilobyte, on macOS a byte."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _steps(sizes: Sizes, name: str) -> dict[str, Any]:
+    step = prepare(sizes, configurations(sizes)[name])
+    before = peak_of_this_process()
+    for index in range(sizes.memory_steps):
+        step(index)
+    return {"before": before}
+
+
+def _kernel(sizes: Sizes, length: int) -> dict[str, Any]:
+    cells = jax.block_until_ready([jnp.asarray(x) for x in draw_cells(sizes, 1, length)])
+    before = peak_of_this_process()
+    compiled = jax.jit(jax.value_and_grad(fast_mean, (0, 1))).lower(*cells).compile()
+    jax.block_until_ready(compiled(*cells))
+    plan: Any = compiled.memory_analysis()
+    planned = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return {"before": before, "planned": planned}
+
+
+if __name__ == "__main__":
+    work, of_sizes = json.loads(sys.argv[1]), Sizes(**json.loads(sys.argv[2]))
+    found = _steps(of_sizes, work["step"]) if "step" in work else _kernel(of_sizes, work["kernel"])
+    print(json.dumps({**found, "peak": peak_of_this_process(), "device_peak": device_peak()}))

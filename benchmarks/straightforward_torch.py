@@ -31,14 +31,9 @@ def log_det(queries: Float[Tensor, "c p n"], keys: Float[Tensor, "c p n"]) -> Fl
     return torch.linalg.slogdet(identity - covariance / math.sqrt(size))[1]
 
 
-def mean_barrier(queries: Float[Tensor, "c p n"], keys: Float[Tensor, "c p n"]) -> Float[Tensor, ""]:
-    """Mean over cells and positions of b_i in nats."""
-    return -log_det(queries, keys).mean()
-
-
 def value_and_gradient(
     queries: Float[Tensor, "c p n"], keys: Float[Tensor, "c p n"]
 ) -> tuple[Float[Tensor, ""], tuple[Float[Tensor, "c p n"], Float[Tensor, "c p n"]]]:
     """The mean barrier and its gradient in queries and keys, which have to require one."""
-    value = mean_barrier(queries, keys)
+    value = -log_det(queries, keys).mean()
     return value.detach(), torch.autograd.grad(value, (queries, keys))

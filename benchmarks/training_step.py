@@ -1,14 +1,20 @@
-"""Section "training-step": a step of the character model with the barrier on every layer, head and position."""
+"""Sections "training-step" and "subsampling": a step of the character model with the barrier on every layer and head.
 
+The second says how far estimates of the mean barrier lie from it, and what deviation they report.
+"""
+
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from benchmarks.section import Column, Section, at_most
-from benchmarks.sizes import Sizes
+from benchmarks.problem_sizes import Sizes
+from benchmarks.result_tables import Column, Section, at_most
 from benchmarks.timing import paired_rounds, ratio, spread
 from models.char_gpt.config import Config
 from models.char_gpt.loss import LossTerms
@@ -53,14 +59,10 @@ def prepare(sizes: Sizes, config: Config) -> Step:
     return lambda step: jax.block_until_ready(train_step(StepData.of(characters, config, step), state, config))
 
 
-def _run_of(step: Step) -> Callable[[], Any]:
-    return lambda: step(0)
-
-
 def run_steps(sizes: Sizes) -> dict[str, Any]:
     """Times and ratios to the plain step."""
-    steps = {name: prepare(sizes, config) for name, config in configurations(sizes).items()}
-    seconds = paired_rounds({name: _run_of(step) for name, step in steps.items()}, sizes.rounds, "training-step")
+    steps = {name: partial(prepare(sizes, config), 0) for name, config in configurations(sizes).items()}
+    seconds = paired_rounds(steps, sizes.rounds, "training-step")
     rows = [
         {"name": name, "seconds": of_rounds, "time": spread(of_rounds), "to_plain": ratio(of_rounds, seconds[PLAIN])}
         for name, of_rounds in seconds.items()
@@ -95,4 +97,48 @@ SECTION = Section(
         Column("to_plain", "this / plain", "ratio"),
     ),
     run_steps,
+)
+
+
+def summary(exact: list[float], estimates: list[float], variances: list[float]) -> dict[str, float]:
+    """Mean barrier, reported deviation (root of the mean variance), and root mean square and mean of the errors."""
+    difference = np.asarray(estimates) - np.asarray(exact)
+    return {
+        "mean": float(np.mean(exact)),
+        "reported_deviation": math.sqrt(np.mean(variances)),
+        "error": math.sqrt(np.mean(difference**2)),
+        "mean_error": float(difference.mean()),
+    }
+
+
+def run_subsampling(sizes: Sizes) -> dict[str, Any]:
+    """Estimates in the training step against the exact mean of the same batch, over several batches and draws."""
+    configs = configurations(sizes)
+    exact_step, sampled_step = (prepare(sizes, configs[name]) for name in (EXACT, SUBSAMPLED))
+    exact, estimates, variances = [], [], []
+    for index in tqdm(range(sizes.draws), desc="subsampling", unit="batch", leave=False):
+        exact.append(float(exact_step(index)[1].penalty))
+        terms = sampled_step(index)[1]
+        estimates.append(float(terms.penalty))
+        variances.append(float(terms.penalty_variance))
+    row = {"share": sizes.share, "draws": sizes.draws, **summary(exact, estimates, variances)}
+    raw = {"exact": exact, "estimates": estimates, "variances": variances}
+    return {"setting": describe(sizes), "rows": [{**row, **raw}], "targets": [], "notes": []}
+
+
+SUBSAMPLING_SECTION = Section(
+    "subsampling",
+    "The subsampled barrier: spread of its estimate",
+    "Each batch has an exact mean barrier and one estimate of it. The reported deviation is the root of the mean of "
+    "the variances that the estimates carry; the actual one is the root mean square of estimate - exact. The estimate "
+    "is unbiased, so the mean error shrinks with the number of batches.",
+    (
+        Column("share", "share", "number"),
+        Column("draws", "batches", "count"),
+        Column("mean", "mean barrier, nats", "number"),
+        Column("reported_deviation", "reported deviation, nats", "number"),
+        Column("error", "actual deviation, nats", "number"),
+        Column("mean_error", "mean error, nats", "number"),
+    ),
+    run_subsampling,
 )

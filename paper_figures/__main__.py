@@ -63,7 +63,7 @@ def load_sections(path: Path, option: str, command: str) -> dict[str, Any]:
 _LOADERS: dict[str, Callable[[Path], Any]] = {
     "runs": load_runs,
     "checks": load_checks,
-    "inference": partial(load_sections, option="--inference", command="benchmarks.inference"),
+    "inference": partial(load_sections, option="--inference", command="theory_checks.inference"),
     "benchmark": partial(load_sections, option="--benchmark", command="benchmarks"),
 }
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help=f"one of {', '.join(FIGURES)}; repeatable")
     parser.add_argument("--runs", type=Path, default=Path("results/runs/quick"), help="sweep (default: %(default)s)")
     parser.add_argument("--checks", type=Path, default=Path("results/theory_checks.json"), help="of theory_checks")
-    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of benchmarks.inference")
+    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of theory_checks.inference")
     parser.add_argument("--benchmark", type=Path, default=BENCHMARK, help="result of benchmarks")
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)

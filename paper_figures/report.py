@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import TARGET_HEADINGS, target_cells
+from benchmarks.result_tables import TARGET_HEADINGS, target_cells
 from models import cli
 from paper_figures.__main__ import FIGURES, INFERENCE, load_sections
 from paper_figures.saved_results import load_checks
@@ -141,7 +141,7 @@ def _open(record: dict[str, Any], runs: Runs) -> list[str]:
 
 
 def _inference_section(path: Path) -> str:
-    sections = load_sections(path, "--inference", "benchmarks.inference")
+    sections = load_sections(path, "--inference", "theory_checks.inference")
     rows = [target_cells(target) for section in sections.values() for target in section["targets"]]
     met = sum(cells[-1] == "met" for cells in rows)
     notes = "".join(f"<p>{escape(note)}</p>" for section in sections.values() for note in section["notes"])
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m paper_figures.report", description="Write the HTML report.")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder (default: %(default)s)")
     parser.add_argument("--profile", default="quick", help="profile of the sweep (default: %(default)s)")
-    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of benchmarks.inference")
+    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of theory_checks.inference")
     arguments = parser.parse_args(argv)
     path = arguments.results / "report.html"
     write_text(path, build(arguments.results, arguments.profile, arguments.inference))

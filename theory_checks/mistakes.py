@@ -1,4 +1,7 @@
-"""Plausible mistakes in the library's source, each of which at least one check has to notice.
+"""Plausible mistakes in the library's source, each of which at least one check has to notice: the one list of them.
+
+The sabotage puts `MISTAKES` into a copy of the library. Tests put one for every check, and the fine ones, into the
+library that is loaded.
 
 A mistake is a list of replacements: a file of `prob_transformer`, lines as they are, lines as they would be.
 """
@@ -210,5 +213,87 @@ MISTAKES: tuple[Mistake, ...] = (
         _OBJECTIVE,
         "tokens[..., None], axis=-1).sum()",
         "tokens[..., None], axis=-1).mean()",
+    ),
+)
+
+# Hardly visible ones, by the check that has to notice them.
+FINE_MISTAKES: tuple[tuple[str, Mistake], ...] = (
+    (
+        "change-of-variables",
+        _mistake(
+            "residual off by a millionth",
+            _CHANGE,
+            "return ResidualAndLogDet(residual, sign, log_det)",
+            "return ResidualAndLogDet(residual * (1 + 1e-6), sign, log_det)",
+        ),
+    ),
+    (
+        "finite",
+        # The square root of an exact 0, as at the first position, has no finite derivative.
+        _mistake(
+            "NaN in a gradient",
+            _CHANGE,
+            "return ResidualAndLogDet(residual, sign, log_det)",
+            "return ResidualAndLogDet(residual, sign, log_det + 0 * jnp.sqrt(jnp.abs(log_det)))",
+        ),
+    ),
+    (
+        "invariance",
+        _mistake(
+            "log-determinant that sees the next position",
+            _CHANGE,
+            "return over_positions(residual_and_log_det_at, attention, embeddings)",
+            "found = over_positions(residual_and_log_det_at, attention, embeddings)\n"
+            "    return found._replace(log_det=found.log_det + 1e-9 * jnp.roll(embeddings[..., 0], -1, axis=-1))",
+        ),
+    ),
+    (
+        "sampler-law",
+        _mistake("twice the noise sampled", _PROCESS, "solve(noise * scales)", "solve(2 * noise * scales)"),
+    ),
+    (
+        "certified-radius",
+        _mistake(
+            "radius twice too large",
+            _RADIUS,
+            "return jnp.where(never, jnp.inf, jnp.maximum(",
+            "return 2 * jnp.where(never, jnp.inf, jnp.maximum(",
+        ),
+    ),
+    (
+        "support-tokens",
+        _mistake(
+            "barrier doubled",
+            "barrier.py",
+            "return -residual_and_log_det(attention, embeddings, implementation",
+            "return -2 * residual_and_log_det(attention, embeddings, implementation",
+        ),
+    ),
+    (
+        "map-equivalence",
+        _mistake(
+            "decoder without its prior",
+            _OBJECTIVE,
+            "weight_prior((attention, decoder), weight_scale)",
+            "weight_prior(attention, weight_scale)",
+        ),
+    ),
+    (
+        "map-equivalence",
+        _mistake(
+            "noise one per cent too wide in the model",
+            _TOKENS,
+            "EmbeddingProcess(attention, length, noise_scale, first_scale)",
+            "EmbeddingProcess(attention, length, 1.01 * noise_scale, first_scale)",
+        ),
+    ),
+    (
+        "boundedness",
+        _mistake(
+            "weights without their prior",
+            _OBJECTIVE,
+            "total + weight_prior((attention, decoder), weight_scale)",
+            "total",
+        ),
     ),
 )

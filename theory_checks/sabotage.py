@@ -3,7 +3,6 @@
 A check that can fail does; a mistake that every check lets pass shows what none of them looks at.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,42 +12,19 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from tabulate import tabulate
 
-from prob_transformer.files import provenance, write_json
+from benchmarks.result_file import ROOT, SOURCES, digest_of_sources, resumed
+from benchmarks.result_tables import chosen
+from prob_transformer.files import provenance
+from theory_checks.claims import select
 from theory_checks.mistakes import MISTAKES, Mistake
-from theory_checks.registry import select
 
-ROOT = Path(__file__).resolve().parent.parent
-_COPIED = ("prob_transformer", "theory_checks", "models")
 # The unharmed library, run like every mistake: what it fails would be no catch.
 CONTROL = Mistake("(none)", ())
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """The ids of the checks that did not come out as stated under a mistake, and of all that were run."""
-
-    mistake: Mistake
-    caught_by: tuple[str, ...]
-    checks: tuple[str, ...]
-
-    @property
-    def as_wanted(self) -> bool:
-        return bool(self.caught_by) == bool(self.mistake.replacements)
-
-
-def select_mistakes(names: Sequence[str]) -> tuple[Mistake, ...]:
-    """The mistakes with these names, all of them for no names; ValueError for an unknown name."""
-    known = [mistake.name for mistake in MISTAKES]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"--mistake: unknown {', '.join(map(repr, unknown))}; known: {'; '.join(known)}.")
-    return tuple(mistake for mistake in MISTAKES if not names or mistake.name in names)
 
 
 def sabotaged(mistake: Mistake, file: str, source: str) -> str:
@@ -63,11 +39,11 @@ def sabotaged(mistake: Mistake, file: str, source: str) -> str:
     return source
 
 
-def run_mistake(mistake: Mistake, only: Sequence[str], seed: int, cache: Path) -> Verdicts:
-    """Run the quick checks on a copy of the library with this mistake in it."""
+def run_mistake(mistake: Mistake, only: Sequence[str], seed: int, cache: Path) -> dict[str, Any]:
+    """The quick checks that do not come out as stated on a copy of the library with this mistake in it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for package in _COPIED:
+        for package in SOURCES:
             shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
         for file in {file for file, _, _ in mistake.replacements}:
             path = copy / "prob_transformer" / file
@@ -87,15 +63,19 @@ def run_mistake(mistake: Mistake, only: Sequence[str], seed: int, cache: Path) -
             last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise RuntimeError(f"{mistake.name}: the checks did not run (exit status {finished.returncode}): {last}")
         rows = json.loads(results.read_text(encoding="utf-8"))["checks"]
-    return Verdicts(
-        mistake,
-        tuple(row["id"] for row in rows if not row["as_stated"]),
-        tuple(row["id"] for row in rows),
-    )
+    caught_by = [row["id"] for row in rows if not row["as_stated"]]
+    return {
+        "mistake": mistake.name,
+        "replacements": [
+            {"file": f"prob_transformer/{file}", "old": old, "new": new} for file, old, new in mistake.replacements
+        ],
+        "caught_by": caught_by,
+        "as_wanted": bool(caught_by) == bool(mistake.replacements),
+    }
 
 
-def run_mistakes(mistakes: Sequence[Mistake], only: Sequence[str], seed: int, jobs: int) -> Iterator[Verdicts]:
-    """Verdicts in the order in which they come."""
+def run_mistakes(mistakes: Sequence[Mistake], only: Sequence[str], seed: int, jobs: int) -> Iterator[dict[str, Any]]:
+    """What became of the mistakes, in the order in which they come."""
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(run_mistake, mistake, only, seed, Path(cache)) for mistake in mistakes]
         try:
@@ -105,93 +85,51 @@ def run_mistakes(mistakes: Sequence[Mistake], only: Sequence[str], seed: int, jo
             pool.shutdown(cancel_futures=True)
 
 
-def fingerprint() -> str:
-    """Hash of everything that a verdict depends on here: the sources that are copied."""
-    digest = hashlib.sha256()
-    for package in _COPIED:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _finished(path: Path | None, mistakes: Sequence[Mistake], checks: tuple[str, ...], key: str) -> dict[str, Verdicts]:
-    """What an interrupted run of the same sources, checks and seed has left in `path`."""
-    if path is None or not path.is_file():
-        return {}
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        same = report["key"] == key and tuple(report["checks"]) == checks
-        rows = {row["mistake"]: tuple(row["caught_by"]) for row in report["mistakes"]} if same else {}
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return {m.name: Verdicts(m, rows[m.name], checks) for m in mistakes if m.name in rows}
-
-
-def _to_json(found: Sequence[Verdicts]) -> list[dict[str, Any]]:
-    return [
-        {
-            "mistake": verdicts.mistake.name,
-            "replacements": [
-                {"file": f"prob_transformer/{file}", "old": old, "new": new}
-                for file, old, new in verdicts.mistake.replacements
-            ],
-            "caught_by": list(verdicts.caught_by),
-            "as_wanted": verdicts.as_wanted,
-        }
-        for verdicts in found
-    ]
-
-
-def _table(found: Sequence[Verdicts]) -> Table:
-    table = Table("mistake", "in", "caught by")
-    for verdicts in found:
-        colour = "green" if verdicts.as_wanted else "red"
-        files = ", ".join(sorted({file for file, _, _ in verdicts.mistake.replacements}))
-        table.add_row(verdicts.mistake.name, files, f"[{colour}]{', '.join(verdicts.caught_by) or 'nothing'}[/]")
-    return table
-
-
 def main(options: Namespace) -> int:
     """Exit status: 0 if the library passes and every mistake is caught, 1 otherwise. ValueError for unknown names."""
-    from theory_checks.__main__ import STDOUT, print_table, progress_bar
+    from theory_checks.__main__ import STDOUT, progress_bar
 
-    checks = tuple(check.id for check in select(options.only))
-    mistakes = (CONTROL, *select_mistakes(options.mistake))
+    checks = [check.id for check in select(options.only)]
+    mistakes = (CONTROL, *chosen("--mistake", options.mistake, {mistake.name: mistake for mistake in MISTAKES}))
     configuration = {"only": options.only, "mistake": options.mistake, "jobs": options.jobs}
-    record = provenance(options.seed, configuration)
-    path = None if options.json in (None, STDOUT) else options.json
-    # A mistake takes the better part of a minute: what an interrupted run found is not found again.
-    key = f"{fingerprint()} seed {options.seed}"
-    found = _finished(path, mistakes, checks, key)
+    key = f"{digest_of_sources()} seed {options.seed}"
 
-    def report() -> dict[str, Any]:
-        ordered = [found[mistake.name] for mistake in mistakes if mistake.name in found]
-        complete = len(ordered) == len(mistakes)
+    def run(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        with progress_bar() as progress:
+            task = progress.add_task(f"mistakes, {options.jobs} at a time", total=len(missing))
+            asked = [mistake for mistake in mistakes if mistake.name in missing]
+            for row in run_mistakes(asked, options.only, options.seed, options.jobs):
+                progress.advance(task)
+                yield row["mistake"], row
+
+    def whole(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {
-            "provenance": record,
+            "provenance": provenance(options.seed, configuration),
             "key": key,
-            "checks": list(checks),
-            "mistakes": _to_json(ordered),
-            "complete": complete,
-            "all_caught": complete and all(verdicts.as_wanted for verdicts in ordered),
+            "checks": checks,
+            "mistakes": list(rows.values()),
+            "complete": True,
+            "all_caught": all(row["as_wanted"] for row in rows.values()),
         }
 
-    with progress_bar() as progress:
-        task = progress.add_task(f"mistakes, {options.jobs} at a time", total=len(mistakes), completed=len(found))
-        missing = [mistake for mistake in mistakes if mistake.name not in found]
-        for verdicts in run_mistakes(missing, options.only, options.seed, options.jobs):
-            found[verdicts.mistake.name] = verdicts
-            progress.advance(task)
-            # Written after every mistake: an interrupted run keeps what it has found.
-            if path is not None:
-                write_json(path, report())
-    final = report()
+    # A mistake takes the better part of a minute: what an interrupted run found is not found again.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sabotage.json" if options.json in (None, STDOUT) else options.json
+        report = resumed(path, [mistake.name for mistake in mistakes], [key, checks], run, whole, "--json")
     if options.json == STDOUT:
-        print(json.dumps(final, indent=1))
-        return 0 if final["all_caught"] else 1
-    print_table(_table([found[mistake.name] for mistake in mistakes]))
-    caught = sum(bool(found[mistake.name].caught_by) for mistake in mistakes[1:])
-    if not found[CONTROL.name].as_wanted:
-        print(f"The library itself fails {', '.join(found[CONTROL.name].caught_by)}: no catch below means anything.")
-    print(f"{caught} of {len(mistakes) - 1} mistakes were caught.")
-    return 0 if final["all_caught"] else 1
+        print(json.dumps(report, indent=1))
+        return 0 if report["all_caught"] else 1
+    table = [
+        [
+            row["mistake"],
+            ", ".join(sorted({change["file"] for change in row["replacements"]})),
+            ", ".join(row["caught_by"]),
+        ]
+        for row in report["mistakes"]
+    ]
+    print(tabulate(table, ["mistake", "in", "caught by"], maxcolwidths=[50, None, 70]))
+    control, *harmed = report["mistakes"]
+    if not control["as_wanted"]:
+        print(f"The library itself fails {', '.join(control['caught_by'])}: no catch below means anything.")
+    print(f"{sum(bool(row['caught_by']) for row in harmed)} of {len(harmed)} mistakes were caught.")
+    return 0 if report["all_caught"] else 1

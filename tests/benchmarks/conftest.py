@@ -3,7 +3,7 @@ import copy
 import pytest
 
 from benchmarks import timing
-from benchmarks.registry import SECTIONS
+from benchmarks.__main__ import SECTIONS
 
 
 class Clock:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import contestants
 from benchmarks.agreement import TOLERANCE, gradient_error, log_det_error, reference, reference_at, smallest_margin
-from benchmarks.sizes import QUICK, draw_cells
+from benchmarks.problem_sizes import QUICK, draw_cells
 from benchmarks.straightforward import weights
 from prob_transformer import Attention, residual_and_log_det
 

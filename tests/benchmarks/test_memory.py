@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.fresh import peak_of_this_process
-from benchmarks.peak_memory import in_fresh_process
-from benchmarks.sizes import QUICK
+from benchmarks.peak_memory import in_fresh_process, peak_of_this_process
+from benchmarks.problem_sizes import QUICK
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from benchmarks import agreement, kernel, machine, peak_memory, scaling, subsampling, training_step
+from benchmarks import agreement, kernel_time, peak_memory, training_step
 from benchmarks.contestants import CLOSED_FORM, FAST, TORCH, Contestant
-from benchmarks.section import at_least, at_most, is_met
-from benchmarks.sizes import QUICK, draw_cells
+from benchmarks.problem_sizes import QUICK, draw_cells
+from benchmarks.result_tables import at_least, at_most, is_met
+from benchmarks.timing import matmul
 from benchmarks.training_step import BFLOAT16, EXACT, PLAIN, REFERENCE, SUBSAMPLED, configurations
 
 
@@ -64,26 +65,26 @@ def test_kernel_ratios_compare_times_a_cell_and_the_share_counts_the_causal_half
         return lambda *_: Contestant(name, takes(clock, seconds))
 
     monkeypatch.setattr(
-        kernel, "matmul", lambda size, dtype="float32": takes(clock, {"float32": 0.5}.get(dtype, 0.1))()
+        kernel_time, "matmul", lambda size, dtype="float32": takes(clock, {"float32": 0.5}.get(dtype, 0.1))()
     )
-    monkeypatch.setattr(kernel, "fast", lambda *given: Contestant(given[1] if given else FAST, takes(clock, 2.0)))
-    monkeypatch.setattr(kernel, "subsampled", made_up("sampled", 1.0))
-    monkeypatch.setattr(kernel, "closed_form", made_up(CLOSED_FORM, 10.0))
-    monkeypatch.setattr(kernel, "autodiff", made_up(kernel.AUTODIFF, 30.0))
+    monkeypatch.setattr(kernel_time, "fast", lambda *given: Contestant(given[1] if given else FAST, takes(clock, 2.0)))
+    monkeypatch.setattr(kernel_time, "subsampled", made_up("sampled", 1.0))
+    monkeypatch.setattr(kernel_time, "closed_form", made_up(CLOSED_FORM, 10.0))
+    monkeypatch.setattr(kernel_time, "autodiff", made_up(kernel_time.AUTODIFF, 30.0))
     torch = made_up(TORCH, 8.0) if installed else lambda *_: Contestant(TORCH, None, missing="not installed")
-    monkeypatch.setattr(kernel, "by_torch", torch)
-    found = kernel.run_kernel(QUICK)
+    monkeypatch.setattr(kernel_time, "by_torch", torch)
+    found = kernel_time.run_kernel(QUICK)
     by_name = rows(found)
     assert by_name[CLOSED_FORM]["fast_over_this"]["median"] == pytest.approx(0.2)
     # 2 s on 4 cells against 30 s on 2: a thirtieth a cell.
-    assert (by_name[FAST]["cells"], by_name[kernel.AUTODIFF]["cells"]) == (4, 2)
-    assert by_name[kernel.AUTODIFF]["fast_over_this"]["median"] == pytest.approx(1 / 30)
-    assert by_name[kernel.AUTODIFF]["time_a_cell"] == pytest.approx(15)
+    assert (by_name[FAST]["cells"], by_name[kernel_time.AUTODIFF]["cells"]) == (4, 2)
+    assert by_name[kernel_time.AUTODIFF]["fast_over_this"]["median"] == pytest.approx(1 / 30)
+    assert by_name[kernel_time.AUTODIFF]["time_a_cell"] == pytest.approx(15)
     # 3 products of n (n / 2) x p^2 multiplications and additions for each of 4 cells in 2 s; 2 m^3 in half a second.
     work, rate = 3 * 4 * (16 * 16 / 2) * 4**2 * 2, 2 * QUICK.matmul**3 / 0.5
     assert figures(found)["fast exact, share of the machine's rate"] == pytest.approx(work / 2 / rate)
-    assert by_name[kernel.BFLOAT16]["share_of_matmul"]["median"] == pytest.approx(work / 2 / (5 * rate))
-    assert by_name[kernel.MATMUL]["operations_a_second"] == pytest.approx(rate)
+    assert by_name[kernel_time.BFLOAT16]["share_of_matmul"]["median"] == pytest.approx(work / 2 / (5 * rate))
+    assert by_name[kernel_time.MATMUL]["operations_a_second"] == pytest.approx(rate)
     assert figures(found)["fast exact / straightforward PyTorch"] == (pytest.approx(0.25) if installed else None)
     assert ("missing" in by_name[TORCH]) is not installed
 
@@ -96,10 +97,12 @@ def test_scaling_divides_by_the_square_of_the_length(clock, monkeypatch):
         length = queries.shape[-1]
         return takes(clock, extra[length] * length**2)()
 
-    monkeypatch.setattr(scaling, "matmul", takes(clock, 0.5))
-    monkeypatch.setattr(scaling, "fast", lambda: Contestant(FAST, prepare))
-    monkeypatch.setattr(scaling, "errors", lambda q, *_: {"log_det_error": 1e-7, "gradient_error": q.shape[-1] * 1e-7})
-    found = scaling.run_scaling(QUICK)
+    monkeypatch.setattr(kernel_time, "matmul", takes(clock, 0.5))
+    monkeypatch.setattr(kernel_time, "fast", lambda: Contestant(FAST, prepare))
+    monkeypatch.setattr(
+        kernel_time, "errors", lambda q, *_: {"log_det_error": 1e-7, "gradient_error": q.shape[-1] * 1e-7}
+    )
+    found = kernel_time.run_scaling(QUICK)
     relative = {length: row["relative"]["median"] for length, row in rows(found, "length").items()}
     assert relative == pytest.approx(extra)
     assert list(figures(found).values()) == pytest.approx([0.3, 1.28e-5])
@@ -111,13 +114,13 @@ def test_errors_along_a_sequence_are_those_of_the_fast_path_at_positions_up_to_t
     def truth(queries, keys, positions):
         asked.append(positions.tolist())
         # The fast path's own answer, but for one log-determinant and one entry of the gradient.
-        values, (of_queries, of_keys) = scaling._fast_at(queries, keys, positions)
+        values, (of_queries, of_keys) = kernel_time._fast_at(queries, keys, positions)
         wrong = np.asarray(values).copy()
         wrong[0, -1] += 0.5
         return wrong, (np.asarray(of_queries), 2 * np.asarray(of_keys))
 
-    monkeypatch.setattr(scaling, "reference_at", truth)
-    found = scaling.errors(*draw_cells(QUICK, 1, 12), 5)
+    monkeypatch.setattr(kernel_time, "reference_at", truth)
+    found = kernel_time.errors(*draw_cells(QUICK, 1, 12), 5)
     assert asked == [[1, 4, 6, 8, 11]]
     assert 0.2 < found["log_det_error"] <= 0.5
     assert 0 < found["gradient_error"] <= 0.5
@@ -184,7 +187,7 @@ def test_errors_are_relative_to_what_they_say():
 
 
 def test_the_spread_of_estimates():
-    found = subsampling.summary([1.0, 1.0, 3.0, 3.0], [2.0, 0.0, 4.0, 4.0], [1.0, 1.0, 4.0, 10.0])
+    found = training_step.summary([1.0, 1.0, 3.0, 3.0], [2.0, 0.0, 4.0, 4.0], [1.0, 1.0, 4.0, 10.0])
     assert found == {"mean": 2.0, "reported_deviation": 2.0, "error": 1.0, "mean_error": 0.5}
 
 
@@ -199,8 +202,8 @@ def test_estimates_are_compared_with_the_exact_mean_of_their_own_batch(monkeypat
         shift = 0.0 if config.barrier_share == 1 else 0.5
         return lambda index: (None, Terms(index + shift))
 
-    monkeypatch.setattr(subsampling, "prepare", prepare)
-    (row,) = subsampling.run_subsampling(QUICK)["rows"]
+    monkeypatch.setattr(training_step, "prepare", prepare)
+    (row,) = training_step.run_subsampling(QUICK)["rows"]
     assert row["exact"] == [0.0, 1.0, 2.0, 3.0]
     assert (row["mean"], row["reported_deviation"], row["error"], row["mean_error"]) == (1.5, 0.5, 0.5, 0.5)
 
@@ -219,8 +222,6 @@ def test_every_step_begins_from_the_first_state_with_the_batch_of_its_number(mon
         assert step(index) == (("first", QUICK.vocabulary), (QUICK.seed, index, config))
 
 
-def test_the_product_of_matrices_is_counted_as_what_it_is():
-    product = machine.matmul(8, "bfloat16")()
+def test_the_product_of_matrices_has_the_asked_size_and_type():
+    product = matmul(8, "bfloat16")()
     assert (product.shape, product.dtype) == ((8, 8), "bfloat16")
-    # Of 8 x 8 entries each has 8 multiplications and 8 additions.
-    assert machine.matmul_operations(8) == 8 * 8 * 16

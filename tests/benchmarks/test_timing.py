@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.timing import PAUSE_SECONDS, paired_rounds, ratio, rotated, spread
+from benchmarks.timing import PAUSE_SECONDS, paired_rounds, ratio, spread
 
 
 def test_every_contestant_runs_twice_in_a_row_a_round_in_an_order_rotated_by_one(clock):
@@ -36,8 +36,3 @@ def test_a_ratio_is_the_median_of_ratios_and_not_the_ratio_of_medians():
 def test_rounds_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="under: has 1 rounds and over 2; pass timings of the same rounds"):
         ratio([1.0, 2.0], [1.0])
-
-
-def test_rotation_comes_round():
-    assert rotated(["a", "b", "c"], 4) == ["b", "c", "a"]
-    assert rotated([], 2) == []

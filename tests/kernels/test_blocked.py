@@ -11,9 +11,9 @@ from prob_transformer.kernels import blocked
 from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det
 from tests.support.long import SHAPES, TILINGS, draw
-from theory_checks.rounding import amplification
-from theory_checks.strategies import SHAPES as SMALL_SHAPES
-from theory_checks.strategies import attention_cases
+from tests.support.shrinking_cases import attention_cases
+from theory_checks.drawn_cases import SHAPES as SMALL_SHAPES
+from theory_checks.truth.numpy_attention import amplification
 
 
 def pullback(function, attention, embeddings, seed=0):

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -279,17 +280,16 @@ def run_module(
 
 def table(found: dict[str, list[Mutant]]) -> str:
     """The counts of each file as a Markdown table."""
-    rows = ["| file | mutants | excluded | run | killed | survived | timed out | killed of those run |"]
-    rows.append("|---|---|---|---|---|---|---|---|")
-    total = [mutant for mutants in found.values() for mutant in mutants]
-    for name, mutants in [*found.items(), ("together", total)]:
-        count = {
-            kind: sum(m.outcome == kind for m in mutants) for kind in ("excluded", "killed", "survived", "timeout")
-        }
+    from tabulate import tabulate
+
+    headings = ["file", "mutants", "excluded", "run", "killed", "survived", "timed out", "killed of those run"]
+    rows = []
+    for name, mutants in {**found, "together": [mutant for each in found.values() for mutant in each]}.items():
+        count = Counter(mutant.outcome for mutant in mutants)
         run = len(mutants) - count["excluded"]
-        cells = [len(mutants), count["excluded"], run, count["killed"], count["survived"], count["timeout"]]
-        rows.append(f"| {name} | {' | '.join(map(str, cells))} | {count['killed'] / max(run, 1):.1%} |")
-    return "\n".join(rows)
+        counts = [count[kind] for kind in ("killed", "survived", "timeout")]
+        rows.append([name, len(mutants), count["excluded"], run, *counts, f"{_share(mutants):.1%}"])
+    return tabulate(rows, headings, tablefmt="github")
 
 
 def _share(mutants: list[Mutant]) -> float:

@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from paper_figures.figures import claim_pictures, style
-from theory_checks import registry
+from theory_checks import claims
 
 RESULTS = Path(claim_pictures.__file__).resolve().parents[2] / "results" / "reference" / "theory_checks.json"
 
@@ -18,7 +18,7 @@ def checks():
     return {check["id"]: check for check in json.loads(RESULTS.read_text(encoding="utf-8"))["checks"]}
 
 
-@pytest.mark.parametrize("identifier", [check.id for check in registry.CHECKS])
+@pytest.mark.parametrize("identifier", [check.id for check in claims.CHECKS])
 def test_axes_are_labelled_and_nothing_is_cut_off(checks, identifier):
     with mpl.rc_context(style.RC):
         figure = claim_pictures.picture(checks[identifier])
@@ -37,7 +37,7 @@ def test_axes_are_labelled_and_nothing_is_cut_off(checks, identifier):
 @pytest.mark.slow
 def test_every_claim_is_drawn(tmp_path):
     claim_pictures.main(["--json", str(RESULTS), "--out", str(tmp_path)])
-    assert {path.stem for path in tmp_path.iterdir()} == {check.id for check in registry.CHECKS}
+    assert {path.stem for path in tmp_path.iterdir()} == {check.id for check in claims.CHECKS}
 
 
 def test_missing_and_quick_results_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from prob_transformer.pretrained.load import SMOLLM2_FILE, load_pretrained, meta
 from tests.support.plain_decoder import Plain, jacobians
 
 # What transformers 5.24 on PyTorch 2.13 continues the first 64 tokens of the first article with, greedily, reading the
-# same file, as `python -m benchmarks.smollm2` does; kept here so that the test needs neither.
+# same file, as `python -m benchmarks.smollm2_logits` does; kept here so that the test needs neither.
 CONTINUATION = """
     284 908 48688 30 198 198 2089 818 918 314 1129 2188 351 23165 918 28 527 314 253 2356 6360 338 33933 260
     5351 282 260 1215 284 11216 288 1464 253 2374 1552 335 1212 4766 284 639 29 21440 30 1117 818 918 314 597

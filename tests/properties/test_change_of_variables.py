@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from prob_transformer import Attention, jacobian_block, residual_and_log_det
 from prob_transformer.attention import Past, attention_weights
 from tests.support.dense import dense_truth
-from theory_checks.compiling import quick_jit
-from theory_checks.rounding import log_det_tolerance
-from theory_checks.strategies import LINE_SHAPES, WIDE_SHAPES, Case, shrinking_cases
+from tests.support.shrinking_cases import LINE_SHAPES, WIDE_SHAPES, shrinking_cases
+from theory_checks.check import quick_jit
+from theory_checks.drawn_cases import Case
+from theory_checks.truth.numpy_attention import log_det_tolerance
 
 ONE = [[[1.0]]]
 SECOND_POSITION = Case.given(ONE, ONE, None, [[1.0], [2.0]])

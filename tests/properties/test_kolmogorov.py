@@ -15,11 +15,12 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
+from tests.support.shrinking_cases import SIMPLE_NUMBERS, safe_cases
+from theory_checks.check import quick_jit
 from theory_checks.claims.kolmogorov import reach, sheared
 from theory_checks.claims.normalisation import TAIL, roots, signed_density
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import SIMPLE_NUMBERS, Case, Shape, safe_cases
-from theory_checks.truth import plain
+from theory_checks.drawn_cases import Case, Shape
+from theory_checks.truth import numpy_attention
 from theory_checks.truth.quadrature import integrate
 
 # Between tokens many deviations of the noise apart the density is a narrow peak, which the first nodes of a quadrature
@@ -94,7 +95,7 @@ def marginal(function, case: Case, integrated: int, shorter: float):
 @example(split=(Case.given([[[-9.0]]], ONE, None, [[-1.0], [1.0], [0.25]]), 1))
 def test_integrating_out_the_last_embeddings_leaves_the_density_of_the_first(split):
     case, integrated = split
-    shorter = plain.log_density(case, NOISE_SCALE, FIRST_SCALE)
+    shorter = numpy_attention.log_density(case, NOISE_SCALE, FIRST_SCALE)
     mass, error = marginal(functools.partial(density, case.attention), case, integrated, shorter)
     assert abs(mass - 1) + error < TOLERANCE
 
@@ -109,7 +110,7 @@ def test_summing_out_the_last_tokens_with_their_embeddings_leaves_the_joint_law_
     tokens = [first_token] * len(case.embeddings)
     tails = itertools.product(range(VOCABULARY), repeat=integrated)
     sequences = np.array([[*tokens, *tail] for tail in tails])
-    shorter = plain.log_density(case, NOISE_SCALE, FIRST_SCALE)
+    shorter = numpy_attention.log_density(case, NOISE_SCALE, FIRST_SCALE)
     shorter += log_softmax(case.embeddings @ weight.T, axis=-1)[:, first_token].sum()
     mass, error = marginal(functools.partial(joint, case.attention, weight, sequences), case, integrated, shorter)
     assert abs(mass - 1) + error < TOLERANCE
@@ -143,7 +144,7 @@ def pieces(case: Case, low: float, high: float):
     """The ends of the intervals on which det J keeps its sign, between which the density has no kink (d = 1)."""
 
     def determinant(u):
-        return plain.determinants(case, np.atleast_1d(u)[:, None])
+        return numpy_attention.determinants(case, np.atleast_1d(u)[:, None])
 
     grid = np.linspace(low, high, 20_001)
     changes = np.flatnonzero(np.diff(np.sign(determinant(grid))))

@@ -18,11 +18,12 @@ from scipy.special import log_softmax
 
 from prob_transformer import Attention, LinearDecoder, map_objective, token_model
 from tests.support.dense import dense_truth
+from tests.support.shrinking_cases import SIMPLE_NUMBERS, shrinking_cases
+from theory_checks.check import quick_jit
 from theory_checks.claims.map_equivalence import Setting, bayesian_model, by_hand, relative_difference
-from theory_checks.compiling import quick_jit
-from theory_checks.rounding import amplification
-from theory_checks.strategies import SIMPLE_NUMBERS, Case, Shape, shrinking_cases
-from theory_checks.truth import plain
+from theory_checks.drawn_cases import Case, Shape
+from theory_checks.truth import numpy_attention
+from theory_checks.truth.numpy_attention import amplification
 
 VOCABULARY = 2
 SMALL, LARGE = Shape(1, 1, 1, 3, False), Shape(2, 1, 2, 3, True)
@@ -227,6 +228,6 @@ def test_over_all_subsamples_the_mean_potential_is_that_of_all_sequences(problem
     for sequence, of_sequence in zip(embeddings, tokens, strict=True):
         cross_entropy, barrier = per_position(parameters | {"embeddings": sequence}, of_sequence)
         case = Case.given(parameters["query"], parameters["key"], None, sequence)
-        total += cross_entropy.sum() + barrier_weight * barrier.sum() - plain.log_density(case, *scales[:2])
+        total += cross_entropy.sum() + barrier_weight * barrier.sum() - numpy_attention.log_density(case, *scales[:2])
     found = [subsampled(parameters, embeddings, tokens, np.array(index), scales) for index in range(3)]
     assert relative_difference(np.mean(found), total) <= TOLERANCE

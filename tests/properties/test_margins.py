@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from prob_transformer import Attention, certified_radius, stability_margin
 from tests.support.dense import dense_truth
+from tests.support.shrinking_cases import LINE_SHAPES, SIMPLE_NUMBERS, WIDE_SHAPES, safe_cases, shrinking_cases
+from theory_checks.check import quick_jit
 from theory_checks.claims.certified_radius import distance_found
-from theory_checks.compiling import quick_jit
-from theory_checks.rounding import log_det_tolerance
-from theory_checks.strategies import LINE_SHAPES, SIMPLE_NUMBERS, WIDE_SHAPES, Case, Shape, safe_cases, shrinking_cases
+from theory_checks.drawn_cases import Case, Shape
+from theory_checks.truth.numpy_attention import log_det_tolerance
 
 ONE = [[[1.0]]]
 SECOND_POSITION = Case.given(ONE, ONE, None, [[1.0], [2.0]])

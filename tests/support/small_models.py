@@ -7,7 +7,7 @@ import numpy as np
 
 from prob_transformer import LinearDecoder
 from prob_transformer.inference import particle_filter
-from theory_checks.truth.token_truth import (
+from theory_checks.truth.token_models import (
     BIAS,
     BUMPS,
     FIRST_SCALE,

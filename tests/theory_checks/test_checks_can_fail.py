@@ -1,30 +1,18 @@
 """Each quick check holds on the library and comes out differently on a deliberately wrong one."""
 
 import importlib
-from collections.abc import Callable
-from typing import Any
+import sys
+import types
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from prob_transformer import (
-    EmbeddingProcess,
-    barrier,
-    certified_radius,
-    jacobian_block,
-    map_objective,
-    residual_and_log_det,
-    stability_margin,
-    support_tokens,
-    token_model,
-    weight_prior,
-)
 from theory_checks.check import Plan, Result, evaluate
-from theory_checks.claims import certified_radius as certified_radius_check
-from theory_checks.claims import change_of_variables, kolmogorov, map_equivalence
-from theory_checks.registry import CHECKS
-from theory_checks.strategies import SHAPES
+from theory_checks.claims import CHECKS, certified_radius, change_of_variables, kolmogorov, map_equivalence
+from theory_checks.drawn_cases import SHAPES
+from theory_checks.mistakes import FINE_MISTAKES, MISTAKES, Mistake
+from theory_checks.sabotage import sabotaged
 
 IDS = [check.id for check in CHECKS]
 
@@ -33,14 +21,6 @@ def result(identifier: str, seed: int = 0) -> Result:
     found = evaluate(next(check for check in CHECKS if check.id == identifier), Plan(quick=True, seed=seed))
     assert found.error is None
     return found
-
-
-def forget_compiled() -> None:
-    """Let every check compile anew: what is compiled already knows the library as it was then."""
-    for check in CHECKS:
-        for found in vars(importlib.import_module(check.run.__module__)).values():
-            if hasattr(found, "clear_cache"):
-                found.clear_cache()
 
 
 # Their quadratures and samples run longer than their functions take to compile.
@@ -56,16 +36,28 @@ def optimised_if_long(request):
 
 
 @pytest.fixture
-def replaced(monkeypatch):
-    """Replaces what a module calls by something else until the end of the test."""
+def applied(monkeypatch):
+    """Puts a mistake of the list into the library as it is loaded, until the end of the test."""
 
-    def replace(module: Any, name: str, other: Any) -> None:
-        monkeypatch.setattr(module, name, other)
-        forget_compiled()
+    def apply(mistake: Mistake) -> None:
+        for file in dict.fromkeys(file for file, _, _ in mistake.replacements):
+            right = importlib.import_module(f"prob_transformer.{Path(file).stem}")
+            source = Path(right.__file__).read_text(encoding="utf-8")
+            wrong = types.ModuleType(right.__name__)
+            exec(compile(sabotaged(mistake, file, source), file, "exec"), vars(wrong))
+            own = [name for name, old in vars(right).items() if getattr(old, "__module__", None) == right.__name__]
+            packages = ("prob_transformer", "theory_checks")
+            for user in [used for name, used in sys.modules.items() if name.startswith(packages) and used is not right]:
+                for alias, old in list(vars(user).items()):
+                    for name in own:
+                        if old is vars(right)[name]:
+                            monkeypatch.setattr(user, alias, vars(wrong)[name])
+        # What is compiled already knows the library as it was.
+        jax.clear_caches()
 
-    yield replace
+    yield apply
     monkeypatch.undo()
-    forget_compiled()
+    jax.clear_caches()
 
 
 @pytest.mark.usefixtures("optimised_if_long")
@@ -84,169 +76,50 @@ def test_another_run_of_the_same_shapes_compiles_nothing(identifier, caplog):
     assert [record.message for record in caplog.records if record.message.startswith("Compiling ")] == []
 
 
-def flipped_log_det(attention, embeddings):
-    right = residual_and_log_det(attention, embeddings)
-    return right._replace(log_det=-right.log_det)
+# One of the list for every check, which `make test` runs; the fine ones are long by nature, like a whole check again.
+# For the certified radius it has the test of few cases instead; that of the sampler draws ten thousand samples and has
+# none.
+CAUGHT = {
+    "change-of-variables": "sign of the log-determinant",
+    "low-rank-identity": "Jacobian block transposed",
+    "invariance": "normalising constant of one dimension",
+    "finite": "softmax without its largest logit",
+    "normalisation": "sign of the determinant lost",
+    "kolmogorov": "density without its log-determinant",
+    "sampler-law": "noise of unit size sampled",
+    "gaussian-limit": "variance taken for a standard deviation",
+    "safe-region": "J = I + M",
+    "conditioning": "largest instead of smallest singular value",
+    "certified-radius": "radius with a third of the steepness",
+    "support-tokens": "support tokens farthest first",
+    "map-equivalence": "barrier weight times the mean",
+    "boundedness": "derivative of the weights dropped",
+}
+NAMED = {mistake.name: mistake for mistake in (*MISTAKES, *(mistake for _, mistake in FINE_MISTAKES))}
+QUICK = [(one, NAMED[name]) for one, name in CAUGHT.items() if one not in ("certified-radius", "sampler-law")]
+LONG = [(one, NAMED[CAUGHT[one]]) for one in ("certified-radius", "sampler-law")] + list(FINE_MISTAKES)
 
 
-def shifted_residual(attention, embeddings):
-    right = residual_and_log_det(attention, embeddings)
-    return right._replace(residual=right.residual * (1 + 1e-6))
-
-
-def without_sign(attention, embeddings):
-    right = residual_and_log_det(attention, embeddings)
-    return right._replace(sign=jnp.abs(right.sign))
-
-
-def weights_held_fixed(attention, embeddings):
-    right = residual_and_log_det(attention, embeddings)
-    return right._replace(log_det=0 * right.log_det)
-
-
-def with_nan_gradient(attention, embeddings):
-    # The square root of an exact 0, as at the first position, has no finite derivative.
-    right = residual_and_log_det(attention, embeddings)
-    return right._replace(log_det=right.log_det + 0 * jnp.sqrt(jnp.abs(right.log_det)))
-
-
-def attention_added_rather_than_subtracted(attention, embeddings):
-    block = jacobian_block(attention, embeddings)
-    return 2 * jnp.eye(block.shape[-1]) - block
-
-
-def transposed_block(attention, embeddings):
-    return jnp.swapaxes(jacobian_block(attention, embeddings), -1, -2)
-
-
-def margin_of_the_opposite_attention(attention, embeddings):
-    return 2 - stability_margin(attention, embeddings)
-
-
-def determinant_for_every_kind(attention, embeddings, kind="determinant"):
-    return jnp.abs(stability_margin(attention, embeddings))
-
-
-def log_det_that_sees_the_next_position(attention, embeddings):
-    right = residual_and_log_det(attention, embeddings)
-    return right._replace(log_det=right.log_det + 1e-9 * jnp.roll(embeddings[..., 0], -1, axis=-1))
-
-
-def radius_twice_too_large(attention, embeddings):
-    return 2 * certified_radius(attention, embeddings)
-
-
-def farthest_first(attention, embeddings, k):
-    found = support_tokens(attention, embeddings, embeddings.shape[-2])
-    return found._replace(positions=found.positions[..., ::-1][..., :k])
-
-
-def doubled_barrier(attention, embeddings):
-    return 2 * barrier(attention, embeddings)
-
-
-class WithoutLogDet(EmbeddingProcess):
-    """Scores the residual alone."""
-
-    def position_log_prob(self, value):
-        return super().position_log_prob(value) - residual_and_log_det(self.attention, value).log_det
-
-
-class ExtendsFromFirstScale(EmbeddingProcess):
-    """Gives every added position the prior of the first."""
-
-    def extend(self, past, embedding):
-        return EmbeddingProcess(self.attention, self.length, self.first_scale, self.first_scale).extend(past, embedding)
-
-
-class FirstLikeTheOthers(EmbeddingProcess):
-    """Gives the first position the noise of the others."""
-
-    def __init__(self, attention, length, noise_scale=1.0, first_scale=1.0, **others):
-        super().__init__(attention, length, noise_scale, noise_scale, **others)
-
-
-class SamplesTwiceTheNoise(EmbeddingProcess):
-    """Draws noise of twice the scale that it scores."""
-
-    def solve_sample(self, key, sample_shape=()):
-        twice = EmbeddingProcess(self.attention, self.length, 2 * self.noise_scale, self.first_scale)
-        return twice.solve_sample(key, sample_shape)
-
-
-def mean_barrier(attention, decoder, embeddings, tokens, *, barrier_weight, **others):
-    weight = barrier_weight / embeddings.shape[-2]
-    return map_objective(attention, decoder, embeddings, tokens, barrier_weight=weight, **others)
-
-
-def decoder_without_prior(attention, decoder, embeddings, tokens, *, weight_scale, **others):
-    return map_objective(attention, decoder, embeddings, tokens, **others) + weight_prior(attention, weight_scale)
-
-
-def without_weight_prior(*arguments, weight_scale, **others):
-    return map_objective(*arguments, **others)
-
-
-def token_model_with_wrong_noise(*arguments, noise_scale, **others):
-    return token_model(*arguments, noise_scale=1.01 * noise_scale, **others)
-
-
-MISTAKES: list[tuple[str, str, Callable[..., Any]]] = [
-    ("change-of-variables", "residual_and_log_det", flipped_log_det),
-    ("change-of-variables", "residual_and_log_det", shifted_residual),
-    ("change-of-variables", "residual_and_log_det", weights_held_fixed),
-    ("low-rank-identity", "residual_and_log_det", flipped_log_det),
-    ("low-rank-identity", "jacobian_block", attention_added_rather_than_subtracted),
-    ("low-rank-identity", "jacobian_block", transposed_block),
-    ("invariance", "residual_and_log_det", log_det_that_sees_the_next_position),
-    ("finite", "residual_and_log_det", with_nan_gradient),
-    ("normalisation", "residual_and_log_det", without_sign),
-    ("normalisation", "EmbeddingProcess", WithoutLogDet),
-    ("kolmogorov", "EmbeddingProcess", WithoutLogDet),
-    ("kolmogorov", "EmbeddingProcess", ExtendsFromFirstScale),
-    ("sampler-law", "EmbeddingProcess", WithoutLogDet),
-    ("sampler-law", "EmbeddingProcess", SamplesTwiceTheNoise),
-    ("gaussian-limit", "EmbeddingProcess", FirstLikeTheOthers),
-    ("safe-region", "stability_margin", margin_of_the_opposite_attention),
-    ("conditioning", "stability_margin", determinant_for_every_kind),
-    ("certified-radius", "certified_radius", radius_twice_too_large),
-    ("support-tokens", "support_tokens", farthest_first),
-    ("support-tokens", "barrier", doubled_barrier),
-    ("map-equivalence", "map_objective", mean_barrier),
-    ("map-equivalence", "map_objective", decoder_without_prior),
-    ("map-equivalence", "token_model", token_model_with_wrong_noise),
-    ("boundedness", "map_objective", without_weight_prior),
-]
-
-
-# Every mistake runs a whole check again, which is long by nature: `make test` does so for the first mistake of each.
-# For the certified radius, whose only one takes longest, it has the test of few cases instead; that of the sampler
-# draws ten thousand samples and has none.
-LONGEST = {"certified-radius", "sampler-law"}
-QUICK = {identifier: mistake for identifier, _, mistake in reversed(MISTAKES) if identifier not in LONGEST}
-
-
-def as_parameter(identifier: str, name: str, mistake: Callable[..., Any]) -> Any:
-    marks = () if QUICK.get(identifier) is mistake else pytest.mark.slow
-    return pytest.param(identifier, name, mistake, id=f"{identifier}-{mistake.__name__}", marks=marks)
-
-
-@pytest.mark.parametrize(("identifier", "name", "mistake"), [as_parameter(*mistake) for mistake in MISTAKES])
+@pytest.mark.parametrize(
+    ("identifier", "mistake"),
+    [*QUICK, *(pytest.param(*long, marks=pytest.mark.slow) for long in LONG)],
+    ids=lambda one: getattr(one, "name", one),
+)
 @pytest.mark.usefixtures("optimised_if_long")
-def test_mistake_is_caught(replaced, identifier, name, mistake):
-    replaced(importlib.import_module(f"theory_checks.{identifier.replace('-', '_')}"), name, mistake)
+def test_mistake_is_caught(applied, identifier, mistake):
+    applied(mistake)
     assert not result(identifier).as_stated
 
 
-def test_few_cases_tell_a_certified_radius_from_twice_of_it(replaced):
-    few = Plan(quick=True, cases=30)
-    assert certified_radius_check.run(few).holds
-    replaced(certified_radius_check, "certified_radius", radius_twice_too_large)
-    assert not certified_radius_check.run(few).holds
-
-
 def test_every_check_has_a_mistake_that_it_catches():
-    assert {identifier for identifier, *_ in MISTAKES} == set(IDS)
+    assert CAUGHT.keys() == set(IDS)
+
+
+def test_few_cases_tell_a_certified_radius_from_twice_of_it(applied):
+    few = Plan(quick=True, cases=30)
+    assert certified_radius.run(few).holds
+    applied(NAMED["radius twice too large"])
+    assert not certified_radius.run(few).holds
 
 
 def test_nothing_counted_is_not_as_stated(monkeypatch):
@@ -257,16 +130,15 @@ def test_nothing_counted_is_not_as_stated(monkeypatch):
 
 
 @pytest.mark.slow
-def test_token_probabilities_notice_a_wrong_embedding_density(replaced, monkeypatch):
+def test_token_probabilities_notice_a_wrong_embedding_density(applied, monkeypatch):
     # Two tokens show it as well as three do, in half the time.
     monkeypatch.setattr(kolmogorov, "VOCABULARY", 2)
-    # The package exports a function of the same name, which hides the module from attribute access.
-    replaced(importlib.import_module("prob_transformer.token_model"), "EmbeddingProcess", WithoutLogDet)
+    applied(NAMED["density without its log-determinant"])
     assert kolmogorov._tokens(Plan())["worst"] > kolmogorov.TOLERANCE
 
 
 @pytest.mark.slow
-def test_optimum_notices_a_wrong_barrier_scaling(monkeypatch):
+def test_optimum_notices_a_wrong_barrier_scaling(applied):
     assert map_equivalence.optimum()["relative_difference"] < map_equivalence.OPTIMUM_TOLERANCE
-    monkeypatch.setattr(map_equivalence, "map_objective", mean_barrier)
+    applied(NAMED["barrier weight times the mean"])
     assert map_equivalence.optimum()["relative_difference"] > map_equivalence.OPTIMUM_TOLERANCE

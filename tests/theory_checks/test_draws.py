@@ -36,26 +36,26 @@ for package in packages:
         if not found.name.endswith("__main__"):
             importlib.import_module(found.name)
 
-from theory_checks.check import Plan, for_each_drawn
+from theory_checks.check import Plan
+from theory_checks.drawn_cases import drawn
 
 class Drawn(Exception):
     pass
 
-drawn = {}
+found = {}
 for name in names:
-    module = importlib.import_module(f"theory_checks.{name}")
+    module = importlib.import_module(f"theory_checks.claims.{name}")
 
-    def record(draw, count, body, seed, name=name):
-        drawn[name] = []
-        for_each_drawn(draw, count, lambda case: drawn[name].append(repr(case)), seed)
+    def record(*given, name=name, **options):
+        found[name] = [repr(case) for case in drawn(*given, **options)]
         raise Drawn
 
-    module.for_each_drawn = record
+    module.drawn = record
     try:
         module.run(Plan(cases=100, seed=seed))
     except Drawn:
         pass
-print(json.dumps(drawn))
+print(json.dumps(found))
 """
 
 

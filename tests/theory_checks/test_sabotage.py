@@ -9,12 +9,12 @@ import pytest
 import prob_transformer
 from theory_checks import sabotage
 from theory_checks.__main__ import main
-from theory_checks.mistakes import MISTAKES, Mistake
+from theory_checks.mistakes import FINE_MISTAKES, MISTAKES, Mistake
 
 LIBRARY = Path(prob_transformer.__file__).parent
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *(fine for _, fine in FINE_MISTAKES)], ids=lambda one: one.name)
 def test_every_mistake_fits_its_file_and_still_parses(mistake):
     for file in {file for file, _, _ in mistake.replacements}:
         source = (LIBRARY / file).read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def test_a_caught_mistake_and_a_harmless_one(monkeypatch, tmp_path, capsys):
             ),
         ),
     )
-    (real,) = sabotage.select_mistakes(["barrier of the wrong sign"])
+    (real,) = (mistake for mistake in MISTAKES if mistake.name == "barrier of the wrong sign")
     monkeypatch.setattr(sabotage, "MISTAKES", (harmless, real))
     path = tmp_path / "sabotage.json"
     status = main(["--sabotage", "--only", "support-tokens", "--jobs", "1", "--json", str(path)])

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
 
 from prob_transformer import Attention, LinearDecoder, map_objective
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import drawn_number, drawn_seed
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
+from theory_checks.drawn_cases import draw_number, draw_seed, drawn
 
 TOLERANCE = 1e-9
 SLOPE_TOLERANCE = 1e-6
@@ -104,19 +103,11 @@ def run(plan: Plan) -> Outcome:
     shape = (1, HEAD_SIZE, WIDTH)
     below = Worst(-np.inf)
     smallest = np.inf
-
-    def compare(drawn: tuple[int, float]) -> None:
-        nonlocal smallest
-        seed, exponent = drawn
+    for seed, exponent in drawn(lambda rng: (draw_seed(rng), draw_number(rng, -2.0, 3.0)), cases, plan.seed):
         query, key = 10.0**exponent * np.random.default_rng(seed).normal(size=(2, *shape))
         value = float(objective(query, key, embeddings, decoder, tokens))
         smallest = min(smallest, value)
-        below.see((bound - value) / (1 + abs(bound)), drawn)
-
-    def draw(generator: np.random.Generator) -> tuple[int, float]:
-        return drawn_seed(generator), drawn_number(generator, -2.0, 3.0)
-
-    for_each_drawn(draw, cases, compare, plan.seed)
+        below.see((bound - value) / (1 + abs(bound)), (seed, exponent))
 
     def value_and_gradient(flat: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return jax.tree.map(np.asarray, _value_and_gradient(flat, embeddings, decoder, tokens))

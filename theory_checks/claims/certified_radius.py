@@ -7,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prob_transformer import Attention, certified_radius
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import Case, Shape, drawn_problems, make_case
-from theory_checks.truth.plain import determinants
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
+from theory_checks.drawn_cases import Case, Shape, draw_problem, drawn, make_case
+from theory_checks.truth.numpy_attention import determinants
 
 # The radius is a bound in exact arithmetic; this is room for that of float64, and more of float32.
 TOLERANCE = 1.0 + 1e-9
@@ -69,9 +68,9 @@ def linearised(case: Case) -> float:
 
 
 @quick_jit
-def _radius(query: Any, key: Any, value: Any, embeddings: Any) -> jax.Array:
+def _radius(attention: Attention, embeddings: Any) -> jax.Array:
     """The certified radius of the last position."""
-    return certified_radius(Attention(query, key, value), embeddings)[-1]
+    return certified_radius(attention, embeddings)[-1]
 
 
 def run(plan: Plan) -> Outcome:
@@ -84,29 +83,27 @@ def run(plan: Plan) -> Outcome:
     points: list[list[float]] = []
     seen = {"crossing_found": 0, "certified_everywhere": 0, "no_crossing_found": 0}
 
-    def compare(drawn: tuple[Shape, str, int, float]) -> None:
-        shape, kind, seed, exponent = drawn
+    shapes = plan.pick(_SHAPES, _SHAPES[:2])
+    for problem in drawn(draw_problem, cases, plan.seed, shapes=shapes, kinds=_KINDS, low=-0.5, high=1.5):
+        shape, kind, seed, exponent = problem
         case = make_case(shape, kind, seed, strength=10.0**exponent)
-        radius = float(_radius(case.query, case.key, case.value, case.embeddings))
+        radius = float(_radius(case.attention, case.embeddings))
         single = make_case(shape, kind, seed, strength=10.0**exponent, dtype=np.float32)
-        radius32 = float(_radius(single.query, single.key, single.value, single.embeddings))
+        radius32 = float(_radius(single.attention, single.embeddings))
         distance = distance_found(case, np.random.default_rng(seed))
         if not np.isfinite(distance):
             seen["certified_everywhere" if np.isinf(radius) else "no_crossing_found"] += 1
             # Nothing to compare with, but a NaN is still a failure.
-            worst.see(np.nan if np.isnan(radius) else 0.0, drawn)
-            return
+            worst.see(np.nan if np.isnan(radius) else 0.0, problem)
+            continue
         seen["crossing_found"] += 1
-        worst.see(radius / distance, drawn)
+        worst.see(radius / distance, problem)
         # Distances below float32's resolution of the embedding itself mean nothing there.
         if distance > 1e-4 * np.abs(case.embeddings).max():
-            worst32.see(radius32 / distance, drawn)
+            worst32.see(radius32 / distance, problem)
         estimates.append(linearised(case) / distance)
         tightness.setdefault(shape.width, []).append(radius / distance)
         points.append([distance, radius])
-
-    shapes = plan.pick(_SHAPES, _SHAPES[:2])
-    for_each_drawn(drawn_problems(shapes, _KINDS, -0.5, 1.5), cases, compare, plan.seed)
     ratios = [ratio for found in tightness.values() for ratio in found]
     too_far = float(np.mean(np.array(estimates) > 1.01)) if estimates else 0.0
     return Outcome(

@@ -9,16 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prob_transformer import Attention, CausalAttentionTransform, ResidualAndLogDet, residual_and_log_det
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
-from theory_checks.compiling import quick_jit
-from theory_checks.rounding import amplification
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases, make_case
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
+from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, drawn, make_case
+from theory_checks.truth.numpy_attention import LARGEST_KAPPA, amplification, is_undecidable
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
-# The largest kappa (theory_checks.rounding) at which the raw error is held to the tolerance.
-REGIME = {"float64": 1e6, "float32": 5e2}
-# Where kappa eps is above this, rounding may move J_i across the boundary and no digit is left to compare.
-UNDECIDABLE = 0.05
 # Below this many nats a wrong sign or a missing determinant could pass, so the case is checked but not counted.
 COUNTED_ABOVE = 1e-3
 
@@ -59,7 +54,7 @@ class _Tally:
         scale = np.abs(case.embeddings).max()
         residual_error = np.abs(residual - expected_residual).max() / scale
         kappa = amplification(case, blocks.reshape(-1, width, width))
-        if kappa <= REGIME[precision]:
+        if kappa <= LARGEST_KAPPA[precision]:
             self.log_det.see(error, case)
             self.residual.see(residual_error, case)
             symmetric = np.allclose(case.interaction, case.interaction.transpose(0, 2, 1), rtol=1e-6, atol=0)
@@ -68,9 +63,9 @@ class _Tally:
                 self.counted_log_dets.append(float(abs(log_det.sum())))
             else:
                 self.not_counted += 1
-        elif kappa * np.finfo(precision).eps <= UNDECIDABLE:
+        elif not is_undecidable(kappa, precision):
             self.outside_regime += 1
-            self.scaled_outside.see(error / kappa * REGIME[precision], case)
+            self.scaled_outside.see(error / kappa * LARGEST_KAPPA[precision], case)
         else:
             self.undecidable += 1
             # No digits to compare, but still nothing may turn into NaN.
@@ -84,7 +79,7 @@ class _Tally:
     def to_json(self, precision: str) -> dict[str, Any]:
         return {
             "tolerance": TOLERANCE[precision],
-            "regime_kappa": REGIME[precision],
+            "regime_kappa": LARGEST_KAPPA[precision],
             "counted": self.counted,
             "symmetric_or_zero_checked_not_counted": self.not_counted,
             "outside_regime": self.outside_regime,
@@ -96,8 +91,7 @@ class _Tally:
 
 
 @quick_jit
-def _library(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[ResidualAndLogDet, jax.Array]:
-    attention = Attention(query, key, value)
+def _library(attention: Attention, embeddings: Any) -> tuple[ResidualAndLogDet, jax.Array]:
     noise_to_embeddings = CausalAttentionTransform(attention).log_abs_det_jacobian(embeddings, embeddings)
     return residual_and_log_det(attention, embeddings), noise_to_embeddings
 
@@ -130,15 +124,11 @@ def run(plan: Plan) -> Outcome:
     """Compare library and autodiff on drawn problems in float64 and as many in float32."""
     cases = plan.count(1650, 60)
     tallies = {"float64": _Tally(), "float32": _Tally()}
+    shapes = plan.pick(SHAPES, FEW_SHAPES)
     for precision, tally in tallies.items():
-
-        def compare(case: Case, precision: str = precision, tally: _Tally = tally) -> None:
-            arrays = (case.query, case.key, case.value, case.embeddings)
-            precise = [None if array is None else array.astype(np.float64) for array in arrays]
-            tally.see(case, precision, _expected(*precise), _library(*arrays))
-
-        drawn = drawn_cases(np.dtype(precision), shapes=plan.pick(SHAPES, FEW_SHAPES))
-        for_each_drawn(drawn, cases, compare, plan.seed)
+        for case in drawn(draw_case, cases, plan.seed, dtype=np.dtype(precision), shapes=shapes):
+            precise = [None if array is None else array.astype(np.float64) for array in case.arrays]
+            tally.see(case, precision, _expected(*precise), _library(case.attention, case.embeddings))
 
     log_dets = tallies["float64"].counted_log_dets
     dropped = float(np.median(log_dets)) if log_dets else 0.0
@@ -163,9 +153,9 @@ CHECK = Check(
     statement="sum_i log|det J_i| = log|det d(e_1..n)/d(u_1..n)|, with J_i = I - sum_h V_h Sigma^h_i A_h.",
     mark="derived",
     regime=(
-        "Every attention with s < i. The raw error is held to the tolerance where kappa (theory_checks/rounding.py)"
-        " is at most 1e6 in float64 and 5e2 in float32; beyond, the error times that limit over kappa is, until "
-        "kappa eps > 0.05."
+        "Every attention with s < i. The raw error is held to the tolerance where kappa "
+        "(theory_checks/truth/numpy_attention.py) is at most 1e6 in float64 and 5e2 in float32; beyond, the error "
+        "times that limit over kappa is, until kappa eps > 0.05."
     ),
     counterexample=(
         "Without the derivative of the weights every J_i is I and the log-determinant 0: the median error is the "

@@ -8,11 +8,10 @@ import numpy as np
 from scipy.optimize import brentq
 
 from prob_transformer import Attention, stability_margin
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.safe_region import contraction
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, Shape, drawn_cases, drawn_problems, make_case
-from theory_checks.truth.plain import Array, determinants, jacobians, residuals
+from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, Shape, draw_case, draw_problem, drawn, make_case
+from theory_checks.truth.numpy_attention import Array, determinants, jacobians, residuals
 
 TOLERANCE = 1e-5
 # Below this margin a difference quotient has no digits left to compare; the approach to the boundary has its own steps.
@@ -44,9 +43,9 @@ def measured_amplification(case: Case, margin: float) -> float:
 
 
 @quick_jit
-def _margin(query: Any, key: Any, value: Any, embeddings: Any) -> jax.Array:
+def _margin(attention: Attention, embeddings: Any) -> jax.Array:
     """The conditioning margin of the last position."""
-    return stability_margin(Attention(query, key, value), embeddings, "conditioning")[-1]
+    return stability_margin(attention, embeddings, "conditioning")[-1]
 
 
 def approach(seed: int) -> list[dict[str, float]]:
@@ -69,7 +68,7 @@ def approach(seed: int) -> list[dict[str, float]]:
             rows = []
             for gap in APPROACH:
                 near = scaled(wall * (1 - gap))
-                found = float(_margin(near.query, near.key, near.value, near.embeddings))
+                found = float(_margin(near.attention, near.embeddings))
                 rows.append({"gap": gap, "margin": found, "amplification": measured_amplification(near, found)})
             return rows
     raise RuntimeError("no drawn problem crosses the boundary as its attention grows")
@@ -82,34 +81,29 @@ def run(plan: Plan) -> Outcome:
     by_determinant: list[float] = []
     seen = {"compared": 0, "too_close_to_the_boundary": 0}
 
-    def compare(case: Case) -> None:
-        found = float(_margin(case.query, case.key, case.value, case.embeddings))
+    shapes = plan.pick(SHAPES[3::4], FEW_SHAPES)
+    for case in drawn(draw_case, cases, plan.seed, kinds=_KINDS, shapes=shapes):
+        found = float(_margin(case.attention, case.embeddings))
         truth = float(np.linalg.svd(jacobians(case, case.embeddings[-1:])[0], compute_uv=False)[-1])
         if not min(found, truth) > SMALLEST:
             seen["too_close_to_the_boundary"] += 1
             # Too close to measure, but the margin itself is still compared.
             worst.see(abs(found - truth) / (SMALLEST + truth), case)
-            return
+            continue
         seen["compared"] += 1
         amplification = measured_amplification(case, truth)
         worst.see(abs(amplification * found - 1), case)
         if case.shape.width > 1 and case.shape.length > 2:
             determinant = abs(float(determinants(case, case.embeddings[-1:])[0]))
             by_determinant.append(abs(amplification * determinant - 1))
-
-    def compare_safe(drawn: tuple[Shape, str, int, float]) -> None:
-        shape, kind, seed, constant = drawn
-        attention, past, reached = contraction(shape, kind, seed, constant)
+    for problem in drawn(draw_problem, cases // 2, plan.seed, shapes=shapes, kinds=_KINDS[:4], low=0.01, high=0.99):
+        shape, kind, seed, _ = problem
+        attention, past, reached = contraction(*problem)
         rng = np.random.default_rng(seed)
         embeddings = np.concatenate([past, rng.normal(size=(1, past.shape[1]))])
-        arrays = (np.asarray(attention.query), np.asarray(attention.key))
-        value = None if attention.value is None else np.asarray(attention.value)
-        case = Case(shape, kind, seed, 1.0, 0.5, *arrays, value, embeddings)
-        bound.see(measured_amplification(case, 1 - reached) * (1 - reached) - 1, drawn)
-
-    shapes = plan.pick(SHAPES[3::4], FEW_SHAPES)
-    for_each_drawn(drawn_cases(kinds=_KINDS, shapes=shapes), cases, compare, plan.seed)
-    for_each_drawn(drawn_problems(shapes, _KINDS[:4], 0.01, 0.99), cases // 2, compare_safe, plan.seed)
+        query, key, value = (jax.tree.map(np.asarray, getattr(attention, name)) for name in ("query", "key", "value"))
+        case = Case(shape, kind, seed, 1.0, 0.5, query, key, value, embeddings)
+        bound.see(measured_amplification(case, 1 - reached) * (1 - reached) - 1, problem)
     rows = approach(plan.seed)
     near = max(abs(row["amplification"] * row["margin"] - 1) for row in rows)
     mistaken = float(np.median(by_determinant)) if by_determinant else 0.0

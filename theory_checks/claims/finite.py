@@ -18,9 +18,8 @@ from prob_transformer import (
     stability_margin,
     support_tokens,
 )
-from theory_checks.check import Check, Outcome, Plan, for_each_drawn
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import FEW_SHAPES, HUGE_LOGITS, KINDS, SHAPES, Case, drawn_cases
+from theory_checks.check import Check, Outcome, Plan, quick_jit
+from theory_checks.drawn_cases import FEW_SHAPES, HUGE_LOGITS, KINDS, SHAPES, draw_case, drawn
 
 VOCABULARY = 3
 # From this number of cases on every shape is drawn.
@@ -116,20 +115,17 @@ def run(plan: Plan) -> Outcome:
     # Every shape is compiled once a precision: only a long run can afford them all.
     shapes = SHAPES if cases >= LONG else plan.pick((SHAPES[0], *FEW_SHAPES), FEW_SHAPES[:1])
 
-    def evaluate(case: Case) -> None:
-        arrays = (case.query, case.key, case.value, case.embeddings)
-        kinds[case.kind] += 1
-        for problem in set(problems(*jax.device_get(values_and_gradients(*arrays)))):
-            counts[problem] += 1
-            first.setdefault(problem, repr(case))
-        if case.shape == FEW_SHAPES[0]:
-            number, gradient = _naive(*arrays)
-            naive_failures[str(case.query.dtype)] += not (np.isfinite(number) and np.isfinite(gradient).all())
-
     precisions = plan.pick(("float64", "float32"), ("float32",))
+    options = {"kinds": (*KINDS, HUGE_LOGITS), "shapes": shapes}
     for precision in precisions:
-        drawn = drawn_cases(np.dtype(precision), (*KINDS, HUGE_LOGITS), shapes)
-        for_each_drawn(drawn, -(-cases // len(precisions)), evaluate, plan.seed)
+        for case in drawn(draw_case, -(-cases // len(precisions)), plan.seed, dtype=np.dtype(precision), **options):
+            kinds[case.kind] += 1
+            for problem in set(problems(*jax.device_get(values_and_gradients(*case.arrays)))):
+                counts[problem] += 1
+                first.setdefault(problem, repr(case))
+            if case.shape == FEW_SHAPES[0]:
+                number, gradient = _naive(*case.arrays)
+                naive_failures[precision] += not (np.isfinite(number) and np.isfinite(gradient).all())
     boundary = counts.pop("boundary", 0)
     failing = sum(counts.values())
     return Outcome(
@@ -160,7 +156,7 @@ CHECK = Check(
     ),
     mark="ours",
     regime=(
-        "Every kind of geometry in theory_checks/strategies.py in float64 and float32: ties, near-duplicates, "
+        "Every kind of geometry in theory_checks/drawn_cases.py in float64 and float32: ties, near-duplicates, "
         "collinear, far from the origin, scales of 1e-6 to 1e6, logits of hundreds whose weights underflow, and "
         "logits of 1e6 to 1e18."
     ),

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 
 from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProcess
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.change_of_variables import dense_residual
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases, drawn_number, make_case
+from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, draw_number, drawn, make_case
 
 TOLERANCE = 1e-10
 SCALES = tuple(10.0**exponent for exponent in (-1.5, -2, -2.5, -3, -3.5, -4))
@@ -85,8 +84,14 @@ def run(plan: Plan) -> Outcome:
     density, mapped = Worst(), Worst()
     with_interaction: list[float] = []
 
-    def compare(drawn: tuple[Case, float, float]) -> None:
-        case, noise_scale, first_scale = drawn
+    shapes = plan.pick(SHAPES[::3], FEW_SHAPES)
+
+    def draw(generator: np.random.Generator) -> tuple[Case, float, float]:
+        case = draw_case(generator, kinds=_KINDS, shapes=shapes)
+        return case, draw_number(generator, 0.1, 3.0), draw_number(generator, 0.1, 3.0)
+
+    for problem in drawn(draw, cases, plan.seed):
+        case, noise_scale, first_scale = problem
         rows, width = averaging(case), case.shape.width
         deviations = np.repeat([first_scale] + [noise_scale] * (case.shape.length - 1), width)
         inverse = np.linalg.inv(rows)
@@ -95,18 +100,11 @@ def run(plan: Plan) -> Outcome:
             case.embeddings.ravel()
         )
         scales = np.array([noise_scale, first_scale])
-        found = float(_log_prob(0 * case.query, case.key, case.value, case.embeddings, scales))
-        density.see(abs(found - truth) / (1 + abs(truth)), drawn)
-        other = float(_log_prob(case.query, case.key, case.value, case.embeddings, scales))
+        found, other = (
+            float(_log_prob(factor * case.query, case.key, case.value, case.embeddings, scales)) for factor in (0, 1)
+        )
+        density.see(abs(found - truth) / (1 + abs(truth)), problem)
         with_interaction.append(abs(other - truth) / (1 + abs(truth)))
-
-    shapes = plan.pick(SHAPES[::3], FEW_SHAPES)
-    draw_case = drawn_cases(kinds=_KINDS, shapes=shapes)
-
-    def draw(generator: np.random.Generator) -> tuple[Case, float, float]:
-        return draw_case(generator), drawn_number(generator, 0.1, 3.0), drawn_number(generator, 0.1, 3.0)
-
-    for_each_drawn(draw, cases, compare, plan.seed)
     # The solver compiles for seconds: a quick plan looks at the density alone.
     for index, shape in enumerate(plan.pick(FEW_SHAPES, ())):
         case = make_case(shape, "gaussian", plan.seed + index)

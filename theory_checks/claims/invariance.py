@@ -8,16 +8,11 @@ from numpy.typing import NDArray
 from scipy.stats import ortho_group
 
 from prob_transformer import Attention, EmbeddingProcess, jacobian_block, residual_and_log_det, stability_margin
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
-from theory_checks.compiling import quick_jit
-from theory_checks.rounding import amplification
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
+from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, drawn
+from theory_checks.truth.numpy_attention import LARGEST_KAPPA, amplification, is_undecidable
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
-# The largest kappa (theory_checks.rounding) at which the raw error is held to the tolerance; beyond, the error times
-# this over kappa is.
-REGIME = {"float64": 1e6, "float32": 5e2}
-UNDECIDABLE = 0.05
 FACTOR = 1.7
 
 
@@ -91,21 +86,18 @@ def run(plan: Plan) -> Outcome:
     wrong: list[float] = []
     undecidable = 0
 
-    def compare(case: Case) -> None:
-        nonlocal undecidable
-        precision = str(case.query.dtype)
-        found, kappa, mistaken = differences(case)
-        if kappa * np.finfo(precision).eps > UNDECIDABLE:
-            undecidable += 1
-            return
-        for name, error in found.items():
-            worst[precision].setdefault(name, Worst()).see(error / max(1.0, kappa / REGIME[precision]), case)
-        if case.kind == "gaussian" and case.shape.length > 2:
-            wrong.append(mistaken)
-
     shapes = plan.pick((SHAPES[0], *FEW_SHAPES), FEW_SHAPES[1:])
     for precision in plan.pick(("float64", "float32"), ("float64",)):
-        for_each_drawn(drawn_cases(np.dtype(precision), shapes=shapes), cases, compare, plan.seed)
+        for case in drawn(draw_case, cases, plan.seed, dtype=np.dtype(precision), shapes=shapes):
+            found, kappa, mistaken = differences(case)
+            if is_undecidable(kappa, precision):
+                undecidable += 1
+                continue
+            for name, error in found.items():
+                scaled = error / max(1.0, kappa / LARGEST_KAPPA[precision])
+                worst[precision].setdefault(name, Worst()).see(scaled, case)
+            if case.kind == "gaussian" and case.shape.length > 2:
+                wrong.append(mistaken)
     figures = {
         precision: max((seen.figure for seen in by_name.values()), default=0.0) for precision, by_name in worst.items()
     }
@@ -139,7 +131,7 @@ CHECK = Check(
     mark="derived",
     regime=(
         "Every attention in float64 and float32. Errors are relative where they have a size, and scaled by kappa "
-        "(theory_checks/rounding.py) beyond 1e6 (5e2 in float32), until kappa eps > 0.05."
+        "(theory_checks/truth/numpy_attention.py) beyond 1e6 (5e2 in float32), until kappa eps > 0.05."
     ),
     counterexample="A -> A / c instead of A / c^2 changes the weights: the median difference over gaussian cases.",
     tolerance=TOLERANCE["float64"],

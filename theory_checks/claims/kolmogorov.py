@@ -13,10 +13,9 @@ from numpyro.infer.util import log_density
 
 from models.scalar import NOISE_SCALE, PAST, scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.normalisation import TAIL, interaction_attention, roots
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import FEW_SHAPES, KINDS, SHAPES, Case, drawn_cases
+from theory_checks.drawn_cases import FEW_SHAPES, KINDS, SHAPES, draw_case, drawn
 from theory_checks.truth.quadrature import Integral, integrate
 
 TOLERANCE = 1e-6
@@ -173,9 +172,9 @@ def _tokens(plan: Plan) -> dict[str, Any]:
 
 
 @quick_jit
-def _by_extension_and_whole(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
+def _by_extension_and_whole(attention: Attention, embeddings: Any) -> tuple[jax.Array, jax.Array]:
     """log p(u) by adding positions one at a time, and of the whole sequence."""
-    process = EmbeddingProcess(Attention(query, key, value), embeddings.shape[0], NOISE_SCALE, FIRST_SCALE)
+    process = EmbeddingProcess(attention, embeddings.shape[0], NOISE_SCALE, FIRST_SCALE)
     past, total = process.empty_past(), jnp.zeros(())
     for embedding in embeddings:
         added, past = process.extend(past, embedding)
@@ -186,13 +185,10 @@ def _by_extension_and_whole(query: Any, key: Any, value: Any, embeddings: Any) -
 def _extension(plan: Plan, cases: int) -> Worst:
     """Adding positions one at a time against the whole sequence, relative to 1 + |log p|."""
     worst = Worst()
-
-    def compare(case: Case) -> None:
-        extended, whole = map(float, _by_extension_and_whole(case.query, case.key, case.value, case.embeddings))
-        worst.see(abs(extended - whole) / (1 + abs(whole)), case)
-
     kinds = tuple(kind for kind in KINDS if kind != "offset")
-    for_each_drawn(drawn_cases(kinds=kinds, shapes=plan.pick(SHAPES[::7], FEW_SHAPES[1:])), cases, compare, plan.seed)
+    for case in drawn(draw_case, cases, plan.seed, kinds=kinds, shapes=plan.pick(SHAPES[::7], FEW_SHAPES[1:])):
+        extended, whole = map(float, _by_extension_and_whole(case.attention, case.embeddings))
+        worst.see(abs(extended - whole) / (1 + abs(whole)), case)
     return worst
 
 

@@ -7,17 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prob_transformer import Attention, ResidualAndLogDet, jacobian_block, residual_and_log_det
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
-from theory_checks.compiling import quick_jit
-from theory_checks.rounding import amplification
-from theory_checks.strategies import FEW_SHAPES, SHAPES, Case, drawn_cases
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
+from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, drawn
+from theory_checks.truth.numpy_attention import LARGEST_KAPPA, amplification, is_undecidable
 
 TOLERANCE = 1e-9
 # For the entries of J itself against I - L R, over kappa: rounding of a few products.
 ENTRIES_TOLERANCE = 1e-14
-# The largest kappa (theory_checks.rounding) at which the raw error is held to the tolerance.
-REGIME = 1e6
-UNDECIDABLE = 0.05
+REGIME = LARGEST_KAPPA["float64"]
 
 
 def factors(case: Case, position: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -37,8 +34,7 @@ def factors(case: Case, position: int) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 @quick_jit
-def _library(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, ResidualAndLogDet]:
-    attention = Attention(query, key, value)
+def _library(attention: Attention, embeddings: Any) -> tuple[jax.Array, ResidualAndLogDet]:
     return jacobian_block(attention, embeddings), residual_and_log_det(attention, embeddings)
 
 
@@ -48,14 +44,13 @@ def run(plan: Plan) -> Outcome:
     worst, scaled, entries, decoupled = Worst(), Worst(), Worst(), []
     seen = {"compared_positions": 0, "outside_regime": 0, "undecidable": 0, "wider_than_d": 0, "narrower_than_d": 0}
 
-    def compare(case: Case) -> None:
-        blocks, (_, sign, log_det) = _library(case.query, case.key, case.value, case.embeddings)
-        blocks, sign, log_det = np.asarray(blocks), np.asarray(sign), np.asarray(log_det)
+    for case in drawn(draw_case, cases, plan.seed, shapes=plan.pick(SHAPES, FEW_SHAPES)):
+        blocks, (_, sign, log_det) = jax.device_get(_library(case.attention, case.embeddings))
         _, head_size, width = case.query.shape
         kappa = amplification(case, blocks)
-        if kappa * np.finfo(np.float64).eps > UNDECIDABLE:
+        if is_undecidable(kappa):
             seen["undecidable"] += 1
-            return
+            continue
         seen["outside_regime"] += kappa > REGIME
         rank = case.shape.heads * head_size
         seen["wider_than_d"] += rank > width
@@ -82,8 +77,6 @@ def run(plan: Plan) -> Outcome:
                     for s in split
                 ]
                 decoupled.append(abs(sum(det.logabsdet for det in single) - dense.logabsdet))
-
-    for_each_drawn(drawn_cases(shapes=plan.pick(SHAPES, FEW_SHAPES)), cases, compare, plan.seed)
     apart = float(np.median(decoupled)) if decoupled else 0.0
     return Outcome(
         cases=cases,
@@ -114,8 +107,8 @@ CHECK = Check(
     mark="derived",
     regime=(
         "Every attention, Hp below, at and above d, at every position with a past. The raw error is held to the "
-        "tolerance where kappa (theory_checks/rounding.py) is at most 1e6; beyond, the error times 1e6 over kappa "
-        "is, until kappa eps > 0.05."
+        "tolerance where kappa (theory_checks/truth/numpy_attention.py) is at most 1e6; beyond, the error times 1e6 "
+        "over kappa is, until kappa eps > 0.05."
     ),
     counterexample=(
         "Ours: the product over heads of det(I - M^h), which drops the blocks between heads, is not the determinant"

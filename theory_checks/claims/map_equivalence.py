@@ -16,9 +16,8 @@ from numpyro.infer.util import potential_energy
 from scipy.optimize import minimize
 
 from prob_transformer import Attention, LinearDecoder, map_objective, residual_and_log_det, token_model
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import KINDS, Shape, drawn_option, drawn_seed, make_case
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
+from theory_checks.drawn_cases import KINDS, Shape, draw_option, draw_seed, drawn, make_case
 
 TOLERANCE = 1e-10
 OPTIMUM_TOLERANCE = 1e-6
@@ -203,26 +202,24 @@ def run(plan: Plan) -> Outcome:
     values, gradients, cancelling = Worst(), Worst(), Worst()
     wrong: list[float] = []
 
-    def compare(drawn: tuple[Setting, str, int]) -> None:
-        setting, kind, seed = drawn
+    def draw(generator: np.random.Generator) -> tuple[Setting, str, int]:
+        return draw_option(generator, settings), draw_option(generator, KINDS), draw_seed(generator)
+
+    for problem in drawn(draw, cases, plan.seed):
+        setting, kind, seed = problem
         parameters, tokens, scales = _problem(setting, kind, seed)
         choices = (setting.objective, setting.with_barrier)
         (energy, slope), (value, gradient) = _both_sides(parameters, tokens, scales, *choices)
-        values.see(relative_difference(energy, value), drawn)
+        values.see(relative_difference(energy, value), problem)
         if kind == "offset":
             # The gradients of query and key are small sums of terms as large as the offset squared.
-            cancelling.see(relative_difference(slope, gradient), drawn)
+            cancelling.see(relative_difference(slope, gradient), problem)
         else:
-            gradients.see(max(relative_difference(slope[name], gradient[name]) for name in parameters), drawn)
+            gradients.see(max(relative_difference(slope[name], gradient[name]) for name in parameters), problem)
         if setting.with_barrier and kind == "gaussian":
             # lambda times the mean of the barrier where the density has lambda times its sum.
             _, (mistaken, _) = _both_sides(parameters, tokens, scales / [1, 1, 1, tokens.shape[-1]], *choices)
             wrong.append(relative_difference(energy, mistaken))
-
-    def draw(generator: np.random.Generator) -> tuple[Setting, str, int]:
-        return drawn_option(generator, settings), drawn_option(generator, KINDS), drawn_seed(generator)
-
-    for_each_drawn(draw, cases, compare, plan.seed)
     # Both optimisers compile for seconds: a quick plan goes without them.
     best = optimum() if not plan.quick else {"relative_difference": 0.0, "log_det": 1.0}
     figure = max(values.figure, gradients.figure, cancelling.figure)

@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from models.scalar import NOISE_SCALE, PAST, scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, residual_and_log_det
-from theory_checks.check import Check, Outcome, Plan
-from theory_checks.compiling import quick_jit
+from theory_checks.check import Check, Outcome, Plan, quick_jit
 from theory_checks.truth.quadrature import Integral, expected_roots, expected_roots_plane, integrate
 
 TOLERANCE = 1e-6
@@ -34,7 +33,7 @@ WORKED_EXAMPLE = {1.5: 1.0313, 4.0: 2.1239}
 TAIL = 9.0
 
 
-def interaction_attention(interaction: NDArray[np.float64]) -> Attention:
+def interaction_attention(interaction: Any) -> Attention:
     """One head with identity values and the given interaction A (d, d): W_K = I, p = d."""
     width = interaction.shape[0]
     return Attention(jnp.asarray(np.sqrt(width) * interaction)[None], jnp.eye(width)[None])

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prob_transformer import Attention, stability_margin
-from theory_checks.check import Check, Outcome, Plan, Worst, for_each_drawn
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.normalisation import PAST, interaction_attention, scalar_attention
-from theory_checks.compiling import quick_jit
-from theory_checks.strategies import Shape, drawn_problems, make_case, semidefinite_interaction
+from theory_checks.drawn_cases import Shape, draw_problem, drawn, make_case, semidefinite_interaction
 
 TOLERANCE = 1e-9
 # The search: random starts over scales of u, the best of them moved by random steps that shrink.
@@ -90,24 +89,20 @@ def run(plan: Plan) -> Outcome:
     semidefinite, popoviciu = Worst(-np.inf), Worst(-np.inf)
     slacks: dict[int, list[float]] = {}
 
-    def search_semidefinite(drawn: tuple[Shape, str, int, float]) -> None:
-        shape, kind, seed, exponent = drawn
+    identity, general = plan.pick((_IDENTITY, _GENERAL), (_IDENTITY[:1], _IDENTITY[:1]))
+    for problem in drawn(draw_problem, cases, plan.seed, shapes=identity, kinds=_KINDS, low=-2.0, high=2.0):
+        shape, kind, seed, exponent = problem
         attention, past = negative_semidefinite(shape, kind, seed, 10.0**exponent)
         found, _ = smallest_determinant(attention, past, jax.random.key(seed))
-        semidefinite.see(1 - float(found), drawn)
-
-    def search_contraction(drawn: tuple[Shape, str, int, float]) -> None:
-        shape, kind, seed, constant = drawn
-        attention, past, reached = contraction(shape, kind, seed, constant)
+        semidefinite.see(1 - float(found), problem)
+    for problem in drawn(draw_problem, cases, plan.seed, shapes=general, kinds=_KINDS, low=0.01, high=0.99):
+        shape, _, seed, _ = problem
+        attention, past, reached = contraction(*problem)
         found, _ = smallest_determinant(attention, past, jax.random.key(seed))
         slack = float(found) / (1 - reached) ** shape.width - 1
         if reached > 0:
             slacks.setdefault(shape.width, []).append(slack)
-        popoviciu.see(-slack, drawn)
-
-    identity, general = plan.pick((_IDENTITY, _GENERAL), (_IDENTITY[:1], _IDENTITY[:1]))
-    for_each_drawn(drawn_problems(identity, _KINDS, -2.0, 2.0), cases, search_semidefinite, plan.seed)
-    for_each_drawn(drawn_problems(general, _KINDS, 0.01, 0.99), cases, search_contraction, plan.seed)
+        popoviciu.see(-slack, problem)
 
     past = np.array(PAST)[:, None]
     outside, where = smallest_determinant(scalar_attention(4.0), past, jax.random.key(0))

@@ -17,9 +17,8 @@ from prob_transformer import (
     SolveStatus,
     residual_and_log_det,
 )
-from theory_checks.check import Check, Outcome, Plan
+from theory_checks.check import Check, Outcome, Plan, quick_jit
 from theory_checks.claims.normalisation import interaction_attention
-from theory_checks.compiling import quick_jit
 
 # Probability that any test of the suite rejects a right sampler; shared equally between the tests.
 FALSE_ALARM = 1e-4

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from scipy.optimize import approx_fprime, minimize, nnls
 
 from prob_transformer import Attention, barrier, stability_margin, support_tokens
-from theory_checks.check import Check, Outcome, Plan, Worst
-from theory_checks.compiling import quick_jit
+from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 
 TOLERANCE = 1e-3
 LENGTH, WIDTH = 8, 2
