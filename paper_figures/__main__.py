@@ -51,8 +51,8 @@ FIGURES: dict[str, tuple[ModuleType, str | None]] = {
     "calibration_ranks": (calibration_ranks, "inference"),
     "scaling": (scaling, "benchmark"),
 }
-_BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-INFERENCE, BENCHMARK = _BENCHMARKS / "inference" / "result.json", _BENCHMARKS / "results" / "cpu.json"
+_ROOT = Path(__file__).resolve().parent.parent
+INFERENCE, BENCHMARK = _ROOT / "results" / "reference" / "inference.json", _ROOT / "benchmarks" / "results" / "cpu.json"
 
 
 def load_sections(path: Path, option: str, command: str) -> dict[str, Any]:

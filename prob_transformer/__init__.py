@@ -4,6 +4,7 @@ Read in this order: attention, change_of_variables, sampling, process, barrier, 
 objective; penalty for training, and self_inclusion for layers as decoders have them.
 """
 
+from prob_transformer import _moved as _moved
 from prob_transformer.attention import Attention, Past
 from prob_transformer.barrier import barrier, one_sided_barrier, one_sided_penalty
 from prob_transformer.certified_radius import certified_radius

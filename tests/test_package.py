@@ -269,3 +269,13 @@ def test_the_readme_example_prints_what_the_readme_shows_with_the_core_alone(cor
     assert len(readme.split()) <= 700
     done = run(core, code)
     assert (done.stdout, done.stderr) == (printed, "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("process", "embedding_process"), ("inference.nuts", "inference.nuts_sampler"), ("decoder_models", "pretrained")],
+)
+def test_a_module_of_version_0_1_names_the_new_one(old, new):
+    with pytest.raises(ImportError, match=f"prob_transformer.{old} is now prob_transformer.{new};"):
+        import_module(f"prob_transformer.{old}")
+    import_module(f"prob_transformer.{new}")

@@ -1,12 +1,51 @@
-# For the merge of h-checks: tests/benchmarks/test_laplace_torch.py from `import equinox` on, against the new stack.
+"""Laplace of a character GPT against what laplace-torch 0.3 found for the same weights, windows and prior precision.
+
+laplace_torch.json is the result of `python -m benchmarks.laplace_torch` of version 0.1, which ran laplace-torch in an
+environment of its own (torch 2.13, CPU) beside this library; its provenance is in it. laplace_torch.npz holds what both
+sides were given: the weights after `python -m models.char_gpt train --objective ce --steps 500`, 16 windows of training
+and 8 of validation text. Its factors add up what the positions of a window send back before they are multiplied, which
+is `positions="together"` here.
+"""
+
+import json
+from pathlib import Path
+
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.char_gpt.linear_maps import trained_network
+from models.char_gpt.linear_maps import matrices, trained_network, with_matrices
+from models.char_gpt.config import Config
+from models.char_gpt.model import CharGPT
 from prob_transformer.inference.laplace import laplace
 
-# ... in `given`: model = with_matrices(model, {name: jnp.asarray(arrays[name]) for name in matrices(model)})
+RESULT = json.loads(Path(__file__).with_name("laplace_torch.json").read_text(encoding="utf-8"))
+CONFIGURATION = RESULT["provenance"]["configuration"]
+TAU = CONFIGURATION["prior_precision"]
+
+
+@pytest.fixture(scope="module")
+def given():
+    """The model, and the windows of training and validation text."""
+    with np.load(Path(__file__).with_name("laplace_torch.npz")) as stored:
+        arrays = dict(stored)
+    sizes = {name: CONFIGURATION["run_configuration"][name] for name in ("layers", "width", "heads", "context")}
+    model = CharGPT(jax.random.key(0), Config(**sizes), len(arrays["head"]))
+    model = with_matrices(model, {name: jnp.asarray(arrays[name]) for name in matrices(model)})
+
+    def others(model):
+        norms = {"final_norm": model.final_norm}
+        for i, block in enumerate(model.blocks):
+            norms |= {f"{i}.{name}": getattr(block, name) for name in ("attention_norm", "mlp_norm")}
+        found = {f"{name}.{part}": getattr(norm, part) for name, norm in norms.items() for part in ("scale", "bias")}
+        return found | {name: getattr(model, name) for name in ("token_embedding", "position_embedding")}
+
+    model = eqx.tree_at(
+        lambda m: list(others(m).values()), model, [jnp.asarray(arrays[name]) for name in others(model)]
+    )
+    return model, jnp.asarray(arrays["training"]), arrays["validation"]
 
 
 @pytest.mark.parametrize("structure", ["last-layer", pytest.param("kronecker", marks=pytest.mark.slow)])

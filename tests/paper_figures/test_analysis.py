@@ -107,8 +107,9 @@ def test_one_seed_has_no_interval_and_every_verdict_says_so(tmp_path):
     (row,) = [row for row in record["overview"] if (row["method"], row["split"]) == ("margin@layers", "test")]
     assert row["change_interval"] is row["perturbations"][0]["change_interval"] is None
     assert "one seed, no interval" in markdown(record)
-    figure = effects.draw(tmp_path / "runs")
-    methods = len(load_runs(tmp_path / "runs").methods) - 1
+    sweep = load_runs(tmp_path / "runs")
+    figure = effects.draw(sweep)
+    methods = len(sweep.methods) - 1
     points = [line for panel in figure.axes for line in panel.lines if line.get_marker() not in ("", "None", None)]
     assert len(points) == methods * len([panel for panel in figure.axes if panel.lines])
     plt.close(figure)

@@ -1,0 +1,38 @@
+"""Module names of version 0.1: importing one raises an ImportError that names the new one."""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+
+_NEW_NAMES = {
+    "accelerated": "kernels, by implementation='blocked' of the public functions",
+    "decoder": "attention",
+    "decoder_models": "pretrained",
+    "inference.nuts": "inference.nuts_sampler",
+    "inference.nuts_result": "inference.nuts_sampler",
+    "inference.particle_result": "inference.particles",
+    "inference.predictive": "inference.embedding_sites",
+    "inference.reparam": "inference.embedding_sites",
+    "inference.results": "inference.result_tree",
+    "inspect": "inspection",
+    "penalty": "training_barrier",
+    "process": "embedding_process",
+    "provenance": "files",
+    "query_key": "logits",
+    "transform": "sampling",
+}
+
+
+class _MovedModules(MetaPathFinder):
+    """Asked only for modules that no other finder has."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> None:
+        package, _, name = fullname.partition(".")
+        if package == "prob_transformer" and name in _NEW_NAMES:
+            new = _NEW_NAMES[name]
+            raise ImportError(
+                f"{fullname} is now prob_transformer.{new}; CHANGELOG.md lists all new names.", name=fullname
+            )
+
+
+sys.meta_path.append(_MovedModules())
