@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.char_gpt.linear_maps import matrices, trained_network, with_matrices
 from models.char_gpt.config import Config
+from models.char_gpt.linear_maps import matrices, trained_network, with_matrices
 from models.char_gpt.model import CharGPT
 from prob_transformer.inference.laplace import laplace
 

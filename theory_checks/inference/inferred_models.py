@@ -66,8 +66,9 @@ QUICK = Sizes(
     sequences=6,
     many_sequences=12,
     positions=3,
-    warmup=200,
-    draws=200,
+    # With 200 draws the effective sample size is itself so uncertain that right draws lie six standard errors off.
+    warmup=500,
+    draws=1000,
     repeats=8,
     particles=20,
     replicates=100,
