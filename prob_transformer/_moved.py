@@ -24,7 +24,7 @@ _NEW_NAMES = {
 
 
 class _MovedModules(MetaPathFinder):
-    """Asked only for modules that no other finder has."""
+    """Finds no module; raises for those that have moved."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> None:
         package, _, name = fullname.partition(".")
@@ -35,4 +35,5 @@ class _MovedModules(MetaPathFinder):
             )
 
 
-sys.meta_path.append(_MovedModules())
+# First, because a checkout may keep an old folder with compiled files, which Python takes for a package.
+sys.meta_path.insert(0, _MovedModules())
