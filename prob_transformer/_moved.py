@@ -1,7 +1,6 @@
 """Module names of version 0.1: importing one raises an ImportError that names the new one."""
 
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 
 _NEW_NAMES = {
@@ -26,7 +25,7 @@ _NEW_NAMES = {
 class _MovedModules(MetaPathFinder):
     """Finds no module; raises for those that have moved."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> None:
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         package, _, name = fullname.partition(".")
         if package == "prob_transformer" and name in _NEW_NAMES:
             new = _NEW_NAMES[name]
