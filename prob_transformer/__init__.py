@@ -31,7 +31,7 @@ from prob_transformer.sampling import CausalAttentionTransform, named_solve_erro
 from prob_transformer.token_model import LinearDecoder, sampled_attention, token_model
 from prob_transformer.training_barrier import BarrierPenalty, barrier_penalty
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Attention",
