@@ -150,23 +150,6 @@ def test_attention_is_a_pytree():
     np.testing.assert_allclose(norms[1], 4 * norms[0], rtol=1e-12)
 
 
-def test_sizes_are_read_from_the_shapes():
-    attention = random_attention(np.random.default_rng(8), heads=2, size=3, width=4)
-    assert (attention.heads, attention.head_size, attention.width) == (2, 3, 4)
-
-
-def test_an_empty_cache_has_the_dtype_of_the_attention_or_the_wider_one_asked_for():
-    attention = Attention(jnp.ones((1, 2, 2), jnp.float32), jnp.ones((1, 2, 2), jnp.float32))
-    assert Past.empty(attention, 3).values.dtype == jnp.float32
-    assert Past.empty(attention, 3, jnp.float64).values.dtype == jnp.float64
-
-
-def test_float32_stays_float32():
-    attention = Attention(jnp.ones((1, 2, 2), jnp.float32), jnp.ones((1, 2, 2), jnp.float32))
-    past = Past.of(attention, jnp.ones((3, 2), jnp.float32))
-    assert attention_weights(attention, past, jnp.ones(2, jnp.float32)).dtype == jnp.float32
-
-
 def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
     attention, u = Attention(np.ones((2, 2, 3)), np.ones((2, 2, 3))), np.ones((4, 3))
     for joint in (
@@ -208,3 +191,11 @@ def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
 def test_bad_parameters_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         Attention(**arguments)
+
+
+def test_float32_stays_float32_unless_an_empty_cache_is_asked_for_in_a_wider_dtype():
+    attention = Attention(jnp.ones((1, 2, 2), jnp.float32), jnp.ones((1, 2, 2), jnp.float32))
+    past = Past.of(attention, jnp.ones((3, 2), jnp.float32))
+    assert attention_weights(attention, past, jnp.ones(2, jnp.float32)).dtype == jnp.float32
+    assert Past.empty(attention, 3).values.dtype == jnp.float32
+    assert Past.empty(attention, 3, jnp.float64).values.dtype == jnp.float64

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from prob_transformer import Attention, attention_mean, jacobian_block, residual
 from prob_transformer import change_of_variables as module
 from prob_transformer.change_of_variables import over_positions
 from tests.support.dense import SHAPES, dense_truth, draw
+from tests.support.long import SHAPES as LONG_SHAPES
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,13 +50,14 @@ def test_the_drawn_cases_can_tell_a_wrong_sign_and_a_transposed_interaction():
             assert np.abs(interaction - interaction.swapaxes(1, 2)).max() > 1e-2
 
 
-def test_the_first_two_positions_have_exactly_zero_log_det():
-    for shape in SHAPES:
-        *parameters, embeddings = draw(3, shape, scale=30.0)
-        got = residual_and_log_det(Attention(*parameters), embeddings)
-        assert got.log_det[:2].tolist() == [0.0, 0.0]
-        assert got.sign[:2].tolist() == [1.0, 1.0]
-        np.testing.assert_array_equal(got.residual[0], embeddings[0])
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+@pytest.mark.parametrize("shape", [*SHAPES, *LONG_SHAPES])
+def test_the_first_two_positions_have_exactly_zero_log_det(shape, implementation):
+    *parameters, embeddings = draw(3, shape, scale=30.0)
+    got = residual_and_log_det(Attention(*parameters), embeddings, implementation=implementation)
+    assert got.log_det[:2].tolist() == [0.0, 0.0]
+    assert got.sign[:2].tolist() == [1.0, 1.0]
+    np.testing.assert_array_equal(got.residual[0], embeddings[0])
 
 
 def test_rescaling_embeddings_and_interaction_together_changes_no_determinant():
@@ -94,7 +98,8 @@ def test_gradients_match_finite_differences_and_stay_finite_when_weights_underfl
     attention = Attention(*parameters)
 
     def total(u):
-        return residual_and_log_det(attention, u).log_det.sum()
+        residual, _, log_det = residual_and_log_det(attention, u)
+        return log_det.sum() - jnp.square(residual).sum()
 
     slope = jax.grad(total)(jnp.asarray(embeddings))
     for index in np.ndindex(*embeddings.shape):
@@ -105,14 +110,25 @@ def test_gradients_match_finite_differences_and_stay_finite_when_weights_underfl
     assert np.isfinite(jax.grad(lambda a: residual_and_log_det(a, embeddings).log_det.sum())(sharp).query).all()
 
 
-def test_on_the_boundary_the_sign_is_zero_and_the_log_det_minus_infinity():
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+def test_on_the_boundary_the_sign_is_zero_and_the_log_det_minus_infinity(implementation):
     # Past (-1, 1), query 0: uniform weights, variance exactly 1, so J = 1 - a vanishes at a = 1.
-    got = residual_and_log_det(Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1))), jnp.array([[-1.0], [1.0], [0.0]]))
+    attention, embeddings = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1))), jnp.array([[-1.0], [1.0], [0.0]])
+    got = residual_and_log_det(attention, embeddings, implementation=implementation)
     assert got.sign[2] == 0
     assert got.log_det[2] == -jnp.inf
 
 
-@pytest.mark.parametrize("function", [residual_and_log_det, attention_mean, jacobian_block])
+@pytest.mark.parametrize(
+    "function",
+    [
+        residual_and_log_det,
+        attention_mean,
+        jacobian_block,
+        partial(residual_and_log_det, implementation="blocked"),
+        partial(attention_mean, implementation="blocked"),
+    ],
+)
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [

@@ -68,16 +68,6 @@ def test_draws_have_the_wider_dtype_of_scales_and_attention():
         assert process.sample(jax.random.key(0)).dtype == np.float64
 
 
-def test_log_prob_is_the_noise_density_plus_the_autodiff_log_determinant():
-    for seed in range(5):
-        query, key, value, embeddings = draw(seed, (2, 2, 3, 5, True))
-        residual, _, (_, log_det) = dense_truth(query, key, value, embeddings)
-        scales = np.array([2.0] + [0.3] * 4)[:, None]
-        expected = norm.logpdf(residual, 0.0, scales).sum() + log_det
-        process = EmbeddingProcess(Attention(query, key, value), 5, noise_scale=0.3, first_scale=2.0)
-        np.testing.assert_allclose(process.log_prob(embeddings), expected, rtol=1e-12)
-
-
 @pytest.mark.parametrize(("a", "mass"), [(-2.0, 1.0), (0.5, 1.0), (1.5, 1.0313), (4.0, 2.1239)])
 def test_one_dimensional_conditional_mass(a, mass):
     past = np.array([-1.0, 1.0, 0.3])
@@ -98,21 +88,6 @@ def test_one_dimensional_conditional_mass(a, mass):
     assert abs(absolute - mass) < 5e-5
     signed = sum(quad(by_hand, lo, hi, args=(False,))[0] for lo, hi in pairwise(edges))
     assert abs(signed - 1) < 1e-6
-
-
-def test_extending_position_by_position_gives_the_density_of_the_whole():
-    process = mild_process(noise_scale=0.6, first_scale=1.4)
-    value = np.random.default_rng(1).normal(size=(5, 3))
-    whole = process.position_log_prob(value)
-    past = process.empty_past()
-    for i in range(5):
-        step, past = process.extend(past, value[i])
-        np.testing.assert_allclose(step, whole[i], atol=1e-12)
-
-    def scan(u):
-        return jax.lax.scan(lambda past, row: process.extend(past, row)[::-1], process.empty_past(), u)[1]
-
-    np.testing.assert_allclose(jax.jit(scan)(value), whole, atol=1e-12)
 
 
 def test_a_prefix_of_a_longer_process_has_the_density_of_the_shorter():
@@ -186,17 +161,6 @@ def test_sampling_past_the_boundary_raises_with_a_named_status():
     assert 0 < (np.asarray(status) > 0).mean() < 1
 
 
-def test_gradients_of_the_log_density_match_finite_differences():
-    process = mild_process(noise_scale=0.5)
-    value = np.random.default_rng(4).normal(size=(5, 3))
-    slope = jax.grad(process.log_prob)(jnp.asarray(value))
-    for index in [(0, 0), (1, 2), (4, 1)]:
-        step = np.zeros_like(value)
-        step[index] = 1e-6
-        difference = (process.log_prob(value + step) - process.log_prob(value - step)) / 2e-6
-        np.testing.assert_allclose(slope[index], difference, rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -236,23 +200,6 @@ def test_bad_input_is_refused_by_name(build, message):
         build()
 
 
-def test_a_full_cache_is_refused_eagerly_and_inside_jit():
-    process = EmbeddingProcess(ZERO, 2)
-    past = process.empty_past()
-    for _ in range(2):
-        _, past = process.extend(past, np.ones(3))
-    with pytest.raises(ValueError, match="past: is full"):
-        process.extend(past, np.ones(3))
-    with pytest.raises(Exception, match="past: is full"):
-        jax.block_until_ready(jax.jit(process.extend)(past, np.ones(3)))
-
-
-def test_a_full_cache_longer_than_pythons_cached_integers_is_refused():
-    process = EmbeddingProcess(ZERO, 300)
-    with pytest.raises(ValueError, match="past: is full"):
-        process.extend(process.empty_past().before(process.attention, 300), np.ones(3))
-
-
 def test_inside_jit_numpyros_validation_gives_values_outside_the_support_no_density():
     # Eagerly such values are refused by name; a traced value cannot be looked at.
     process = EmbeddingProcess(ZERO, 3, validate_args=True)
@@ -278,3 +225,23 @@ def test_both_paths_give_the_same_draws_and_densities():
     np.testing.assert_allclose(fast.sample(jax.random.key(0), (3,)), drawn, atol=1e-8)
     np.testing.assert_allclose(fast.log_prob(drawn), slow.log_prob(drawn), atol=1e-11)
     assert jax.tree.structure(fast) != jax.tree.structure(slow)
+
+
+def test_extending_position_by_position_in_a_scan_gives_the_density_of_the_whole():
+    process = mild_process(noise_scale=0.6, first_scale=1.4)
+    value = np.random.default_rng(1).normal(size=(5, 3))
+
+    def scan(u):
+        return jax.lax.scan(lambda past, row: process.extend(past, row)[::-1], process.empty_past(), u)[1]
+
+    np.testing.assert_allclose(jax.jit(scan)(value), process.position_log_prob(value), atol=1e-12)
+
+
+# 300 is beyond the integers that Python caches.
+@pytest.mark.parametrize("length", [2, 300])
+def test_a_full_cache_is_refused_eagerly_and_inside_jit(length):
+    process = EmbeddingProcess(ZERO, length)
+    past = process.empty_past().before(process.attention, length)
+    for extend in (process.extend, jax.jit(process.extend)):
+        with pytest.raises(Exception, match="past: is full"):
+            jax.block_until_ready(extend(past, np.ones(3)))

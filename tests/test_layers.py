@@ -1,5 +1,7 @@
 """The process of any strict layer, heads taken together: biases, key groups, norms, rotary positions, window, cap."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,13 @@ import pytest
 from scipy.stats import norm
 
 from prob_transformer import (
-    Attention,
     CausalAttentionTransform,
     EmbeddingProcess,
     certified_radius,
+    conditioning_margin,
     jacobian_block,
     residual_and_log_det,
 )
-from prob_transformer.kernels import blocked, conditioning
 from tests.support.layers import layer_of
 from tests.support.plain_decoder import draw, jacobians, mean_at, rotation
 
@@ -85,39 +86,21 @@ def test_the_blocked_sweep_gives_the_same_values_and_gradients(name):
 
     found, expected = (
         jax.value_and_grad(lambda layer, inputs, density=density: total(density, layer, inputs), (0, 1))(layer, inputs)
-        for density in (blocked.residual_and_log_det, residual_and_log_det)
+        for density in (partial(residual_and_log_det, implementation="blocked"), residual_and_log_det)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), found, expected)
 
 
-def test_layers_that_a_method_does_not_cover_are_refused_by_name():
-    _, capped, inputs = problem("capped")
-    _, rotary, _ = problem("rotary")
-    _, normed, _ = problem("normed")
-    with pytest.raises(ValueError, match="attention: has a cap"):
-        blocked.residual_and_log_det(capped, inputs)
-    with pytest.raises(ValueError, match="attention: has rotary positions"):
-        conditioning.conditioning_margin(rotary, inputs, jax.random.key(0))
-    for layer in (capped, normed):
-        with pytest.raises(ValueError, match="attention: has a norm or a cap"):
-            certified_radius(layer, inputs)
-
-
-def test_a_rotation_of_the_past_is_a_rotation_of_its_slopes():
-    # Rotary positions leave logits bilinear in the embedding, so the certified radius speaks of them too.
-    _, rotary, inputs = problem("rotary")
-    radius = np.asarray(certified_radius(rotary, inputs))
-    assert np.isfinite(radius[2:]).any()
-    rng = np.random.default_rng(0)
-    for i in range(2, LENGTH):
-        for _ in range(20):
-            direction = rng.normal(size=WIDTH)
-            moved = inputs.copy()
-            moved[i] += min(radius[i], 1e3) * 0.99 * direction / np.linalg.norm(direction)
-            here, there = (residual_and_log_det(rotary, x).sign[i] for x in (inputs, moved))
-            assert here == there
-
-
-def test_unknown_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"key: has shape \(3, 2, 4\)"):
-        Attention(np.ones((4, 2, 4)), np.ones((3, 2, 4)))
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("capped", partial(residual_and_log_det, implementation="blocked"), "attention: has a cap"),
+        ("rotary", partial(conditioning_margin, key=jax.random.key(0)), "attention: has rotary positions"),
+        ("capped", certified_radius, "attention: has a norm or a cap"),
+        ("normed", certified_radius, "attention: has a norm or a cap"),
+    ],
+)
+def test_layers_that_a_method_does_not_cover_are_refused_by_name(name, function, message):
+    _, layer, inputs = problem(name)
+    with pytest.raises(ValueError, match=message):
+        function(layer, inputs)

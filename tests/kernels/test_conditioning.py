@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,13 +7,13 @@ import pytest
 
 import prob_transformer as reference
 from prob_transformer import Attention
-from prob_transformer.kernels import conditioning
 from prob_transformer.kernels.cells import Tiling
-from prob_transformer.kernels.conditioning import relative_error
+from prob_transformer.kernels.conditioning import conditioning_margin, relative_error
 from tests.support.long import draw
 
 TILING = Tiling(8, 16)
 KEY = jax.random.key(0)
+MARGIN = partial(reference.stability_margin, implementation="blocked")
 
 
 def smallest_singular_values(attention, embeddings):
@@ -25,7 +27,7 @@ def test_enough_steps_give_the_smallest_singular_value_exactly(shape, steps):
     # d steps always, and 2Hp + 1 of them where that is fewer: J^-1 J^-T is the identity plus a matrix of rank 2Hp.
     attention, embeddings = draw(0, shape, batch=(2,))
     expected = smallest_singular_values(attention, embeddings)
-    found = conditioning.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+    found = conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
     np.testing.assert_allclose(found.upper, expected, rtol=1e-7)
     np.testing.assert_array_equal(found.lower, found.upper)
 
@@ -35,7 +37,7 @@ def test_the_two_ends_are_apart_until_the_step_that_makes_them_exact(steps):
     # H = 1 and p = 2: Hp + 1 = 3 and 2Hp = 4 steps are too few for the 5 eigenvalues of J^-1 J^-T.
     attention, embeddings = draw(0, (1, 2, 12, 20, False), batch=(2,))
     expected = smallest_singular_values(attention, embeddings)
-    found = conditioning.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+    found = conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
     assert found.upper.max() > 0
     assert (found.upper - expected).max() > 1e-6
     assert (found.lower <= expected * (1 + 1e-9)).all()
@@ -50,7 +52,7 @@ def test_the_two_ends_hold_the_smallest_singular_value_between_them(dtype):
     assert expected.min() < 0.2
     rounding = 1e-4 if dtype == np.float32 else 1e-9
     for steps in (2, 4, 8, 14):
-        found = conditioning.conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
+        found = conditioning_margin(attention, embeddings, KEY, steps, tiling=TILING)
         assert (found.upper >= expected * (1 - rounding)).all()
         assert (found.lower <= expected * (1 + rounding)).all()
     np.testing.assert_allclose(found.upper, expected, rtol=0.02)
@@ -61,9 +63,7 @@ def test_the_lower_end_fails_no_more_often_than_it_may():
     attention, embeddings = draw(0, (1, 16, 32, 8, False), scale=1.5)
     expected = smallest_singular_values(attention, embeddings)
     keys = jax.random.split(KEY, 200)
-    find = jax.jit(
-        lambda key: conditioning.conditioning_margin(attention, embeddings, key, 6, failure=0.5, tiling=TILING).lower
-    )
+    find = jax.jit(lambda key: conditioning_margin(attention, embeddings, key, 6, failure=0.5, tiling=TILING).lower)
     too_high = np.mean([np.asarray(find(key)) > expected * (1 + 1e-9) for key in keys], axis=0)
     assert too_high.max() <= 0.5
     assert relative_error(32, 6, 0.5) < 1
@@ -78,12 +78,12 @@ def test_more_steps_and_a_smaller_failure_move_the_bound_as_the_theorem_says():
 
 def test_on_the_boundary_both_ends_are_zero():
     attention = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)))
-    found = conditioning.conditioning_margin(attention, jnp.array([[-1.0], [1.0], [0.0]]), KEY)
+    found = conditioning_margin(attention, jnp.array([[-1.0], [1.0], [0.0]]), KEY)
     assert found.upper[2] == found.lower[2] == 0
     np.testing.assert_allclose(found.upper[:2], 1)
     # In the plane too, where the eigenvalues of what is not finite are NaN.
     attention = Attention(2 * jnp.eye(4)[None, :, :2], jnp.eye(4)[None, :, :2])
-    found = conditioning.conditioning_margin(attention, jnp.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), KEY)
+    found = conditioning_margin(attention, jnp.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]), KEY)
     np.testing.assert_array_equal([found.upper[2], found.lower[2]], 0)
 
 
@@ -101,26 +101,12 @@ def test_margins_and_support_tokens_equal_the_reference(kind):
     np.testing.assert_allclose(found.carriers, expected.carriers, atol=1e-12)
 
 
-def test_bad_arguments_are_refused_by_name():
-    attention, embeddings = draw(0, (1, 2, 3, 5, False))
-    with pytest.raises(ValueError, match="kind: got 'other'; pass one of determinant, conditioning"):
-        reference.stability_margin(attention, embeddings, "other", implementation="blocked")
-    with pytest.raises(ValueError, match="key: got None; pass a JAX random key"):
-        reference.stability_margin(attention, embeddings, "conditioning", implementation="blocked")
-    with pytest.raises(ValueError, match=r"steps: got 0; pass an integer of at least 1"):
-        conditioning.conditioning_margin(attention, embeddings, KEY, 0)
-    with pytest.raises(ValueError, match=r"failure: got 1\.0; pass a probability between 0 and 1"):
-        conditioning.conditioning_margin(attention, embeddings, KEY, failure=1.0)
-    with pytest.raises(ValueError, match="k: got 6; pass at most n = 5"):
-        reference.support_tokens(attention, embeddings, 6, implementation="blocked")
-
-
 @pytest.mark.parametrize("scale", [1e3, 1e6])
 def test_one_far_off_token_leaves_both_ends_their_digits(scale):
     attention, embeddings = draw(3, (1, 2, 4, 64, False), np.float32)
     embeddings[30] *= np.float32(scale)
     expected = smallest_singular_values(*jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (attention, embeddings)))
-    found = conditioning.conditioning_margin(attention, embeddings, KEY)
+    found = conditioning_margin(attention, embeddings, KEY)
     np.testing.assert_allclose(found.upper, expected, rtol=4e-6)
     assert (found.lower <= expected * (1 + 4e-6)).all()
 
@@ -128,5 +114,23 @@ def test_one_far_off_token_leaves_both_ends_their_digits(scale):
 @pytest.mark.parametrize("place", [10.0, 1e4])
 def test_tokens_that_coincide_far_from_the_origin_have_margin_one(place):
     attention, _ = draw(3, (1, 2, 4, 64, False), np.float32)
-    found = conditioning.conditioning_margin(attention, np.full((64, 4), place, np.float32), KEY)
+    found = conditioning_margin(attention, np.full((64, 4), place, np.float32), KEY)
     np.testing.assert_allclose(found, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda *x: MARGIN(*x, "other"), "kind: got 'other'; pass one of determinant, conditioning"),
+        (lambda *x: MARGIN(*x, "conditioning"), "key: got None; pass a JAX random key"),
+        (lambda *x: conditioning_margin(*x, KEY, 0), "steps: got 0; pass an integer of at least 1"),
+        (
+            lambda *x: conditioning_margin(*x, KEY, failure=1.0),
+            r"failure: got 1\.0; pass a probability between 0 and 1",
+        ),
+        (lambda *x: reference.support_tokens(*x, 6, implementation="blocked"), "k: got 6; pass at most n = 5"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*draw(0, (1, 2, 3, 5, False)))

@@ -7,7 +7,7 @@ from prob_transformer import Attention, RMSNorm, Rotary
 from tests.support.plain_decoder import EPSILON
 
 
-def layer_of(plain, dtype=np.float64, scale=None):
+def layer_of(plain, dtype=np.float64):
     def cast(x):
         return None if x is None else jnp.asarray(x, dtype)
 
@@ -22,6 +22,5 @@ def layer_of(plain, dtype=np.float64, scale=None):
         key_norm=norm(plain.key_gain),
         rotary=None if plain.frequencies is None else Rotary(cast(plain.frequencies), plain.interleaved),
         window=plain.window,
-        scale=scale,
         cap=plain.cap,
     )
