@@ -33,7 +33,7 @@ from models.char_gpt.config import Config
 from models.char_gpt.loss import loss_terms
 from models.char_gpt.model import CharGPT
 from prob_transformer.files import provenance, write_json
-from prob_transformer.kernels.cells import DEFAULT_TILING
+from prob_transformer.kernels.tiling import DEFAULT_TILING
 
 SECONDS = 450.0
 SEED = 0

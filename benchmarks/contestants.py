@@ -19,7 +19,8 @@ from benchmarks import straightforward
 from prob_transformer import Attention
 from prob_transformer.kernels import blocked
 from prob_transformer.kernels.barrier import mean_barrier, subsampled_barrier
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
+from prob_transformer.kernels.projections import Projections
+from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
 
 FAST, BFLOAT16, SUBSAMPLED = "fast exact", "fast exact, bfloat16 products", "fast subsampled"
 CLOSED_FORM, AUTODIFF, TORCH = "straightforward closed form, JAX", "autodiff Jacobian, JAX", "straightforward, PyTorch"
@@ -41,10 +42,10 @@ class Contestant(NamedTuple):
     missing: str | None = None
 
 
-def cells_of(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> Cells:
+def cells_of(queries: Float[Array, "c p n"], keys: Float[Array, "c p n"]) -> Projections:
     """Every head alone, with identity values: what is seen through the queries are the queries."""
     scaled = queries[:, None] / math.sqrt(queries.shape[1])
-    return Cells(scaled, keys[:, None], scaled)
+    return Projections(scaled, jnp.concatenate([scaled, keys[:, None]], -2))
 
 
 def side_by_side(

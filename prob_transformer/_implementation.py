@@ -1,6 +1,8 @@
-"""Which code computes: one choice, made by the same argument everywhere."""
+"""Which code computes, one choice made by the same argument everywhere, and what either computes."""
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
+
+from jaxtyping import Array, Float
 
 Implementation = Literal["reference", "blocked"]
 
@@ -15,3 +17,11 @@ def is_blocked(implementation: Implementation | None) -> bool:
             f"implementation: got {implementation!r}; pass None or one of {', '.join(get_args(Implementation))}."
         )
     return implementation == "blocked"
+
+
+class ResidualAndLogDet(NamedTuple):
+    """Residual e (..., n, d), sign of det J_i (..., n) and log|det J_i| (..., n) in nats."""
+
+    residual: Float[Array, "... n d"]
+    sign: Float[Array, "... n"]
+    log_det: Float[Array, "... n"]

@@ -12,15 +12,21 @@ def is_concrete(array: Any) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
-def require_finite(name: str, array: Any) -> None:
+def require_finite(name: str, array: Any) -> jax.Array:
+    """The argument as a floating JAX array of finite values."""
+    converted = require_floating(name, array)
+    # The argument itself, because inside a trace JAX makes a tracer of known values as well.
     if is_concrete(array) and not np.isfinite(np.asarray(array)).all():
         raise ValueError(f"{name}: contains NaN or inf; pass finite values only.")
+    return converted
 
 
-def require_positive(name: str, value: Any) -> None:
-    require_finite(name, value)
+def require_positive(name: str, value: Any) -> jax.Array:
+    """The argument as a floating JAX array of finite values greater than 0."""
+    converted = require_finite(name, value)
     if is_concrete(value) and not (np.asarray(value) > 0).all():
         raise ValueError(f"{name}: got {np.asarray(value).tolist()}; pass a value greater than 0.")
+    return converted
 
 
 def require_count(name: str, value: Any, smallest: int, why: str) -> None:
@@ -49,7 +55,7 @@ def require_floating(name: str, array: Any) -> jax.Array:
 
 def require_embeddings(name: str, embeddings: Any, width: int) -> jax.Array:
     """The embeddings as a floating array of shape (..., n, d) with n >= 2, d = width and finite values."""
-    array = require_floating(name, embeddings)
+    array = require_finite(name, embeddings)
     if array.ndim < 2 or array.shape[-1] != width:
         raise ValueError(
             f"{name}: has shape {array.shape}; pass (..., n, d) with d = {width}, the width of the attention."
@@ -59,5 +65,4 @@ def require_embeddings(name: str, embeddings: Any, width: int) -> jax.Array:
             f"{name}: has n = {array.shape[-2]} positions; pass at least 2: the first position has no past to "
             "attend to, so a shorter sequence has no attention."
         )
-    require_finite(name, array)
     return array

@@ -39,10 +39,9 @@ from prob_transformer.softmax import capped, softmax_weights
 def _require_shape(name: str, array: Array | None, shape: tuple[int, ...], meaning: str) -> Array | None:
     if array is None:
         return None
-    array = require_floating(name, array)
+    array = require_finite(name, array)
     if array.shape != shape:
         raise ValueError(f"{name}: has shape {array.shape}; pass {meaning} = {shape}.")
-    require_finite(name, array)
     return array
 
 
@@ -88,7 +87,7 @@ class Attention(eqx.Module):
         scale: float | None = None,
         cap: float | None = None,
     ):
-        query, key = require_floating("query", query), require_floating("key", key)
+        query, key = require_finite("query", query), require_finite("key", key)
         if query.ndim != 3 or 0 in query.shape:
             raise ValueError(f"query: has shape {query.shape}; pass (H, p, d): heads, head size, width.")
         heads, size, width = query.shape
@@ -98,8 +97,6 @@ class Attention(eqx.Module):
                 f"divisor of H = {heads}."
             )
         groups = key.shape[0]
-        require_finite("query", query)
-        require_finite("key", key)
         if value is None and output is not None:
             raise ValueError("output: given without value; pass both, or neither for identity values.")
         if value is not None:

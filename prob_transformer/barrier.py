@@ -31,7 +31,6 @@ from prob_transformer.attention import Attention
 from prob_transformer.change_of_variables import residual_and_log_det
 
 
-@in_float32_at_least
 def barrier(
     attention: Attention, embeddings: Float[Array, "... n d"], *, implementation: Implementation | None = None
 ) -> Float[Array, "... n"]:

@@ -17,14 +17,14 @@ Derivations: docs/theory.md. `EmbeddingProcess.position_log_prob` (embedding_pro
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from prob_transformer._dtypes import in_float32_at_least
-from prob_transformer._implementation import Implementation, is_blocked
+from prob_transformer._implementation import Implementation, ResidualAndLogDet, is_blocked
 from prob_transformer.attention import (
     Attention,
     Past,
@@ -37,14 +37,6 @@ from prob_transformer.attention import (
 from prob_transformer.kernels import blocked
 
 Result = TypeVar("Result")
-
-
-class ResidualAndLogDet(NamedTuple):
-    """Residual e (..., n, d), sign of det J_i (..., n) and log|det J_i| (..., n) in nats."""
-
-    residual: Float[Array, "... n d"]
-    sign: Float[Array, "... n"]
-    log_det: Float[Array, "... n"]
 
 
 def attention_mean_at(attention: Attention, past: Past, embedding: Float[Array, " d"]) -> Float[Array, " d"]:
@@ -112,6 +104,14 @@ def _jacobian_block(attention: Attention, embeddings: Float[Array, "... n d"]) -
     return over_positions(jacobian_block_at, attention, embeddings)
 
 
+def residual_and_log_det_unchecked(
+    attention: Attention, embeddings: Float[Array, "... n d"], implementation: Implementation | None
+) -> ResidualAndLogDet:
+    """`residual_and_log_det` of arguments that are known to fit and are of one dtype, float32 at least."""
+    compute = blocked.residual_and_log_det if is_blocked(implementation) else _residual_and_log_det
+    return compute(attention, embeddings)
+
+
 @in_float32_at_least
 def residual_and_log_det(
     attention: Attention, embeddings: Float[Array, "... n d"], *, implementation: Implementation | None = None
@@ -125,9 +125,7 @@ def residual_and_log_det(
     Equation: module docstring; docs/theory.md section 2.
     """
     embeddings = require_joint("embeddings", embeddings, attention)
-    if is_blocked(implementation):
-        return ResidualAndLogDet(*blocked.residual_and_log_det(attention, embeddings))
-    return _residual_and_log_det(attention, embeddings)
+    return residual_and_log_det_unchecked(attention, embeddings, implementation)
 
 
 @in_float32_at_least
@@ -136,9 +134,8 @@ def attention_mean(
 ) -> Float[Array, "... n d"]:
     """mu_i = sum_h V_h sum_{s<i} alpha^h_is u_s at every position; mu_1 = 0. Raises as `residual_and_log_det`."""
     embeddings = require_joint("embeddings", embeddings, attention)
-    if is_blocked(implementation):
-        return blocked.attention_mean(attention, embeddings)
-    return _attention_mean(attention, embeddings)
+    compute = blocked.attention_mean if is_blocked(implementation) else _attention_mean
+    return compute(attention, embeddings)
 
 
 @in_float32_at_least

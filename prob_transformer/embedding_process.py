@@ -21,9 +21,9 @@ from numpyro.distributions.util import validate_sample
 
 from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._validation import is_concrete, require_count, require_floating, require_positive
+from prob_transformer._validation import is_concrete, require_count, require_finite, require_floating, require_positive
 from prob_transformer.attention import Attention, Past, require_attention
-from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
+from prob_transformer.change_of_variables import residual_and_log_det_at, residual_and_log_det_unchecked
 from prob_transformer.sampling import CausalAttentionTransform, Solution, raise_unless_converged
 
 
@@ -59,10 +59,8 @@ class EmbeddingProcess(dist.Distribution):
     ):
         require_attention(attention)
         require_count("length", length, 2, "the first position has no past to attend to")
-        noise_scale = require_floating("noise_scale", noise_scale)
-        first_scale = require_floating("first_scale", first_scale)
-        require_positive("noise_scale", noise_scale)
-        require_positive("first_scale", first_scale)
+        noise_scale = require_positive("noise_scale", noise_scale)
+        first_scale = require_positive("first_scale", first_scale)
         is_blocked(implementation)
         self.attention, self.length, self.implementation = attention, length, implementation
         self.noise_scale, self.first_scale = jnp.broadcast_arrays(noise_scale, first_scale)
@@ -80,16 +78,16 @@ class EmbeddingProcess(dist.Distribution):
     @in_float32_at_least
     def position_log_prob(self, value: Float[Array, "... n d"]) -> Float[Array, "... n"]:
         """log p(u_i | u_<i) in nats at every position; their sum is `log_prob`. Raises ValueError for a wrong shape."""
-        shape = jnp.shape(value)
-        if shape[-2:] != self.event_shape:
-            raise ValueError(f"value: has shape {shape}; pass (..., n, d) ending in {self.event_shape}.")
+        value = require_finite("value", value)
+        if value.shape[-2:] != self.event_shape:
+            raise ValueError(f"value: has shape {value.shape}; pass (..., n, d) ending in {self.event_shape}.")
         mapped = self._mapped_axes
         if mapped:
-            value = jnp.broadcast_to(value, (*jnp.broadcast_shapes(shape[:-2], mapped), *self.event_shape))
+            value = jnp.broadcast_to(value, (*jnp.broadcast_shapes(value.shape[:-2], mapped), *self.event_shape))
             axis = value.ndim - 2 - len(mapped)
             of_one = jax.vmap(lambda process, value: process.position_log_prob(value), (0, axis), axis)
             return of_one(self, value)
-        residual, _, log_det = residual_and_log_det(self.attention, value, implementation=self.implementation)
+        residual, _, log_det = residual_and_log_det_unchecked(self.attention, value, self.implementation)
         return _normal_log_density(residual, self._scales()) + log_det
 
     @validate_sample

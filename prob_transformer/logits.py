@@ -43,10 +43,9 @@ class Rotary(eqx.Module):
     interleaved: bool = eqx.field(static=True)
 
     def __init__(self, frequencies: Float[Array, " r"], interleaved: bool = False):
-        frequencies = require_floating("frequencies", frequencies)
+        frequencies = require_finite("frequencies", frequencies)
         if frequencies.ndim != 1 or frequencies.size == 0:
             raise ValueError(f"frequencies: has shape {frequencies.shape}; pass one frequency a pair, (r,).")
-        require_finite("frequencies", frequencies)
         self.frequencies, self.interleaved = frequencies, interleaved
 
     def angles(

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._dtypes import at_least_float32, in_float32_at_least, ranks_promoted
+from prob_transformer._dtypes import in_common_type, in_float32_at_least, ranks_promoted
 from prob_transformer._implementation import Implementation, is_blocked
 from prob_transformer._validation import is_concrete, require_count, require_embeddings
 from prob_transformer.attention import (
@@ -340,7 +340,7 @@ def layer_margins(
         raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")
     if joint and values == "identity":
         raise ValueError('joint=True needs values="own": heads with identity values cannot be combined.')
-    inputs = at_least_float32(require_embeddings("inputs", inputs, layer.width))
+    inputs = in_common_type(require_embeddings("inputs", inputs, layer.width))
     if inputs.ndim != 2:
         raise ValueError(f"inputs: has shape {inputs.shape}; pass one sequence (n, d) at a time.")
     chosen = _positions(positions, inputs.shape[0])

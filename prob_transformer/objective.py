@@ -18,7 +18,7 @@ import jax.scipy.stats as jstats
 from jaxtyping import Array, Float, Int, PyTree
 
 from prob_transformer._dtypes import in_float32_at_least
-from prob_transformer._validation import require_floating, require_positive
+from prob_transformer._validation import require_positive
 from prob_transformer.attention import Attention, require_joint
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.token_model import (
@@ -70,10 +70,8 @@ def map_objective(
     cross_entropy = -jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1).sum()
     total = cross_entropy if is_zero(barrier_weight) else cross_entropy - barrier_weight * log_det.sum()
     if objective == "full":
-        noise_scale = require_floating("noise_scale", noise_scale)
-        first_scale = require_floating("first_scale", first_scale)
-        require_positive("noise_scale", noise_scale)
-        require_positive("first_scale", first_scale)
+        noise_scale = require_positive("noise_scale", noise_scale)
+        first_scale = require_positive("first_scale", first_scale)
         scale = jnp.where(jnp.arange(tokens.shape[-1]) == 0, first_scale, noise_scale)
         squared = jnp.square(residual / scale[:, None]).sum(-1)
         constants = attention.width * (jnp.log(scale) + 0.5 * math.log(2 * math.pi))

@@ -29,18 +29,14 @@ class SoftmaxWeights(NamedTuple):
 
     @property
     def is_largest(self) -> Bool[Array, "... n b"]:
-        return _positions(self.others) == self.key
+        return jax.lax.broadcasted_iota(jnp.int32, self.others.shape, self.others.ndim - 2) == self.key
 
     @property
     def all(self) -> Float[Array, "... n b"]:
         return jnp.where(self.is_largest, self.largest, self.others)
 
 
-def _positions(x: Float[Array, "... n b"]) -> Int[Array, "... n b"]:
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
-
-
-def _index_of_largest(x: Float[Array, "... n b"]) -> Int[Array, "... 1 b"]:
+def _index_of_largest(x: Float[Array, "... n b"], positions: Int[Array, "... n b"]) -> Int[Array, "... 1 b"]:
     """Of each column, and n where it is -inf throughout."""
     length = x.shape[-2]
     largest = x.max(-2, keepdims=True)
@@ -48,7 +44,7 @@ def _index_of_largest(x: Float[Array, "... n b"]) -> Int[Array, "... 1 b"]:
         # XLA may compute the logits of a single query twice and round them differently: no comparison then.
         return jnp.where(jnp.isneginf(largest), length, jnp.argmax(x, axis=-2, keepdims=True))
     # Two passes of vectors, where argmax takes one number after the other.
-    return jnp.where((x >= largest) & ~jnp.isneginf(x), _positions(x), length).min(-2, keepdims=True)
+    return jnp.where((x >= largest) & ~jnp.isneginf(x), positions, length).min(-2, keepdims=True)
 
 
 def softmax_weights(
@@ -74,12 +70,13 @@ def softmax_weights(
         logits = capped(logits * of_queries * of_keys, cap)
         of_queries = of_keys = jnp.ones_like(of_keys)
     visible = jnp.broadcast_to(visible, logits.shape)
-    index = _index_of_largest(jax.lax.stop_gradient(jnp.where(visible, logits, -jnp.inf)))
+    positions = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 2)
+    index = _index_of_largest(jax.lax.stop_gradient(jnp.where(visible, logits, -jnp.inf)), positions)
     is_any = index < logits.shape[-2]
     index = jnp.where(is_any, index, 0)
     below = logits - jnp.take_along_axis(logits, index, axis=-2, mode="promise_in_bounds")
     below = jnp.where(below > 0, 0, below)
-    exponent = jnp.where(visible & (_positions(logits) != index), below, -jnp.inf) * of_queries * of_keys
+    exponent = jnp.where(visible & (positions != index), below, -jnp.inf) * of_queries * of_keys
     unnormalised = jnp.exp(exponent)
     total = 1 + unnormalised.sum(-2, keepdims=True)
     return SoftmaxWeights(unnormalised / total, jnp.where(is_any, 1 / total, 0), index)

@@ -19,7 +19,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 
-from prob_transformer._validation import is_concrete, require_count, require_finite, require_floating
+from prob_transformer._validation import is_concrete, require_count, require_finite
 from prob_transformer.attention import Attention
 from prob_transformer.barrier import barrier
 from prob_transformer.embedding_process import EmbeddingProcess
@@ -35,11 +35,9 @@ class LinearDecoder(eqx.Module):
     bias: Float[Array, " V"]
 
     def __init__(self, weight: Float[Array, "V d"], bias: Float[Array, " V"]):
-        weight, bias = require_floating("weight", weight), require_floating("bias", bias)
+        weight, bias = require_finite("weight", weight), require_finite("bias", bias)
         if weight.ndim != 2 or bias.shape != weight.shape[:1]:
             raise ValueError(f"weight: has shape {weight.shape} with bias {bias.shape}; pass (V, d) and (V,).")
-        require_finite("weight", weight)
-        require_finite("bias", bias)
         self.weight, self.bias = weight, bias
 
     def __call__(self, embeddings: Float[Array, "... n d"]) -> Float[Array, "... n V"]:

@@ -26,8 +26,8 @@ from prob_transformer.attention import Attention, Past, require_layer
 from prob_transformer.barrier import one_sided_penalty
 from prob_transformer.change_of_variables import residual_and_log_det_at
 from prob_transformer.kernels.barrier import BarrierPenalty, mean_barrier, subsampled_barrier
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det
+from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.sharding import (
     over_mesh,
     require_equal_shards,
@@ -35,6 +35,7 @@ from prob_transformer.kernels.sharding import (
     sharded_subsampled_barrier,
 )
 from prob_transformer.kernels.sweep import LogDet
+from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
 
 Form = Literal["two-sided", "one-sided"]
 # Positions a step of the reference.
@@ -84,14 +85,14 @@ def _spec(leading: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec("data", heads) if len(leading) > 1 else PartitionSpec(heads)
 
 
-def _of_cells(cells: Cells, asked: _Asked, key: PRNGKeyArray | None) -> BarrierPenalty:
+def _of_cells(cells: Projections, asked: _Asked, key: PRNGKeyArray | None) -> BarrierPenalty:
     """Over cells (L, [b,] H, 1, p, n) of layers that are alike."""
-    spec = PartitionSpec(None, *_spec(cells.keys.shape[1:-3]))
+    spec = PartitionSpec(None, *_spec(cells.queries.shape[1:-3]))
     if asked.form == "one-sided":
 
-        def values(cells: Cells) -> LogDet:
+        def values(cells: Projections) -> LogDet:
             found = log_det(cells.flat(), asked.tiling)
-            return LogDet(*(x.reshape(*cells.keys.shape[:-3], -1) for x in found))
+            return LogDet(*(x.reshape(*cells.queries.shape[:-3], -1) for x in found))
 
         return _penalty((values if asked.mesh is None else over_mesh(values, asked.mesh, spec, spec))(cells), asked)
     if asked.share < 1:
@@ -140,7 +141,7 @@ def barrier_penalty(
     """
     asked = _Asked(form, threshold, share, mesh, tiling)
     _check(asked, key)
-    alike = defaultdict[Any, list[Cells]](list)
+    alike = defaultdict[Any, list[Projections]](list)
     found: list[tuple[int, BarrierPenalty]] = []
     for index, pair in enumerate(layers):
         try:
@@ -160,14 +161,14 @@ def barrier_penalty(
         if layer.cap is not None:
             found.append((inputs[..., 0].size * layer.heads, _penalty(_reference(layer, inputs), asked)))
             continue
-        cells = Cells.of_heads_alone(layer, inputs)
+        cells = Projections.of_heads_alone(layer, inputs)
         shapes = tuple(x.shape for x in jax.tree.leaves(cells))
         alike[jax.tree.structure(cells), shapes].append(cells)
     # Layers of one shape are one sweep: compiled once, whatever the depth.
     for number, several in enumerate(alike.values()):
         cells = jax.tree.map(lambda *x: jnp.stack(x), *several)
         own = None if key is None else jax.random.fold_in(key, number)
-        found.append((cells.keys[..., 0, 0, :].size, _of_cells(cells, asked, own)))
+        found.append((cells.queries[..., 0, 0, :].size, _of_cells(cells, asked, own)))
     if not found:
         raise ValueError("layers: got none; pass at least one attention layer with its inputs.")
     places = sum(count for count, _ in found)

@@ -13,7 +13,6 @@ from prob_transformer.attention import (
     weighted_covariance,
     weighted_mean,
 )
-from prob_transformer.kernels import blocked
 
 
 def random_attention(rng, heads=2, size=3, width=4, values=True):
@@ -154,7 +153,7 @@ def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
     attention, u = Attention(np.ones((2, 2, 3)), np.ones((2, 2, 3))), np.ones((4, 3))
     for joint in (
         lambda: residual_and_log_det(attention, u),
-        lambda: blocked.residual_and_log_det(attention, u),
+        lambda: residual_and_log_det(attention, u, implementation="blocked"),
         lambda: EmbeddingProcess(attention, 4),
         lambda: CausalAttentionTransform(attention),
     ):

@@ -177,7 +177,7 @@ def test_sampling_past_the_boundary_raises_with_a_named_status():
         (lambda: EmbeddingProcess(ZERO, 3, first_scale=np.nan), "first_scale: contains NaN or inf"),
         (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.ones((3, 2))), r"value: has shape \(3, 2\)"),
         (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.ones((4, 3))), r"value: has shape \(4, 3\)"),
-        (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.full((3, 3), np.nan)), "embeddings: contains NaN or inf"),
+        (lambda: EmbeddingProcess(ZERO, 3).log_prob(np.full((3, 3), np.nan)), "value: contains NaN or inf"),
         (lambda: EmbeddingProcess(ZERO, 3).sample(None), "key: got None"),
         *[
             (

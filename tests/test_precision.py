@@ -13,7 +13,7 @@ import pytest
 
 from prob_transformer import Attention, residual_and_log_det
 from prob_transformer.kernels import blocked
-from prob_transformer.kernels.cells import Tiling
+from prob_transformer.kernels.tiling import Tiling
 
 LENGTH, COUNT = 12, 10_000
 IMPLEMENTATIONS = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from prob_transformer import Attention, barrier_penalty
-from prob_transformer.kernels.cells import Tiling
+from prob_transformer.kernels.tiling import Tiling
 from tests.support import layers
 from tests.support.plain_decoder import draw, jacobians
 

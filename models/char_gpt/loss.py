@@ -41,7 +41,7 @@ from prob_transformer import (
 )
 from prob_transformer._implementation import Implementation
 from prob_transformer.change_of_variables import ResidualAndLogDet
-from prob_transformer.kernels.cells import DEFAULT_TILING
+from prob_transformer.kernels.tiling import DEFAULT_TILING
 
 Strength = Float[Array, ""] | float
 

@@ -1,5 +1,6 @@
 """The change of variables at scale: what `implementation="blocked"` runs; internal, and free to change.
 
-Read in this order: elimination (many small inverses), cells (what is swept), sweep (the tiles), cancellation (what they
-cannot do), log_det (its gradient), blocked, barrier, conditioning; sharding spreads the cells over devices.
+Read in this order: elimination (many small inverses), projections (what is swept), tiling (how it is cut), sweep (the
+tiles), cancellation (what they cannot do), log_det (its gradient), blocked, barrier, conditioning; sharding spreads the
+cells over devices.
 """

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from prob_transformer._dtypes import in_float32_at_least
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det_total, subsampled_log_det_total
+from prob_transformer.kernels.projections import Projections
+from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
 
 
 class BarrierPenalty(NamedTuple):
@@ -24,30 +25,32 @@ class BarrierPenalty(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=1, inline=True)
-def _mean_barrier(cells: Cells, tiling: Tiling) -> BarrierPenalty:
+def _mean_barrier(cells: Projections, tiling: Tiling) -> BarrierPenalty:
     flat = cells.flat()
-    scale = jnp.full((flat.keys.shape[0], flat.length), -1 / (flat.keys.shape[0] * flat.length), flat.keys.dtype)
+    scale = jnp.full(
+        (flat.queries.shape[0], flat.length), -1 / (flat.queries.shape[0] * flat.length), flat.queries.dtype
+    )
     total, sign, _ = log_det_total(flat, scale, tiling)
     return BarrierPenalty(total, (sign <= 0).mean(dtype=total.dtype), jnp.zeros_like(total))
 
 
 @in_float32_at_least
-def mean_barrier(cells: Cells, tiling: Tiling = DEFAULT_TILING) -> BarrierPenalty:
+def mean_barrier(cells: Projections, tiling: Tiling = DEFAULT_TILING) -> BarrierPenalty:
     """Mean of b_i over all cells (..., H, p, n) and positions; its gradient is found in the same sweep as its value."""
     return _mean_barrier(cells, tiling)
 
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)
-def _subsampled_barrier(key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling) -> BarrierPenalty:
+def _subsampled_barrier(key: PRNGKeyArray, cells: Projections, share: float, tiling: Tiling) -> BarrierPenalty:
     flat = cells.flat()
-    count = flat.keys.shape[0] * flat.length
+    count = flat.queries.shape[0] * flat.length
     total, variance, negative_share = subsampled_log_det_total(flat, key, share, tiling)
     return BarrierPenalty(-total / count, negative_share, jax.lax.stop_gradient(variance) / count**2)
 
 
 @in_float32_at_least
 def subsampled_barrier(
-    key: PRNGKeyArray, cells: Cells, share: float, tiling: Tiling = DEFAULT_TILING
+    key: PRNGKeyArray, cells: Projections, share: float, tiling: Tiling = DEFAULT_TILING
 ) -> BarrierPenalty:
     """Unbiased estimate of the mean of b_i from a share of the cells, drawn anew for every block of queries.
 

@@ -5,36 +5,28 @@ backwards; memory grows linearly with n. docs/accelerated.md derives the gradien
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from prob_transformer._dtypes import in_float32_at_least, ranks_promoted
-from prob_transformer.attention import Attention, require_joint
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling, padded
+from prob_transformer._dtypes import ranks_promoted
+from prob_transformer._implementation import ResidualAndLogDet
+from prob_transformer.attention import Attention
 from prob_transformer.kernels.log_det import log_det
+from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.sweep import block_weights
-
-
-class BlockedDensity(NamedTuple):
-    """What `change_of_variables.ResidualAndLogDet` holds: residual (..., n, d), sign and log|det J_i| (..., n)."""
-
-    residual: Float[Array, "... n d"]
-    sign: Float[Array, "... n"]
-    log_det: Float[Array, "... n"]
+from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling, padded
 
 
 @ranks_promoted
 def _blocked_mean(
-    attention: Attention, cells: Cells, embeddings: Float[Array, "c n d"], tiling: Tiling
+    attention: Attention, cells: Projections, embeddings: Float[Array, "c n d"], tiling: Tiling
 ) -> Float[Array, "c n d"]:
     length = embeddings.shape[1]
     tiling = tiling.fitted(length)
-    queries, keys = padded(tiling, cells.queries), padded(tiling, cells.keys)
-    attended = jnp.swapaxes(padded(tiling, jnp.swapaxes(embeddings, 1, 2)), 1, 2)
-
+    queries, keys, attended = padded(tiling, (cells.queries, cells.keys, jnp.swapaxes(embeddings, 1, 2)))
+    attended = jnp.swapaxes(attended, 1, 2)
     values = None if attention.value is None else attention.value_maps(jnp.eye(attention.width, dtype=embeddings.dtype))
 
     # Recomputed in the backward pass: its weights over all keys are what must not be stored.
@@ -52,40 +44,27 @@ def _blocked_mean(
 
 
 @partial(jax.jit, static_argnums=2)
-def _attention_mean(
-    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling
-) -> Float[Array, "... n d"]:
-    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
-    return _blocked_mean(attention, Cells.of(attention, flat), flat, tiling).reshape(embeddings.shape)
-
-
-@partial(jax.jit, static_argnums=2)
-def _residual_and_log_det(attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling) -> BlockedDensity:
-    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
-    cells = Cells.of(attention, flat)
-    sign, values = log_det(cells, tiling)
-    residual = flat - _blocked_mean(attention, cells, flat, tiling)
-    shape = embeddings.shape[:-1]
-    return BlockedDensity(residual.reshape(embeddings.shape), sign.reshape(shape), values.reshape(shape))
-
-
-@in_float32_at_least
-def residual_and_log_det(
-    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
-) -> BlockedDensity:
-    """Residual e_i, sign(det J_i) and log|det J_i| in nats at every position of embeddings (..., n, d).
-
-    As `prob_transformer.residual_and_log_det`, in the dtype of the arguments; the gradient is reverse mode only, and
-    not defined on the boundary itself, where the sign is 0. Raises ValueError as that function, and for a tiling that
-    does not fit.
-    """
-    embeddings = require_joint("embeddings", embeddings, attention)
-    return _residual_and_log_det(attention, embeddings, tiling)
-
-
-@in_float32_at_least
 def attention_mean(
     attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
 ) -> Float[Array, "... n d"]:
-    """mu_i at every position, as `prob_transformer.attention_mean`. Raises as `residual_and_log_det`."""
-    return _attention_mean(attention, require_joint("embeddings", embeddings, attention), tiling)
+    """mu_i at every position, as `prob_transformer.attention_mean`, of arguments that it has checked."""
+    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
+    return _blocked_mean(attention, Projections.of(attention, flat), flat, tiling).reshape(embeddings.shape)
+
+
+@partial(jax.jit, static_argnums=2)
+def residual_and_log_det(
+    attention: Attention, embeddings: Float[Array, "... n d"], tiling: Tiling = DEFAULT_TILING
+) -> ResidualAndLogDet:
+    """Residual e_i, sign(det J_i) and log|det J_i| in nats at every position of embeddings (..., n, d).
+
+    As `prob_transformer.residual_and_log_det`, which checks its arguments and casts them to one dtype; the gradient is
+    reverse mode only, and not defined on the boundary itself, where the sign is 0. Raises ValueError for a tiling that
+    does not fit, and for a layer with a cap.
+    """
+    flat = embeddings.reshape(-1, *embeddings.shape[-2:])
+    cells = Projections.of(attention, flat)
+    sign, values = log_det(cells, tiling)
+    residual = flat - _blocked_mean(attention, cells, flat, tiling)
+    shape = embeddings.shape[:-1]
+    return ResidualAndLogDet(residual.reshape(embeddings.shape), sign.reshape(shape), values.reshape(shape))

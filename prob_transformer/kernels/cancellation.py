@@ -14,8 +14,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer.attention import is_past, weighted_covariance
-from prob_transformer.kernels.cells import Rows
 from prob_transformer.kernels.elimination import PERMITTED_GROWTH, Eliminated, eliminate_with_exchanges
+from prob_transformer.kernels.projections import Projections
 from prob_transformer.softmax import softmax_weights
 
 AT_ONCE = 8
@@ -29,7 +29,7 @@ def has_cancelled(size: Float[Array, "*S"], left: Float[Array, "*S"]) -> Bool[Ar
     return ~(size <= PERMITTED_GROWTH * (_NEGLIGIBLE + left))
 
 
-def small_matrix_at(rows: Rows, position: Int[Array, ""]) -> Float[Array, "Hp Hp"]:
+def small_matrix_at(rows: Projections, position: Int[Array, ""]) -> Float[Array, "Hp Hp"]:
     """I - [Cov(x^h, k^h) B^h]_h of one cell (H, ., n) and position, centred at the position's own means."""
     rank = rows.rank
     at = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, position, 1, x.ndim - 1), rows)
@@ -53,11 +53,11 @@ class Repaired(NamedTuple):
 
 def repaired(
     failed: Bool[Array, "c b"],
-    rows: Rows,
+    rows: Projections,
     start: Int[Array, ""],
     found: Eliminated,
     scale: Float[Array, "c b"] | None = None,
-    gradient: Rows | None = None,
+    gradient: Projections | None = None,
 ) -> Repaired:
     """What was found of a block with the failed positions put right, and their part added to the gradient."""
     count, batch = min(AT_ONCE, failed.size), failed.shape[1]
@@ -67,9 +67,9 @@ def repaired(
         order = jnp.argsort(~failed.ravel(), stable=True)[:count]
         cell, index = jnp.divmod(order, batch)
         is_asked = failed[cell, index]
-        chosen: Rows = jax.tree.map(lambda x: x[cell], rows)
+        chosen: Projections = jax.tree.map(lambda x: x[cell], rows)
 
-        def small(chosen: Rows) -> Float[Array, "r Hp Hp"]:
+        def small(chosen: Projections) -> Float[Array, "r Hp Hp"]:
             return jax.vmap(small_matrix_at)(chosen, start + index)
 
         matrices, pull_back = jax.vjp(small, chosen)

@@ -25,8 +25,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from prob_transformer._dtypes import in_float32_at_least, ranks_promoted
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention, require_joint
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Rows, Tiling, in_groups, padded
+from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.sweep import block_small_inverse
+from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling, in_groups, padded
 
 DEFAULT_STEPS = 16
 DEFAULT_FAILURE = 1e-6
@@ -76,7 +77,7 @@ def _lanczos(
 def _block_projection(
     attention: Attention,
     tiling: Tiling,
-    rows: Rows,
+    rows: Projections,
     embeddings: Float[Array, "c n d"],
     first: Float[Array, "c n d"],
     steps: int,
@@ -86,8 +87,7 @@ def _block_projection(
     weights = softmax.all
     # Weighted deviations sum to zero, so that any centre may be taken off: far-off tokens would drown what they leave.
     # The median of the tokens of the largest weight, because a single one far off must not move it.
-    keys = rows.cells().keys
-    keys = keys - jnp.median(jnp.take_along_axis(keys, softmax.key, axis=-1), -1, keepdims=True)
+    keys = rows.keys - jnp.median(jnp.take_along_axis(rows.keys, softmax.key, axis=-1), -1, keepdims=True)
     heaviest = jnp.take_along_axis(embeddings, softmax.key.reshape(embeddings.shape[0], -1, 1), axis=1)
     embeddings = embeddings - jnp.median(heaviest, 1, keepdims=True)
     heads, size = attention.heads, attention.head_size
@@ -130,12 +130,12 @@ def _largest_inverse_square(
 ) -> Float[Array, "c n"]:
     length, width = embeddings.shape[1:]
     tiling = tiling.fitted(length)
-    rows: Rows = jax.tree.map(lambda x: padded(tiling, x), Rows.of(Cells.of(attention, embeddings)))
+    rows = padded(tiling, Projections.of(attention, embeddings))
     first = jax.random.normal(key, (embeddings.shape[0], rows.length, width), embeddings.dtype)
     first = first / jnp.linalg.norm(first, axis=-1, keepdims=True)
     attended = jnp.pad(embeddings, [(0, 0), (0, rows.length - length), (0, 0)])
 
-    def one_group(tiling: Tiling, rows: Rows, attended: Array, first: Array) -> Float[Array, "c n steps steps"]:
+    def one_group(tiling: Tiling, rows: Projections, attended: Array, first: Array) -> Float[Array, "c n steps steps"]:
         starts = jnp.arange(0, rows.length, tiling.block)
         blocks = lax.map(
             lambda start: _block_projection(attention, tiling, rows, attended, first, steps, start), starts

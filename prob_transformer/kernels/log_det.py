@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from prob_transformer._dtypes import ranks_promoted
-from prob_transformer.kernels.cells import Cells, Rows, Tiling, in_groups, padded
+from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.sweep import (
     LogDet,
     LogDetGradient,
@@ -26,6 +26,7 @@ from prob_transformer.kernels.sweep import (
     sweep_log_det,
     sweep_log_det_gradient,
 )
+from prob_transformer.kernels.tiling import Tiling, in_groups, padded
 
 Tree = TypeVar("Tree")
 
@@ -95,25 +96,21 @@ def _cut(length: int, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x[..., :length], tree)
 
 
-def _padded(tiling: Tiling, tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: padded(tiling, x), tree)
-
-
-def _sweep_values(cells: Cells, tiling: Tiling) -> LogDet:
+def _sweep_values(cells: Projections, tiling: Tiling) -> LogDet:
     tiling = tiling.fitted(cells.length)
-    return _cut(cells.length, _values(tiling)(_padded(tiling, Rows.of(cells))))
+    return _cut(cells.length, _values(tiling)(padded(tiling, cells)))
 
 
-def _sweep_gradient(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling) -> tuple[LogDet, Cells]:
+def _sweep_gradient(cells: Projections, scale: Float[Array, "c n"], tiling: Tiling) -> tuple[LogDet, Projections]:
     tiling = tiling.fitted(cells.length)
-    rows = _padded(tiling, Rows.of(cells))
+    rows = padded(tiling, cells)
     scale = jnp.pad(scale, [(0, 0), (0, rows.length - cells.length)])
     found = _cut(cells.length, _gradient(tiling)(rows, scale))
-    return LogDet(found.sign, found.log_det), found.rows.cells()
+    return LogDet(found.sign, found.log_det), found.rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def log_det(cells: Cells, tiling: Tiling) -> LogDet:
+def log_det(cells: Projections, tiling: Tiling) -> LogDet:
     """Sign and log|det J_i| (c, n) of every position of the cells (c, H, p, n)."""
     return _sweep_values(cells, tiling)
 
@@ -129,21 +126,21 @@ def _total(scale: Float[Array, "c n"], values: LogDet) -> LogDetTotal:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def log_det_total(cells: Cells, scale: Float[Array, "c n"], tiling: Tiling) -> LogDetTotal:
+def log_det_total(cells: Projections, scale: Float[Array, "c n"], tiling: Tiling) -> LogDetTotal:
     """sum over cells and positions of scale * log|det J_i|; value and gradient in one sweep."""
     return _total(scale, _sweep_values(cells, tiling))
 
 
 def _total_forward(
-    cells: Cells, scale: Float[Array, "c n"], tiling: Tiling
-) -> tuple[LogDetTotal, tuple[Cells, Float[Array, "c n"]]]:
+    cells: Projections, scale: Float[Array, "c n"], tiling: Tiling
+) -> tuple[LogDetTotal, tuple[Projections, Float[Array, "c n"]]]:
     values, gradient = _sweep_gradient(cells, scale, tiling)
     return _total(scale, values), (gradient, values.log_det)
 
 
 def _total_backward(
-    tiling: Tiling, kept: tuple[Cells, Float[Array, "c n"]], cotangent: LogDetTotal
-) -> tuple[Cells, Float[Array, "c n"]]:
+    tiling: Tiling, kept: tuple[Projections, Float[Array, "c n"]], cotangent: LogDetTotal
+) -> tuple[Projections, Float[Array, "c n"]]:
     gradient, values = kept
     return jax.tree.map(lambda x: cotangent.total * x, (gradient, values))
 
@@ -151,36 +148,32 @@ def _total_backward(
 log_det_total.defvjp(_total_forward, _total_backward)
 
 
-def cells_drawn(count: int, share: float) -> int:
-    """How many of `count` cells a share asks for; two at least, if there are two, so that a variance can be given."""
-    return min(count, max(2, round(count * share)))
-
-
 @ranks_promoted
 def _draw(
-    cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling, differentiate: bool
-) -> tuple[SubsampledTotal, Cells | None]:
+    cells: Projections, key: PRNGKeyArray, share: float, tiling: Tiling, differentiate: bool
+) -> tuple[SubsampledTotal, Projections | None]:
     """The estimate from cells drawn without replacement for every block of queries, and its gradient if asked for."""
-    length, count = cells.length, cells.keys.shape[0]
-    drawn = cells_drawn(count, share)
+    length, count = cells.length, cells.queries.shape[0]
+    # Two at least, if there are two, so that a variance can be given.
+    drawn = min(count, max(2, round(count * share)))
     factor = count / drawn
     tiling = tiling.fitted(length)
-    whole = _padded(tiling, Rows.of(cells))
+    whole = padded(tiling, cells)
     starts = jnp.arange(0, whole.length, tiling.block)
 
     def one_block(
-        gradient: Rows | None, inputs: tuple[Int[Array, ""], PRNGKeyArray]
-    ) -> tuple[Rows | None, tuple[Array, Array, Array]]:
+        gradient: Projections | None, inputs: tuple[Int[Array, ""], PRNGKeyArray]
+    ) -> tuple[Projections | None, tuple[Array, Array, Array]]:
         start, key = inputs
         chosen = jax.random.choice(key, count, (drawn,), replace=False)
-        part: Rows = jax.tree.map(lambda x: x[chosen], whole)
+        part: Projections = jax.tree.map(lambda x: x[chosen], whole)
         is_real = (start + jnp.arange(tiling.block) < length).astype(part.queries.dtype)
         if gradient is None:
             sign, log_det = in_groups(lambda t, group: block_log_det(t, group, start), tiling, part)
         else:
             scale = jnp.broadcast_to(is_real, (drawn, tiling.block))
 
-            def with_gradient(tiling: Tiling, group: Rows, scale: Float[Array, "c b"]) -> LogDetGradient:
+            def with_gradient(tiling: Tiling, group: Projections, scale: Float[Array, "c b"]) -> LogDetGradient:
                 nothing = jax.tree.map(jnp.zeros_like, group)
                 return block_log_det_gradient(tiling, group, scale, start, nothing)
 
@@ -199,12 +192,12 @@ def _draw(
     start_gradient = jax.tree.map(jnp.zeros_like, whole) if differentiate else None
     gradient, parts = lax.scan(one_block, start_gradient, (starts, jax.random.split(key, starts.size)))
     total, variance, negative = (x.sum() for x in parts)
-    found = None if gradient is None else _cut(length, gradient).cells()
+    found = None if gradient is None else _cut(length, gradient)
     return SubsampledTotal(total, variance, negative / (drawn * length)), found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def subsampled_log_det_total(cells: Cells, key: PRNGKeyArray, share: float, tiling: Tiling) -> SubsampledTotal:
+def subsampled_log_det_total(cells: Projections, key: PRNGKeyArray, share: float, tiling: Tiling) -> SubsampledTotal:
     """Unbiased estimate of the sum of log|det J_i| from a share of the cells, drawn anew for every block of queries."""
     return _draw(cells, key, share, tiling, differentiate=False)[0]
 

@@ -26,7 +26,8 @@ from jaxtyping import PRNGKeyArray
 from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._validation import require_count
 from prob_transformer.kernels.barrier import BarrierPenalty, mean_barrier, subsampled_barrier
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Result, Tiling
+from prob_transformer.kernels.projections import Projections
+from prob_transformer.kernels.tiling import DEFAULT_TILING, Result, Tiling
 
 
 def mesh(data: int, heads: int) -> Mesh:
@@ -84,8 +85,8 @@ def over_mesh(
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling) -> BarrierPenalty:
-    def one_shard(cells: Cells) -> BarrierPenalty:
+def _mean_barrier(cells: Projections, mesh: Mesh, spec: PartitionSpec, tiling: Tiling) -> BarrierPenalty:
+    def one_shard(cells: Projections) -> BarrierPenalty:
         return lax.pmean(mean_barrier(cells, tiling), _axes(spec))
 
     return over_mesh(one_shard, mesh, spec, PartitionSpec())(cells)
@@ -93,25 +94,25 @@ def _mean_barrier(cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling)
 
 @in_float32_at_least
 def sharded_mean_barrier(
-    cells: Cells, mesh: Mesh, spec: PartitionSpec, tiling: Tiling = DEFAULT_TILING
+    cells: Projections, mesh: Mesh, spec: PartitionSpec, tiling: Tiling = DEFAULT_TILING
 ) -> BarrierPenalty:
     """`mean_barrier` of cells (..., H, p, n) whose leading axes are spread over the mesh as `spec` says.
 
     Mesh axes that the spec does not name repeat the work. Raises ValueError for shards of unequal size and for a spec
     that fits neither the mesh nor the cells.
     """
-    require_equal_shards("cells", cells.keys.shape[:-3], mesh, spec)
+    require_equal_shards("cells", cells.queries.shape[:-3], mesh, spec)
     return _mean_barrier(cells, mesh, spec, tiling)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _subsampled_barrier(
-    key: PRNGKeyArray, cells: Cells, share: float, mesh: Mesh, spec: PartitionSpec, tiling: Tiling
+    key: PRNGKeyArray, cells: Projections, share: float, mesh: Mesh, spec: PartitionSpec, tiling: Tiling
 ) -> BarrierPenalty:
     axes = _axes(spec)
     shards = math.prod(mesh.shape[axis] for axis in axes)
 
-    def one_shard(key: PRNGKeyArray, cells: Cells) -> BarrierPenalty:
+    def one_shard(key: PRNGKeyArray, cells: Projections) -> BarrierPenalty:
         own = jax.random.fold_in(key, lax.axis_index(axes))
         found = lax.pmean(subsampled_barrier(own, cells, share, tiling), axes)
         return found._replace(variance=found.variance / shards)
@@ -122,7 +123,7 @@ def _subsampled_barrier(
 @in_float32_at_least
 def sharded_subsampled_barrier(
     key: PRNGKeyArray,
-    cells: Cells,
+    cells: Projections,
     share: float,
     mesh: Mesh,
     spec: PartitionSpec,
@@ -132,5 +133,5 @@ def sharded_subsampled_barrier(
 
     Raises ValueError as `subsampled_barrier` and `sharded_mean_barrier`. Equations: module docstring.
     """
-    require_equal_shards("cells", cells.keys.shape[:-3], mesh, spec)
+    require_equal_shards("cells", cells.queries.shape[:-3], mesh, spec)
     return _subsampled_barrier(key, cells, share, mesh, spec, tiling)

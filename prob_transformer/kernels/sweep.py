@@ -38,8 +38,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer.attention import is_past
 from prob_transformer.kernels.cancellation import has_cancelled, repaired
-from prob_transformer.kernels.cells import QueryMap, Rows, Tiling
 from prob_transformer.kernels.elimination import Eliminated, apart, inverse_and_log_det, written_out
+from prob_transformer.kernels.projections import Projections, QueryMap
+from prob_transformer.kernels.tiling import Tiling
 from prob_transformer.softmax import SoftmaxWeights, softmax_weights
 
 # How many lengths of the past are compiled apart.
@@ -58,7 +59,7 @@ class LogDetGradient(NamedTuple):
 
     sign: Float[Array, "... n"]
     log_det: Float[Array, "... n"]
-    rows: Rows
+    rows: Projections
 
 
 def _transposed(x: Float[Array, "... a b"]) -> Float[Array, "... b a"]:
@@ -89,7 +90,7 @@ def block_weights(
 
 
 def _chunks(
-    tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]
+    tiling: Tiling, rows: Projections, queries: Float[Array, "c H p b"], start: Int[Array, ""]
 ) -> tuple[Int[Array, ""] | int, Int[Array, ""]]:
     """The first chunk of keys that a block of queries sees, and how far they go."""
     first = 0 if rows.window is None else jnp.maximum(start - rows.window + 1, 0) // tiling.chunk
@@ -113,7 +114,7 @@ class _Block(NamedTuple):
     centre: Float[Array, "c H rows 1"]
 
     @classmethod
-    def of(cls, tiling: Tiling, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
+    def of(cls, tiling: Tiling, rows: Projections, queries: Float[Array, "c H p b"], start: Int[Array, ""]) -> "_Block":
         # Tokens that no query of the block sees are left out in a few steps, each of them compiled apart.
         count = rows.length // tiling.chunk
         parts = min(_PREFIXES, count)
@@ -123,7 +124,9 @@ class _Block(NamedTuple):
         return lax.switch(is_too_short.sum(), branches)
 
     @classmethod
-    def _of_prefix(cls, rows: Rows, queries: Float[Array, "c H p b"], start: Int[Array, ""], length: int) -> "_Block":
+    def _of_prefix(
+        cls, rows: Projections, queries: Float[Array, "c H p b"], start: Int[Array, ""], length: int
+    ) -> "_Block":
         """From the first `length` tokens, the weights padded by zeros to all of them."""
         rank = rows.rank
         attended = rows.attended[..., :length]
@@ -141,7 +144,7 @@ class _Block(NamedTuple):
         return cls(SoftmaxWeights(others, largest, key), share, top, rest, squares, offset, top + offset, centre)
 
     def chunk(
-        self, tiling: Tiling, rows: Rows, begin: Int[Array, ""] | int
+        self, tiling: Tiling, rows: Projections, begin: Int[Array, ""] | int
     ) -> tuple[Float[Array, "c H rows k"], Float[Array, "c H k b"]]:
         """Centred rows of one chunk, and its weights without t."""
         attended = _at(rows.attended, begin, tiling.chunk) - self.centre
@@ -149,7 +152,7 @@ class _Block(NamedTuple):
 
 
 def _moments(
-    tiling: Tiling, rows: Rows, block: _Block, queries: Float[Array, "c H p b"], start: Int[Array, ""]
+    tiling: Tiling, rows: Projections, block: _Block, queries: Float[Array, "c H p b"], start: Int[Array, ""]
 ) -> Float[Array, "c H Hp p b"]:
     """sum_{s != t} alpha_is O_s."""
     rank = rows.rank
@@ -170,7 +173,7 @@ def _covariance(block: _Block, moments: Float[Array, "c H Hp p b"]) -> Float[Arr
     return moments - from_mean - block.top[:, :, :rank, None] * block.rest[:, :, None, rank:]
 
 
-def _cancelled(block: _Block, rows: Rows, start: Int[Array, ""]) -> Bool[Array, "c b"]:
+def _cancelled(block: _Block, rows: Projections, start: Int[Array, ""]) -> Bool[Array, "c b"]:
     """Where the terms of `_covariance` are much larger than sqrt(Var(x) Var(k)), which bounds what they leave.
 
     A query norm multiplies them by the gain of B_i before they are compared with the identity.
@@ -197,7 +200,7 @@ def _cancelled(block: _Block, rows: Rows, start: Int[Array, ""]) -> Bool[Array, 
 
 
 def _mapped(
-    rows: Rows, start: Int[Array, ""], size: int, covariance_of_block: Float[Array, "c H Hp p b"]
+    rows: Projections, start: Int[Array, ""], size: int, covariance_of_block: Float[Array, "c H Hp p b"]
 ) -> tuple[Float[Array, "c H Hp p b"], Callable[..., tuple[Array, QueryMap | None]]]:
     """The covariance with the keys as the query sees them, Cov(x, k) B_i, and the pullback to it and to B_i."""
     if rows.query_map is None:
@@ -227,13 +230,13 @@ def _pulled(matrices: Float[Array, "c H p Hp k"], attended: Float[Array, "c H ro
     return jnp.concatenate([of_keys, of_features], 2)
 
 
-def block_log_det(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> LogDet:
+def block_log_det(tiling: Tiling, rows: Projections, start: Int[Array, ""]) -> LogDet:
     """Sign and log|det J_i| (c, block) of one block of queries."""
     _, (_, sign, log_det) = block_small_inverse(tiling, rows, start)
     return LogDet(sign, log_det)
 
 
-def block_small_inverse(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> tuple[SoftmaxWeights, Eliminated]:
+def block_small_inverse(tiling: Tiling, rows: Projections, start: Int[Array, ""]) -> tuple[SoftmaxWeights, Eliminated]:
     """Weights of one block of queries, keys first, and the inverses of their I - R L with sign and log-determinant."""
     queries = _at(rows.queries, start, tiling.block)
     block = _Block.of(tiling, rows, queries, start)
@@ -245,7 +248,7 @@ def block_small_inverse(tiling: Tiling, rows: Rows, start: Int[Array, ""]) -> tu
 
 
 def block_log_det_gradient(
-    tiling: Tiling, rows: Rows, scale: Float[Array, "c b"], start: Int[Array, ""], gradient: Rows
+    tiling: Tiling, rows: Projections, scale: Float[Array, "c b"], start: Int[Array, ""], gradient: Projections
 ) -> LogDetGradient:
     """Sign and log|det J_i| (c, block) of one block of queries, and `gradient` with the block's part added.
 
@@ -310,7 +313,7 @@ def block_log_det_gradient(
     of_top = of_top.at[:, :, rank:].add(queries * total)
     is_top = block.weights.is_largest.astype(of_top.dtype)
     attended = attended - of_top @ _transposed(is_top)
-    found = Rows(_added(gradient.queries, start, query_part), attended, query_map, rows.window)
+    found = Projections(_added(gradient.queries, start, query_part), attended, query_map, rows.window)
     (_, sign, log_det), found = repaired(failed, rows, start, eliminated, scale, found)
     return LogDetGradient(sign, log_det, found)
 
@@ -319,17 +322,17 @@ def _joined(blocks: Float[Array, "blocks c b"]) -> Float[Array, "c n"]:
     return jnp.moveaxis(blocks, 0, 1).reshape(blocks.shape[1], -1)
 
 
-def sweep_log_det(tiling: Tiling, rows: Rows) -> LogDet:
+def sweep_log_det(tiling: Tiling, rows: Projections) -> LogDet:
     """Sign and log|det J_i| (c, n) of a group of cells, block by block; n is a multiple of the chunk."""
     starts = jnp.arange(0, rows.length, tiling.block)
     sign, log_det = lax.map(lambda start: block_log_det(tiling, rows, start), starts)
     return LogDet(_joined(sign), _joined(log_det))
 
 
-def sweep_log_det_gradient(tiling: Tiling, rows: Rows, scale: Float[Array, "c n"]) -> LogDetGradient:
+def sweep_log_det_gradient(tiling: Tiling, rows: Projections, scale: Float[Array, "c n"]) -> LogDetGradient:
     """The same with the gradient, in one pass."""
 
-    def one_block(gradient: Rows, start: Int[Array, ""]) -> tuple[Rows, tuple[Array, Array]]:
+    def one_block(gradient: Projections, start: Int[Array, ""]) -> tuple[Projections, tuple[Array, Array]]:
         here = block_log_det_gradient(tiling, rows, _at(scale, start, tiling.block), start, gradient)
         return here.rows, (here.sign, here.log_det)
 

@@ -8,7 +8,8 @@ import pytest
 import prob_transformer as reference
 from prob_transformer.kernels import barrier as kernel_barrier
 from prob_transformer.kernels.barrier import _mean_barrier, _subsampled_barrier
-from prob_transformer.kernels.cells import Cells, Tiling
+from prob_transformer.kernels.projections import Projections
+from prob_transformer.kernels.tiling import Tiling
 from tests.support.long import draw
 
 TILING = Tiling(8, 16)
@@ -19,14 +20,14 @@ LAMBDA = 0.7
 def problem(count=6, shape=(1, 2, 3, 20, False)):
     """Cells of `count` sequences, and the barrier of each position by the reference."""
     attention, embeddings = draw(0, shape, batch=(count,))
-    return Cells.of(attention, jnp.asarray(embeddings)), np.asarray(reference.barrier(attention, embeddings))
+    return Projections.of(attention, jnp.asarray(embeddings)), np.asarray(reference.barrier(attention, embeddings))
 
 
 def test_the_mean_and_its_gradient_equal_the_mean_of_the_reference():
     attention, embeddings = draw(0, (2, 3, 4, 20, True), batch=(2, 2))
 
     def fast(attention, u):
-        return LAMBDA * kernel_barrier.mean_barrier(Cells.of(attention, u), TILING).mean
+        return LAMBDA * kernel_barrier.mean_barrier(Projections.of(attention, u), TILING).mean
 
     def slow(attention, u):
         return LAMBDA * reference.barrier(attention, u).mean()
@@ -42,14 +43,14 @@ def test_the_negative_share_is_that_of_the_reference():
     attention, embeddings = draw(0, (1, 2, 3, 20, False), scale=3.0, batch=(5,))
     sign = np.asarray(reference.residual_and_log_det(attention, embeddings).sign)
     assert 0 < (sign <= 0).mean() < 1
-    found = kernel_barrier.mean_barrier(Cells.of(attention, jnp.asarray(embeddings)), TILING)
+    found = kernel_barrier.mean_barrier(Projections.of(attention, jnp.asarray(embeddings)), TILING)
     np.testing.assert_allclose(found.negative_share, (sign <= 0).mean(), rtol=1e-12)
     whole = kernel_barrier.subsampled_barrier(
-        jax.random.key(0), Cells.of(attention, jnp.asarray(embeddings)), 1.0, TILING
+        jax.random.key(0), Projections.of(attention, jnp.asarray(embeddings)), 1.0, TILING
     )
     np.testing.assert_allclose(whole.negative_share, (sign <= 0).mean(), rtol=1e-12)
     # Of equal cells any share has the same positions past the boundary.
-    equal = Cells.of(attention, jnp.stack([jnp.asarray(embeddings[0])] * 6))
+    equal = Projections.of(attention, jnp.stack([jnp.asarray(embeddings[0])] * 6))
     some = kernel_barrier.subsampled_barrier(jax.random.key(0), equal, 1 / 3, TILING)
     np.testing.assert_allclose(some.negative_share, (sign[0] <= 0).mean(), rtol=1e-12)
     assert some.negative_share > 0
@@ -59,7 +60,7 @@ def test_the_negative_share_is_that_of_the_reference():
 def test_a_position_on_the_boundary_itself_is_counted(share):
     # The past -1 and 1 attended evenly has variance 1, so det J = 1 - 1 at the third of three positions.
     ones = jnp.ones((1, 1, 1))
-    cells = Cells.of(reference.Attention(ones, ones), jnp.stack([jnp.array([[-1.0], [1.0], [0.0]])] * 6))
+    cells = Projections.of(reference.Attention(ones, ones), jnp.stack([jnp.array([[-1.0], [1.0], [0.0]])] * 6))
     found = kernel_barrier.subsampled_barrier(jax.random.key(0), cells, share, TILING)
     np.testing.assert_allclose([found.mean, found.negative_share], [np.inf, 1 / 3], rtol=1e-12)
     np.testing.assert_allclose(kernel_barrier.mean_barrier(cells, TILING)[:2], [np.inf, 1 / 3], rtol=1e-12)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 import prob_transformer as reference
 from prob_transformer import Attention, RMSNorm
 from prob_transformer.kernels import blocked
-from prob_transformer.kernels.cells import DEFAULT_TILING, Cells, Tiling
 from prob_transformer.kernels.log_det import log_det
+from prob_transformer.kernels.projections import Projections
+from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
 from tests.support.long import SHAPES, TILINGS, draw
 from tests.support.shrinking_cases import attention_cases
 from theory_checks.drawn_cases import SHAPES as SMALL_SHAPES
@@ -86,8 +87,10 @@ def test_far_off_keys_and_values_keep_the_digits_of_their_covariance():
     # A shift of all keys or all features changes nothing. Without the block's centre, E[xk] - E[x]E[k] would lose all
     # digits to it: 300^2 times the rounding of float32 is 0.01.
     queries, keys, features = np.random.default_rng(0).normal(size=(3, 1, 1, 3, 24)).astype(np.float32)
-    plain = log_det(Cells(queries, keys, features), Tiling(8, 8)).log_det
-    far = log_det(Cells(queries, keys + np.float32(300), features + np.float32(300)), Tiling(8, 8)).log_det
+    attended = jnp.concatenate([features, keys], -2)
+    plain, far = (
+        log_det(Projections(queries, attended + shift), Tiling(8, 8)).log_det for shift in np.float32([0, 300])
+    )
     assert np.abs(plain).max() > 0.4
     np.testing.assert_allclose(far, plain, atol=1e-3)
 
@@ -154,10 +157,10 @@ def test_bfloat16_products_keep_float32_determinants():
 
 def test_one_compilation_for_one_shape_and_tiling():
     attention, embeddings = draw(0, (1, 2, 3, 19, False))
-    before = blocked._residual_and_log_det._cache_size()
+    before = blocked.residual_and_log_det._cache_size()
     for factor in (1.0, 2.0, 3.0):
         blocked.residual_and_log_det(attention, factor * embeddings)
-    assert blocked._residual_and_log_det._cache_size() == before + 1
+    assert blocked.residual_and_log_det._cache_size() == before + 1
 
 
 def temporary_bytes(length, heads=2, size=8):

@@ -7,8 +7,8 @@ import pytest
 
 import prob_transformer as reference
 from prob_transformer import Attention
-from prob_transformer.kernels.cells import Tiling
 from prob_transformer.kernels.conditioning import conditioning_margin, relative_error
+from prob_transformer.kernels.tiling import Tiling
 from tests.support.long import draw
 
 TILING = Tiling(8, 16)

@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from prob_transformer import Attention, barrier, barrier_penalty, residual_and_log_det
 from prob_transformer.kernels import sharding
-from prob_transformer.kernels.cells import Cells, Tiling
+from prob_transformer.kernels.projections import Projections
+from prob_transformer.kernels.tiling import Tiling
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ((8, 1, "float64"), (4, 2, "float64"), (2, 4, "float64"), (4, 2, "float32"))
@@ -94,7 +95,7 @@ def sharded_mean(mesh, spec, parameters):
     on_heads = spec[1]
 
     def mean(query, key, embeddings):
-        found = sharding.sharded_mean_barrier(at_every_head(Cells.of, query, key, embeddings), mesh, spec, TILING)
+        found = sharding.sharded_mean_barrier(at_every_head(Projections.of, query, key, embeddings), mesh, spec, TILING)
         return found.mean, found
 
     specs = (PartitionSpec(None, on_heads), PartitionSpec(None, on_heads), PartitionSpec(None, "data"))
@@ -115,7 +116,7 @@ def sharded_draws(mesh):
     spec = PartitionSpec("heads", "data")
 
     def draw(parameters, key, share):
-        cells = jax.tree.map(lambda x: x[0], at_every_head(Cells.of, *parameters))
+        cells = jax.tree.map(lambda x: x[0], at_every_head(Projections.of, *parameters))
         return sharding.sharded_subsampled_barrier(key, cells, share, mesh, spec, TILING)
 
     @jax.jit
@@ -259,7 +260,7 @@ def test_a_mesh_of_more_devices_than_there_are_or_of_none_is_refused(data, heads
 )
 def test_cells_that_cannot_be_spread_are_refused(spec, message):
     mesh = AbstractMesh((4, 2), ("data", "heads"))
-    cells = at_every_head(Cells.of, *layers("float64", 6))
+    cells = at_every_head(Projections.of, *layers("float64", 6))
     with pytest.raises(ValueError, match=message):
         sharding.sharded_mean_barrier(cells, mesh, spec)
     with pytest.raises(ValueError, match=message):
@@ -267,7 +268,7 @@ def test_cells_that_cannot_be_spread_are_refused(spec, message):
 
 
 def test_a_share_outside_0_and_1_is_refused():
-    cells = at_every_head(Cells.of, *layers("float64"))
+    cells = at_every_head(Projections.of, *layers("float64"))
     with pytest.raises(ValueError, match="share: got 0; pass a share"):
         sharding.sharded_subsampled_barrier(jax.random.key(0), cells, 0, sharding.mesh(1, 1), PartitionSpec())
 

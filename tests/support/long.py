@@ -3,7 +3,7 @@
 import numpy as np
 
 from prob_transformer import Attention
-from prob_transformer.kernels.cells import Tiling
+from prob_transformer.kernels.tiling import Tiling
 
 # heads, head size, width, length, own values; the lengths fall between, on and beyond the ends of blocks and chunks
 SHAPES = [

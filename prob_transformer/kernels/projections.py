@@ -1,44 +1,13 @@
-"""What the blocked implementation works on: attentions, positions last, and how a sweep over them is cut."""
+"""What the blocked implementation works on: queries, keys and features of attentions, positions last."""
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention
-
-Result = TypeVar("Result")
-
-
-class Tiling(NamedTuple):
-    """How a sweep is cut: queries a block, keys a chunk (a multiple of the block), and the type of the large products.
-
-    Sums and determinants stay in the type of the inputs whatever the products are made in ("bfloat16", or None for
-    the inputs' own). `group_bytes` bounds the moments alive at once and with them how many cells are swept together.
-    """
-
-    block: int = 128
-    chunk: int = 128
-    product_dtype: str | None = None
-    group_bytes: int = 2**21
-
-    def fitted(self, length: int) -> "Tiling":
-        """The tiling for sequences of this length: no block larger than the sequence needs. Raises ValueError."""
-        require_count("block", self.block, 8, "fewer queries do not fill a vector register")
-        if self.chunk % self.block:
-            raise ValueError(f"chunk: got {self.chunk}; pass a multiple of block, {self.block}.")
-        if length >= self.block:
-            return self
-        block = -(-length // 8) * 8
-        return self._replace(block=block, chunk=block)
-
-
-DEFAULT_TILING = Tiling()
 
 
 class QueryMap(NamedTuple):
@@ -94,52 +63,56 @@ def _turned(
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis)
 
 
-class Cells(eqx.Module):
-    """Queries, keys (..., H, p, n) and values seen through the queries W_Q V u_s (..., H, Hp, n), positions last.
+class Projections(eqx.Module):
+    """Queries (..., H, p, n), and what they attend to (..., H, Hp + p, n): features above keys, positions last.
 
-    Queries, keys and features are as the sweep multiplies them: logits are queries . keys, and determinants those of
-    I - Cov(features, keys) B. So both queries and features have the scale of the logits in them; queries and keys are
-    normed and turned, features are not. `query_map` is B, or None where it is the identity. With `window` w position i
-    sees s > i - w only.
+    Features are the values seen through the queries, W_Q V u_s. All three are as the sweep multiplies them: logits are
+    queries . keys, and determinants those of I - Cov(features, keys) B. So both queries and features have the scale of
+    the logits in them; queries and keys are normed and turned, features are not. `query_map` is B, or None where it is
+    the identity. With `window` w position i sees s > i - w only. The leading axes count cells: a cell is one analysed
+    attention on one sequence.
     """
 
     queries: Float[Array, "... H p n"]
-    keys: Float[Array, "... H p n"]
-    features: Float[Array, "... H Hp n"]
+    attended: Float[Array, "... H rows n"]
     query_map: QueryMap | None = None
     window: int | None = eqx.field(static=True, default=None)
 
     @classmethod
-    def of(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":
+    def of(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Projections":
         """The cell of one attention and each sequence (..., n, d); heads are joint, as in the process."""
-        cells = cls._of_heads(attention, embeddings)
         if attention.value is None:
-            return cells
+            return cls._of_heads(attention, embeddings)
         query = attention.query
         if attention.rotary is not None:
             query = jnp.swapaxes(attention.rotary.halves_first(jnp.swapaxes(query, 1, 2)), 1, 2)
         stacked_query = attention.scale * query.reshape(-1, attention.width)
         through = attention.value_maps(stacked_query)
-        return dataclasses.replace(cells, features=jnp.einsum("hrd,...nd->...hrn", through, embeddings))
+        return cls._of_heads(attention, embeddings, jnp.einsum("hrd,...nd->...hrn", through, embeddings))
 
     @classmethod
-    def of_heads_alone(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":
+    def of_heads_alone(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Projections":
         """A cell (..., H, 1, p, n) for every sequence and head, each alone and with identity values."""
         cells = cls._of_heads(attention, embeddings)
         query_map = cells.query_map
         if query_map is not None:
-            each = cells.keys.shape[:-2]
+            each = cells.queries.shape[:-2]
             rotation = (
                 None if x is None else jnp.broadcast_to(x[..., None, :, :], (*each, *x.shape[-2:]))
                 for x in query_map[:2]
             )
             norm = (None if x is None else x[..., None, :, :] for x in query_map[2:])
             query_map = QueryMap(*rotation, *norm)
-        queries, keys, features = (x[..., None, :, :] for x in (cells.queries, cells.keys, cells.features))
-        return cls(queries, keys, features, query_map, attention.window)
+        return cls(cells.queries[..., None, :, :], cells.attended[..., None, :, :], query_map, cells.window)
 
     @classmethod
-    def _of_heads(cls, attention: Attention, embeddings: Float[Array, "... n d"]) -> "Cells":
+    def _of_heads(
+        cls,
+        attention: Attention,
+        embeddings: Float[Array, "... n d"],
+        features: Float[Array, "... H Hp n"] | None = None,
+    ) -> "Projections":
+        """With the features given, or with those of identity values, heads being looked at alone."""
         if attention.cap is not None:
             raise ValueError(
                 "attention: has a cap, which the blocked implementation does not cover; use the reference."
@@ -162,72 +135,23 @@ class Cells(eqx.Module):
             if norm is not None:
                 gain, direction = (last(x) for x in norm.slope(plain))
                 query_map = query_map._replace(gain=gain, direction=direction)
-        return cls(queries, keys, attention.scale * last(plain), query_map, attention.window)
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[-1]
-
-    def flat(self) -> "Cells":
-        """The same cells with one leading axis (c, H, ..., n)."""
-        leading = self.keys.ndim - 3
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), self)
-
-
-class Rows(eqx.Module):
-    """Cells as the sweep reads them: queries (..., H, p, n), and features above keys, (..., H, Hp + p, n)."""
-
-    queries: Float[Array, "... H p n"]
-    attended: Float[Array, "... H rows n"]
-    query_map: QueryMap | None = None
-    window: int | None = eqx.field(static=True, default=None)
+        attended = jnp.concatenate([attention.scale * last(plain) if features is None else features, keys], -2)
+        return cls(queries, attended, query_map, attention.window)
 
     @property
     def rank(self) -> int:
         """Hp: how many of the attended rows are features."""
         return self.attended.shape[-2] - self.queries.shape[-2]
 
-    @classmethod
-    def of(cls, cells: Cells) -> "Rows":
-        attended = jnp.concatenate([cells.features, cells.keys], -2)
-        return cls(cells.queries, attended, cells.query_map, cells.window)
-
-    def cells(self) -> Cells:
-        """Undoes `of`."""
-        features, keys = self.attended[..., : self.rank, :], self.attended[..., self.rank :, :]
-        return Cells(self.queries, keys, features, self.query_map, self.window)
+    @property
+    def keys(self) -> Float[Array, "... H p n"]:
+        return self.attended[..., self.rank :, :]
 
     @property
     def length(self) -> int:
         return self.queries.shape[-1]
 
-
-def padded(tiling: Tiling, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-    """The last position again up to a whole chunk: nobody's past, and cut off again from every result.
-
-    Zeros would lie far from tokens that are far from the origin, and spoil the centre of their block.
-    """
-    extra = -x.shape[-1] % tiling.chunk
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)], mode="edge")
-
-
-def group_size(tiling: Tiling, rows: Rows) -> int:
-    """How many of the cells (c, ...) to sweep at once: the largest divisor of c within the tiling's bytes."""
-    count, heads, size, _ = rows.queries.shape
-    bytes_a_cell = heads**2 * size**2 * tiling.block * rows.queries.dtype.itemsize
-    most = max(1, min(tiling.group_bytes // bytes_a_cell, count))
-    return max(divisor for divisor in range(1, most + 1) if count % divisor == 0)
-
-
-def in_groups(function: Callable[..., Result], tiling: Tiling, rows: Rows, *others: Array) -> Result:
-    """`function(tiling, rows, *others)` on a few cells at a time, so that memory does not grow with their number."""
-    group = group_size(tiling, rows)
-
-    def split(x: Array) -> Array:
-        return x.reshape(x.shape[0] // group, group, *x.shape[1:])
-
-    def one_group(parts: tuple[Any, ...]) -> Result:
-        return function(tiling, *parts)
-
-    result = jax.lax.map(one_group, jax.tree.map(split, (rows, *others)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result)
+    def flat(self) -> "Projections":
+        """The same cells with one leading axis (c, H, ..., n)."""
+        leading = self.queries.ndim - 3
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), self)
