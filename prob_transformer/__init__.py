@@ -1,7 +1,7 @@
 """Causal self-attention as a generative stochastic process: exact likelihood, barrier prior, stability margins.
 
-Read in this order: attention, change_of_variables, sampling, process, barrier, margins, certified_radius, token_model,
-objective; penalty for training, and self_inclusion for layers as decoders have them.
+Read in this order: attention, change_of_variables, sampling, embedding_process, barrier, margins, certified_radius,
+token_model, map_objectives; training_barrier for training, and self_inclusion for layers as decoders have them.
 """
 
 from prob_transformer import _moved as _moved
@@ -17,6 +17,7 @@ from prob_transformer.change_of_variables import (
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.kernels.conditioning import ConditioningMargin, conditioning_margin
 from prob_transformer.logits import RMSNorm, Rotary
+from prob_transformer.map_objectives import map_objective, weight_prior
 from prob_transformer.margins import (
     LayerMargins,
     SupportTokens,
@@ -25,7 +26,6 @@ from prob_transformer.margins import (
     stability_margin,
     support_tokens,
 )
-from prob_transformer.objective import map_objective, weight_prior
 from prob_transformer.root_finder import ImplicitSolveError, Solution, SolveStatus
 from prob_transformer.sampling import CausalAttentionTransform, named_solve_errors
 from prob_transformer.token_model import LinearDecoder, sampled_attention, token_model

@@ -130,16 +130,6 @@ def _closest_positions(
     )
 
 
-def closest_positions(
-    attention: Attention, embeddings: Float[Array, "... n d"], margins: Float[Array, "... n"], k: int
-) -> SupportTokens:
-    """The k positions of smallest |margin| and their carriers. Raises ValueError if k is not between 1 and n."""
-    require_count("k", k, 1, "the number of positions to return")
-    if k > embeddings.shape[-2]:
-        raise ValueError(f"k: got {k}; pass at most n = {embeddings.shape[-2]}, the number of positions.")
-    return _closest_positions(attention, embeddings, margins, k)
-
-
 @in_float32_at_least
 def support_tokens(
     attention: Attention,
@@ -158,7 +148,10 @@ def support_tokens(
     """
     embeddings = require_joint("embeddings", embeddings, attention)
     margins = stability_margin(attention, embeddings, kind, key=key, implementation=implementation)
-    return closest_positions(attention, embeddings, margins, k)
+    require_count("k", k, 1, "the number of positions to return")
+    if k > embeddings.shape[-2]:
+        raise ValueError(f"k: got {k}; pass at most n = {embeddings.shape[-2]}, the number of positions.")
+    return _closest_positions(attention, embeddings, margins, k)
 
 
 def _carriers_of_head(

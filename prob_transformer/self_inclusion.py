@@ -76,16 +76,6 @@ class PastMoments(NamedTuple):
     covariance: Float[Array, "b f p"]
 
 
-def past_weights(
-    logits: Float[Array, "b n"], own: Float[Array, " b"], visible: Bool[Array, "b n"]
-) -> tuple[Float[Array, "b n"], Float[Array, " b"]]:
-    """beta, all zero where nothing is visible, and log(c / alpha_ii), -inf there."""
-    total = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
-    some = visible.any(-1)
-    exponent = jnp.where(visible, logits - jnp.where(some, total, 0)[:, None], -jnp.inf)
-    return jnp.exp(exponent), total - own
-
-
 def past_moments(
     logits: Float[Array, "b n"],
     own: Float[Array, " b"],
@@ -102,7 +92,10 @@ def past_moments(
     and keys at theirs under weights times slopes, of which sum_s alpha_s gamma_s (x_s - x_mean) k_s^T keeps a term.
     """
     length = keys.shape[0]
-    weights, log_odds = past_weights(logits, own, visible)
+    # beta, all zero where nothing is visible, and log(c / alpha_ii), -inf there.
+    total = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    reference = jnp.where(visible.any(-1), total, 0)[:, None]
+    weights, log_odds = jnp.exp(jnp.where(visible, logits - reference, -jnp.inf)), total - own
     sloped = weights if slopes is None else weights * slopes
     feature_mean, key_mean = weights @ features, sloped @ keys
     centre = key_mean

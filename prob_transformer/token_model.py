@@ -58,12 +58,9 @@ def sampled_attention(
     return attention
 
 
-def require_objective(objective: str) -> None:
+def require_objective(objective: str, barrier_weight: Float[Array, ""] | float) -> None:
     if objective not in ("full", "margin"):
         raise ValueError(f"objective: got {objective!r}; pass 'full' or 'margin'.")
-
-
-def require_barrier_weight(barrier_weight: Float[Array, ""] | float) -> None:
     require_finite("barrier_weight", barrier_weight)
     if is_concrete(barrier_weight) and np.asarray(barrier_weight) < 0:
         raise ValueError(f"barrier_weight: got {barrier_weight}; pass 0 or more.")
@@ -107,8 +104,7 @@ def token_model(
     on top of the density's own determinant under "full". Raises ValueError for bad arguments.
     Source: theory sections 2 and 5.
     """
-    require_objective(objective)
-    require_barrier_weight(barrier_weight)
+    require_objective(objective, barrier_weight)
     if tokens is not None:
         tokens = require_tokens(tokens)
         if length not in (None, tokens.shape[-1]):

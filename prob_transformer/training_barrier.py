@@ -105,20 +105,6 @@ def _of_cells(cells: Projections, asked: _Asked, key: PRNGKeyArray | None) -> Ba
     return sharded_mean_barrier(cells, asked.mesh, spec, asked.tiling)
 
 
-def _check(asked: _Asked, key: PRNGKeyArray | None) -> None:
-    if asked.form not in get_args(Form):
-        raise ValueError(f"form: got {asked.form!r}; pass one of {', '.join(get_args(Form))}.")
-    require_positive("threshold", asked.threshold)
-    if not 0 < asked.share <= 1:
-        raise ValueError(
-            f"share: got {asked.share}; pass a share of the heads and sequences greater than 0 and at most 1."
-        )
-    if asked.share < 1 and asked.form == "one-sided":
-        raise ValueError(f"share: got {asked.share}; the one-sided penalty is taken over all heads and sequences.")
-    if asked.share < 1 and key is None:
-        raise ValueError("key: got None; pass a JAX random key, which draws the share.")
-
-
 def barrier_penalty(
     layers: Iterable[tuple[Attention, Float[Array, "... _n _d"]]],
     *,
@@ -139,8 +125,16 @@ def barrier_penalty(
     for inputs that do not fit, naming the layer, for no layers, and for arguments that do not go together.
     Equation: the module docstring; docs/own_model.md.
     """
+    if form not in get_args(Form):
+        raise ValueError(f"form: got {form!r}; pass one of {', '.join(get_args(Form))}.")
+    require_positive("threshold", threshold)
+    if not 0 < share <= 1:
+        raise ValueError(f"share: got {share}; pass a share of the heads and sequences greater than 0 and at most 1.")
+    if share < 1 and form == "one-sided":
+        raise ValueError(f"share: got {share}; the one-sided penalty is taken over all heads and sequences.")
+    if share < 1 and key is None:
+        raise ValueError("key: got None; pass a JAX random key, which draws the share.")
     asked = _Asked(form, threshold, share, mesh, tiling)
-    _check(asked, key)
     alike = defaultdict[Any, list[Projections]](list)
     found: list[tuple[int, BarrierPenalty]] = []
     for index, pair in enumerate(layers):

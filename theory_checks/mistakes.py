@@ -22,7 +22,7 @@ def _mistake(name: str, file: str, old: str, new: str, *more: tuple[str, str]) -
 
 
 _SOFTMAX, _ATTENTION, _CHANGE, _PROCESS = "softmax.py", "attention.py", "change_of_variables.py", "embedding_process.py"
-_MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margins.py", "certified_radius.py", "objective.py", "token_model.py"
+_MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margins.py", "certified_radius.py", "map_objectives.py", "token_model.py"
 
 MISTAKES: tuple[Mistake, ...] = (
     # attention

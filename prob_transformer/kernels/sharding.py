@@ -23,7 +23,6 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._validation import require_count
 from prob_transformer.kernels.barrier import BarrierPenalty, mean_barrier, subsampled_barrier
 from prob_transformer.kernels.projections import Projections
@@ -85,42 +84,21 @@ def over_mesh(
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _mean_barrier(cells: Projections, mesh: Mesh, spec: PartitionSpec, tiling: Tiling) -> BarrierPenalty:
+def sharded_mean_barrier(
+    cells: Projections, mesh: Mesh, spec: PartitionSpec, tiling: Tiling = DEFAULT_TILING
+) -> BarrierPenalty:
+    """`mean_barrier` of cells (..., H, p, n) whose leading axes are spread over the mesh as `spec` says.
+
+    Shards are of equal size (`require_equal_shards`). Mesh axes that the spec does not name repeat the work.
+    """
+
     def one_shard(cells: Projections) -> BarrierPenalty:
         return lax.pmean(mean_barrier(cells, tiling), _axes(spec))
 
     return over_mesh(one_shard, mesh, spec, PartitionSpec())(cells)
 
 
-@in_float32_at_least
-def sharded_mean_barrier(
-    cells: Projections, mesh: Mesh, spec: PartitionSpec, tiling: Tiling = DEFAULT_TILING
-) -> BarrierPenalty:
-    """`mean_barrier` of cells (..., H, p, n) whose leading axes are spread over the mesh as `spec` says.
-
-    Mesh axes that the spec does not name repeat the work. Raises ValueError for shards of unequal size and for a spec
-    that fits neither the mesh nor the cells.
-    """
-    require_equal_shards("cells", cells.queries.shape[:-3], mesh, spec)
-    return _mean_barrier(cells, mesh, spec, tiling)
-
-
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _subsampled_barrier(
-    key: PRNGKeyArray, cells: Projections, share: float, mesh: Mesh, spec: PartitionSpec, tiling: Tiling
-) -> BarrierPenalty:
-    axes = _axes(spec)
-    shards = math.prod(mesh.shape[axis] for axis in axes)
-
-    def one_shard(key: PRNGKeyArray, cells: Projections) -> BarrierPenalty:
-        own = jax.random.fold_in(key, lax.axis_index(axes))
-        found = lax.pmean(subsampled_barrier(own, cells, share, tiling), axes)
-        return found._replace(variance=found.variance / shards)
-
-    return over_mesh(one_shard, mesh, (PartitionSpec(), spec), PartitionSpec())(key, cells)
-
-
-@in_float32_at_least
 def sharded_subsampled_barrier(
     key: PRNGKeyArray,
     cells: Projections,
@@ -131,7 +109,14 @@ def sharded_subsampled_barrier(
 ) -> BarrierPenalty:
     """`subsampled_barrier` with a draw of its own in every shard: unbiased, and the variance is that of all draws.
 
-    Raises ValueError as `subsampled_barrier` and `sharded_mean_barrier`. Equations: module docstring.
+    Shards as in `sharded_mean_barrier`. Equations: module docstring.
     """
-    require_equal_shards("cells", cells.queries.shape[:-3], mesh, spec)
-    return _subsampled_barrier(key, cells, share, mesh, spec, tiling)
+    axes = _axes(spec)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+
+    def one_shard(key: PRNGKeyArray, cells: Projections) -> BarrierPenalty:
+        own = jax.random.fold_in(key, lax.axis_index(axes))
+        found = lax.pmean(subsampled_barrier(own, cells, share, tiling), axes)
+        return found._replace(variance=found.variance / shards)
+
+    return over_mesh(one_shard, mesh, (PartitionSpec(), spec), PartitionSpec())(key, cells)

@@ -7,7 +7,6 @@ import pytest
 
 import prob_transformer as reference
 from prob_transformer.kernels import barrier as kernel_barrier
-from prob_transformer.kernels.barrier import _mean_barrier, _subsampled_barrier
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.tiling import Tiling
 from tests.support.long import draw
@@ -116,16 +115,10 @@ def test_at_least_two_cells_are_drawn_so_that_a_variance_can_be_given():
 
 def test_one_compilation_for_one_shape():
     cells, _ = problem(count=3)
-    before = _mean_barrier._cache_size(), _subsampled_barrier._cache_size()
+    functions = kernel_barrier.mean_barrier, kernel_barrier.subsampled_barrier
+    before = [function._cache_size() for function in functions]
     for seed in range(3):
         scaled = jax.tree.map(partial(jnp.multiply, 1.0 + seed), cells)
         kernel_barrier.mean_barrier(scaled, TILING)
         kernel_barrier.subsampled_barrier(jax.random.key(seed), scaled, 2 / 3, TILING)
-    assert (_mean_barrier._cache_size(), _subsampled_barrier._cache_size()) == (before[0] + 1, before[1] + 1)
-
-
-@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan")])
-def test_a_share_outside_zero_to_one_is_refused(share):
-    cells, _ = problem()
-    with pytest.raises(ValueError, match=r"share: got .*; pass a share of the cells greater than 0 and at most 1"):
-        kernel_barrier.subsampled_barrier(jax.random.key(0), cells, share, TILING)
+    assert [function._cache_size() for function in functions] == [before[0] + 1, before[1] + 1]

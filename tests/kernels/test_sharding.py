@@ -259,18 +259,8 @@ def test_a_mesh_of_more_devices_than_there_are_or_of_none_is_refused(data, heads
     ],
 )
 def test_cells_that_cannot_be_spread_are_refused(spec, message):
-    mesh = AbstractMesh((4, 2), ("data", "heads"))
-    cells = at_every_head(Projections.of, *layers("float64", 6))
     with pytest.raises(ValueError, match=message):
-        sharding.sharded_mean_barrier(cells, mesh, spec)
-    with pytest.raises(ValueError, match=message):
-        sharding.sharded_subsampled_barrier(jax.random.key(0), cells, 0.5, mesh, spec)
-
-
-def test_a_share_outside_0_and_1_is_refused():
-    cells = at_every_head(Projections.of, *layers("float64"))
-    with pytest.raises(ValueError, match="share: got 0; pass a share"):
-        sharding.sharded_subsampled_barrier(jax.random.key(0), cells, 0, sharding.mesh(1, 1), PartitionSpec())
+        sharding.require_equal_shards("cells", (2, 4, 6), AbstractMesh((4, 2), ("data", "heads")), spec)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from prob_transformer.token_model import (
     Decoder,
     Objective,
     is_zero,
-    require_barrier_weight,
     require_objective,
     require_tokens,
     require_vocabulary,
@@ -58,8 +57,7 @@ def map_objective(
     sequences. Without it "margin" is not bounded below. Raises ValueError for bad arguments.
     Source: theory section 5; "full" is the paper's reading as derived there, "margin" is reported second-hand.
     """
-    require_objective(objective)
-    require_barrier_weight(barrier_weight)
+    require_objective(objective, barrier_weight)
     tokens = require_tokens(tokens)
     embeddings = require_joint("embeddings", embeddings, attention)
     if tokens.shape != embeddings.shape[:-1]:
