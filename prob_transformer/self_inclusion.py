@@ -238,11 +238,6 @@ class Factored(NamedTuple):
     left: Float[Array, "b d r"]
     right: Float[Array, "b r d"]
 
-    def dense(self) -> Float[Array, "b d d"]:
-        """J_i as a full matrix."""
-        identity = jnp.eye(self.left.shape[1], dtype=self.left.dtype)
-        return self.scale[:, None, None] * (identity - self.left @ self.right)
-
 
 def inner_map(
     view: View,
@@ -290,7 +285,8 @@ def smallest_singular_value(factored: Factored) -> Float[Array, " b"]:
     scale, left, right = factored
     rank, width = right.shape[1:]
     if 2 * rank >= width:
-        return jnp.linalg.svd(factored.dense(), compute_uv=False)[:, -1]
+        dense = scale[:, None, None] * (jnp.eye(width, dtype=left.dtype) - left @ right)
+        return jnp.linalg.svd(dense, compute_uv=False)[:, -1]
     basis, _ = jnp.linalg.qr(jnp.concatenate([left, jnp.swapaxes(right, 1, 2)], 2))
     core = jnp.eye(2 * rank, dtype=left.dtype) - (jnp.swapaxes(basis, 1, 2) @ left) @ (right @ basis)
     return scale * jnp.linalg.svd(core, compute_uv=False)[:, -1]

@@ -32,8 +32,8 @@ def mean_barrier(cells: Projections, tiling: Tiling = DEFAULT_TILING) -> Barrier
     flat = cells.flat()
     shape = (flat.queries.shape[0], flat.length)
     scale = jnp.full(shape, -1 / (shape[0] * shape[1]), flat.queries.dtype)
-    total, sign, _ = log_det_total(flat, scale, tiling)
-    return BarrierPenalty(total, (sign <= 0).mean(dtype=total.dtype), jnp.zeros_like(total))
+    total, values = log_det_total(flat, scale, tiling)
+    return BarrierPenalty(total, (values.sign <= 0).mean(dtype=total.dtype), jnp.zeros_like(total))
 
 
 @partial(jax.jit, static_argnums=(2, 3), inline=True)

@@ -31,14 +31,6 @@ from prob_transformer.kernels.tiling import Tiling, in_groups, padded
 Tree = TypeVar("Tree")
 
 
-class LogDetTotal(NamedTuple):
-    """Sum of scale * log|det J_i| in nats (); sign and log|det J_i| (c, n), through which no gradient flows."""
-
-    total: Float[Array, ""]
-    sign: Float[Array, "c n"]
-    log_det: Float[Array, "c n"]
-
-
 class SubsampledTotal(NamedTuple):
     """Unbiased estimate of the total (), an unbiased estimate of its variance (), and the share of det J_i <= 0 seen.
 
@@ -121,31 +113,24 @@ log_det.defvjp(
 )
 
 
-def _total(scale: Float[Array, "c n"], values: LogDet) -> LogDetTotal:
-    return LogDetTotal((scale * values.log_det).sum(), values.sign, values.log_det)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def log_det_total(cells: Projections, scale: Float[Array, "c n"], tiling: Tiling) -> LogDetTotal:
-    """sum over cells and positions of scale * log|det J_i|; value and gradient in one sweep."""
-    return _total(scale, _sweep_values(cells, tiling))
+def log_det_total(cells: Projections, scale: Float[Array, "c n"], tiling: Tiling) -> tuple[Float[Array, ""], LogDet]:
+    """sum over cells and positions of scale * log|det J_i| in nats (), value and gradient in one sweep.
+
+    Beside it signs and log|det J_i| (c, n), through which no gradient flows.
+    """
+    values = _sweep_values(cells, tiling)
+    return (scale * values.log_det).sum(), values
 
 
 def _total_forward(
     cells: Projections, scale: Float[Array, "c n"], tiling: Tiling
-) -> tuple[LogDetTotal, tuple[Projections, Float[Array, "c n"]]]:
+) -> tuple[tuple[Float[Array, ""], LogDet], tuple[Projections, Float[Array, "c n"]]]:
     values, gradient = _sweep_gradient(cells, scale, tiling)
-    return _total(scale, values), (gradient, values.log_det)
+    return ((scale * values.log_det).sum(), values), (gradient, values.log_det)
 
 
-def _total_backward(
-    tiling: Tiling, kept: tuple[Projections, Float[Array, "c n"]], cotangent: LogDetTotal
-) -> tuple[Projections, Float[Array, "c n"]]:
-    gradient, values = kept
-    return jax.tree.map(lambda x: cotangent.total * x, (gradient, values))
-
-
-log_det_total.defvjp(_total_forward, _total_backward)
+log_det_total.defvjp(_total_forward, lambda tiling, kept, cotangent: jax.tree.map(lambda x: cotangent[0] * x, kept))
 
 
 @ranks_promoted

@@ -1,4 +1,4 @@
-"""What comes in at the door: half precision, processes made inside vmap, ranks not promoted, second derivatives."""
+"""Settings of the caller: half precision, processes made inside vmap, ranks not promoted, second derivatives."""
 
 import os
 import subprocess
