@@ -14,6 +14,7 @@ _NEW_NAMES = {
     "inference.reparam": "inference.embedding_sites",
     "inference.results": "inference.result_tree",
     "inspect": "inspection",
+    "objective": "map_objectives",
     "penalty": "training_barrier",
     "process": "embedding_process",
     "provenance": "files",
