@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,16 +14,14 @@ from tqdm import tqdm
 
 from models import cli
 from paper_figures.figures import (
-    barrier_curves,
     boundary_plane,
-    calibration_ranks,
-    central_path,
+    claim_pictures,
     clean_strength,
     density,
     effects,
-    laplace_nuts,
     margin_levels,
     noise_loss,
+    posterior_checks,
     scaling,
     style,
     support_passage,
@@ -34,22 +31,22 @@ from paper_figures.figures import (
 from paper_figures.saved_results import load_checks, load_record
 from paper_figures.study.runs import load_runs
 
-# In the order of the report: what has CAPTION and `draw`, and which saved result that takes, None for none.
-FIGURES: dict[str, tuple[ModuleType, str | None]] = {
-    "trade_off": (trade_off, "runs"),
-    "effects": (effects, "runs"),
-    "noise_loss": (noise_loss, "runs"),
-    "clean_strength": (clean_strength, "runs"),
-    "margin_levels": (margin_levels, "runs"),
-    "training_margins": (training_margins, "runs"),
-    "training_barrier": (barrier_curves, "runs"),
-    "support_passage": (support_passage, "runs"),
-    "density": (density, None),
-    "boundary_plane": (boundary_plane, None),
-    "central_path": (central_path, "checks"),
-    "laplace_nuts": (laplace_nuts, "inference"),
-    "calibration_ranks": (calibration_ranks, "inference"),
-    "scaling": (scaling, "benchmark"),
+# In the order of the report: the caption, what draws it, and which saved result that takes, None for none.
+FIGURES: dict[str, tuple[str, Callable[..., Figure], str | None]] = {
+    "trade_off": (trade_off.CAPTION, trade_off.draw, "runs"),
+    "effects": (effects.CAPTION, effects.draw, "runs"),
+    "noise_loss": (noise_loss.CAPTION, noise_loss.draw, "runs"),
+    "clean_strength": (clean_strength.CAPTION, clean_strength.draw, "runs"),
+    "margin_levels": (margin_levels.CAPTION, margin_levels.draw, "runs"),
+    "training_margins": (training_margins.CAPTION, training_margins.draw, "runs"),
+    "training_barrier": (training_margins.BARRIER_CAPTION, training_margins.draw_barrier, "runs"),
+    "support_passage": (support_passage.CAPTION, support_passage.draw, "runs"),
+    "density": (density.CAPTION, density.draw, None),
+    "boundary_plane": (boundary_plane.CAPTION, boundary_plane.draw, None),
+    "central_path": (claim_pictures.CENTRAL_PATH_CAPTION, claim_pictures.draw_central_path, "checks"),
+    "laplace_nuts": (posterior_checks.LAPLACE_NUTS_CAPTION, posterior_checks.draw_laplace_nuts, "inference"),
+    "calibration_ranks": (posterior_checks.CALIBRATION_CAPTION, posterior_checks.draw_calibration, "inference"),
+    "scaling": (scaling.CAPTION, scaling.draw, "benchmark"),
 }
 _ROOT = Path(__file__).resolve().parent.parent
 INFERENCE, BENCHMARK = _ROOT / "results" / "reference" / "inference.json", _ROOT / "benchmarks" / "results" / "cpu.json"
@@ -75,9 +72,9 @@ def _loaded(source: str, path: Path) -> Any:
 
 def draw(name: str, sources: Mapping[str, Path]) -> Figure:
     """One figure in the one style, from the saved result that it takes."""
-    figure, source = FIGURES[name]
+    _, drawn, source = FIGURES[name]
     with mpl.rc_context(style.RC):
-        return figure.draw() if source is None else figure.draw(_loaded(source, sources[source]))
+        return drawn() if source is None else drawn(_loaded(source, sources[source]))
 
 
 def main(argv: list[str] | None = None) -> None:
