@@ -57,34 +57,33 @@ def load_sections(path: Path, option: str, command: str) -> dict[str, Any]:
     return load_record(path, ("sections",), f"{option}: no result", f"python -m {command} --out")["sections"]
 
 
+# Several figures take the same result, which is read once.
 _LOADERS: dict[str, Callable[[Path], Any]] = {
-    "runs": load_runs,
-    "checks": load_checks,
-    "inference": partial(load_sections, option="--inference", command="theory_checks.inference"),
-    "benchmark": partial(load_sections, option="--benchmark", command="benchmarks"),
+    "runs": cache(load_runs),
+    "checks": cache(load_checks),
+    "inference": cache(partial(load_sections, option="--inference", command="theory_checks.inference")),
+    "benchmark": cache(partial(load_sections, option="--benchmark", command="benchmarks")),
 }
-
-
-@cache
-def _loaded(source: str, path: Path) -> Any:
-    return _LOADERS[source](path)
 
 
 def draw(name: str, sources: Mapping[str, Path]) -> Figure:
     """One figure in the one style, from the saved result that it takes."""
     _, drawn, source = FIGURES[name]
     with mpl.rc_context(style.RC):
-        return drawn() if source is None else drawn(_loaded(source, sources[source]))
+        return drawn() if source is None else drawn(_LOADERS[source](sources[source]))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description="Draw the figures.")
     parser.add_argument("--only", action="append", metavar="NAME", help=f"one of {', '.join(FIGURES)}; repeatable")
-    parser.add_argument("--runs", type=Path, default=Path("results/runs/quick"), help="sweep (default: %(default)s)")
-    parser.add_argument("--checks", type=Path, default=Path("results/theory_checks.json"), help="of theory_checks")
-    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of theory_checks.inference")
-    parser.add_argument("--benchmark", type=Path, default=BENCHMARK, help="result of benchmarks")
-    parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder (default: %(default)s)")
+    for option, default, meaning in (
+        ("--runs", Path("results/runs/quick"), "sweep (default: %(default)s)"),
+        ("--checks", Path("results/theory_checks.json"), "result of theory_checks (default: %(default)s)"),
+        ("--inference", INFERENCE, "result of theory_checks.inference"),
+        ("--benchmark", BENCHMARK, "result of benchmarks"),
+        ("--out", Path("results/figures"), "folder (default: %(default)s)"),
+    ):
+        parser.add_argument(option, type=Path, default=default, help=meaning)
     arguments = parser.parse_args(argv)
     chosen = [name for name in FIGURES if name in (arguments.only or FIGURES)]
     unknown = set(arguments.only or ()) - set(chosen)

@@ -142,9 +142,8 @@ def _sampler_law(figure: Figure, check: dict[str, Any]) -> None:
 def _support_tokens(figure: Figure, check: dict[str, Any]) -> None:
     """Share of the multipliers that the support tokens carry along the central path."""
     details, panel = check["details"], figure.subplots()
-    weights, mean = details["lambda"], details["mean_share_of_support_tokens"]
-    panel.semilogx(weights, mean, "o-", color=BLUE, label="mean over problems")
-    smallest = details["smallest_share_of_support_tokens"]
+    weights, smallest = details["lambda"], details["smallest_share_of_support_tokens"]
+    panel.semilogx(weights, details["mean_share_of_support_tokens"], "o-", color=BLUE, label="mean over problems")
     panel.semilogx(weights, smallest, "s:", color=ORANGE, fillstyle="none", label="smallest")
     panel.axhline(details["random_positions_share"], **DASHED, label="random positions")
     panel.invert_xaxis()

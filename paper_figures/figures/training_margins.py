@@ -49,8 +49,7 @@ def draw(sweep: Runs) -> Figure:
 def _panel(panel: Axes, selection: Selection, layer: int) -> None:
     # Where a quantile is past the largest number the sweep has null, and nothing is drawn.
     steps, seen = watched(selection, layer, "quantiles")
-    quantiles = seen.mean(axis=0).T
-    color = METHOD_STYLES[selection.method]["color"]
+    quantiles, color = seen.mean(axis=0).T, METHOD_STYLES[selection.method]["color"]
     for (low, high), alpha in ((_OUTER, 0.2), (_INNER, 0.35)):
         panel.fill_between(steps, quantiles[low], quantiles[high], color=color, alpha=alpha, linewidth=0)
     panel.plot(steps, quantiles[_MEDIAN], color=color)

@@ -186,9 +186,8 @@ def _rescaled(row: Entry, plain: Entry) -> str:
     """Where a gain under noise of fixed size has its interval below that under relative noise, and embeddings are larger."""
     relative, fixed = row["perturbations"][:2]
     ratio = row["embedding_rms"] / plain["embedding_rms"]
-    if ratio <= 1 or not fixed["change_interval"] or not relative["change_interval"]:
-        return ""
-    if fixed["change_interval"][1] >= min(0, relative["change_interval"][0]):
+    of_fixed, of_relative = fixed["change_interval"], relative["change_interval"]
+    if ratio <= 1 or not of_fixed or not of_relative or of_fixed[1] >= min(0, of_relative[0]):
         return ""
     return (
         f"On {row['split']} text {row['method']} gains more under noise of fixed size ({_change(fixed)}) than under noise "

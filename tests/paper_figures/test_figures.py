@@ -26,13 +26,22 @@ ROOT = Path(report.__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"
 
 
+def judge(folder, profile):
+    study.main(["verdicts", "--runs", str(folder / "runs" / profile), "--out", str(folder / "verdicts.json")])
+
+
+def link(source, folder, *names):
+    for name in names:
+        (folder / name).symlink_to(source / name)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """A results folder as `make reproduce` leaves it, from runs that were made up; its pictures are empty files."""
     folder = tmp_path_factory.mktemp("results")
     write_runs(folder / "runs" / "made-up", {"margin@layers": Truth(effect=-0.2, crossings=0.0)})
     (folder / "theory_checks.json").write_text((REFERENCE / "theory_checks.json").read_text())
-    study.main(["verdicts", "--runs", str(folder / "runs" / "made-up"), "--out", str(folder / "verdicts.json")])
+    judge(folder, "made-up")
     (folder / "figures").mkdir()
     for name in command.FIGURES:
         (folder / "figures" / f"{name}.png").touch()
@@ -79,17 +88,15 @@ def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results
 
 
 def test_a_report_without_a_figure_is_refused_by_the_name_of_its_file(tmp_path, results):
-    for name in ("theory_checks.json", "verdicts.json", "runs"):
-        (tmp_path / name).symlink_to(results / name)
+    link(results, tmp_path, "theory_checks.json", "verdicts.json", "runs")
     with pytest.raises(ValueError, match=r"--results: no figure at .*figures/trade_off\.png; run python -m"):
         report.build(tmp_path, "made-up")
 
 
 def test_a_report_on_few_seeds_says_so(tmp_path, results):
     write_runs(tmp_path / "runs" / "few", {}, seeds=2)
-    for name in ("theory_checks.json", "figures"):
-        (tmp_path / name).symlink_to(results / name)
-    study.main(["verdicts", "--runs", str(tmp_path / "runs" / "few"), "--out", str(tmp_path / "verdicts.json")])
+    link(results, tmp_path, "theory_checks.json", "figures")
+    judge(tmp_path, "few")
     assert "Seeds that every method has finished: 2 of 2 begun." in report.build(tmp_path, "few")
     assert "Seeds that every method has finished" not in report.build(results, "made-up")
 

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -61,12 +63,11 @@ def test_holm_on_an_example_by_hand():
 
 def stepped_down(p_values):
     """Holm's adjusted p-values by definition: the smallest level at which the step-down procedure rejects each."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    adjusted = [0.0] * len(p_values)
-    for step, place in enumerate(order):
-        earlier = [(len(p_values) - k) * p_values[order[k]] for k in range(step + 1)]
-        adjusted[place] = min(1.0, max(earlier))
-    return adjusted
+    ordered = sorted(p_values)
+    return [
+        min(1.0, max((len(ordered) - k) * smaller for k, smaller in enumerate(ordered) if smaller <= p))
+        for p in p_values
+    ]
 
 
 def test_holm_in_one_family_is_taken_over_all_methods_and_measures_of_a_finding_on_a_split():
@@ -79,15 +80,14 @@ def test_holm_in_one_family_is_taken_over_all_methods_and_measures_of_a_finding_
         for measure in measures
     ]
     found = judge(compared, primary_first=False)
-    for finding, size in (("robustness", 6), ("ours", 2)):
-        for split in ("test", "news"):
-            family = [one for one in found if (one.comparison.finding, one.comparison.split) == (finding, split)]
-            gains = [one.comparison.gains for one in family]
-            for_it = [stats.ttest_1samp(g, 0).pvalue for g in gains]
-            against_it = [min(1, 2 * stats.ttest_1samp(g, 0.05, alternative="less").pvalue) for g in gains]
-            assert [one.family_size for one in family] == [size] * size
-            np.testing.assert_allclose([one.p_holm for one in family], stepped_down(for_it), rtol=1e-9)
-            np.testing.assert_allclose([one.p_against_holm for one in family], stepped_down(against_it), rtol=1e-9)
+    for (finding, size), split in itertools.product({"robustness": 6, "ours": 2}.items(), ("test", "news")):
+        family = [one for one in found if (one.comparison.finding, one.comparison.split) == (finding, split)]
+        for_it = [stats.ttest_1samp(one.comparison.gains, 0).pvalue for one in family]
+        against = [stats.ttest_1samp(one.comparison.gains, 0.05, alternative="less").pvalue for one in family]
+        against_it = [min(1, 2 * p) for p in against]
+        assert [one.family_size for one in family] == [size] * size
+        np.testing.assert_allclose([one.p_holm for one in family], stepped_down(for_it), rtol=1e-9)
+        np.testing.assert_allclose([one.p_against_holm for one in family], stepped_down(against_it), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("effect", "level", "sides"), [(1.0, 0.05, 2), (2.0, 0.01, 1), (0.5, 0.05, 1)])
