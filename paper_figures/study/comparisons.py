@@ -182,7 +182,7 @@ def _geometry(barrier: Selection, baseline: list[Run]) -> list[Comparison]:
     )
     raised = lowest_own - lowest
     known = not np.isnan(raised).any()
-    of = ("geometry", MARGINS_SPLIT, barrier.method, BASELINE)
+    of: tuple[Finding, str, str, str] = ("geometry", MARGINS_SPLIT, barrier.method, BASELINE)
     return [
         Comparison(*of, "share of det J <= 0 in layers", True, SMALLEST_SHARE, gains, reason),
         Comparison(
