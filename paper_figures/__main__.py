@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,16 +14,14 @@ from tqdm import tqdm
 
 from models import cli
 from paper_figures.figures import (
-    barrier_curves,
     boundary_plane,
-    calibration_ranks,
-    central_path,
+    claim_pictures,
     clean_strength,
     density,
     effects,
-    laplace_nuts,
     margin_levels,
     noise_loss,
+    posterior_checks,
     scaling,
     style,
     support_passage,
@@ -34,22 +31,22 @@ from paper_figures.figures import (
 from paper_figures.saved_results import load_checks, load_record
 from paper_figures.study.runs import load_runs
 
-# In the order of the report: what has CAPTION and `draw`, and which saved result that takes, None for none.
-FIGURES: dict[str, tuple[ModuleType, str | None]] = {
-    "trade_off": (trade_off, "runs"),
-    "effects": (effects, "runs"),
-    "noise_loss": (noise_loss, "runs"),
-    "clean_strength": (clean_strength, "runs"),
-    "margin_levels": (margin_levels, "runs"),
-    "training_margins": (training_margins, "runs"),
-    "training_barrier": (barrier_curves, "runs"),
-    "support_passage": (support_passage, "runs"),
-    "density": (density, None),
-    "boundary_plane": (boundary_plane, None),
-    "central_path": (central_path, "checks"),
-    "laplace_nuts": (laplace_nuts, "inference"),
-    "calibration_ranks": (calibration_ranks, "inference"),
-    "scaling": (scaling, "benchmark"),
+# In the order of the report: the caption, what draws it, and which saved result that takes, None for none.
+FIGURES: dict[str, tuple[str, Callable[..., Figure], str | None]] = {
+    "trade_off": (trade_off.CAPTION, trade_off.draw, "runs"),
+    "effects": (effects.CAPTION, effects.draw, "runs"),
+    "noise_loss": (noise_loss.CAPTION, noise_loss.draw, "runs"),
+    "clean_strength": (clean_strength.CAPTION, clean_strength.draw, "runs"),
+    "margin_levels": (margin_levels.CAPTION, margin_levels.draw, "runs"),
+    "training_margins": (training_margins.CAPTION, training_margins.draw, "runs"),
+    "training_barrier": (training_margins.BARRIER_CAPTION, training_margins.draw_barrier, "runs"),
+    "support_passage": (support_passage.CAPTION, support_passage.draw, "runs"),
+    "density": (density.CAPTION, density.draw, None),
+    "boundary_plane": (boundary_plane.CAPTION, boundary_plane.draw, None),
+    "central_path": (claim_pictures.CENTRAL_PATH_CAPTION, claim_pictures.draw_central_path, "checks"),
+    "laplace_nuts": (posterior_checks.LAPLACE_NUTS_CAPTION, posterior_checks.draw_laplace_nuts, "inference"),
+    "calibration_ranks": (posterior_checks.CALIBRATION_CAPTION, posterior_checks.draw_calibration, "inference"),
+    "scaling": (scaling.CAPTION, scaling.draw, "benchmark"),
 }
 _ROOT = Path(__file__).resolve().parent.parent
 INFERENCE, BENCHMARK = _ROOT / "results" / "reference" / "inference.json", _ROOT / "benchmarks" / "results" / "cpu.json"
@@ -60,34 +57,33 @@ def load_sections(path: Path, option: str, command: str) -> dict[str, Any]:
     return load_record(path, ("sections",), f"{option}: no result", f"python -m {command} --out")["sections"]
 
 
+# Several figures take the same result, which is read once.
 _LOADERS: dict[str, Callable[[Path], Any]] = {
-    "runs": load_runs,
-    "checks": load_checks,
-    "inference": partial(load_sections, option="--inference", command="theory_checks.inference"),
-    "benchmark": partial(load_sections, option="--benchmark", command="benchmarks"),
+    "runs": cache(load_runs),
+    "checks": cache(load_checks),
+    "inference": cache(partial(load_sections, option="--inference", command="theory_checks.inference")),
+    "benchmark": cache(partial(load_sections, option="--benchmark", command="benchmarks")),
 }
-
-
-@cache
-def _loaded(source: str, path: Path) -> Any:
-    return _LOADERS[source](path)
 
 
 def draw(name: str, sources: Mapping[str, Path]) -> Figure:
     """One figure in the one style, from the saved result that it takes."""
-    figure, source = FIGURES[name]
+    _, drawn, source = FIGURES[name]
     with mpl.rc_context(style.RC):
-        return figure.draw() if source is None else figure.draw(_loaded(source, sources[source]))
+        return drawn() if source is None else drawn(_LOADERS[source](sources[source]))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m paper_figures", description="Draw the figures.")
     parser.add_argument("--only", action="append", metavar="NAME", help=f"one of {', '.join(FIGURES)}; repeatable")
-    parser.add_argument("--runs", type=Path, default=Path("results/runs/quick"), help="sweep (default: %(default)s)")
-    parser.add_argument("--checks", type=Path, default=Path("results/theory_checks.json"), help="of theory_checks")
-    parser.add_argument("--inference", type=Path, default=INFERENCE, help="result of theory_checks.inference")
-    parser.add_argument("--benchmark", type=Path, default=BENCHMARK, help="result of benchmarks")
-    parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder (default: %(default)s)")
+    for option, default, meaning in (
+        ("--runs", Path("results/runs/quick"), "sweep (default: %(default)s)"),
+        ("--checks", Path("results/theory_checks.json"), "result of theory_checks (default: %(default)s)"),
+        ("--inference", INFERENCE, "result of theory_checks.inference"),
+        ("--benchmark", BENCHMARK, "result of benchmarks"),
+        ("--out", Path("results/figures"), "folder (default: %(default)s)"),
+    ):
+        parser.add_argument(option, type=Path, default=default, help=meaning)
     arguments = parser.parse_args(argv)
     chosen = [name for name in FIGURES if name in (arguments.only or FIGURES)]
     unknown = set(arguments.only or ()) - set(chosen)

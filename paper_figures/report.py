@@ -38,21 +38,19 @@ CHECK_HEADINGS = ("id", "mark", "claim", "cases", "figure", "tolerance", "verdic
 
 
 def _checks_section(checks: dict[str, Any]) -> str:
-    rows = []
-    for check in checks["checks"]:
-        broken = f"{check['counterexample_verdict']} ({number(check['counterexample_figure'])})"
-        rows.append(
-            [
-                check["id"],
-                check["mark"],
-                f"{check['statement']}\nWhere: {check['regime']}",
-                f"{check['cases']:,}",
-                number(check["figure"]),
-                number(check["tolerance"]),
-                check["verdict"] + ("" if check["as_stated"] else ", NOT AS STATED"),
-                f"{broken}\n{check['counterexample']}",
-            ]
-        )
+    rows = [
+        [
+            check["id"],
+            check["mark"],
+            f"{check['statement']}\nWhere: {check['regime']}",
+            f"{check['cases']:,}",
+            number(check["figure"]),
+            number(check["tolerance"]),
+            check["verdict"] + ("" if check["as_stated"] else ", NOT AS STATED"),
+            f"{check['counterexample_verdict']} ({number(check['counterexample_figure'])})\n{check['counterexample']}",
+        ]
+        for check in checks["checks"]
+    ]
     stated = sum(check["as_stated"] for check in checks["checks"])
     return (
         f"<p>{stated} of {len(checks['checks'])} checks came out as stated: the claim holds to its tolerance where it "
@@ -121,23 +119,20 @@ embeddings all the same. The news text (gensim's sample of Australian news) is a
 
 
 def _open(record: dict[str, Any], runs: Runs) -> list[str]:
-    found = [
+    wanted, diverged = {line["seed"] for line in runs.lines} | set(record["seeds"]), len(record["diverged"])
+    few = (
+        f"Seeds that every method has finished: {len(record['seeds'])} of {len(wanted)} begun. These verdicts rest on no "
+        "others; the full profile has five, and most verdicts need them."
+    )
+    return [
+        *([few] if len(record["seeds"]) < 5 else []),
         "One size of model, far below that of real language models, trained briefly on one text: whether any of this holds "
         "at scale is not known.",
         "Strengths are chosen from a grid; between its values a method may do better. At one clean cost the losses between two "
         "strengths are taken to lie on a line.",
         "The rules of these verdicts were changed after the verdicts by the first rules had been read; both are given.",
+        *([f"{diverged} runs diverged and count as a strength not to be chosen."] if diverged else []),
     ]
-    wanted = {line["seed"] for line in runs.lines} | set(record["seeds"])
-    if len(record["seeds"]) < 5:
-        found.insert(
-            0,
-            f"Seeds that every method has finished: {len(record['seeds'])} of {len(wanted)} begun. These verdicts rest on no "
-            "others; the full profile has five, and most verdicts need them.",
-        )
-    if record["diverged"]:
-        found.append(f"{len(record['diverged'])} runs diverged and count as a strength not to be chosen.")
-    return found
 
 
 def _inference_section(path: Path) -> str:
@@ -157,11 +152,11 @@ def _figures_section(results: Path) -> str:
         "<p>Each picture is a file of the folder figures beside this page, as PNG and as PDF. A copy of this page needs that "
         "folder with it.</p>"
     ]
-    for place, (name, (figure, _)) in enumerate(FIGURES.items(), start=1):
+    for place, (name, (text, _, _)) in enumerate(FIGURES.items(), start=1):
         picture = f"figures/{name}.png"
         if not (results / picture).is_file():
             raise ValueError(f"--results: no figure at {results / picture}; run python -m paper_figures.")
-        caption = escape(figure.CAPTION)
+        caption = escape(text)
         parts.append(
             f'<figure><img src="{picture}" alt="{caption}" onerror="this.hidden = true; this.nextElementSibling.hidden = false">'
             f'<p class="bad" hidden>The file {picture} is missing beside this page. Copy the folder figures next to it, '

@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from models import wikipedia
@@ -32,6 +30,7 @@ from prob_transformer._validation import require_count
 from prob_transformer.files import provenance, write_json
 from prob_transformer.inspection.command import read_text
 from prob_transformer.pretrained.load import load_pretrained
+from prob_transformer.tables import text_table
 
 _COUNTS = {
     "passages": (20, 2, "passages of text, which the intervals are over"),
@@ -56,11 +55,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _documents(text: Path | None) -> list[str]:
-    if text is not None:
-        return read_text(text).split(wikipedia.DOCUMENT_SEPARATOR)
-    everything = wikipedia.prepare().read_text(encoding="utf-8").split(wikipedia.DOCUMENT_SEPARATOR)
+    whole = wikipedia.prepare().read_text(encoding="utf-8") if text is None else read_text(text)
+    documents = whole.split(wikipedia.DOCUMENT_SEPARATOR)
     # The validation articles of models.corpus.
-    return everything[4::10]
+    return documents[4::10] if text is None else documents
 
 
 def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -87,18 +85,7 @@ def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str,
 
 
 def _shown(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    low, high = found["interval"]
-    return f"{found['correlation']:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    title = "Spearman correlation over tokens, 95 % bootstrap interval over passages"
-    table = Table("outcome", "figure", *COLUMNS, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(row["outcome"], row["figure"], *(_shown(row.get(name)) for name in COLUMNS))
-    return table
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(found["correlation"], *found["interval"]) if found else ""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -139,12 +126,11 @@ def main(argv: list[str] | None = None) -> None:
             "provenance": provenance(arguments.seed, configuration | {"text": text}),
         },
     )
-    console = Console()
-    console.print(_table(rows))
-    for row in rows:
-        if "verdict" in row:
-            console.print(row["verdict"], markup=False)
-    console.print(f"written: {arguments.out}", soft_wrap=True, markup=False)
+    print("Spearman correlation over tokens, 95 % bootstrap interval over passages")
+    cells = [[row["outcome"], row["figure"], *(_shown(row.get(name)) for name in COLUMNS)] for row in rows]
+    print(text_table(("outcome", "figure", *COLUMNS), cells))
+    print("\n".join(row["verdict"] for row in rows if "verdict" in row))
+    print(f"written: {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""`python -m paper_figures.figures.claim_pictures`: one picture a claim, from the figures that the checks saved."""
+"""`python -m paper_figures.figures.claim_pictures`: one picture a claim, from the figures that the checks saved.
+
+The picture of the central path of the support tokens is a figure of the report too.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -17,6 +20,11 @@ from paper_figures.saved_results import load_checks
 # An exact 0 has no place on a logarithmic axis.
 SMALLEST = 1e-17
 DASHED: dict[str, Any] = {"color": BLACK, "linestyle": "--", "linewidth": 1.0}
+CENTRAL_PATH_CAPTION = (
+    "Along the central path of the barrier problem, as lambda falls, the multipliers lambda / m_i settle on the support tokens, "
+    "as dual variables do on support vectors: the share of them that the positions of smallest margin carry, over small "
+    "problems with a known solution. At the barrier weights of training, on the left, they are far from settled."
+)
 
 
 def _boundedness(figure: Figure, check: dict[str, Any]) -> None:
@@ -42,8 +50,7 @@ def _certified_radius(figure: Figure, check: dict[str, Any]) -> None:
     panel.loglog(distances, radii, "o", color=BLUE, fillstyle="none", label=label)
     ends = [min(distances), max(distances)]
     panel.loglog(ends, ends, **DASHED, label="radius = distance: never above")
-    xlabel, ylabel = "distance to the nearest crossing found (units of u)", "certified radius (units of u)"
-    panel.set(xlabel=xlabel, ylabel=ylabel)
+    panel.set(xlabel="distance to the nearest crossing found (units of u)", ylabel="certified radius (units of u)")
     panel.legend(frameon=False)
 
 
@@ -119,8 +126,7 @@ def _normalisation(figure: Figure, check: dict[str, Any]) -> None:
 
 def _sampler_law(figure: Figure, check: dict[str, Any]) -> None:
     """Kolmogorov-Smirnov statistics over their critical value: right density, wrong densities, past the boundary."""
-    details, panel = check["details"], figure.subplots()
-    beyond = details["past_the_boundary"]
+    details, panel, beyond = check["details"], figure.subplots(), check["details"]["past_the_boundary"]
     right = {f"right; {name}": value for name, value in details["ratio_to_critical_value"]["right"].items()}
     wrong = details["rejection_of_wrong_densities"] | {
         "past the boundary, a = 4": beyond["ratio"],
@@ -136,9 +142,8 @@ def _sampler_law(figure: Figure, check: dict[str, Any]) -> None:
 def _support_tokens(figure: Figure, check: dict[str, Any]) -> None:
     """Share of the multipliers that the support tokens carry along the central path."""
     details, panel = check["details"], figure.subplots()
-    weights, mean = details["lambda"], details["mean_share_of_support_tokens"]
-    panel.semilogx(weights, mean, "o-", color=BLUE, label="mean over problems")
-    smallest = details["smallest_share_of_support_tokens"]
+    weights, smallest = details["lambda"], details["smallest_share_of_support_tokens"]
+    panel.semilogx(weights, details["mean_share_of_support_tokens"], "o-", color=BLUE, label="mean over problems")
     panel.semilogx(weights, smallest, "s:", color=ORANGE, fillstyle="none", label="smallest")
     panel.axhline(details["random_positions_share"], **DASHED, label="random positions")
     panel.invert_xaxis()
@@ -165,6 +170,14 @@ def picture(check: dict[str, Any]) -> Figure:
     figure = plt.figure(figsize=size)
     fill(figure, check)
     return figure
+
+
+def draw_central_path(checks: dict[str, Any]) -> Figure:
+    """The central path from the saved checks; ValueError if they lack this claim."""
+    for check in checks["checks"]:
+        if check["id"] == "support-tokens":
+            return picture(check)
+    raise ValueError("--checks: support-tokens is not among them; run python -m theory_checks --json FILE.")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
-from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -15,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image
 
-from paper_figures.study.strength_selection import Selection
 from prob_transformer.files import atomic_path
 
 mpl.use("Agg")
@@ -90,25 +87,23 @@ def signed_ticks(axis: Axis, ticks: Sequence[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def panel_grid(count: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels in rows of `columns`, each row `height` inches high; what is left of the last is empty."""
+def panel_grid(count: int, columns: int, height: float, ylabel: str, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in rows of `columns`, each row `height` inches high; what is left of the last is empty.
+
+    The label of the vertical axis stands at the first panel of every row.
+    """
     rows = -(-count // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(7.2, height * rows), squeeze=False, **options)
     for panel in panels.flat[count:]:
         panel.set_axis_off()
+    for panel in panels[:, 0]:
+        panel.set_ylabel(ylabel)
     return figure, list(panels.flat[:count])
 
 
 def legend_below(figure: Figure, panel: Axes, columns: int) -> None:
     """The legend of one panel, below all."""
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
-
-
-def watched(selection: Selection, layer: int, quantity: str) -> tuple[list[int], Float[np.ndarray, "seeds looks ..."]]:
-    """Steps at which a sweep looked at a layer while training, and what it saw there on every seed; null is NaN."""
-    steps = [entry["step"] for entry in selection.runs[0]["watch"]]
-    seen = [[entry["layers"][layer][quantity] for entry in run["watch"]] for run in selection.runs]
-    return steps, np.array(seen, dtype=float)
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -1,20 +1,19 @@
 """Clean loss against robustness for every method and strength: who buys more robustness for the same price?"""
 
-import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from paper_figures.figures.style import BLACK, DOTTED, METHOD_STYLES, signed_ticks
 from paper_figures.study.comparisons import PERTURBATIONS
 from paper_figures.study.design import BASELINE
-from paper_figures.study.runs import Run, Runs, increase
-from paper_figures.study.strength_selection import BUDGET, costs_of, select
+from paper_figures.study.runs import Runs
+from paper_figures.study.strength_selection import BUDGET, costs_of, increases, select
 
 CAPTION = (
     "What robustness costs, on test text: loss increase under noise as large as the embeddings (standard deviation 1.0 times "
     "their RMS) against clean loss, both as changes from plain cross-entropy, means over seeds. A line joins the strengths of "
     "a method, from plain cross-entropy (the origin) on; rings: the strengths chosen on clean validation loss. Down and to the left is better. "
-    "Dotted: the budget of 0.5 % and no change. Both axes are linear near 0 (1 % and 10 %) and logarithmic beyond."
+    f"Dotted: the budget of {100 * BUDGET:g} % and no change. Both axes are linear near 0 (1 % and 10 %) and logarithmic beyond."
 )
 
 _CLEAN_TICKS = (-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50)
@@ -47,12 +46,11 @@ def draw(sweep: Runs) -> Figure:
 
 def _points(sweep: Runs, method: str) -> dict[float, tuple[float, float]]:
     """Change of clean loss and of the increase, in per cent, by strength; without those that diverged."""
-
-    def mean_increase(runs: list[Run]) -> float:
-        return float(np.mean([increase(run, "test", *PERTURBATIONS[0]) for run in runs]))
-
-    plain = mean_increase(sweep.baseline)
+    plain = increases(sweep.baseline, "test", *PERTURBATIONS[0]).mean()
     return {
-        strength: (100 * cost, 100 * (mean_increase(sweep.finished(method, strength)) / plain - 1))
+        strength: (
+            100 * cost,
+            100 * (increases(sweep.finished(method, strength), "test", *PERTURBATIONS[0]).mean() / plain - 1),
+        )
         for strength, cost in costs_of(sweep, method, "test").items()
     }

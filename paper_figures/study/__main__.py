@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status of the command: 1 if the training of a single run diverged. Raises ValueError for what is refused."""
     arguments, console = _parser().parse_args(argv), Console()
     if arguments.command == "verdicts":
-        judge_sweep(arguments.runs, arguments.out)
+        _judge_sweep(arguments.runs, arguments.out)
     elif arguments.command == "sweep":
         if arguments.profile not in PROFILES:
             raise ValueError(f"--profile: got {arguments.profile!r}; pass one of {', '.join(PROFILES)}.")
@@ -53,12 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def judge_sweep(runs: Path, out: Path) -> None:
+def _judge_sweep(runs: Path, out: Path) -> None:
     """Write the verdicts on a sweep as JSON and print them as tables and sentences."""
     record = analyse(load_runs(runs))
     write_json(out, record)
-    print(markdown(record))
-    print("\n" + "\n".join(record["answers"]))
+    print(markdown(record), "", *record["answers"], sep="\n")
     print(f"\n{len(record['findings'])} verdicts from seeds {', '.join(map(str, record['seeds']))} in {out}")
 
 

@@ -23,8 +23,8 @@ from paper_figures.study.strength_selection import (
     EqualCost,
     Selection,
     at_equal_cost,
+    clean_losses,
     increases,
-    mean_clean,
     select_all,
 )
 from paper_figures.study.verdicts import ALPHA, Judged, judge, over_all
@@ -100,15 +100,9 @@ def described(selections: dict[str, Selection], split: str) -> list[dict[str, An
 
     Nothing is tested here.
     """
-    baseline = selections[BASELINE].runs
-    plain = {perturbation: increases(baseline, split, *perturbation) for perturbation in PERTURBATIONS}
-    rows = []
+    plain, rows = _losses(selections[BASELINE], split), []
     for selection in selections.values():
-        own = {perturbation: increases(selection.runs, split, *perturbation) for perturbation in PERTURBATIONS}
-        clean = [
-            np.array([run["splits"][split]["clean"]["nats_per_character"] for run in members])
-            for members in (selection.runs, baseline)
-        ]
+        own = _losses(selection, split)
         rows.append(
             {
                 "method": selection.method,
@@ -116,8 +110,8 @@ def described(selections: dict[str, Selection], split: str) -> list[dict[str, An
                 "strength": selection.strength,
                 "within_budget": selection.within_budget,
                 "validation_cost_percent": 100 * selection.cost,
-                "clean_loss": mean_clean(selection.runs, split),
-                **_change(*clean),
+                "clean_loss": float(np.mean(own["clean", 0])),
+                **_change(own["clean", 0], plain["clean", 0]),
                 "perturbations": [
                     {
                         "kind": kind,
@@ -137,19 +131,23 @@ def described(selections: dict[str, Selection], split: str) -> list[dict[str, An
     return rows
 
 
+def _losses(selection: Selection, split: str) -> dict[tuple[str, float], np.ndarray]:
+    """By seed, the clean loss under ("clean", 0), and the increase under every perturbation."""
+    found = {perturbation: increases(selection.runs, split, *perturbation) for perturbation in PERTURBATIONS}
+    return {("clean", 0): clean_losses(selection.runs, split), **found}
+
+
 def _at_one_cost(priced: dict[str, EqualCost | str], runs: Runs, split: str) -> list[dict[str, Any]]:
     """A row a method at the declared clean cost: between which strengths, the increase there and its change from that of ce."""
     plain = increases(runs.baseline, split, *PERTURBATIONS[0])
     rows = []
     for method, cost in priced.items():
-        row: dict[str, Any] = {"method": method, "split": split}
-        if isinstance(cost, str):
-            row["reason"] = cost
-        else:
+        found: dict[str, Any] = {"reason": cost}
+        if not isinstance(cost, str):
             own = cost.increases(split, *PERTURBATIONS[0])
-            row |= {"strengths": list(cost.strengths), "costs": list(cost.costs)}
-            row |= {"increase": float(np.mean(own)), **_change(own, plain)}
-        rows.append(row)
+            found = {"strengths": list(cost.strengths), "costs": list(cost.costs), "increase": float(np.mean(own))}
+            found |= _change(own, plain)
+        rows.append({"method": method, "split": split, **found})
     return [row for row in rows if row["method"] != BASELINE]
 
 
@@ -195,7 +193,7 @@ def _findings(selections: dict[str, Selection], priced: dict[str, EqualCost | st
 
 def _as_dict(one: Judged) -> dict[str, Any]:
     """A judged comparison for JSON; gains are shares of the mean of plain cross-entropy (det J: its own unit)."""
-    gain = one.gain
+    gain = one.gain._asdict() if one.gain else dict.fromkeys(Paired._fields)
     of_comparison = ("against", "measure", "claim", "primary", "decides", "smallest_effect")
     of_judged = (
         "family_size", "p", "p_holm", "p_against", "p_against_holm", "equivalence_p", "equivalence_p_holm", "power",
@@ -204,9 +202,9 @@ def _as_dict(one: Judged) -> dict[str, Any]:
     return {
         **{name: getattr(one.comparison, name) for name in of_comparison},
         "untested": one.untested,
-        "gains": None if gain is None else list(gain.values),
-        "mean_gain": None if gain is None else gain.mean,
-        "t_interval": None if gain is None else _as_list(gain.t_interval),
-        "effect_size": None if gain is None else gain.effect_size,
+        "gains": _as_list(gain["values"]),
+        "mean_gain": gain["mean"],
+        "t_interval": _as_list(gain["t_interval"]),
+        "effect_size": gain["effect_size"],
         **{name: getattr(one, name) for name in of_judged},
     }

@@ -16,14 +16,14 @@ The primary comparisons of a finding are those of one method on one text; `verdi
 the first order and on small moments are only there if a sweep holds their methods.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from paper_figures.study.design import BARRIERS, BASELINE, COMPETITORS, FIRST_ORDER, SMALL_MOMENTS
-from paper_figures.study.runs import Run, clean_loss
-from paper_figures.study.strength_selection import EqualCost, Selection, increases
+from paper_figures.study.runs import Run
+from paper_figures.study.strength_selection import EqualCost, Selection, clean_losses, increases
 
 Finding = Literal[
     "robustness", "geometry", "clean", "ours", "first order", "small moments, clean", "small moments, noise"
@@ -81,14 +81,13 @@ def declared(selections: dict[str, Selection], priced: dict[str, EqualCost | str
     found: list[Comparison] = []
     for split in SPLITS:
         for barrier in barriers:
-            found += [
-                _robustness("robustness", barrier, baseline, split, perturbation, perturbation == PERTURBATIONS[0])
-                for perturbation in PERTURBATIONS
-            ]
+            found += [_robustness("robustness", barrier, baseline, split, each) for each in PERTURBATIONS]
             found.append(_clean("clean", barrier, baseline, split, CLEAN_MARGIN, "not worse"))
-            for competitor in COMPETITORS:
-                if competitor in selections:
-                    found.append(_at_one_cost("ours", barrier.method, competitor, priced, baseline, split))
+            found += [
+                _at_one_cost("ours", barrier.method, competitor, priced, baseline, split)
+                for competitor in COMPETITORS
+                if competitor in selections
+            ]
         if {PRIMARY, FIRST_ORDER} <= selections.keys():
             found.append(_at_one_cost("first order", PRIMARY, FIRST_ORDER, priced, baseline, split, "different"))
         if SMALL_MOMENTS in selections:
@@ -96,7 +95,7 @@ def declared(selections: dict[str, Selection], priced: dict[str, EqualCost | str
             found.append(_clean("small moments, clean", small, baseline, split, SMALLEST_CLEAN_GAIN))
             found.append(_robustness("small moments, noise", small, baseline, split, PERTURBATIONS[0]))
     for barrier in barriers:
-        found += [_share(barrier, baseline), _quantile(barrier, baseline)]
+        found += _geometry(barrier, baseline)
     # At one clean cost the strength chosen plays no part; what is excluded there is so by its own rule.
     return [
         one
@@ -112,40 +111,23 @@ def _excluded(selection: Selection, baseline: list[Run]) -> str:
     return "" if _clean_gains(selection, baseline, "test").any() else f"its models are those of {BASELINE}"
 
 
-def _increased(
-    finding: Finding,
-    split: str,
-    method: str,
-    against: str,
-    differences: Float[np.ndarray, " n"],
-    baseline: list[Run],
-    perturbation: tuple[str, float],
-    decides: bool = True,
-    claim: Claim = "better",
-    excluded: str = "",
-) -> Comparison:
-    """Differences of the increase under a perturbation as gains over the mean increase of ce."""
-    kind, level = perturbation
-    mean = float(np.mean(increases(baseline, split, kind, level)))
-    gains, reason = (differences / mean, "") if mean > 0 else (None, f"{kind} does not raise the loss of {BASELINE}")
-    measure = f"{kind} {level:g}"
-    return Comparison(
-        finding, split, method, against, measure, decides, SMALLEST_INCREASE, gains, reason, claim, excluded
-    )
-
-
 def _robustness(
-    finding: Finding,
-    selection: Selection,
-    baseline: list[Run],
-    split: str,
-    perturbation: tuple[str, float],
-    decides: bool = True,
+    finding: Finding, selection: Selection, baseline: list[Run], split: str, perturbation: tuple[str, float]
 ) -> Comparison:
-    """A smaller increase than that of ce; for small moments a larger one, so that gain is the increase there."""
+    """A smaller increase than that of ce, as a share of its mean; for small moments a larger one."""
     reference, own = (increases(members, split, *perturbation) for members in (baseline, selection.runs))
     differences = reference - own if finding == "robustness" else own - reference
-    return _increased(finding, split, selection.method, BASELINE, differences, baseline, perturbation, decides)
+    gains, reason = _over_mean(differences, reference, perturbation)
+    measure, decides = "{} {:g}".format(*perturbation), perturbation == PERTURBATIONS[0]
+    return Comparison(finding, split, selection.method, BASELINE, measure, decides, SMALLEST_INCREASE, gains, reason)
+
+
+def _over_mean(
+    differences: Float[np.ndarray, " n"], reference: Float[np.ndarray, " n"], perturbation: tuple[str, float]
+) -> tuple[Float[np.ndarray, " n"] | None, str]:
+    """Differences of the increase as gains over the mean increase of ce, or why they cannot be had."""
+    mean = float(np.mean(reference))
+    return (differences / mean, "") if mean > 0 else (None, f"{perturbation[0]} does not raise the loss of {BASELINE}")
 
 
 def _clean(
@@ -163,8 +145,8 @@ def _clean(
 
 
 def _clean_gains(selection: Selection, baseline: list[Run], split: str) -> Float[np.ndarray, " n"]:
-    reference, own = (np.array([clean_loss(run, split) for run in members]) for members in (baseline, selection.runs))
-    return (reference - own) / reference.mean()
+    reference = clean_losses(baseline, split)
+    return (reference - clean_losses(selection.runs, split)) / reference.mean()
 
 
 def _at_one_cost(
@@ -176,42 +158,35 @@ def _at_one_cost(
     split: str,
     claim: Claim = "better",
 ) -> Comparison:
-    kind, level = perturbation = PERTURBATIONS[0]
-    own, theirs = priced[method], priced[against]
+    own, theirs, gains, excluded = priced[method], priced[against], None, ""
     if isinstance(own, str) or isinstance(theirs, str):
         reason = f"{method} {own}" if isinstance(own, str) else f"{against} {theirs}"
-        measure = f"{kind} {level:g}"
-        return Comparison(finding, split, method, against, measure, True, SMALLEST_INCREASE, None, reason, claim)
-    differences = theirs.increases(split, kind, level) - own.increases(split, kind, level)
-    excluded = f"{method} {own.gap}" if own.gap else f"{against} {theirs.gap}" if theirs.gap else ""
-    return _increased(
-        finding, split, method, against, differences, baseline, perturbation, claim=claim, excluded=excluded
-    )
+    else:
+        differences = theirs.increases(split, *PERTURBATIONS[0]) - own.increases(split, *PERTURBATIONS[0])
+        gains, reason = _over_mean(differences, increases(baseline, split, *PERTURBATIONS[0]), PERTURBATIONS[0])
+        excluded = f"{method} {own.gap}" if own.gap else f"{against} {theirs.gap}" if theirs.gap else ""
+    measure = "{} {:g}".format(*PERTURBATIONS[0])
+    return Comparison(finding, split, method, against, measure, True, SMALLEST_INCREASE, gains, reason, claim, excluded)
 
 
-def _of_layers(name: str, *groups: list[Run]) -> list[list[Any]]:
-    """A figure of the margins in the layers, by seed."""
-    return [[run["margins"]["layers"][name] for run in members] for members in groups]
-
-
-def _share(barrier: Selection, baseline: list[Run]) -> Comparison:
-    reference, own = map(np.array, _of_layers("negative_share", baseline, barrier.runs))
+def _geometry(barrier: Selection, baseline: list[Run]) -> list[Comparison]:
+    """The share past the boundary, which decides, and the 1 % quantile of det J, both in the layers."""
+    margins = [[run["margins"]["layers"] for run in members] for members in (baseline, barrier.runs)]
+    reference, own = (np.array([of_run["negative_share"] for of_run in group]) for group in margins)
     some = reference > 0
     gains = 1 - own[some] / reference[some] if some.any() else None
     reason = "" if some.any() else f"{BASELINE} has no position past the boundary"
-    measure = "share of det J <= 0 in layers"
-    return Comparison("geometry", MARGINS_SPLIT, barrier.method, BASELINE, measure, True, SMALLEST_SHARE, gains, reason)
-
-
-def _quantile(barrier: Selection, baseline: list[Run]) -> Comparison:
-    reference, own = (
-        [quantiles["0.01"] for quantiles in members]
-        for members in _of_layers("determinant_quantiles", baseline, barrier.runs)
+    # A quantile that is not finite is None as saved, and NaN here.
+    lowest, lowest_own = (
+        np.array([of_run["determinant_quantiles"]["0.01"] for of_run in group], float) for group in margins
     )
-    known = None not in (*reference, *own)
-    gains = np.array(own) - np.array(reference) if known else None
-    reason = "" if known else "the 1 % quantile of det J is not finite"
-    measure = "1 % quantile of det J in layers"
-    return Comparison(
-        "geometry", MARGINS_SPLIT, barrier.method, BASELINE, measure, False, SMALLEST_MARGIN, gains, reason
-    )
+    raised = lowest_own - lowest
+    known = not np.isnan(raised).any()
+    of: tuple[Finding, str, str, str] = ("geometry", MARGINS_SPLIT, barrier.method, BASELINE)
+    return [
+        Comparison(*of, "share of det J <= 0 in layers", True, SMALLEST_SHARE, gains, reason),
+        Comparison(
+            *of, "1 % quantile of det J in layers", False, SMALLEST_MARGIN, raised if known else None,
+            "" if known else "the 1 % quantile of det J is not finite",
+        ),
+    ]  # fmt: skip

@@ -96,9 +96,8 @@ class Runs(NamedTuple):
 
     def of(self, method: str, strength: float) -> list[Run]:
         """The runs of a method and strength, in the order of `seeds`; a diverged one is among them."""
-        by_seed = {
-            line["seed"]: line for line in self.lines if (line["method"], line["strength"]) == (method, strength)
-        }
+        asked = (method, strength)
+        by_seed = {line["seed"]: line for line in self.lines if (line["method"], line["strength"]) == asked}
         return [by_seed[seed] for seed in self.seeds]
 
     def finished(self, method: str, strength: float) -> list[Run]:
@@ -130,10 +129,9 @@ def load_runs(folder: Path) -> Runs:
     wanted = {(line["method"], line["strength"]) for line in lines}
     if lines and lines[0]["profile"] in PROFILES:
         wanted |= {(design.method, design.strength) for design in designs(PROFILES[lines[0]["profile"]])}
-    had: dict[int, set[tuple[str, float]]] = {line["seed"]: set() for line in lines}
-    for line in lines:
-        had[line["seed"]].add((line["method"], line["strength"]))
-    runs = Runs(lines, tuple(seed for seed in sorted(had) if had[seed] == wanted))
+    had = {(line["seed"], line["method"], line["strength"]) for line in lines}
+    seeds = sorted({line["seed"] for line in lines})
+    runs = Runs(lines, tuple(seed for seed in seeds if {(seed, *one) for one in wanted} <= had))
     unknown = {line["method"] for line in lines} - METHODS.keys()
     has_baseline = bool(runs.seeds) and BASELINE in runs.methods
     for is_wrong, message in (

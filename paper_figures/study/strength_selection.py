@@ -57,9 +57,13 @@ def select(runs: Runs, method: str, budget: float = BUDGET) -> Selection | None:
 
 def costs_of(runs: Runs, method: str, split: str = "validation") -> dict[float, float]:
     """Mean clean loss over that of plain cross-entropy, less 1, by strength; without strengths that diverged."""
-    reference = mean_clean(runs.baseline, split)
+    reference = float(clean_losses(runs.baseline, split).mean())
     finished = {strength: runs.finished(method, strength) for strength in runs.strengths(method)}
-    return {strength: mean_clean(members, split) / reference - 1 for strength, members in finished.items() if members}
+    return {
+        strength: float(clean_losses(members, split).mean()) / reference - 1
+        for strength, members in finished.items()
+        if members
+    }
 
 
 def select_all(runs: Runs, budget: float = BUDGET) -> dict[str, Selection]:
@@ -74,9 +78,9 @@ def selected(runs: Runs, methods: Iterable[str]) -> list[Selection]:
     return [found[method] for method in methods if method in found]
 
 
-def mean_clean(members: list[Run], split: str) -> float:
-    """Nats per character without a perturbation, mean over seeds."""
-    return float(np.mean([clean_loss(run, split) for run in members]))
+def clean_losses(members: list[Run], split: str) -> Float[np.ndarray, " n"]:
+    """Nats per character without a perturbation, by seed."""
+    return np.array([clean_loss(run, split) for run in members])
 
 
 def increases(members: list[Run], split: str, kind: str, level: float) -> Float[np.ndarray, " n"]:

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from models import corpus as corpus_module
@@ -32,6 +31,7 @@ from paper_figures.study import runs
 from paper_figures.study.design import PROFILES, Design, designs
 from paper_figures.study.perturbations import measured
 from prob_transformer.files import provenance
+from prob_transformer.tables import text_table
 
 UNFINISHED = "unfinished"
 # Seconds of a run over those of plain cross-entropy, measured on one core at the size of the full profile; for the
@@ -76,7 +76,7 @@ def run_sweep(
                 bar.update(costs[line["run"]])
         shutil.rmtree(folder, ignore_errors=True)
     ordered = [found[name] for name in chosen]
-    console.print(table(ordered))
+    console.print(table(ordered), soft_wrap=True, markup=False, highlight=False)
     return ordered
 
 
@@ -151,15 +151,12 @@ def line_of(design: Design, text: Path | None, folder: Path, passage_seed: int, 
     return {**line, **runs.shortened(figures)}
 
 
-def table(found: list[runs.Run]) -> Table:
+def table(found: list[runs.Run]) -> str:
     """Means over seeds of the figures a reader looks for first, on test text."""
     columns = ("method", "strength", "seeds", "clean loss", "increase at 1.0 RMS", "det J <= 0 in layers", "s / step")
-    shown = Table(*columns, title="test loss in nats per character, mean over seeds")
-    shown.columns[0].no_wrap = True
-    groups: dict[tuple[str, float], list[runs.Run]] = {}
-    for line in found:
-        groups.setdefault((line["method"], line["strength"]), []).append(line)
-    for (method, strength), members in groups.items():
+    rows = []
+    for method, strength in dict.fromkeys((line["method"], line["strength"]) for line in found):
+        members = [line for line in found if (line["method"], line["strength"]) == (method, strength)]
         whole = [line for line in members if line["status"] == "finished"]
         cells = ["diverged", "", "", ""]
         if whole:
@@ -169,5 +166,6 @@ def table(found: list[runs.Run]) -> Table:
             timed = [line["seconds_per_step"] for line in whole if line["seconds_per_step"] is not None]
             seconds = f"{np.mean(timed):.3f}" if timed else "-"
             cells = [f"{clean:.4f}", f"{rise:+.4f}", f"{share:.2%}", seconds]
-        shown.add_row(method, f"{strength:g}", str(len(whole)), *cells)
-    return shown
+        rows.append([method, f"{strength:g}", str(len(whole)), *cells])
+    title = "test loss in nats per character, mean over seeds"
+    return f"{title}\n{text_table(columns, rows, range(1, len(columns)))}"

@@ -7,6 +7,7 @@ from paper_figures.study.comparisons import PERTURBATIONS, PRIMARY, SMALLEST_INC
 from paper_figures.study.design import BASELINE
 from paper_figures.study.strength_selection import BUDGET, FIRST_BUDGET
 from paper_figures.study.wording import AT_EQUAL_COST, change_of, shown_change
+from prob_transformer.tables import markdown_table
 
 OVERVIEW_HEADINGS = (
     "method",
@@ -45,9 +46,7 @@ VERDICT_HEADINGS = (
 def overview_cells(record: dict[str, Any], split: str = "test") -> list[list[str]]:
     """A row a method, at its strength: means over seeds, changes against ce in per cent with 95 % t intervals."""
     found = []
-    for row in record["overview"]:
-        if row["split"] != split:
-            continue
+    for row in _of(record["overview"], split):
         deciding, absolute = row["perturbations"][:2]
         plain = row["method"] == BASELINE
         found.append(
@@ -75,9 +74,7 @@ def equal_cost_cells(record: dict[str, Any], split: str = "test") -> list[list[s
         for comparison in entry["comparisons"]
     }
     found = []
-    for row in record["equal_cost"]:
-        if row["split"] != split:
-            continue
+    for row in _of(record["equal_cost"], split):
         if "reason" in row:
             found.append([row["method"], row["reason"], *[""] * 7])
             continue
@@ -97,16 +94,17 @@ def verdict_cells(record: dict[str, Any], split: str = "test") -> list[list[str]
     """A row a finding and method: verdicts by budget and by family, side by side; geometry is of validation text."""
     first = {(e["finding"], e["method"], e["split"]): e for e in record["first_budget"]}
     found = []
-    for entry in record["findings"]:
-        if entry["finding"] != "geometry" and entry["split"] != split:
-            continue
+    # In the order in which the findings are declared.
+    order = list(FINDINGS)
+    asked = [entry for entry in record["findings"] if entry["finding"] == "geometry" or entry["split"] == split]
+    for entry in sorted(asked, key=lambda entry: order.index(entry["finding"])):
         old = first[entry["finding"], entry["method"], entry["split"]]
         row = [entry["finding"], entry["method"]]
-        for one in (old, entry):
+        for one, power in ((old, ""), (entry, _power(entry))):
             strength = "interpolated" if entry["finding"] in AT_EQUAL_COST else strength_of(one)
-            row += [strength, one["one_family_verdict"], one["verdict"]]
-        found.append([*row[:-1], row[-1] + _power(entry)])
-    return sorted(found, key=lambda row: list(FINDINGS).index(row[0]))
+            row += [strength, one["one_family_verdict"], one["verdict"] + power]
+        found.append(row)
+    return found
 
 
 def markdown(record: dict[str, Any], split: str = "test") -> str:
@@ -116,7 +114,11 @@ def markdown(record: dict[str, Any], split: str = "test") -> str:
         (EQUAL_COST_HEADINGS, equal_cost_cells(record, split)),
         (VERDICT_HEADINGS, verdict_cells(record, split)),
     )
-    return "\n\n".join(_markdown_table(headings, cells) for headings, cells in tables)
+    return "\n\n".join(markdown_table(headings, cells) for headings, cells in tables)
+
+
+def _of(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["split"] == split]
 
 
 def strength_of(row: dict[str, Any]) -> str:
@@ -133,8 +135,3 @@ def _change(row: dict[str, Any], digits: int) -> str:
     if row["change_percent"] is None:
         return "not measurable"
     return "{} ({})".format(*shown_change(row["change_percent"], row["change_interval"], digits, sign="+"))
-
-
-def _markdown_table(headings: tuple[str, ...], cells: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])

@@ -92,10 +92,8 @@ def _alone(comparison: Comparison) -> Judged:
 def _power(comparison: Comparison, level: float) -> float:
     if comparison.gains is None:
         return 0.0
-    sd, n = spread(comparison.gains), len(comparison.gains)
-    if comparison.claim == "not worse":
-        return power(sd, n, comparison.smallest_effect, level / 2, 1)
-    return power(sd, n, comparison.smallest_effect, level, 2)
+    test: tuple[float, Literal[1, 2]] = (level / 2, 1) if comparison.claim == "not worse" else (level, 2)
+    return power(spread(comparison.gains), len(comparison.gains), comparison.smallest_effect, *test)
 
 
 def _correct(judged: list[Judged], family: list[int]) -> None:
@@ -126,9 +124,7 @@ def _verdict(one: Judged, p_holm: float, p_against_holm: float) -> Verdict:
 
 def over_all(verdicts: Iterable[Verdict]) -> Verdict:
     """A finding that needs every one of the comparisons tested: supported by all, refuted by one, else undecided."""
-    seen = set(verdicts) - {"not tested"}
-    if not seen:
-        return "not tested"
-    if "not supported" in seen:
-        return "not supported"
-    return "supported" if seen == {"supported"} else "undecided"
+    seen = set(verdicts)
+    # The first of these that was returned for one decides for all.
+    order: tuple[Verdict, ...] = ("not supported", "undecided", "supported", "not tested")
+    return next((verdict for verdict in order if verdict in seen), "not tested")

@@ -45,19 +45,17 @@ def change_of(finding: str, comparison: Entry) -> str:
     factor = sign if own_unit else 100 * sign
     digits = 3 if own_unit else 2 if comparison["measure"] == "clean loss" else 1
     interval = comparison["t_interval"] and [factor * end for end in comparison["t_interval"]]
-    change, ends = shown_change(factor * comparison["mean_gain"], interval, digits, "" if own_unit else " %")
-    return f"{change} ({ends})"
+    shown = shown_change(factor * comparison["mean_gain"], interval, digits, "" if own_unit else " %")
+    return "{} ({})".format(*shown)
 
 
 def _one(finding: str, comparison: dict[str, Any]) -> str:
     told = {
-        "clean loss": f"Clean loss against {comparison['against']}'s",
-        "share of det J <= 0 in layers": f"The share of det J <= 0 in layers against {comparison['against']}'s with the same seed",
+        "clean loss": "Clean loss against {}'s",
+        "share of det J <= 0 in layers": "The share of det J <= 0 in layers against {}'s with the same seed",
     }
-    what = told.get(
-        comparison["measure"], f"The rise of the loss under {comparison['measure']} against {comparison['against']}'s"
-    )
-    change = f"{what}: {change_of(finding, comparison)}"
+    what = told.get(comparison["measure"], f"The rise of the loss under {comparison['measure']} against {{}}'s")
+    change = f"{what.format(comparison['against'])}: {change_of(finding, comparison)}"
     if comparison["verdict"] == "not tested":
         return f"{change}."
     holm = f"p {_p(comparison['p'])}"
@@ -142,13 +140,11 @@ def _trade_off(rows: dict[str, Entry]) -> str:
         for m in BARRIERS
         if m in rows and rows[m]["within_budget"] and rows[m]["perturbations"][0]["change_percent"] is not None
     ]
-    best = min(measured, key=lambda row: row["perturbations"][0]["change_percent"], default=None)
-    kind, level = PERTURBATIONS[0]
-    return (
-        ""
-        if best is None
-        else f" The largest mean gain under {kind} {level:g} within the budget was that of {_described(best)}."
-    )
+    if not measured:
+        return ""
+    best = min(measured, key=lambda row: row["perturbations"][0]["change_percent"])
+    under = "{} {:g}".format(*PERTURBATIONS[0])
+    return f" The largest mean gain under {under} within the budget was that of {_described(best)}."
 
 
 def _ours(entry: Entry) -> str:
@@ -190,9 +186,8 @@ def _rescaled(row: Entry, plain: Entry) -> str:
     """Where a gain under noise of fixed size has its interval below that under relative noise, and embeddings are larger."""
     relative, fixed = row["perturbations"][:2]
     ratio = row["embedding_rms"] / plain["embedding_rms"]
-    if ratio <= 1 or not fixed["change_interval"] or not relative["change_interval"]:
-        return ""
-    if fixed["change_interval"][1] >= min(0, relative["change_interval"][0]):
+    of_fixed, of_relative = fixed["change_interval"], relative["change_interval"]
+    if ratio <= 1 or not of_fixed or not of_relative or of_fixed[1] >= min(0, of_relative[0]):
         return ""
     return (
         f"On {row['split']} text {row['method']} gains more under noise of fixed size ({_change(fixed)}) than under noise "

@@ -152,8 +152,7 @@ def test_the_page_shows_the_committed_result():
     page = (root / "docs/inspect.md").read_text(encoding="utf-8")
     found = json.loads((root / "results/reference/smollm2/behaviour.json").read_text())
     for row in found["relations"]:
-        shown = (_shown(row.get(name)) for name in COLUMNS)
-        assert f"| {row['outcome']} | {row['figure']} | {' | '.join(shown)} |" in page
+        assert " | ".join([f"| {row['outcome']}", row["figure"], *(_shown(row.get(name)) for name in COLUMNS)]) in page
     for layer, shares in enumerate(found["negative_share"]["strict"]):
         assert f"| {layer} | " + " | ".join(f"{100 * x:.1f}" for x in (*shares, np.mean(shares))) + " |" in page
     assert f"{found['tokens']:,} tokens" in page
@@ -172,7 +171,9 @@ def test_the_command_writes_figures_and_verdicts(folder, tmp_path, capsys):
     assert len(verdicts) == 12
     told = " ".join(capsys.readouterr().out.split())
     assert all(verdict in told for verdict in verdicts)
-    with pytest.raises(ValueError, match="--tokens: got 99; the model's context is 32"):
-        main([*asked, *more, "--tokens", "99"])
-    with pytest.raises(ValueError, match="--noise: got 0"):
-        main([*asked, "--noise", "0"])
+    for wrong, message in (
+        (("--tokens", "99"), "--tokens: got 99; the model's context is 32"),
+        (("--noise", "0"), "--noise: got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*asked, *more, *wrong])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from scipy import stats
 
 from models import cli
@@ -20,10 +19,20 @@ from paper_figures.study.comparisons import PERTURBATIONS
 from paper_figures.study.design import METHODS
 from paper_figures.study.strength_selection import at_equal_cost
 from paper_figures.study.tables import markdown
+from tests.support.figures import assert_nothing_is_cut_off
 from tests.support.synthetic_runs import Truth, write_runs
 
 ROOT = Path(report.__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"
+
+
+def judge(folder, profile):
+    study.main(["verdicts", "--runs", str(folder / "runs" / profile), "--out", str(folder / "verdicts.json")])
+
+
+def link(source, folder, *names):
+    for name in names:
+        (folder / name).symlink_to(source / name)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     write_runs(folder / "runs" / "made-up", {"margin@layers": Truth(effect=-0.2, crossings=0.0)})
     (folder / "theory_checks.json").write_text((REFERENCE / "theory_checks.json").read_text())
-    study.main(["verdicts", "--runs", str(folder / "runs" / "made-up"), "--out", str(folder / "verdicts.json")])
+    judge(folder, "made-up")
     (folder / "figures").mkdir()
     for name in command.FIGURES:
         (folder / "figures" / f"{name}.png").touch()
@@ -58,17 +67,9 @@ def test_the_methods_of_the_study_are_told_apart_in_grey():
 @pytest.mark.parametrize("name", ["trade_off", "noise_loss", "clean_strength", "training_margins", "training_barrier"])
 def test_axes_are_labelled_and_nothing_is_cut_off(results, name):
     drawn = command.draw(name, {"runs": results / "runs" / "made-up"})
-    drawn.canvas.draw()
-    width, height = drawn.bbox.width, drawn.bbox.height
     assert any(axes.get_xlabel() for axes in drawn.axes)
     assert any(axes.get_ylabel() for axes in drawn.axes)
-    for axes in drawn.axes:
-        for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
-            if text.get_text():
-                box = text.get_window_extent()
-                assert -1 <= box.x0 <= box.x1 <= width + 1, text.get_text()
-                assert -1 <= box.y0 <= box.y1 <= height + 1, text.get_text()
-    plt.close(drawn)
+    assert_nothing_is_cut_off(drawn)
 
 
 def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results):
@@ -77,28 +78,25 @@ def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results
     assert all((results / link).is_file() for link in re.findall(r'src="([^"]*)"', html))
     assert "://" not in html
     assert "14 of 14 checks came out as stated" in html
-    for method in METHODS:
-        assert method in html
+    assert all(method in html for method in METHODS)
     record = json.loads((results / "verdicts.json").read_text())
-    for question in ("What was asked", "What was done", "What was found", "What remains open"):
-        assert f"<h3>{question}</h3>" in html
+    asked = ("What was asked", "What was done", "What was found", "What remains open")
+    assert tuple(re.findall("<h3>(.*)</h3>", html)) == asked
     assert html.count("<li>") >= len(record["findings"]) + len(record["answers"])
     # det J <= 0 in a heading is text, not markup.
     assert "det J &lt;= 0 in layers" in html
 
 
 def test_a_report_without_a_figure_is_refused_by_the_name_of_its_file(tmp_path, results):
-    for name in ("theory_checks.json", "verdicts.json", "runs"):
-        (tmp_path / name).symlink_to(results / name)
+    link(results, tmp_path, "theory_checks.json", "verdicts.json", "runs")
     with pytest.raises(ValueError, match=r"--results: no figure at .*figures/trade_off\.png; run python -m"):
         report.build(tmp_path, "made-up")
 
 
 def test_a_report_on_few_seeds_says_so(tmp_path, results):
     write_runs(tmp_path / "runs" / "few", {}, seeds=2)
-    for name in ("theory_checks.json", "figures"):
-        (tmp_path / name).symlink_to(results / name)
-    study.main(["verdicts", "--runs", str(tmp_path / "runs" / "few"), "--out", str(tmp_path / "verdicts.json")])
+    link(results, tmp_path, "theory_checks.json", "figures")
+    judge(tmp_path, "few")
     assert "Seeds that every method has finished: 2 of 2 begun." in report.build(tmp_path, "few")
     assert "Seeds that every method has finished" not in report.build(results, "made-up")
 
@@ -152,9 +150,7 @@ def increase(run, split="test"):
 
 def test_the_findings_show_the_tables_and_answers_of_the_committed_verdicts(record):
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
-    assert markdown(record) in page
-    for answer in record["answers"]:
-        assert answer in page
+    assert all(told in page for told in (markdown(record), *record["answers"]))
 
 
 def test_the_sentences_of_the_pages_have_the_figures_of_the_committed_verdicts(record, sweep, findings_page):
@@ -226,5 +222,5 @@ def test_small_covariances_lower_the_clean_loss_and_raise_the_increase_as_the_pa
 
 def test_the_committed_verdicts_are_those_of_the_committed_runs(record, sweep):
     again = analyse(sweep)
-    for part in ("seeds", "rules", "overview", "equal_cost", "findings", "first_budget", "answers"):
-        assert json.loads(json.dumps(again[part])) == record[part]
+    parts = ("seeds", "rules", "overview", "equal_cost", "findings", "first_budget", "answers")
+    assert json.loads(json.dumps({part: again[part] for part in parts})) == {part: record[part] for part in parts}

@@ -206,21 +206,16 @@ def test_swaps_exchange_disjoint_neighbours_and_every_pair_equally_often(length)
 
 
 def test_deletion_keeps_as_many_positions_as_asked_in_order():
-    """Against a loop over the same draws."""
+    """Against a list made from the same draws."""
     of_every_key = jax.jit(jax.vmap(lambda k, share: kept_positions(k, 40, 32, share), (0, None)))
     draws = np.asarray(jax.vmap(lambda k: jax.random.uniform(k, (40,), jnp.float32))(KEYS[:50]))
     for share in (0.02, 0.1, 0.4, 1.0):
         found = np.asarray(of_every_key(KEYS, jnp.float32(share)))
         assert found.shape == (4000, 32)
         for row, drawn in zip(found[:50], draws, strict=True):
-            left_out = 0
-            kept = []
-            for position, draw in enumerate(drawn):
-                if draw < np.float32(share) and left_out < 8:
-                    left_out += 1
-                else:
-                    kept.append(position)
-            np.testing.assert_array_equal(row, kept[:32])
+            # No more than the eight positions to spare are left out.
+            left_out = np.flatnonzero(drawn < np.float32(share))[:8]
+            np.testing.assert_array_equal(row, [i for i in range(40) if i not in left_out][:32])
         if share < 0.1:
             # Every one of the positions before the last is left out with the same probability.
             there = (found[:, :, None] == np.arange(30)).any(1)

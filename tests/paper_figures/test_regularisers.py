@@ -85,14 +85,18 @@ def test_dropout_reaches_the_embeddings_and_both_branches_of_every_layer(problem
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
+def with_scaled_embeddings(model, scale):
+    where = lambda m: (m.token_embedding, m.position_embedding)  # noqa: E731
+    return eqx.tree_at(where, model, replace_fn=lambda x: scale * x)
+
+
 def test_embedding_noise_is_relative_to_the_size_of_the_embeddings(problem, monkeypatch):
     model, windows = problem
     seen = []
     # The decoder replaced by the identity shows what it is given.
     monkeypatch.setattr(CharGPT, "decode", lambda self, u, *_: (seen.append(u.shape) or u, None))
     for scale in (1.0, 10.0):
-        where = lambda m: (m.token_embedding, m.position_embedding)  # noqa: E731
-        scaled = eqx.tree_at(where, model, replace_fn=lambda x, scale=scale: scale * x)
+        scaled = with_scaled_embeddings(model, scale)
         clean = np.asarray(jax.vmap(scaled.embed)(windows[:, :-1]))
         noisy = many((scaled, windows), regularisers.embedding_noise, 0.4)[0]
         spread = (noisy - clean) / (0.4 * np.sqrt(np.square(clean).mean()))
@@ -111,11 +115,8 @@ def test_embedding_noise_gives_no_reward_for_larger_embeddings_by_its_own_scale(
             u_scale * u + 0.4 * frozen_scale * jnp.sqrt(jnp.square(u).mean()) * noise
         ).sum()
 
-    where = lambda m: (m.token_embedding, m.position_embedding)  # noqa: E731
-
     def trained(scale):
-        scaled = eqx.tree_at(where, model, replace_fn=lambda x: scale * x)
-        key = jax.random.key(3)
+        key, scaled = jax.random.key(3), with_scaled_embeddings(model, scale)
         return regularised(regularisers.embedding_noise, scaled, windows, key, 0.4)[0].sum()
 
     # The gradient sees the noise as it is: that of the first argument alone.
@@ -225,12 +226,12 @@ def test_training_adds_the_mean_over_layers_heads_and_positions(problem, form):
     model, windows = problem
     terms, gradient = loss_and_gradient(problem, form, 0.7)
     plain, _ = loss_and_gradient(problem, "none", 0.0)
-    expected = []
-    for sequence in windows[:, :-1]:
-        inputs = model.decode(model.embed(sequence))[1].inputs
-        for block, attended in zip(model.blocks, np.asarray(inputs), strict=True):
-            for query, key in zip(np.asarray(block.query), np.asarray(block.key), strict=True):
-                expected.append(_by_hand(form, query, key, attended))
+    expected = [
+        _by_hand(form, query, key, attended)
+        for sequence in windows[:, :-1]
+        for block, attended in zip(model.blocks, np.asarray(model.decode(model.embed(sequence))[1].inputs), strict=True)
+        for query, key in zip(np.asarray(block.query), np.asarray(block.key), strict=True)
+    ]
     np.testing.assert_allclose(terms.penalty, np.mean(expected), rtol=1e-9)
     np.testing.assert_allclose(terms.loss - plain.loss, 0.7 * np.mean(expected), rtol=1e-9)
     assert max(np.abs(np.asarray(leaf)).max() for block in gradient.blocks for leaf in (block.query, block.key)) > 0
