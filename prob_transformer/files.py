@@ -79,14 +79,40 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def installed_file(distribution: str, name: str) -> Path | None:
-    """Where an installed wheel keeps the file of that name; None if it has none. Nothing of the wheel is imported.
+def wheel_file(argument: str, distribution: str, name: str, sha256: str, remedy: str) -> Path:
+    """Where an installed wheel keeps its file of that name. Nothing of the wheel is imported.
 
-    Raises importlib.metadata.PackageNotFoundError if the wheel is not installed.
+    Raises ValueError, naming `argument` and ending in `remedy`, if the file is missing or not the known one.
     """
-    files = metadata.files(distribution) or []
-    found = [Path(str(file.locate())) for file in files if file.name == name]
-    return found[0] if found and found[0].is_file() else None
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"{argument}: the {distribution} wheel is not installed; {remedy}.") from None
+    found = next((Path(str(file.locate())) for file in files if file.name == name), None)
+    if found is None or not found.is_file():
+        raise ValueError(f"{argument}: the installed {distribution} wheel has no {name}; {remedy}.")
+    if file_sha256(found) != sha256:
+        raise ValueError(f"{argument}: {name} is cut off or not the file this was written for; {remedy}.")
+    return found
+
+
+def read_user_text(argument: str, path: Path) -> str:
+    """The text at `path`, byte order mark and line ends as they are.
+
+    Raises ValueError, naming `argument`, if the file cannot be read, is not UTF-8 or is empty.
+    """
+    try:
+        # Not "utf-8-sig", which would count the offset of a bad byte from behind the byte order mark.
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{argument}: {path} cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{argument}: {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8."
+        ) from None
+    if not text.removeprefix("\ufeff").strip():
+        raise ValueError(f"{argument}: {path} is empty; pass a UTF-8 text file.")
+    return text
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from prob_transformer import __version__
 from prob_transformer._extras import MissingExtraError, require
-from prob_transformer.files import provenance, replace_unencodable, write_text
+from prob_transformer.files import provenance, read_user_text, replace_unencodable, write_text
 from prob_transformer.inference.result_tree import save
 from prob_transformer.inspection.explanation import quoted
 from prob_transformer.inspection.html_page import MOST_TOKENS, inspection_page
@@ -47,19 +47,6 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
             raise ValueError(f"--layers: got {text!r}, but the model has layers 0 to {count - 1}; pass some of those.")
         chosen.update(range(int(first), int(last) + 1))
     return tuple(sorted(chosen))
-
-
-def read_text(path: Path) -> str:
-    """The text at `path`, line ends as they are. Raises ValueError if it cannot be read, is not UTF-8 or is empty."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"--text: {path} cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text: {path} is not UTF-8 (byte {error.start}); convert it first.") from None
-    if not text.strip():
-        raise ValueError(f"--text: {path} is empty; pass a file with some text.")
-    return text
 
 
 def _require_folder(out: Path) -> None:
@@ -167,7 +154,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     if arguments.rows < 1:
         raise ValueError(f"--rows: got {arguments.rows}; pass at least 1.")
     _require_folder(arguments.out)
-    text = read_text(arguments.text)
+    text = read_user_text("--text", arguments.text)
     model = load_pretrained(arguments.model)
     tokens, pieces, added = _encoded(model, text, arguments.tokens, arguments.special_tokens)
     chosen = parse_layers(arguments.layers, len(model.decoder.blocks))

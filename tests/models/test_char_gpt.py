@@ -34,11 +34,6 @@ def model_and_windows(scale=1.0):
     return made_wide(SMALL, VOCABULARY, scale=scale), jnp.asarray(windows)
 
 
-def cross_entropy_by_hand(model, windows):
-    logits = np.asarray(compiled_logits(model, windows))
-    return -np.take_along_axis(log_softmax(logits, axis=-1), np.asarray(windows)[:, 1:, None], axis=-1).mean()
-
-
 def test_the_model_is_causal_and_float32():
     model = made(SMALL, VOCABULARY)
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
@@ -51,7 +46,8 @@ def test_the_model_is_causal_and_float32():
 def test_plain_cross_entropy_with_the_weight_prior():
     model, windows = model_and_windows()
     terms = compiled_loss_terms(model, windows, SMALL, 1000, jax.random.key(0))
-    expected = cross_entropy_by_hand(model, windows)
+    logits, following = np.asarray(compiled_logits(model, windows)), np.asarray(windows)[:, 1:, None]
+    expected = -np.take_along_axis(log_softmax(logits, axis=-1), following, axis=-1).mean()
     np.testing.assert_allclose(terms.cross_entropy, expected, rtol=1e-12)
     leaves = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model)])
     np.testing.assert_allclose(terms.loss, expected - norm.logpdf(leaves).sum() / 1000, rtol=1e-12)
@@ -264,16 +260,14 @@ def problem():
 
 
 @eqx.filter_jit
-def compiled_value_and_gradient(model, windows, config):
+def value_and_gradient(problem, config):
+    model, windows = problem
+
     def loss(model):
         terms = loss_terms(model, windows, config, 1000, KEY)
         return terms.loss, terms
 
-    return eqx.filter_value_and_grad(loss, has_aux=True)(model)
-
-
-def value_and_gradient(problem, config):
-    (_, terms), gradient = compiled_value_and_gradient(*problem, config)
+    (_, terms), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(model)
     return terms, gradient
 
 

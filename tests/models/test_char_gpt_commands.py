@@ -167,19 +167,18 @@ def test_finished_runs_of_another_configuration_are_not_mistaken_for_this_one(co
         run(other, corpus, tmp_path / "run")
 
 
-@pytest.mark.parametrize("damage", ["not json", "{}", "[]", ""])
-def test_metrics_that_are_not_of_a_run_are_refused(tmp_path, damage):
-    (tmp_path / "metrics.json").write_text(damage)
-    with pytest.raises(ValueError, match=r"--out: .* is not the metrics of a run; delete it"):
-        finished(tmp_path, TINY.as_dict(), "any text")
-
-
-@pytest.mark.parametrize("damage", [b"not json\n", b"{}\n", b""])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, damage):
-    path = tmp_path / checkpoint.NAME
-    path.write_bytes(damage)
-    with pytest.raises(ValueError, match=r"is not a checkpoint"):
-        checkpoint.read_header(path)
+@pytest.mark.parametrize("damage", ["not json\n", "{}\n", "[]", ""])
+@pytest.mark.parametrize(
+    ("name", "read", "message"),
+    [
+        ("metrics.json", lambda out: finished(out, TINY.as_dict(), "any text"), "the metrics of a run; delete it"),
+        (checkpoint.NAME, lambda out: checkpoint.read_header(out / checkpoint.NAME), "a checkpoint"),
+    ],
+)
+def test_what_is_no_file_of_a_run_is_refused(tmp_path, name, read, message, damage):
+    (tmp_path / name).write_text(damage)
+    with pytest.raises(ValueError, match=rf"--out: .* is not {message}"):
+        read(tmp_path)
 
 
 def test_a_truncated_checkpoint_is_refused(corpus, tmp_path):
