@@ -50,21 +50,20 @@ class Corpus(NamedTuple):
 
     def describe(self) -> dict[str, object]:
         """Name, digest, characters and share of unknown ones of each split, vocabulary size, the news; for JSON."""
-        news = None
-        if self.news is not None:
-            news = {
-                "name": self.name_of("news"),
-                "sha256": wikipedia.NEWS_SHA256,
-                "characters": len(self.news),
-                "unknown_share": _unknown_share(self.news),
-            }
         return {
             "name": self.name,
             "sha256": self.sha256,
             "characters": {split: len(getattr(self, split)) for split in SPLITS},
             "unknown_share": {split: _unknown_share(getattr(self, split)) for split in SPLITS},
             "vocabulary_size": len(self.vocabulary),
-            "news": news,
+            "news": None
+            if self.news is None
+            else {
+                "name": self.name_of("news"),
+                "sha256": wikipedia.NEWS_SHA256,
+                "characters": len(self.news),
+                "unknown_share": _unknown_share(self.news),
+            },
         }
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -60,9 +60,7 @@ def read_news() -> str | None:
 
     Raises ValueError if gensim is there and its file is missing or not the known one.
     """
-    try:
-        metadata.files("gensim")
-    except metadata.PackageNotFoundError:
+    if find_spec("gensim") is None:
         return None
     path = wheel_file("corpus", "gensim", NEWS_NAME, NEWS_SHA256, f"{_REMEDY}uninstall gensim to go without news")
     return "\n\n".join(path.read_text(encoding="utf-8").strip("\n").split("\n"))

@@ -1,4 +1,4 @@
-"""What every result carries, how every file is written (whole or not at all), and what a command prints to."""
+"""What every result carries, how every file is written (whole or not at all), and how every command ends."""
 
 import contextlib
 import hashlib
@@ -6,12 +6,12 @@ import io
 import json
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
-import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -126,17 +126,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise ValueError(f"{path}: is a folder; pass the path of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
+        # Not by tempfile, whose files are private: a result is as readable as any file its owner writes.
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; a result is as readable as any file its owner writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -153,7 +149,18 @@ def write_json(path: Path | str, payload: Any) -> None:
     write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
 
 
-def replace_unencodable() -> None:
-    """Makes standard output write "?" for a character that its encoding lacks: no finished run ends in an error."""
+def exit_status(command: Callable[[], int | None], *refused: type[Exception], interrupted: str) -> int:
+    """Run a command: its own status or 0; 2 and one line for a ValueError or one of `refused`; 130 when interrupted.
+
+    Standard output writes "?" for a character that its encoding lacks, so that no finished run ends in an error.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    try:
+        return command() or 0
+    except (ValueError, *refused) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; {interrupted}", file=sys.stderr)
+        return 130

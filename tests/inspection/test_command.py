@@ -16,6 +16,7 @@ from prob_transformer.inference import result_tree
 from prob_transformer.inspection import command
 from prob_transformer.inspection.command import parse_layers
 from prob_transformer.pretrained import load
+from tests.support.error_lines import assert_refused
 
 # Quotes, markup, a character of four tokens, a line end.
 TEXT = '"a" <b>&\r\n😀 [x] \x00 end'
@@ -46,11 +47,8 @@ def refused(run, tmp_path, capsys):
     """That a run ends with one line on standard error with the word, and nothing new in the folder."""
 
     def check(word, *more, **asked):
-        status, _ = run(*more, **asked)
-        told = capsys.readouterr()
-        assert (status, told.out, told.err.count("\n")) == (2, "", 1)
-        assert told.err.startswith("error: ")
-        assert word in told.err
+        assert run(*more, **asked)[0] == 2
+        assert_refused(capsys, word)
         assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
     return check
@@ -189,6 +187,14 @@ with _whole_folder(Path({str(tmp_path / "out")!r}), ("a",)) as folder:
 """
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert not os.path.lexists(tmp_path / "out")
+
+
+def test_the_module_is_the_command():
+    given = ["inspect", "--model", "none", "--text", __file__, "--out", "out"]
+    command = [sys.executable, "-m", "prob_transformer", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --model: none is not there; pass smollm2, a GGUF file or a Hugging Face folder.\n"
 
 
 def test_ranges_of_layers():

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -285,8 +286,7 @@ def test_both_implementations_give_the_same_loss_and_gradient(problem, objective
     terms, gradient = value_and_gradient(problem, dataclasses.replace(slow, implementation="blocked"))
     expected_terms, expected_gradient = value_and_gradient(problem, slow)
     assert abs(expected_terms.penalty) > 1e-3
-    for got, expected in zip(terms, expected_terms, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(terms, expected_terms, rtol=1e-11, atol=1e-12)
     for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-11 * max(1, np.abs(expected).max()))
 
@@ -297,8 +297,7 @@ def test_both_implementations_see_the_same_margins(problem):
     model = eqx.tree_at(keys, model, [2.0 * block.key for block in model.blocks])
     slow, fast = (eqx.filter_jit(batch_margins)(model, windows, path) for path in ("reference", "blocked"))
     assert int(slow["layers"].negatives.sum()) > 0
-    for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-9)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9), fast, slow)
 
 
 def test_rematerialising_the_blocks_changes_nothing(problem):
@@ -306,8 +305,7 @@ def test_rematerialising_the_blocks_changes_nothing(problem):
     terms, gradient = value_and_gradient(problem, dataclasses.replace(config, remat="blocks"))
     expected_terms, expected_gradient = value_and_gradient(problem, config)
     np.testing.assert_allclose(terms.loss, expected_terms.loss, rtol=1e-13)
-    for got, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-12)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), gradient, expected_gradient)
 
 
 def test_a_subsampled_barrier_depends_on_the_key_and_says_how_much_it_varies(problem):

@@ -18,6 +18,7 @@ from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
 from models.char_gpt.loss import loss_terms
 from models.char_gpt.train import Method, TrainingDivergedError, initial_state, train_model
 from models.corpus import load
+from tests.support.error_lines import assert_refused
 
 TINY = Config(
     objective="margin",
@@ -249,10 +250,7 @@ JOINED = ("train", "--mesh", "data=1,heads=1", "--coordinator")
 def test_bad_arguments_end_with_one_line_and_status_2(arguments, message, text, tmp_path, capsys):
     given = () if "--corpus" in arguments else ("--corpus", text)
     assert run_command(*arguments, *given, "--out", tmp_path / "run") == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert error.startswith("error: ")
-    assert "\n" not in error
+    assert_refused(capsys, message)
     assert not (tmp_path / "run").exists()
 
 

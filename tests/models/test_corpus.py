@@ -121,11 +121,8 @@ def test_without_gensim_there_are_no_news_and_a_foreign_file_is_named(tmp_path, 
     path = tmp_path / "text.txt"
     path.write_text("the news " * 100, encoding="utf-8")
 
-    def missing(name):
-        raise wikipedia.metadata.PackageNotFoundError(name)
-
     with monkeypatch.context() as patch:
-        patch.setattr(wikipedia.metadata, "files", missing)
+        patch.setattr(wikipedia, "find_spec", lambda name: None)
         loaded = corpus.load(path, 10)
         assert loaded.news is None
         assert loaded.describe()["news"] is None

@@ -18,6 +18,7 @@ from models.scalar import infer
 from models.scalar.dataset import WEIGHT, generate
 from prob_transformer import residual_and_log_det
 from prob_transformer.inference import load
+from tests.support.error_lines import assert_refused
 
 
 def test_the_library_gives_the_scalar_closed_form():
@@ -316,6 +317,4 @@ def test_bad_arguments_end_with_one_line_and_status_2(options, message, capsys):
     with pytest.raises(SystemExit) as info:
         cli.run(lambda: command.main(["infer", "--method", "map", *options]))
     assert info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    assert_refused(capsys, f"error: {message}")
