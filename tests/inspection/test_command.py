@@ -102,31 +102,26 @@ def test_a_second_run_replaces_its_files_and_no_others(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("content", "more", "word"),
     [
-        (b"", "is empty"),
-        (b" \n", "is empty"),
-        (b"\xff\xfe", "is not UTF-8 (byte 0)"),
-        (b"a", "has 1 token"),
-        (b"a" * 33, "has 33 tokens, but at most 32 are looked at (the model's context is 32); pass --tokens 32"),
+        (b"", [], "is empty"),
+        (b" \n", [], "is empty"),
+        (b"\xff\xfe", [], "is not UTF-8 (byte 0)"),
+        (b"a", [], "has 1 token"),
+        (b"a" * 33, [], "has 33 tokens, but at most 32 are looked at (the model's context is 32); pass --tokens 32"),
+        (TEXT.encode(), ["--layers", "2"], "--layers: got '2', but the model has layers 0 to 1"),
+        (
+            TEXT.encode(),
+            ["--layers", "0-999999999999"],
+            "--layers: got '0-999999999999', but the model has layers 0 to 1",
+        ),
+        (TEXT.encode(), ["--layers", "x"], "--layers: got 'x'; pass all, or"),
+        (TEXT.encode(), ["--tokens", "1"], "--tokens: got 1; pass 2 to 32"),
+        (TEXT.encode(), ["--rows", "0"], "--rows: got 0"),
     ],
 )
-def test_bad_texts(refused, text, content, word):
+def test_bad_texts_and_options(refused, text, content, more, word):
     text.write_bytes(content)
-    refused(word)
-
-
-@pytest.mark.parametrize(
-    ("more", "word"),
-    [
-        (["--layers", "2"], "--layers: got '2', but the model has layers 0 to 1"),
-        (["--layers", "0-999999999999"], "--layers: got '0-999999999999', but the model has layers 0 to 1"),
-        (["--layers", "x"], "--layers: got 'x'; pass all, or"),
-        (["--tokens", "1"], "--tokens: got 1; pass 2 to 32"),
-        (["--rows", "0"], "--rows: got 0"),
-    ],
-)
-def test_bad_options(refused, more, word):
     refused(word, *more)
 
 
