@@ -11,4 +11,4 @@ from prob_transformer.files import exit_status
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's main function and exit with its status, 2 for bad input, 130 when interrupted."""
     give_jax_threads()
-    sys.exit(exit_status(main, ImplicitSolveError, interrupted="finished parts are kept"))
+    sys.exit(exit_status(main, ValueError, ImplicitSolveError, interrupted="finished parts are kept"))

@@ -150,7 +150,7 @@ def write_json(path: Path | str, payload: Any) -> None:
 
 
 def exit_status(command: Callable[[], int | None], *refused: type[Exception], interrupted: str) -> int:
-    """Run a command: its own status or 0; 2 and one line for a ValueError or one of `refused`; 130 when interrupted.
+    """Run a command: its own status or 0; 2 and one line for an error of those `refused`; 130 when interrupted.
 
     Standard output writes "?" for a character that its encoding lacks, so that no finished run ends in an error.
     """
@@ -158,7 +158,7 @@ def exit_status(command: Callable[[], int | None], *refused: type[Exception], in
         sys.stdout.reconfigure(errors="replace")
     try:
         return command() or 0
-    except (ValueError, *refused) as error:
+    except refused as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

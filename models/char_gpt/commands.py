@@ -158,8 +158,10 @@ def run_and_report(
         print(f"error: {error}", file=sys.stderr)
         return 1
     if jax.process_index() == 0:
-        clean, error = metrics["clean_loss"], metrics["clean_loss"]["standard_error"]
-        spread = "one window, so no standard error" if error is None else f"standard error over windows {error:.4f}"
+        clean, deviation = metrics["clean_loss"], metrics["clean_loss"]["standard_error"]
+        spread = (
+            "one window, so no standard error" if deviation is None else f"standard error over windows {deviation:.4f}"
+        )
         console.print(
             f"{metrics['method']}: {clean['nats_per_character']:.4f} nats per character on {clean['characters']:,} "
             f"validation characters ({spread}); det J <= 0 at "

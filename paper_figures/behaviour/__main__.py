@@ -29,8 +29,7 @@ from paper_figures.behaviour.measure import (
     passages,
 )
 from prob_transformer._validation import require_count
-from prob_transformer.files import provenance, write_json
-from prob_transformer.inspection.command import read_text
+from prob_transformer.files import provenance, read_user_text, write_json
 from prob_transformer.pretrained.load import load_pretrained
 
 _COUNTS = {
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _documents(text: Path | None) -> list[str]:
     if text is not None:
-        return read_text(text).split(wikipedia.DOCUMENT_SEPARATOR)
+        return read_user_text("--text", text).split(wikipedia.DOCUMENT_SEPARATOR)
     everything = wikipedia.prepare().read_text(encoding="utf-8").split(wikipedia.DOCUMENT_SEPARATOR)
     # The validation articles of models.corpus.
     return everything[4::10]

@@ -197,4 +197,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status is 0 for success, 2 for bad input or a missing extra, 130 when interrupted."""
     given = sys.argv[1:] if argv is None else argv
     run = partial(_run, _parser().parse_args(given), shlex.join(["prob-transformer", *given]))
-    return exit_status(run, MissingExtraError, interrupted="nothing was written")
+    return exit_status(run, ValueError, MissingExtraError, interrupted="nothing was written")
