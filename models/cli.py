@@ -5,18 +5,10 @@ from collections.abc import Callable
 
 from models.workers import give_jax_threads
 from prob_transformer import ImplicitSolveError
-from prob_transformer.files import replace_unencodable
+from prob_transformer.files import exit_status
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's main function and exit with its status, 2 for bad input, 130 when interrupted."""
     give_jax_threads()
-    replace_unencodable()
-    try:
-        sys.exit(main() or 0)
-    except (ValueError, ImplicitSolveError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; finished parts are kept", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(exit_status(main, ValueError, ImplicitSolveError, interrupted="finished parts are kept"))

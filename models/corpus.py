@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from models import wikipedia
+from prob_transformer.files import read_user_text
 
 COVERAGE = 0.999
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -49,21 +50,20 @@ class Corpus(NamedTuple):
 
     def describe(self) -> dict[str, object]:
         """Name, digest, characters and share of unknown ones of each split, vocabulary size, the news; for JSON."""
-        news = None
-        if self.news is not None:
-            news = {
-                "name": self.name_of("news"),
-                "sha256": wikipedia.NEWS_SHA256,
-                "characters": len(self.news),
-                "unknown_share": _unknown_share(self.news),
-            }
         return {
             "name": self.name,
             "sha256": self.sha256,
             "characters": {split: len(getattr(self, split)) for split in SPLITS},
             "unknown_share": {split: _unknown_share(getattr(self, split)) for split in SPLITS},
             "vocabulary_size": len(self.vocabulary),
-            "news": news,
+            "news": None
+            if self.news is None
+            else {
+                "name": self.name_of("news"),
+                "sha256": wikipedia.NEWS_SHA256,
+                "characters": len(self.news),
+                "unknown_share": _unknown_share(self.news),
+            },
         }
 
 
@@ -98,24 +98,6 @@ def encode(text: str, vocabulary: tuple[str, ...]) -> Int[np.ndarray, " n"]:
     return np.fromiter((index.get(character, 0) for character in text), np.int32, len(text))
 
 
-def _read(source: Path) -> tuple[bytes, str]:
-    """Bytes and text of a file. Raises ValueError naming --corpus if it is missing, empty or not UTF-8."""
-    try:
-        data = source.read_bytes()
-    except OSError as error:
-        raise ValueError(f"--corpus: {source} cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
-    try:
-        # Not "utf-8-sig", which would count the offset of a bad byte from behind the byte order mark.
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--corpus: {source} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8."
-        ) from None
-    if not text.strip():
-        raise ValueError(f"--corpus: {source} is empty; pass a UTF-8 text file.")
-    return data, text.replace("\r\n", "\n")
-
-
 def _is_wikitext(source: Path) -> bool:
     """Whether a folder holds WikiText-2. Raises ValueError naming --corpus if it holds only some of its files."""
     missing = [name for name in WIKITEXT_FILES.values() if not (source / name).is_file()]
@@ -135,7 +117,8 @@ def load(path: Path | str | None, shortest: int) -> Corpus:
     source = wikipedia.prepare() if path is None else Path(path)
     wikitext = _is_wikitext(source)
     files = [source / name for name in WIKITEXT_FILES.values()] if wikitext else [source]
-    contents, texts = zip(*map(_read, files), strict=True)
+    contents = [read_user_text("--corpus", file) for file in files]
+    texts = [content.removeprefix("\ufeff").replace("\r\n", "\n") for content in contents]
     name = f"WikiText-2 as published ({_LISTED})" if wikitext else source.name
     parts = dict(zip(SPLITS, texts, strict=True)) if wikitext else split_text(texts[0])
     for split in SPLITS:
@@ -149,5 +132,12 @@ def load(path: Path | str | None, shortest: int) -> Corpus:
     news_text = wikipedia.read_news()
     news = None if news_text is None else encode(news_text, vocabulary)
     return Corpus(
-        str(source), name, hashlib.sha256(b"".join(contents)).hexdigest(), vocabulary, train, validation, test, news
+        str(source),
+        name,
+        hashlib.sha256("".join(contents).encode()).hexdigest(),
+        vocabulary,
+        train,
+        validation,
+        test,
+        news,
     )

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -22,7 +22,7 @@ from mwparserfromhell.nodes import Node, Tag, Wikilink
 from tqdm import tqdm
 
 from models.cli import run
-from prob_transformer.files import file_sha256, installed_file, write_json, write_text
+from prob_transformer.files import file_sha256, wheel_file, write_json, write_text
 
 DUMP_NAME = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 DUMP_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
@@ -31,6 +31,7 @@ NEWS_NAME = "lee_background.cor"
 NEWS_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
 DEFAULT_PATH = Path("data/wikipedia.txt")
 DOCUMENT_SEPARATOR = "\f"
+_REMEDY = "install the corpus extra (gensim==4.4.0), or "
 # Raised whenever cleaning changes, so that a text cleaned by older rules is made again.
 CLEANING_VERSION = 1
 
@@ -49,26 +50,9 @@ class Article(NamedTuple):
     text: str
 
 
-def wheel_file(name: str, sha256: str, otherwise: str) -> Path:
-    """Where the installed gensim wheel keeps a data file. Raises ValueError if it is missing or not the known one.
-
-    `otherwise` says in the message what to do but install the wheel.
-    """
-    remedy = f"install the corpus extra (gensim==4.4.0), or {otherwise}"
-    try:
-        found = installed_file("gensim", name)
-    except metadata.PackageNotFoundError:
-        raise ValueError(f"corpus: the gensim wheel with {name} is not installed; {remedy}.") from None
-    if found is None:
-        raise ValueError(f"corpus: the installed gensim wheel has no {name}; {remedy}.")
-    if file_sha256(found) != sha256:
-        raise ValueError(f"corpus: {name} is not the file this was written for; {remedy}.")
-    return found
-
-
 def dump_path() -> Path:
-    """Where the installed gensim wheel keeps the dump. Raises as `wheel_file`."""
-    return wheel_file(DUMP_NAME, DUMP_SHA256, "pass --corpus with a UTF-8 text of your own")
+    """Where the installed gensim wheel keeps the dump. Raises ValueError if it is missing or not the known file."""
+    return wheel_file("corpus", "gensim", DUMP_NAME, DUMP_SHA256, f"{_REMEDY}pass --corpus with a text of your own")
 
 
 def read_news() -> str | None:
@@ -76,11 +60,9 @@ def read_news() -> str | None:
 
     Raises ValueError if gensim is there and its file is missing or not the known one.
     """
-    try:
-        metadata.files("gensim")
-    except metadata.PackageNotFoundError:
+    if find_spec("gensim") is None:
         return None
-    path = wheel_file(NEWS_NAME, NEWS_SHA256, "uninstall gensim to go without news")
+    path = wheel_file("corpus", "gensim", NEWS_NAME, NEWS_SHA256, f"{_REMEDY}uninstall gensim to go without news")
     return "\n\n".join(path.read_text(encoding="utf-8").strip("\n").split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""What every result carries, how every file is written (whole or not at all), and what a command prints to."""
+"""What every result carries, how every file is written (whole or not at all), and how every command ends."""
 
 import contextlib
 import hashlib
@@ -6,12 +6,12 @@ import io
 import json
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
-import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -79,14 +79,40 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def installed_file(distribution: str, name: str) -> Path | None:
-    """Where an installed wheel keeps the file of that name; None if it has none. Nothing of the wheel is imported.
+def wheel_file(argument: str, distribution: str, name: str, sha256: str, remedy: str) -> Path:
+    """Where an installed wheel keeps its file of that name. Nothing of the wheel is imported.
 
-    Raises importlib.metadata.PackageNotFoundError if the wheel is not installed.
+    Raises ValueError, naming `argument` and ending in `remedy`, if the file is missing or not the known one.
     """
-    files = metadata.files(distribution) or []
-    found = [Path(str(file.locate())) for file in files if file.name == name]
-    return found[0] if found and found[0].is_file() else None
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"{argument}: the {distribution} wheel is not installed; {remedy}.") from None
+    found = next((Path(str(file.locate())) for file in files if file.name == name), None)
+    if found is None or not found.is_file():
+        raise ValueError(f"{argument}: the installed {distribution} wheel has no {name}; {remedy}.")
+    if file_sha256(found) != sha256:
+        raise ValueError(f"{argument}: {name} is cut off or not the file this was written for; {remedy}.")
+    return found
+
+
+def read_user_text(argument: str, path: Path) -> str:
+    """The text at `path`, byte order mark and line ends as they are.
+
+    Raises ValueError, naming `argument`, if the file cannot be read, is not UTF-8 or is empty.
+    """
+    try:
+        # Not "utf-8-sig", which would count the offset of a bad byte from behind the byte order mark.
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{argument}: {path} cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{argument}: {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8."
+        ) from None
+    if not text.removeprefix("\ufeff").strip():
+        raise ValueError(f"{argument}: {path} is empty; pass a UTF-8 text file.")
+    return text
 
 
 @contextlib.contextmanager
@@ -100,17 +126,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise ValueError(f"{path}: is a folder; pass the path of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
+        # Not by tempfile, whose files are private: a result is as readable as any file its owner writes.
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; a result is as readable as any file its owner writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -127,7 +149,18 @@ def write_json(path: Path | str, payload: Any) -> None:
     write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
 
 
-def replace_unencodable() -> None:
-    """Makes standard output write "?" for a character that its encoding lacks: no finished run ends in an error."""
+def exit_status(command: Callable[[], int | None], *refused: type[Exception], interrupted: str) -> int:
+    """Run a command: its own status or 0; 2 and one line for an error of those `refused`; 130 when interrupted.
+
+    Standard output writes "?" for a character that its encoding lacks, so that no finished run ends in an error.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    try:
+        return command() or 0
+    except refused as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; {interrupted}", file=sys.stderr)
+        return 130

@@ -1,6 +1,8 @@
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,32 +10,31 @@ from pathlib import Path
 import pytest
 
 from prob_transformer import __version__
-from prob_transformer.files import atomic_path, provenance, write_json, write_text
+from prob_transformer.files import atomic_path, provenance, wheel_file, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_failed_write_leaves_the_old_file_whole_and_no_litter(tmp_path):
+def half_written(target):
+    with atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "message"),
+    [
+        (half_written, RuntimeError, "killed"),
+        (lambda target: write_json(target, {"figure": float("nan")}), ValueError, "not JSON compliant"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file_whole_and_no_litter(tmp_path, write, error, message):
     target = tmp_path / "result.json"
     write_json(target, {"figure": 1})
-
-    def write_and_die():
-        with atomic_path(target) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError, match="killed"):
-        write_and_die()
+    with pytest.raises(error, match=message):
+        write(target)
     assert json.loads(target.read_text()) == {"figure": 1}
     assert os.listdir(tmp_path) == ["result.json"]
-
-
-def test_nan_is_refused_and_the_old_file_stays(tmp_path):
-    target = tmp_path / "result.json"
-    write_json(target, {"figure": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(target, {"figure": float("nan")})
-    assert json.loads(target.read_text()) == {"figure": 1}
 
 
 def test_folders_are_made_and_an_unwritable_one_is_named(tmp_path):
@@ -58,6 +59,28 @@ def test_provenance_names_version_command_seed_configuration_and_packages():
     assert (record["seed"], record["configuration"]) == (3, {"steps": 5})
     assert {"jax", "numpyro", "numpy", "scipy"} <= record["packages"].keys()
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "corpus: the x wheel is not installed; do this."),
+        ([], "corpus: the installed x wheel has no a.txt; do this."),
+        (["b.txt"], "corpus: the installed x wheel has no a.txt; do this."),
+        (["a.txt"], "corpus: a.txt is cut off or not the file this was written for; do this."),
+    ],
+)
+def test_a_wheel_without_its_file_or_with_another_is_named(tmp_path, monkeypatch, files, message):
+    (tmp_path / "a.txt").write_text("a")
+    if files is not None:
+        wheel = tmp_path / "x-1.dist-info"
+        wheel.mkdir()
+        (wheel / "METADATA").write_text("Name: x")
+        (wheel / "RECORD").write_text("".join(f"{name},,\n" for name in files))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert files != ["a.txt"] or wheel_file("corpus", "x", "a.txt", hashlib.sha256(b"a").hexdigest(), "").exists()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        wheel_file("corpus", "x", "a.txt", "0" * 64, "do this")
 
 
 def repository(folder):

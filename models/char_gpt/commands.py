@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
@@ -79,7 +80,7 @@ def run(
         **measured,
         **as_metrics(record, config.steps, int(state.halvings)),
     }
-    if device_mesh.is_first_process():
+    if jax.process_index() == 0:
         with atomic_path(out / MARGINS) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, embedding=determinants["embedding"], layers=determinants["layers"])
         write_json(out / METRICS, metrics)
@@ -156,8 +157,16 @@ def run_and_report(
     except TrainingDivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if device_mesh.is_first_process():
-        _report(console, metrics, out)
+    if jax.process_index() == 0:
+        clean, deviation = metrics["clean_loss"], metrics["clean_loss"]["standard_error"]
+        spread = (
+            "one window, so no standard error" if deviation is None else f"standard error over windows {deviation:.4f}"
+        )
+        console.print(
+            f"{metrics['method']}: {clean['nats_per_character']:.4f} nats per character on {clean['characters']:,} "
+            f"validation characters ({spread}); det J <= 0 at "
+            f"{metrics['margins']['layers']['negative_share']:.2%} of the layers' positions; {out / METRICS}"
+        )
     return 0
 
 
@@ -175,13 +184,3 @@ def _mesh(arguments: argparse.Namespace, config: Config) -> Mesh | None:
     if given:
         device_mesh.connect(*several)
     return device_mesh.mesh_for(config, *shape)
-
-
-def _report(console: Console, metrics: dict[str, Any], out: Path) -> None:
-    clean, error = metrics["clean_loss"], metrics["clean_loss"]["standard_error"]
-    spread = "one window, so no standard error" if error is None else f"standard error over windows {error:.4f}"
-    console.print(
-        f"{metrics['method']}: {clean['nats_per_character']:.4f} nats per character on {clean['characters']:,} "
-        f"validation characters ({spread}); det J <= 0 at "
-        f"{metrics['margins']['layers']['negative_share']:.2%} of the layers' positions; {out / METRICS}"
-    )

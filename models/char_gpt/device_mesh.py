@@ -34,8 +34,10 @@ from prob_transformer.kernels.sharding import mesh as mesh_of
 
 Tree = TypeVar("Tree")
 
+# Arrays (B, ...) with their sequences over "data".
+OVER_DATA = PartitionSpec("data")
 SITE_SPECS: dict[Site, PartitionSpec] = {
-    "embedding": PartitionSpec("data"),
+    "embedding": OVER_DATA,
     "layers": PartitionSpec(None, "heads", "data"),
 }
 _OF_HEADS = ("query", "key", "value", "output")
@@ -76,11 +78,6 @@ def mesh_for(config: Config, data: int, heads: int) -> Mesh:
     return mesh_of(data, heads)
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return jax.process_index() == 0
-
-
 def require_agreement(**given: Any) -> None:
     """Wait for all processes. Raises ValueError, in all of them, if what they were given differs."""
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).digest()
@@ -118,21 +115,14 @@ def placed(tree: Tree, mesh: Mesh | None) -> Tree:
     return jax.tree.map(place, tree, _shardings(tree, mesh))
 
 
-def constrained(tree: Tree, mesh: Mesh | None) -> Tree:
-    """Inside jit: the tree where `placed` would put it, so that a step leaves things as it found them."""
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _shardings(tree, mesh))
-
-
-def over_data(windows: Tree, mesh: Mesh | None) -> Tree:
-    """Inside jit: arrays (B, ...) with their sequences over "data"."""
+def constrained(tree: Tree, mesh: Mesh | None, spec: PartitionSpec | None = None) -> Tree:
+    """Inside jit: the tree where `placed` would put it, so that a step leaves things as it found them, or by `spec`."""
     if mesh is None:
-        return windows
-    return jax.lax.with_sharding_constraint(windows, NamedSharding(mesh, PartitionSpec("data")))
+        return tree
+    return jax.lax.with_sharding_constraint(tree, _shardings(tree, mesh) if spec is None else NamedSharding(mesh, spec))
 
 
-@partial(jax.jit, static_argnums=1)
-def _copied(tree: Tree, mesh: Mesh) -> Tree:
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+_copied = jax.jit(partial(constrained, spec=PartitionSpec()), static_argnums=1)
 
 
 def gathered(tree: Tree, mesh: Mesh | None) -> Tree:
@@ -146,7 +136,7 @@ def at_site(function: Callable[..., Tree], site: Site, mesh: Mesh | None) -> Cal
         return function
 
     def sharded(model: CharGPT, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]) -> Tree:
-        in_specs = specs(model), PartitionSpec("data"), PartitionSpec(None, "data")
+        in_specs = specs(model), OVER_DATA, PartitionSpec(None, "data")
         # Unchecked for the reason given in prob_transformer/kernels/sharding.py.
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=SITE_SPECS[site], check_vma=False)(
             model, embeddings, inputs

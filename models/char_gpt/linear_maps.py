@@ -14,7 +14,6 @@ from models.char_gpt.model import CharGPT
 from prob_transformer.inference.laplace import TrainedNetwork
 
 _OF_A_LAYER = ("query", "key", "value", "output", "up", "down")
-_BY_HEAD = ("query", "key", "value")
 Matrices = dict[str, Float[Array, "*S o i"]]
 
 
@@ -26,10 +25,9 @@ def _leaf(model: CharGPT, name: str) -> Array:
 
 
 def _matrix(name: str, leaf: Array) -> Float[Array, "o i"]:
-    own = name.rpartition(".")[2]
-    if own in _BY_HEAD:
-        return leaf.reshape(-1, leaf.shape[-1])
-    return leaf.transpose(1, 0, 2).reshape(leaf.shape[1], -1) if own == "output" else leaf
+    if name.endswith(".output"):
+        return leaf.transpose(1, 0, 2).reshape(leaf.shape[1], -1)
+    return leaf.reshape(-1, leaf.shape[-1])
 
 
 def matrices(model: CharGPT) -> Matrices:
@@ -39,7 +37,7 @@ def matrices(model: CharGPT) -> Matrices:
 
 
 def _as_leaf(name: str, matrix: Float[Array, "o i"], like: Array) -> Array:
-    if name.rpartition(".")[2] == "output":
+    if name.endswith(".output"):
         heads, width, size = like.shape
         return matrix.reshape(width, heads, size).transpose(1, 0, 2)
     return matrix.reshape(like.shape)

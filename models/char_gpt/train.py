@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from models.char_gpt import checkpoint
 from models.char_gpt.config import Config, Site
-from models.char_gpt.device_mesh import constrained, gathered, is_first_process, over_data, placed, require_agreement
+from models.char_gpt.device_mesh import OVER_DATA, constrained, gathered, placed, require_agreement
 from models.char_gpt.loss import Loss, LossTerms, Strength, loss_terms, negatives_at
 from models.char_gpt.model import CharGPT
 from models.char_gpt.training_record import BatchMargins, batch_margins, new_record, note
@@ -134,7 +134,7 @@ def train_step(
 ) -> tuple[State, LossTerms]:
     """One optimiser step on the batch of seed and step; all but the data and the state is static."""
     characters, seed, step, strength = data
-    windows = over_data(draw_windows(characters, seed, step, config), mesh)
+    windows = constrained(draw_windows(characters, seed, step, config), mesh, OVER_DATA)
     # Apart from the key that drew the windows.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
@@ -155,7 +155,7 @@ def train_step(
 
 @eqx.filter_jit
 def _margins(data: StepData, model: CharGPT, config: Config, mesh: Mesh | None) -> dict[Site, BatchMargins]:
-    windows = over_data(draw_windows(data.characters, data.seed, data.step, config), mesh)
+    windows = constrained(draw_windows(data.characters, data.seed, data.step, config), mesh, OVER_DATA)
     return constrained(batch_margins(model, windows, config.implementation, mesh), mesh)
 
 
@@ -188,13 +188,13 @@ def train_model(
     method = Method(config.method, config.strength) if method is None else method
     state, step, record = initial_state(config, len(corpus.vocabulary)), 0, new_record()
     path = out / checkpoint.NAME
-    is_new = not path.exists()
+    is_new, is_first = not path.exists(), jax.process_index() == 0
     if not is_new:
         state, step, found = checkpoint.load(path, configuration, corpus.sha256, state)
         record |= found
     # Also keeps the first process from writing before the others have looked.
     require_agreement(options=configuration, text=corpus.sha256, checkpoint=record)
-    if is_new and is_first_process():
+    if is_new and is_first:
         checkpoint.save(path, configuration, corpus.sha256, state, step, record)
     state = placed(state, mesh)
     fixed = placed(StepData.of(jnp.asarray(corpus.train), config, step, method.strength), mesh)
@@ -203,9 +203,13 @@ def train_model(
     last = config.steps if stop_at is None else min(stop_at, config.steps)
     started, compiling = time.perf_counter() - record["wall_seconds"], True
     name = f"{method.name} seed {config.seed}"
-    hidden = quiet or not is_first_process()
     with tqdm(
-        total=config.steps, initial=step, desc=f"{name}, compiling", unit="step", mininterval=1, disable=hidden
+        total=config.steps,
+        initial=step,
+        desc=f"{name}, compiling",
+        unit="step",
+        mininterval=1,
+        disable=quiet or not is_first,
     ) as bar:
         while step < last:
             data = fixed._replace(step=placed(jnp.asarray(step), mesh))
@@ -231,6 +235,6 @@ def train_model(
             if step % config.checkpoint_every == 0 or step == last:
                 record["wall_seconds"] = time.perf_counter() - started
                 whole = gathered(state, mesh)
-                if is_first_process():
+                if is_first:
                     checkpoint.save(path, configuration, corpus.sha256, whole, step, record)
     return gathered(state, mesh), record

@@ -4,6 +4,7 @@ alpha_s proportional to exp(a u_s u_i),   mu_i = sum alpha_s u_s,   J_i = 1 - a 
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import jax
@@ -63,16 +64,12 @@ def conditional_masses(a: float, past: tuple[float, ...] = PAST, noise_scale: fl
     edges = np.linspace(-reach, reach, 65)
     norm = noise_scale * math.sqrt(2 * math.pi)
 
-    def mass(absolute: bool) -> float:
-        fold = abs if absolute else float
-
-        def density(u: float) -> float:
-            return fold(float(_signed_density(*given, u)[0]))
-
-        return sum(quad(density, low, high)[0] for low, high in pairwise(edges)) / norm
+    def mass(fold: Callable[[float], float]) -> float:
+        parts = (quad(lambda u: fold(float(_signed_density(*given, u)[0])), *ends)[0] for ends in pairwise(edges))
+        return sum(parts) / norm
 
     determinants = jax.vmap(lambda u: _signed_density(*given, u)[1])(jnp.linspace(-reach, reach, 4001))
-    return {"absolute": mass(True), "signed": mass(False), "smallest_determinant": float(determinants.min())}
+    return {"absolute": mass(abs), "signed": mass(float), "smallest_determinant": float(determinants.min())}
 
 
 def draw(key: PRNGKeyArray, a: float, draws: int, length: int = 8) -> tuple[Float[Array, "draws n"], float]:

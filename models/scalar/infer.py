@@ -56,6 +56,7 @@ _OTHERS: dict[str, tuple[float, str]] = {
 
 def _mode(data: Dataset, key: PRNGKeyArray, options: argparse.Namespace, space: Space) -> tuple[MapResult, xr.DataTree]:
     found = find_map(parameter_model, model_args=(data.embeddings,), space=space, key=key, max_steps=options.max_steps)
+    # Making the tree refuses, with status and remedy, a search that did not converge.
     return found, found.to_datatree()
 
 
@@ -129,8 +130,10 @@ def _table(title: str, posterior: xr.Dataset, data: Dataset) -> Table:
         truths, draws = np.asarray(data.embeddings[0, :, 0]), posterior["embeddings"].values[..., 0]
         unknown = {f"embedding {i + 1}": (float(u), draws[..., i]) for i, u in enumerate(truths)}
     else:
-        unknown = {"a": (data.a, -posterior["b"].values)}
-        unknown["noise_scale"] = (data.noise_scale, posterior["noise_scale"].values)
+        unknown = {
+            "a": (data.a, -posterior["b"].values),
+            "noise_scale": (data.noise_scale, posterior["noise_scale"].values),
+        }
     for name, (truth, values) in unknown.items():
         shown.add_row(*row(name, truth, values))
     return shown
@@ -174,9 +177,8 @@ def main(argv: list[str]) -> int:
     sizes = {"sequences": options.sequences, "positions": options.positions}
     tree.attrs["seed"] = str(options.seed)
     tree.attrs["dataset"] = json.dumps({"a": data.a, "noise_scale": data.noise_scale} | sizes)
-    of_tokens = f"{options.positions} tokens"
-    of_embeddings = f"{options.sequences} sequences of {options.positions} embeddings"
-    given = of_tokens if options.method == "particles" else of_embeddings
+    sequences = f"{options.sequences} sequences of {options.positions} embeddings"
+    given = f"{options.positions} tokens" if options.method == "particles" else sequences
     console = Console()
     console.print(_table(f"{options.method} given {given}", tree["posterior"].to_dataset(), data))
     save(tree, options.out)

@@ -27,8 +27,7 @@ from paper_figures.behaviour.measure import (
     passages,
 )
 from prob_transformer._validation import require_count
-from prob_transformer.files import provenance, write_json
-from prob_transformer.inspection.command import read_text
+from prob_transformer.files import provenance, read_user_text, write_json
 from prob_transformer.pretrained.load import load_pretrained
 from prob_transformer.tables import text_table
 
@@ -55,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _documents(text: Path | None) -> list[str]:
-    whole = wikipedia.prepare().read_text(encoding="utf-8") if text is None else read_text(text)
+    whole = wikipedia.prepare().read_text(encoding="utf-8") if text is None else read_user_text("--text", text)
     documents = whole.split(wikipedia.DOCUMENT_SEPARATOR)
     # The validation articles of models.corpus.
     return documents[4::10] if text is None else documents

@@ -6,12 +6,13 @@ leaves nothing half-written. Bad input is one line on standard error and exit st
 
 import argparse
 import os
+import secrets
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from prob_transformer import __version__
 from prob_transformer._extras import MissingExtraError, require
-from prob_transformer.files import provenance, replace_unencodable, write_text
+from prob_transformer.files import exit_status, provenance, read_user_text, write_text
 from prob_transformer.inference.result_tree import save
 from prob_transformer.inspection.explanation import quoted
 from prob_transformer.inspection.html_page import MOST_TOKENS, inspection_page
@@ -49,19 +50,6 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def read_text(path: Path) -> str:
-    """The text at `path`, line ends as they are. Raises ValueError if it cannot be read, is not UTF-8 or is empty."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"--text: {path} cannot be read ({error.strerror}); pass a UTF-8 text file.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text: {path} is not UTF-8 (byte {error.start}); convert it first.") from None
-    if not text.strip():
-        raise ValueError(f"--text: {path} is empty; pass a file with some text.")
-    return text
-
-
 def _require_folder(out: Path) -> None:
     """Refuses, before any work is done, a place that could not be written to at the end."""
     try:
@@ -75,9 +63,7 @@ def _require_folder(out: Path) -> None:
     for name in (PAGE, TREE):
         if (out / name).is_dir():
             raise ValueError(f"--out: {out / name} is a folder where a file is to be written; remove it.")
-    there = out.absolute()
-    while not there.exists():
-        there = there.parent
+    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--out: {there} cannot be written to; pass a folder where you can make files.")
 
@@ -87,12 +73,11 @@ def _whole_folder(out: Path, names: Sequence[str]) -> Iterator[Path]:
     """A hidden folder beside `out` to write the files to; at the end it becomes `out`, or its files replace those."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    # Not by tempfile, whose folders are private.
+    temporary = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
+    temporary.mkdir()
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
         if out.exists():
             for name in names:
                 (temporary / name).replace(out / name)
@@ -167,7 +152,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     if arguments.rows < 1:
         raise ValueError(f"--rows: got {arguments.rows}; pass at least 1.")
     _require_folder(arguments.out)
-    text = read_text(arguments.text)
+    text = read_user_text("--text", arguments.text)
     model = load_pretrained(arguments.model)
     tokens, pieces, added = _encoded(model, text, arguments.tokens, arguments.special_tokens)
     chosen = parse_layers(arguments.layers, len(model.decoder.blocks))
@@ -211,14 +196,5 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status is 0 for success, 2 for bad input or a missing extra, 130 when interrupted."""
     given = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args(given)
-    replace_unencodable()
-    try:
-        _run(arguments, shlex.join(["prob-transformer", *given]))
-    except (ValueError, MissingExtraError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    run = partial(_run, _parser().parse_args(given), shlex.join(["prob-transformer", *given]))
+    return exit_status(run, ValueError, MissingExtraError, interrupted="nothing was written")

@@ -49,11 +49,10 @@ class GgufTokenizer(msgspec.Struct):
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        kinds = ", ".join(_RULES)
         if self.model not in ("gpt2", "llama") or (self.model == "gpt2" and self.pre not in _RULES):
             raise ValueError(
                 f"its tokenizer is of kind {self.model!r}, {self.pre!r}; supported are llama (SentencePiece), and gpt2 "
-                f"with {kinds}"
+                f"with {', '.join(_RULES)}"
             )
         pieces, count = self.model == "llama", len(self.tokens)
         for holds, otherwise in (

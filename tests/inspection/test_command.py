@@ -16,6 +16,7 @@ from prob_transformer.inference import result_tree
 from prob_transformer.inspection import command
 from prob_transformer.inspection.command import parse_layers
 from prob_transformer.pretrained import load
+from tests.support.error_lines import assert_refused
 
 # Quotes, markup, a character of four tokens, a line end.
 TEXT = '"a" <b>&\r\n😀 [x] \x00 end'
@@ -46,11 +47,8 @@ def refused(run, tmp_path, capsys):
     """That a run ends with one line on standard error with the word, and nothing new in the folder."""
 
     def check(word, *more, **asked):
-        status, _ = run(*more, **asked)
-        told = capsys.readouterr()
-        assert (status, told.out, told.err.count("\n")) == (2, "", 1)
-        assert told.err.startswith("error: ")
-        assert word in told.err
+        assert run(*more, **asked)[0] == 2
+        assert_refused(capsys, word)
         assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
     return check
@@ -104,31 +102,26 @@ def test_a_second_run_replaces_its_files_and_no_others(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("content", "more", "word"),
     [
-        (b"", "is empty"),
-        (b" \n", "is empty"),
-        (b"\xff\xfe", "is not UTF-8 (byte 0)"),
-        (b"a", "has 1 token"),
-        (b"a" * 33, "has 33 tokens, but at most 32 are looked at (the model's context is 32); pass --tokens 32"),
+        (b"", [], "is empty"),
+        (b" \n", [], "is empty"),
+        (b"\xff\xfe", [], "is not UTF-8 (byte 0)"),
+        (b"a", [], "has 1 token"),
+        (b"a" * 33, [], "has 33 tokens, but at most 32 are looked at (the model's context is 32); pass --tokens 32"),
+        (TEXT.encode(), ["--layers", "2"], "--layers: got '2', but the model has layers 0 to 1"),
+        (
+            TEXT.encode(),
+            ["--layers", "0-999999999999"],
+            "--layers: got '0-999999999999', but the model has layers 0 to 1",
+        ),
+        (TEXT.encode(), ["--layers", "x"], "--layers: got 'x'; pass all, or"),
+        (TEXT.encode(), ["--tokens", "1"], "--tokens: got 1; pass 2 to 32"),
+        (TEXT.encode(), ["--rows", "0"], "--rows: got 0"),
     ],
 )
-def test_bad_texts(refused, text, content, word):
+def test_bad_texts_and_options(refused, text, content, more, word):
     text.write_bytes(content)
-    refused(word)
-
-
-@pytest.mark.parametrize(
-    ("more", "word"),
-    [
-        (["--layers", "2"], "--layers: got '2', but the model has layers 0 to 1"),
-        (["--layers", "0-999999999999"], "--layers: got '0-999999999999', but the model has layers 0 to 1"),
-        (["--layers", "x"], "--layers: got 'x'; pass all, or"),
-        (["--tokens", "1"], "--tokens: got 1; pass 2 to 32"),
-        (["--rows", "0"], "--rows: got 0"),
-    ],
-)
-def test_bad_options(refused, more, word):
     refused(word, *more)
 
 
@@ -189,6 +182,14 @@ with _whole_folder(Path({str(tmp_path / "out")!r}), ("a",)) as folder:
 """
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert not os.path.lexists(tmp_path / "out")
+
+
+def test_the_module_is_the_command():
+    given = ["inspect", "--model", "none", "--text", __file__, "--out", "out"]
+    command = [sys.executable, "-m", "prob_transformer", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --model: none is not there; pass smollm2, a GGUF file or a Hugging Face folder.\n"
 
 
 def test_ranges_of_layers():

@@ -18,6 +18,7 @@ from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
 from models.char_gpt.loss import loss_terms
 from models.char_gpt.train import Method, TrainingDivergedError, initial_state, train_model
 from models.corpus import load
+from tests.support.error_lines import assert_refused
 
 TINY = Config(
     objective="margin",
@@ -167,19 +168,18 @@ def test_finished_runs_of_another_configuration_are_not_mistaken_for_this_one(co
         run(other, corpus, tmp_path / "run")
 
 
-@pytest.mark.parametrize("damage", ["not json", "{}", "[]", ""])
-def test_metrics_that_are_not_of_a_run_are_refused(tmp_path, damage):
-    (tmp_path / "metrics.json").write_text(damage)
-    with pytest.raises(ValueError, match=r"--out: .* is not the metrics of a run; delete it"):
-        finished(tmp_path, TINY.as_dict(), "any text")
-
-
-@pytest.mark.parametrize("damage", [b"not json\n", b"{}\n", b""])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, damage):
-    path = tmp_path / checkpoint.NAME
-    path.write_bytes(damage)
-    with pytest.raises(ValueError, match=r"is not a checkpoint"):
-        checkpoint.read_header(path)
+@pytest.mark.parametrize("damage", ["not json\n", "{}\n", "[]", ""])
+@pytest.mark.parametrize(
+    ("name", "read", "message"),
+    [
+        ("metrics.json", lambda out: finished(out, TINY.as_dict(), "any text"), "the metrics of a run; delete it"),
+        (checkpoint.NAME, lambda out: checkpoint.read_header(out / checkpoint.NAME), "a checkpoint"),
+    ],
+)
+def test_what_is_no_file_of_a_run_is_refused(tmp_path, name, read, message, damage):
+    (tmp_path / name).write_text(damage)
+    with pytest.raises(ValueError, match=rf"--out: .* is not {message}"):
+        read(tmp_path)
 
 
 def test_a_truncated_checkpoint_is_refused(corpus, tmp_path):
@@ -250,10 +250,7 @@ JOINED = ("train", "--mesh", "data=1,heads=1", "--coordinator")
 def test_bad_arguments_end_with_one_line_and_status_2(arguments, message, text, tmp_path, capsys):
     given = () if "--corpus" in arguments else ("--corpus", text)
     assert run_command(*arguments, *given, "--out", tmp_path / "run") == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert error.startswith("error: ")
-    assert "\n" not in error
+    assert_refused(capsys, message)
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,6 @@ from models.char_gpt.training_record import (
 )
 from models.corpus import load
 from tests.support.tiny_gpt import aligned, dense_at, made_wide
-from tests.support.words import write_words
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3)
 
@@ -67,9 +66,9 @@ COMPILING, STEP = 0.6, 0.02
 
 @pytest.mark.slow
 def test_the_seconds_of_a_step_are_without_the_first_of_every_start_and_the_bar_says_what_it_does(
-    tmp_path, monkeypatch, capsys
+    text, tmp_path, monkeypatch, capsys
 ):
-    corpus, original, calls = load(write_words(tmp_path / "text.txt"), TINY.context + 1), training.train_step, []
+    corpus, original, calls = load(text, TINY.context + 1), training.train_step, []
 
     def timed(*arguments):
         # Compiled before, so that the seconds are those slept here.

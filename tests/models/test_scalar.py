@@ -18,6 +18,7 @@ from models.scalar import infer
 from models.scalar.dataset import WEIGHT, generate
 from prob_transformer import residual_and_log_det
 from prob_transformer.inference import load
+from tests.support.error_lines import assert_refused
 
 
 def test_the_library_gives_the_scalar_closed_form():
@@ -121,26 +122,18 @@ def log_joint(a, scale, embeddings):
     return total
 
 
-class Grid:
-    """The posterior of (a, scale) summed over a grid, evenly spaced in log(-a)."""
-
-    def __init__(self, embeddings):
-        b, scale = np.geomspace(0.002, 80, 160), np.linspace(0.15, 1.5, 100)
-        self.log_joint = np.array([log_joint(-x, scale, embeddings) for x in b])
-        weights = np.exp(self.log_joint - self.log_joint.max()) * b[:, None]
-        weights /= weights.sum()
-        self.values = {"a": -b, "noise_scale": scale}
-        self.weights = {"a": weights.sum(1), "noise_scale": weights.sum(0)}
-
-    def moments(self, name):
-        values, weights = self.values[name], self.weights[name]
-        mean = weights @ values
-        return mean, np.sqrt(weights @ (values - mean) ** 2)
-
-
 @pytest.fixture(scope="module")
 def grid():
-    return Grid(data_of().embeddings)
+    """On a grid of (a, scale), evenly spaced in log(-a): the largest log joint; mean and deviation of both unknowns."""
+    b, scale = np.geomspace(0.002, 80, 160), np.linspace(0.15, 1.5, 100)
+    log_joints = np.array([log_joint(-x, scale, data_of().embeddings) for x in b])
+    weights = np.exp(log_joints - log_joints.max()) * b[:, None]
+    weights /= weights.sum()
+    moments = {}
+    for name, values, share in (("a", -b, weights.sum(1)), ("noise_scale", scale, weights.sum(0))):
+        mean = share @ values
+        moments[name] = mean, np.sqrt(share @ (values - mean) ** 2)
+    return log_joints.max(), moments
 
 
 @pytest.mark.slow
@@ -175,7 +168,7 @@ def test_map_is_the_highest_point_of_the_density_written_by_hand(grid, tmp_path,
     a, scale = -found["b"].item(), found["noise_scale"].item()
     here = log_joint(a, scale, data.embeddings)
     np.testing.assert_allclose(-tree["sample_stats/objective"].item(), here, atol=1e-9)
-    assert here >= grid.log_joint.max()
+    assert here >= grid[0]
     for step in ((1e-3, 0.0), (-1e-3, 0.0), (0.0, 1e-3), (0.0, -1e-3)):
         assert log_joint(a + step[0], scale + step[1], data.embeddings) < here
     printed = capsys.readouterr().out
@@ -230,7 +223,7 @@ def test_nuts_has_the_moments_of_the_sum_over_a_grid(grid, tmp_path, capsys):
     found = tree["posterior"].to_dataset()
     assert found["b"].shape == (2, 300)
     for name, draws in (("a", -found["b"].values), ("noise_scale", found["noise_scale"].values)):
-        mean, deviation = grid.moments(name)
+        mean, deviation = grid[1][name]
         # At least 100 of the 600 draws are worth an independent one.
         assert abs(draws.mean() - mean) < 4 * deviation / np.sqrt(100)
         np.testing.assert_allclose(draws.std(), deviation, rtol=0.35)
@@ -324,6 +317,4 @@ def test_bad_arguments_end_with_one_line_and_status_2(options, message, capsys):
     with pytest.raises(SystemExit) as info:
         cli.run(lambda: command.main(["infer", "--method", "map", *options]))
     assert info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    assert_refused(capsys, f"error: {message}")

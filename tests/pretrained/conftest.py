@@ -1,6 +1,7 @@
 import pytest
 
 from prob_transformer.__main__ import main
+from tests.support.error_lines import assert_refused
 from tests.support.foreign_models import TEXT
 
 
@@ -22,11 +23,7 @@ def refused(inspect, tmp_path, capsys):
 
     def check(model, word):
         assert inspect(model) == 2
-        told = capsys.readouterr()
-        assert told.out == ""
-        assert told.err.startswith("error: ")
-        assert told.err.count("\n") == 1
-        assert word in told.err
+        assert_refused(capsys, word)
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".*"))
 

