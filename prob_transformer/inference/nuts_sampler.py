@@ -16,6 +16,7 @@ import contextlib
 import enum
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -25,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.infer.util import potential_energy
 
 from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.change_of_variables import residual_and_log_det
@@ -32,9 +34,9 @@ from prob_transformer.files import provenance
 from prob_transformer.inference.chains import run_chains
 from prob_transformer.inference.embedding_sites import NOISE, position_scales, processes, through_noise
 from prob_transformer.inference.gauge import REMEDY, Gauge, gauges
-from prob_transformer.inference.joint import key_and_seed, negative_log_joint, observed_data, starting_point
+from prob_transformer.inference.joint import key_and_seed, observed_data, starting_point
 from prob_transformer.inference.law import NO_LAW, Law, law_of
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz, require_allowed
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed, to_inferencedata
 
 Embeddings = Literal["direct", "noise"]
 
@@ -182,20 +184,14 @@ class NutsResult(NamedTuple):
             "sample_stats": stats | {"lp": -stats["potential_energy"]},
             "observed_data": self.observed_data,
         }
-        noise = "embeddings" + NOISE
-        known: Dims = {}
-        if noise in self.posterior:
-            known = {noise: ("sequence", "position", "embedding_dim")[-(self.posterior[noise].ndim - 2) :]}
         attrs = provenance(self.seed, {"method": "nuts", **self.configuration}) | {
             "objective": "negative log joint in nats, density in unconstrained coordinates",
             "status": ", ".join(p.name.lower() for p in self.problems) or "ok",
             "law": self.law.line,
         }
-        return datatree({name: arrays for name, arrays in groups.items() if arrays}, {**known, **(dims or {})}, attrs)
+        return datatree({name: arrays for name, arrays in groups.items() if arrays}, dims, attrs)
 
-    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
-        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
-        return for_arviz(self.to_datatree(dims, **options))
+    to_inferencedata = to_inferencedata
 
 
 def _through_their_noise(trace: Mapping[str, Any], start: dict[str, Array]) -> dict[str, Array]:
@@ -237,7 +233,7 @@ def _law(model: Callable, args: tuple, kwargs: dict, values: dict[str, Any], sta
     return law_of(processes(trace), stats["certified"])
 
 
-_potential = eqx.filter_jit(negative_log_joint)
+_potential = eqx.filter_jit(potential_energy)
 
 
 def nuts(
@@ -329,8 +325,4 @@ def nuts(
         return result
     sampled = through_noise(model) if noise_sites else model
     last = {name: jnp.asarray(value[0, -1]) for name, value in unconstrained.items()}
-
-    def potential(point: Mapping[str, Array]) -> Array:
-        return _potential(sampled, args, kwargs, "unconstrained", dict(point))
-
-    return result._replace(gauges=gauges(potential, last, result.not_mixed))
+    return result._replace(gauges=gauges(partial(_potential, sampled, args, kwargs), last, result.not_mixed))

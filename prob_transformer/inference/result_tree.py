@@ -33,7 +33,11 @@ Group = Literal["posterior", "posterior_predictive", "log_likelihood", "sample_s
 Dims = Mapping[str, tuple[str, ...]]
 Allow = Collection[IntEnum] | Literal[True]
 
-_SITE_DIMS = {"embeddings": ("position", "embedding_dim"), "tokens": ("position",)}
+_SITE_DIMS = {
+    "embeddings": ("position", "embedding_dim"),
+    "embeddings_noise": ("position", "embedding_dim"),
+    "tokens": ("position",),
+}
 _REQUIRED_ATTRS = ("version", "seed", "objective")
 # What both formats hold without conversion; bfloat16, float16 and complex numbers are refused rather than cast.
 _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
@@ -153,6 +157,11 @@ def for_arviz(tree: DataTree) -> Any:
     import arviz
 
     return tree if int(arviz.__version__.split(".")[0]) >= 1 else arviz.InferenceData.from_datatree(tree)
+
+
+def to_inferencedata(result: Result, dims: Dims | None = None, **options: Any) -> Any:
+    """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
+    return for_arviz(result.to_datatree(dims, **options))
 
 
 def _engine(path: Path) -> Literal["h5netcdf", "zarr"]:

@@ -25,7 +25,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from prob_transformer._validation import require_count
 from prob_transformer.inference.gauge import REMEDY, gauges
 from prob_transformer.inference.joint import key_and_seed
-from prob_transformer.inference.laplace.curvature import Curvature, curvature_diagonal, curvature_matrix
+from prob_transformer.inference.laplace.curvature import (
+    Curvature,
+    Potential,
+    curvature_diagonal,
+    curvature_matrix,
+)
 from prob_transformer.inference.laplace.kronecker import Positions, sites_precision
 from prob_transformer.inference.laplace.low_rank import DiagonalPrecision, low_rank_precision
 from prob_transformer.inference.laplace.network import (
@@ -34,7 +39,6 @@ from prob_transformer.inference.laplace.network import (
     TrainedNetwork,
     network_laplace,
 )
-from prob_transformer.inference.laplace.potential import Potential
 from prob_transformer.inference.laplace.precision import (
     DensePrecision,
     FlatDirectionsError,

@@ -41,8 +41,13 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from prob_transformer._validation import require_count, require_finite
-from prob_transformer.inference.laplace.curvature import Curvature, block_of, curvature_diagonal, curvature_product
-from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.laplace.curvature import (
+    Curvature,
+    Potential,
+    block_of,
+    curvature_diagonal,
+    curvature_product,
+)
 from prob_transformer.inference.laplace.precision import BlockPrecision, Precision, require_definite
 
 Positions = Literal["apart", "signs", "together"]
