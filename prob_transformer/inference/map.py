@@ -35,7 +35,7 @@ from prob_transformer.inference.joint import (
 )
 from prob_transformer.inference.law import Law, law_of
 from prob_transformer.inference.minimise import Iterate, MapStatus, Minimum, minimise
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed, to_inferencedata
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 
 Signs = Callable[[Sites], Float[Array, "..."]]
 
@@ -159,8 +159,6 @@ class MapResult(NamedTuple):
             "law": self.law.line,
         }
         return datatree(groups, dims, attrs)
-
-    to_inferencedata = to_inferencedata
 
 
 def _one_draw(sites: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -36,7 +36,7 @@ from prob_transformer.inference.embedding_sites import NOISE, position_scales, p
 from prob_transformer.inference.gauge import REMEDY, Gauge, gauges
 from prob_transformer.inference.joint import key_and_seed, observed_data, starting_point
 from prob_transformer.inference.law import NO_LAW, Law, law_of
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed, to_inferencedata
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 
 Embeddings = Literal["direct", "noise"]
 
@@ -190,8 +190,6 @@ class NutsResult(NamedTuple):
             "law": self.law.line,
         }
         return datatree({name: arrays for name, arrays in groups.items() if arrays}, dims, attrs)
-
-    to_inferencedata = to_inferencedata
 
 
 def _through_their_noise(trace: Mapping[str, Any], start: dict[str, Array]) -> dict[str, Array]:

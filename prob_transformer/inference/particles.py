@@ -31,7 +31,7 @@ from prob_transformer.files import provenance
 from prob_transformer.inference.joint import key_and_seed
 from prob_transformer.inference.law import Law, law_of
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed, to_inferencedata
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 from prob_transformer.inference.smoothing import ancestral_indices, genealogy, smoothing_indices
 from prob_transformer.root_finder import SolveStatus
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
@@ -175,8 +175,6 @@ class ParticleResult(NamedTuple):
             "observed_data": {"tokens": self.tokens},
         }
         return datatree(groups, {**_STATS_DIMS, **(dims or {})}, attrs)
-
-    to_inferencedata = to_inferencedata
 
 
 def _smc() -> Any:

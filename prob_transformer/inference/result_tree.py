@@ -58,7 +58,6 @@ class Result(Protocol):
     @property
     def posterior(self) -> Mapping[str, Num[Any, "chain draw ..."]]: ...
     def to_datatree(self, dims: Dims | None = None, *, allow: Allow = ()) -> DataTree: ...
-    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any: ...
 
 
 def require_allowed(problems: Mapping[Any, str], allow: Allow, never: Collection[IntEnum] = ()) -> None:
@@ -157,11 +156,6 @@ def for_arviz(tree: DataTree) -> Any:
     import arviz
 
     return tree if int(arviz.__version__.split(".")[0]) >= 1 else arviz.InferenceData.from_datatree(tree)
-
-
-def to_inferencedata(result: Result, dims: Dims | None = None, **options: Any) -> Any:
-    """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
-    return for_arviz(result.to_datatree(dims, **options))
 
 
 def _engine(path: Path) -> Literal["h5netcdf", "zarr"]:

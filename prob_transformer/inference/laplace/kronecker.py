@@ -178,11 +178,6 @@ def softmax_root(logits: Float[Array, "n V"]) -> Float[Array, "n V V"]:
     return jax.vmap(jnp.diag)(root) - p[:, :, None] * root[:, None, :]
 
 
-def gaussian_root(logits: Float[Array, "n V"]) -> Float[Array, "n V V"]:
-    """S = I, of the loss |y - f|^2 / 2."""
-    return jnp.broadcast_to(jnp.eye(logits.shape[1], dtype=logits.dtype), (*logits.shape, logits.shape[1]))
-
-
 def combinations(positions: Positions, key: PRNGKeyArray, examples: int, length: int) -> Float[Array, "W R n"]:
     """The rows E of the module docstring for every example. Raises ValueError for an unknown name or an empty shape."""
     if positions not in get_args(Positions):

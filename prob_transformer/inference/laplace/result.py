@@ -26,7 +26,7 @@ from prob_transformer.inference.laplace.predictive import (
 from prob_transformer.inference.law import NO_LAW, Law, law_of
 from prob_transformer.inference.map import MapResult
 from prob_transformer.inference.minimise import MapStatus
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, to_inferencedata
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree
 from prob_transformer.sampling import named_solve_errors
 
 # A square matrix of this many rows takes 800 MB in float64.
@@ -205,5 +205,3 @@ class LaplaceResult(NamedTuple):
         }
         one_chain = jax.tree.map(lambda value: np.asarray(value)[None], groups)
         return datatree({**one_chain, "observed_data": self.mode.observed_data}, dims, attrs)
-
-    to_inferencedata = to_inferencedata
