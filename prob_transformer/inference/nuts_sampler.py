@@ -192,18 +192,6 @@ class NutsResult(NamedTuple):
         return datatree({name: arrays for name, arrays in groups.items() if arrays}, dims, attrs)
 
 
-def _through_their_noise(trace: Mapping[str, Any], start: dict[str, Array]) -> dict[str, Array]:
-    """The start with the noise that gives them in the place of latent embeddings, under the names of the noise."""
-    start, latent = dict(start), set(start)
-    for name, (process, value) in processes(trace).items():
-        if name in latent:
-            del start[name]
-            start[name + NOISE] = residual_and_log_det(process.attention, value).residual / position_scales(process)
-    if set(start) == latent:
-        raise ValueError("embeddings: is 'noise', but no latent site is an EmbeddingProcess; pass 'direct'.")
-    return start
-
-
 @contextlib.contextmanager
 def _listener(progress: Callable[[int], None] | bool, transitions: int) -> Iterator[Callable[[int], None] | None]:
     """What to tell of progress: the function given, a bar on standard error where that is a terminal, or nothing."""
@@ -276,10 +264,14 @@ def nuts(
     args, kwargs = model_args, dict(model_kwargs)
     point_key, run_key = jax.random.split(random_key)
     start, trace = starting_point(model, args, kwargs, init, point_key)
-    sites = set(start)
-    if embeddings == "noise":
-        start = _through_their_noise(trace, start)
-    noise_sites = tuple(sorted(sites - set(start)))
+    through = {name: found for name, found in processes(trace).items() if name in start and embeddings == "noise"}
+    if embeddings == "noise" and not through:
+        raise ValueError("embeddings: is 'noise', but no latent site is an EmbeddingProcess; pass 'direct'.")
+    noise_sites = tuple(sorted(through))
+    start = {name: value for name, value in start.items() if name not in through} | {
+        name + NOISE: residual_and_log_det(process.attention, value).residual / position_scales(process)
+        for name, (process, value) in through.items()
+    }
     given = {name + NOISE if name in noise_sites else name for name in init}
     # NumPyro draws momenta in JAX's default precision whatever that of the positions.
     start = {name: jnp.asarray(value, jnp.result_type(float)) for name, value in start.items()}
