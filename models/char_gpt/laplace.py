@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +32,6 @@ DRAWS, CHARACTERS = 32, 32_768
 _BINS = 15
 
 
-class Score(NamedTuple):
-    """Mean loss in nats a character, its standard error over windows (None for one), and the expected calibration
-    error."""
-
-    nats_per_character: float
-    standard_error: float | None
-    calibration_error: float
-
-
 def calibration_error(probabilities: Float[np.ndarray, "N V"], targets: Int[np.ndarray, " N"]) -> float:
     """Mean distance of accuracy from confidence over 15 equal bins of the largest probability, weighted by count."""
     confidence, hit = probabilities.max(-1), probabilities.argmax(-1) == targets
@@ -48,12 +39,16 @@ def calibration_error(probabilities: Float[np.ndarray, "N V"], targets: Int[np.n
     return float(np.abs(np.bincount(bins, confidence - hit, _BINS)).sum() / len(targets))
 
 
-def score(probabilities: Float[Any, "W n V"], targets: Int[np.ndarray, "W n"]) -> Score:
-    """How well probabilities predict the targets of several windows."""
+def score(probabilities: Float[Any, "W n V"], targets: Int[np.ndarray, "W n"]) -> dict[str, float | None]:
+    """How well probabilities predict the targets of several windows: the mean loss in nats a character, its standard
+    error over windows (None for one), and the expected calibration error."""
     p = np.asarray(probabilities, np.float64)
     losses = -np.log(np.take_along_axis(p, targets[..., None], -1))[..., 0].mean(-1)
-    error = calibration_error(p.reshape(-1, p.shape[-1]), np.ravel(targets))
-    return Score(float(losses.mean()), standard_error(losses), error)
+    return {
+        "nats_per_character": float(losses.mean()),
+        "standard_error": standard_error(losses),
+        "calibration_error": calibration_error(p.reshape(-1, p.shape[-1]), np.ravel(targets)),
+    }
 
 
 def training_windows(text: corpus.Corpus, config: Config, characters: int) -> Int[np.ndarray, "W n+1"]:
@@ -131,8 +126,6 @@ def main(options: argparse.Namespace, console: Console) -> None:
     if options.structure == "last-layer":
         predicted["linearised, probit"] = fit.probit_probabilities(examples)
     predicted[f"linearised, {options.draws} draws"] = found.probabilities
-    scores = {name: score(probabilities, targets) for name, probabilities in predicted.items()}
-    after_predictive = time.perf_counter()
 
     summary = {
         "structure": options.structure,
@@ -144,28 +137,28 @@ def main(options: argparse.Namespace, console: Console) -> None:
         "prior_precision_tuned": tau is None,
         "log_evidence": fit.log_evidence,
         **fit.evidence._asdict(),
-        "scores": {name: value._asdict() for name, value in scores.items()},
+        "scores": {name: score(probabilities, targets) for name, probabilities in predicted.items()},
         "seconds": {
             "curvature_and_evidence": after_evidence - started,
-            "predictive": after_predictive - after_evidence,
+            # After the scores, which wait for what JAX computes.
+            "predictive": time.perf_counter() - after_evidence,
         },
     }
     attrs = {**origin, "objective": f"{options.structure} Laplace of {config.method}", "laplace": summary}
     save(fit.to_datatree(found, targets, attrs), options.out)
-    _report(console, summary, scores, options.out)
+    _report(console, summary, options.out)
 
 
-def _report(console: Console, summary: dict[str, Any], scores: dict[str, Score], out: Path) -> None:
-    maps = summary["covered"]
+def _report(console: Console, summary: dict[str, Any], out: Path) -> None:
     console.print(
-        f"{summary['structure']}: {summary['parameters']:,} parameters in {', '.join(maps)}; embeddings and norms are "
-        f"taken as known. Prior precision {summary['prior_precision']:.4g}"
+        f"{summary['structure']}: {summary['parameters']:,} parameters in {', '.join(summary['covered'])}; "
+        f"embeddings and norms are taken as known. Prior precision {summary['prior_precision']:.4g}"
         f"{' (tuned)' if summary['prior_precision_tuned'] else ''}, log-evidence {summary['log_evidence']:.2f} nats of "
         f"{summary['training_characters']:,} training characters."
     )
     table = Table("prediction", "nats per character", "standard error", "calibration error")
-    for name, value in scores.items():
-        table.add_row(name, *("undefined" if x is None else f"{x:.4f}" for x in value))
+    for name, value in summary["scores"].items():
+        table.add_row(name, *("undefined" if x is None else f"{x:.4f}" for x in value.values()))
     console.print(table)
     seconds = summary["seconds"]
     console.print(

@@ -11,9 +11,8 @@ from prob_transformer.inference.law import Law
 from prob_transformer.inference.map import MapResult, find_map
 from prob_transformer.inference.minimise import MapStatus
 from prob_transformer.inference.nuts_sampler import NutsResult, NutsStatus, nuts
-from prob_transformer.inference.particles import ParticleResult, ParticleStatus, particle_filter
+from prob_transformer.inference.particles import ParticleResult, ParticleStatus, particle_filter, smooth
 from prob_transformer.inference.result_tree import Result, datatree, for_arviz, load, save
-from prob_transformer.inference.smoothing import smooth
 
 __all__ = [
     "Gauge",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import chisquare, norm
+from scipy.stats import chisquare
 
 from prob_transformer._validation import require_count
 
@@ -28,11 +28,6 @@ class Uniformity(NamedTuple):
     p_value: float
     shift: float
     width: float
-
-    @property
-    def p_value_of_width(self) -> float:
-        """Two-sided p-value of `width` alone."""
-        return float(2 * norm.sf(abs(self.width)))
 
 
 def ranks(truths: Float[np.ndarray, "R ..."], draws: Float[np.ndarray, "R L ..."]) -> Int[np.ndarray, "R ..."]:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -152,11 +153,9 @@ def _run(
     keys = jax.random.split(predictive_key, (chains, draws))
 
     # A few draws at a time: what describes one holds arrays of the size of the data and more.
-    def describe(draw: tuple[Sites, PRNGKeyArray]) -> tuple[Sites, Sites, Sites, Sites]:
-        return _describe(model, plain, args, kwargs, noise_sites, predictive, *draw)
-
+    describe = partial(_describe, model, plain, args, kwargs, noise_sites, predictive)
     values, likelihood, again, troubled = jax.vmap(
-        lambda chain: jax.lax.map(describe, chain, batch_size=_DESCRIBED_AT_ONCE)
+        lambda chain: jax.lax.map(lambda draw: describe(*draw), chain, batch_size=_DESCRIBED_AT_ONCE)
     )((unconstrained, keys))
     return unconstrained, stats | troubled, values, likelihood, again, found.all()
 

@@ -37,13 +37,6 @@ REMEDY = (
 )
 
 
-def _rotations(shape: tuple[int, ...], seed: int) -> Float[np.ndarray, "... p p"]:
-    """A random orthogonal matrix for every head: a reflection where p is 1."""
-    size = shape[-2]
-    drawn = np.random.default_rng(seed).normal(size=(*shape[:-1], size))
-    return np.linalg.qr(drawn).Q if size > 1 else -np.ones_like(drawn)
-
-
 def _directions(query: Float[np.ndarray, "... p d"], key: Float[np.ndarray, "... p d"]) -> int:
     """The dimension of the orbit of (W_Q, W_K) under rotations, over all heads.
 
@@ -71,7 +64,10 @@ def gauges(
 
     def rotate_together(pair: tuple[str, str]) -> bool:
         allowed = float(jnp.finfo(point[pair[0]].dtype).eps) ** 0.75 * (1 + abs(here))
-        turns = [_rotations(point[pair[0]].shape, seed) for seed in range(_ROTATIONS)]
+        *batch, size, _ = point[pair[0]].shape
+        drawn = [np.random.default_rng(seed).normal(size=(*batch, size, size)) for seed in range(_ROTATIONS)]
+        # Random orthogonal matrices for every head: reflections where p is 1.
+        turns = [np.linalg.qr(each).Q if size > 1 else -np.ones_like(each) for each in drawn]
         turned = [{name: jnp.asarray(turn @ point[name], point[name].dtype) for name in pair} for turn in turns]
         return all(abs(float(potential({**point, **sites})) - here) <= allowed for sites in turned)
 

@@ -42,11 +42,6 @@ def joint_and_trace(
     return value, run.trace
 
 
-def negative_log_joint(model: Callable, args: tuple, kwargs: dict, space: Space, point: Sites) -> Float[Array, ""]:
-    """Negative log joint in nats at unconstrained values of the latent sites; the space decides about the Jacobian."""
-    return joint_and_trace(model, args, kwargs, space, point)[0]
-
-
 def observed_data(trace: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The values of the observed sites of a trace, factors left out."""
     # A factor is a sample site of the distribution Unit, observed as an empty array.
@@ -60,13 +55,6 @@ def observed_data(trace: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def log_likelihood(trace: Mapping[str, dict[str, Any]]) -> dict[str, Float[Array, "..."]]:
     """The log density in nats of the observed sites of a trace, summed over the event of each alone."""
     return {name: trace[name]["fn"].log_prob(value) for name, value in observed_data(trace).items()}
-
-
-def require_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Refuse empty arrays by ValueError, before a model runs: NumPyro's plates fail an assertion without a name."""
-    for leaf in jax.tree.leaves((args, kwargs)):
-        if isinstance(leaf, (np.ndarray, jax.Array)) and leaf.size == 0:
-            raise ValueError(f"model: an argument has shape {leaf.shape}; pass at least one observation.")
 
 
 def key_and_seed(key: PRNGKeyArray | int | None, purpose: str) -> tuple[PRNGKeyArray, int | None]:
@@ -88,7 +76,10 @@ def starting_point(
     """
     if not isinstance(args, tuple):
         raise ValueError(f"model_args: got {type(args).__name__}; pass a tuple of the model's arguments, such as (y,).")
-    require_data(args, kwargs)
+    # Before the model runs: NumPyro's plates fail an assertion without a name.
+    for leaf in jax.tree.leaves((args, kwargs)):
+        if isinstance(leaf, (np.ndarray, jax.Array)) and leaf.size == 0:
+            raise ValueError(f"model: an argument has shape {leaf.shape}; pass at least one observation.")
     start: dict[str, Float[Array, "..."]] = {}
 
     def value_of(site: dict[str, Any]) -> Float[Array, "..."] | None:

@@ -34,20 +34,13 @@ _POSITIVE = "A + A^T has a positive eigenvalue, so with three or more positions 
 _SMALLEST_EXCESS = 1e-6
 
 
-class Certificate(NamedTuple):
+def certificate(attention: Attention) -> tuple[Float[Array, ""], Bool[Array, ""]]:
     """The largest eigenvalue of A + A^T over heads, and whether identity values and A + A^T <= 0, up to rounding, make
-    every conditional a probability density."""
-
-    eigenvalue: Float[Array, ""]
-    certified: Bool[Array, ""]
-
-
-def certificate(attention: Attention) -> Certificate:
-    """The certificate of the process that this attention defines."""
+    every conditional of the process that this attention defines a probability density."""
     symmetric = attention.interaction + attention.interaction.mT
     largest = jnp.linalg.eigvalsh(symmetric).max()
     rounding = _ROUNDING * attention.width * jnp.finfo(symmetric.dtype).eps * jnp.abs(symmetric).max()
-    return Certificate(largest, (largest <= rounding) & (attention.value is None))
+    return largest, (largest <= rounding) & (attention.value is None)
 
 
 def statistics(trace: Mapping[str, dict[str, Any]]) -> dict[str, Array]:
@@ -74,13 +67,12 @@ def conditional_mass(process: EmbeddingProcess, embeddings: Float[Array, "n 1"])
 class Law(NamedTuple):
     """Whether the likelihood of a result is certified to be a probability law.
 
-    `sites` are those of embedding processes; `share` (0 to 1) of the draws, or of the one point, are certified, None
-    for a model without such a site. `excess` is the mass above 1 of the last conditional, given the past of the first
-    sequence, at the draw that is furthest from certified: None where all are certified or d > 1. `value_maps` says that
-    the process has value maps, for which no certificate is computed.
+    `share` (0 to 1) of the draws, or of the one point, are certified, None for a model without an embedding process.
+    `excess` is the mass above 1 of the last conditional, given the past of the first sequence, at the draw that is
+    furthest from certified: None where all are certified or d > 1. `value_maps` says that the process has value maps,
+    for which no certificate is computed.
     """
 
-    sites: tuple[str, ...]
     share: float | None
     excess: float | None
     draws: int
@@ -110,7 +102,7 @@ class Law(NamedTuple):
         return f"{start}; the last conditional given its past has mass above 1 {size}{worst} (docs/limits.md)"
 
 
-NO_LAW = Law((), None, None, 1, False)
+NO_LAW = Law(None, None, 1, False)
 
 
 def law_of(found: Processes, certified: Bool[np.ndarray, "..."] | None = None) -> Law:
@@ -121,7 +113,7 @@ def law_of(found: Processes, certified: Bool[np.ndarray, "..."] | None = None) -
     if not found:
         return NO_LAW
     if certified is None:
-        certified = np.array([all(bool(certificate(process.attention).certified) for process, _ in found.values())])
+        certified = np.array([all(bool(certificate(process.attention)[1]) for process, _ in found.values())])
     share = float(np.mean(certified))
     masses = [
         float(conditional_mass(process, jnp.reshape(value, (-1, *value.shape[-2:]))[0]))
@@ -130,4 +122,4 @@ def law_of(found: Processes, certified: Bool[np.ndarray, "..."] | None = None) -
     ]
     excess = max(0.0, max(masses) - 1) if masses else None
     value_maps = any(process.attention.value is not None for process, _ in found.values())
-    return Law(tuple(found), share, excess, int(np.size(certified)), value_maps)
+    return Law(share, excess, int(np.size(certified)), value_maps)

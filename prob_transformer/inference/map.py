@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+from numpyro import handlers
 
 from prob_transformer._validation import require_count, require_positive
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.files import provenance
-from prob_transformer.inference.embedding_sites import Processes, processes
+from prob_transformer.inference.embedding_sites import processes
 from prob_transformer.inference.joint import (
     Sites,
     Space,
@@ -32,13 +33,11 @@ from prob_transformer.inference.joint import (
     observed_data,
     starting_point,
 )
-from prob_transformer.inference.law import NO_LAW, Law, law_of
+from prob_transformer.inference.law import Law, law_of
 from prob_transformer.inference.minimise import Iterate, MapStatus, Minimum, minimise
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz, require_allowed
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 
 Signs = Callable[[Sites], Float[Array, "..."]]
-# Parameters, log-likelihood and data by site, and the embedding processes.
-_AtPoint = tuple[dict[str, Array], dict[str, Array], dict[str, Array], Processes]
 
 _REMEDY = {
     MapStatus.MAX_STEPS: (
@@ -71,8 +70,7 @@ class MapResult(NamedTuple):
     they crossed det = 0; `signs` of all determinants that were watched, at the end, empty if there were none;
     `predicted_decrease`, by how many nats a quasi-Newton step would lower the objective, infinite where steps were
     still long; `at_rounding`, whether the rounding of the dtype ended the search before the gradient fell to the
-    `tolerance`, which `note` then says; `law`, whether the likelihood at the point is certified to be a probability
-    law.
+    `tolerance`, which `note` then says. `log_likelihood` and `law` run the model once more, at the point.
     """
 
     model: Callable
@@ -87,13 +85,11 @@ class MapResult(NamedTuple):
     steps: int
     crossings: int
     signs: Float[Array, " s"]
-    log_likelihood: dict[str, Float[Array, "..."]]
     observed_data: dict[str, Num[Array, "..."]]
     seed: int | None
     tolerance: float
     predicted_decrease: float = 0.0
     at_rounding: bool = False
-    law: Law = NO_LAW
 
     @property
     def converged(self) -> bool:
@@ -120,6 +116,21 @@ class MapResult(NamedTuple):
     def posterior(self) -> dict[str, Float[np.ndarray, "1 1 ..."]]:
         """The parameters as one chain with one draw."""
         return _one_draw(self.parameters)
+
+    @property
+    def _trace(self) -> dict[str, dict[str, Any]]:
+        at_point = handlers.substitute(self.model, data=self.parameters)
+        return handlers.trace(at_point).get_trace(*self.model_args, **self.model_kwargs)
+
+    @property
+    def log_likelihood(self) -> dict[str, Float[Array, "..."]]:
+        """The log density in nats of every observed site, summed over its event alone."""
+        return log_likelihood(self._trace)
+
+    @property
+    def law(self) -> Law:
+        """Whether the likelihood at the point is certified to be a probability law."""
+        return law_of(processes(self._trace))
 
     def to_datatree(self, dims: Dims | None = None, *, allow: Allow = ()) -> DataTree:
         """The point as one chain with one draw, in the groups posterior, log_likelihood, sample_stats, observed_data.
@@ -149,10 +160,6 @@ class MapResult(NamedTuple):
         }
         return datatree(groups, dims, attrs)
 
-    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
-        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
-        return for_arviz(self.to_datatree(dims, **options))
-
 
 def _one_draw(sites: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value)[None, None] for name, value in sites.items()}
@@ -168,25 +175,24 @@ def _search(
     start: Sites,
     tolerance: Float[Array, ""],
     max_steps: Int[Array, ""],
-) -> tuple[Minimum, dict[str, Array], _AtPoint]:
+) -> tuple[Minimum, dict[str, Array], dict[str, Array]]:
     # One compilation a model, space and shapes: all that changes between calls comes in as an argument.
     flat, unravel = ravel_pytree(start)
 
-    def density(point: Float[Array, " k"]) -> tuple[Float[Array, ""], _AtPoint]:
+    def density(point: Float[Array, " k"]) -> tuple[Float[Array, ""], tuple[dict[str, Array], Float[Array, " s"]]]:
         value, trace = joint_and_trace(model, args, kwargs, space, unravel(point))
         parameters = {name: trace[name]["value"] for name in start}
-        return value, (parameters, log_likelihood(trace), observed_data(trace), processes(trace))
+        found = processes({name: trace[name] for name in start}).values()
+        watched = [residual_and_log_det(process.attention, here).sign for process, here in found]
+        watched = watched if signs is None else [signs(parameters), *watched]
+        flat_signs = jnp.concatenate([jnp.ravel(each) for each in watched]) if watched else jnp.zeros(0)
+        return value, (parameters, flat_signs)
 
     # Traced once, however often the search calls it.
     @jax.jit
-    def evaluate(point: Float[Array, " k"]) -> tuple[Iterate, _AtPoint]:
-        (value, here), gradient = jax.value_and_grad(density, has_aux=True)(point)
-        parameters, *_, found = here
-        watched = [] if signs is None else [signs(parameters)]
-        latent = [found[name] for name in found if name in start]
-        watched += [residual_and_log_det(process.attention, value).sign for process, value in latent]
-        flat_signs = jnp.concatenate([jnp.ravel(each) for each in watched]) if watched else jnp.zeros(0)
-        return Iterate(point, value, gradient, flat_signs), here
+    def evaluate(point: Float[Array, " k"]) -> tuple[Iterate, dict[str, Array]]:
+        (value, (parameters, flat_signs)), gradient = jax.value_and_grad(density, has_aux=True)(point)
+        return Iterate(point, value, gradient, flat_signs), parameters
 
     found = minimise(lambda point: evaluate(point)[0], flat, tolerance, max_steps)
     return found, unravel(found.iterate.point), evaluate(found.iterate.point)[1]
@@ -227,8 +233,8 @@ def find_map(
     require_positive("tolerance", tolerance)
     random_key, seed = (None, None) if key is None else key_and_seed(key, "the random start")
     kwargs = dict(model_kwargs)
-    start, _ = starting_point(model, model_args, kwargs, init, random_key)
-    found, unconstrained, (parameters, likelihood, observed, at_end) = _search(
+    start, trace = starting_point(model, model_args, kwargs, init, random_key)
+    found, unconstrained, parameters = _search(
         model, model_args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
     )
     last = found.iterate
@@ -245,11 +251,9 @@ def find_map(
         steps=int(found.steps),
         crossings=int(found.crossings),
         signs=last.signs,
-        log_likelihood=likelihood,
-        observed_data=observed,
+        observed_data=jax.tree.map(jnp.asarray, observed_data(trace)),
         seed=seed,
         tolerance=tolerance,
         predicted_decrease=float(found.predicted_decrease),
         at_rounding=bool(found.at_rounding),
-        law=law_of(at_end),
     )

@@ -16,6 +16,7 @@ import contextlib
 import enum
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -25,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.infer.util import potential_energy
 
 from prob_transformer._validation import is_concrete, require_count
 from prob_transformer.change_of_variables import residual_and_log_det
@@ -32,9 +34,9 @@ from prob_transformer.files import provenance
 from prob_transformer.inference.chains import run_chains
 from prob_transformer.inference.embedding_sites import NOISE, position_scales, processes, through_noise
 from prob_transformer.inference.gauge import REMEDY, Gauge, gauges
-from prob_transformer.inference.joint import key_and_seed, negative_log_joint, observed_data, starting_point
+from prob_transformer.inference.joint import key_and_seed, observed_data, starting_point
 from prob_transformer.inference.law import NO_LAW, Law, law_of
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz, require_allowed
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 
 Embeddings = Literal["direct", "noise"]
 
@@ -182,32 +184,12 @@ class NutsResult(NamedTuple):
             "sample_stats": stats | {"lp": -stats["potential_energy"]},
             "observed_data": self.observed_data,
         }
-        noise = "embeddings" + NOISE
-        known: Dims = {}
-        if noise in self.posterior:
-            known = {noise: ("sequence", "position", "embedding_dim")[-(self.posterior[noise].ndim - 2) :]}
         attrs = provenance(self.seed, {"method": "nuts", **self.configuration}) | {
             "objective": "negative log joint in nats, density in unconstrained coordinates",
             "status": ", ".join(p.name.lower() for p in self.problems) or "ok",
             "law": self.law.line,
         }
-        return datatree({name: arrays for name, arrays in groups.items() if arrays}, {**known, **(dims or {})}, attrs)
-
-    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
-        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
-        return for_arviz(self.to_datatree(dims, **options))
-
-
-def _through_their_noise(trace: Mapping[str, Any], start: dict[str, Array]) -> dict[str, Array]:
-    """The start with the noise that gives them in the place of latent embeddings, under the names of the noise."""
-    start, latent = dict(start), set(start)
-    for name, (process, value) in processes(trace).items():
-        if name in latent:
-            del start[name]
-            start[name + NOISE] = residual_and_log_det(process.attention, value).residual / position_scales(process)
-    if set(start) == latent:
-        raise ValueError("embeddings: is 'noise', but no latent site is an EmbeddingProcess; pass 'direct'.")
-    return start
+        return datatree({name: arrays for name, arrays in groups.items() if arrays}, dims, attrs)
 
 
 @contextlib.contextmanager
@@ -237,7 +219,7 @@ def _law(model: Callable, args: tuple, kwargs: dict, values: dict[str, Any], sta
     return law_of(processes(trace), stats["certified"])
 
 
-_potential = eqx.filter_jit(negative_log_joint)
+_potential = eqx.filter_jit(potential_energy)
 
 
 def nuts(
@@ -282,10 +264,14 @@ def nuts(
     args, kwargs = model_args, dict(model_kwargs)
     point_key, run_key = jax.random.split(random_key)
     start, trace = starting_point(model, args, kwargs, init, point_key)
-    sites = set(start)
-    if embeddings == "noise":
-        start = _through_their_noise(trace, start)
-    noise_sites = tuple(sorted(sites - set(start)))
+    through = {name: found for name, found in processes(trace).items() if name in start and embeddings == "noise"}
+    if embeddings == "noise" and not through:
+        raise ValueError("embeddings: is 'noise', but no latent site is an EmbeddingProcess; pass 'direct'.")
+    noise_sites = tuple(sorted(through))
+    start = {name: value for name, value in start.items() if name not in through} | {
+        name + NOISE: residual_and_log_det(process.attention, value).residual / position_scales(process)
+        for name, (process, value) in through.items()
+    }
     given = {name + NOISE if name in noise_sites else name for name in init}
     # NumPyro draws momenta in JAX's default precision whatever that of the positions.
     start = {name: jnp.asarray(value, jnp.result_type(float)) for name, value in start.items()}
@@ -329,8 +315,4 @@ def nuts(
         return result
     sampled = through_noise(model) if noise_sites else model
     last = {name: jnp.asarray(value[0, -1]) for name, value in unconstrained.items()}
-
-    def potential(point: Mapping[str, Array]) -> Array:
-        return _potential(sampled, args, kwargs, "unconstrained", dict(point))
-
-    return result._replace(gauges=gauges(potential, last, result.not_mixed))
+    return result._replace(gauges=gauges(partial(_potential, sampled, args, kwargs), last, result.not_mixed))

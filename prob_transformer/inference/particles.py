@@ -31,7 +31,7 @@ from prob_transformer.files import provenance
 from prob_transformer.inference.joint import key_and_seed
 from prob_transformer.inference.law import Law, law_of
 from prob_transformer.inference.proposals import PROPOSALS, ProposalName
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz, require_allowed
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 from prob_transformer.inference.smoothing import ancestral_indices, genealogy, smoothing_indices
 from prob_transformer.root_finder import SolveStatus
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
@@ -119,7 +119,8 @@ class ParticleResult(NamedTuple):
     def _draw(
         self, indices_of: Callable[..., Int[Array, "draws n"]], key: PRNGKeyArray | None, draws: int
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        indices = indices_of(jax.random.fold_in(self.key, _DRAWS) if key is None else key, self, draws)
+        key = jax.random.fold_in(self.key, _DRAWS) if key is None else key
+        indices = indices_of(key, draws, self.process, self.filtered, self.filtered_log_weights, self.ancestors)
         rows = jnp.arange(self.filtered.shape[0])
         log_likelihood = {"tokens": self.log_likelihood[rows, indices][None]}
         return {"embeddings": self.filtered[rows, indices][None]}, log_likelihood
@@ -174,10 +175,6 @@ class ParticleResult(NamedTuple):
             "observed_data": {"tokens": self.tokens},
         }
         return datatree(groups, {**_STATS_DIMS, **(dims or {})}, attrs)
-
-    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
-        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
-        return for_arviz(self.to_datatree(dims, **options))
 
 
 def _smc() -> Any:
@@ -336,3 +333,18 @@ def particle_filter(
     require_vocabulary(tokens, _require_decoder(decoder, attention.width, dtype))
     found = _filter(process, decoder, tokens, random_key, jnp.asarray(threshold, dtype), particles, proposal)
     return found._replace(seed=seed)
+
+
+def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array, "draws n d"]:
+    """`draws` paths of embeddings given all tokens, each of equal weight, independent given the particles.
+
+    Their law tends to the posterior as the particles grow in number; past the boundary that holds for the "direct"
+    proposal only, because the weights are those of the |det J| density. Raises ValueError for fewer than one draw and
+    for a result whose particles all died. Equation: smoothing.
+    """
+    require_count("draws", draws, 1, "the number of paths")
+    if is_concrete(result.log_evidence) and not (result.log_evidence > -jnp.inf).all():
+        raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
+    if key is None:
+        raise ValueError("key: got None; pass a JAX random key.")
+    return result._draw(smoothing_indices, key, draws)[0]["embeddings"][0]

@@ -33,7 +33,11 @@ Group = Literal["posterior", "posterior_predictive", "log_likelihood", "sample_s
 Dims = Mapping[str, tuple[str, ...]]
 Allow = Collection[IntEnum] | Literal[True]
 
-_SITE_DIMS = {"embeddings": ("position", "embedding_dim"), "tokens": ("position",)}
+_SITE_DIMS = {
+    "embeddings": ("position", "embedding_dim"),
+    "embeddings_noise": ("position", "embedding_dim"),
+    "tokens": ("position",),
+}
 _REQUIRED_ATTRS = ("version", "seed", "objective")
 # What both formats hold without conversion; bfloat16, float16 and complex numbers are refused rather than cast.
 _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
@@ -54,7 +58,6 @@ class Result(Protocol):
     @property
     def posterior(self) -> Mapping[str, Num[Any, "chain draw ..."]]: ...
     def to_datatree(self, dims: Dims | None = None, *, allow: Allow = ()) -> DataTree: ...
-    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any: ...
 
 
 def require_allowed(problems: Mapping[Any, str], allow: Allow, never: Collection[IntEnum] = ()) -> None:

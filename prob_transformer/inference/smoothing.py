@@ -9,19 +9,13 @@ and u_i = u_i^k. Every position of the future sees the candidate past, so its wh
 candidate: O(N n^2) per position and path, O(N n^3) per path. For short sequences.
 """
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._validation import is_concrete, require_count
-
-if TYPE_CHECKING:
-    from prob_transformer.inference.particles import ParticleResult
+from prob_transformer.embedding_process import EmbeddingProcess
 
 
 def genealogy(
@@ -37,50 +31,50 @@ def genealogy(
     return jax.lax.scan(back, indices, rows, reverse=True)[1]
 
 
-@partial(jax.jit, static_argnums=2)
-def ancestral_indices(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Int[Array, "draws n"]:
+@partial(jax.jit, static_argnums=1)
+def ancestral_indices(
+    key: PRNGKeyArray,
+    draws: int,
+    process: EmbeddingProcess,
+    filtered: Float[Array, "n N d"],
+    log_weights: Float[Array, "n N"],
+    ancestors: Int[Array, "n N"],
+) -> Int[Array, "draws n"]:
     """Particles of each position that `draws` paths, drawn by the last weights, go through."""
-    last = jax.random.categorical(key, result.log_weights, shape=(draws,))
-    return genealogy(result.ancestors, last, result.ancestors.shape[0] - 1).T
+    last = jax.random.categorical(key, log_weights[-1], shape=(draws,))
+    return genealogy(ancestors, last, ancestors.shape[0] - 1).T
 
 
-@partial(jax.jit, static_argnums=2)
-def smoothing_indices(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Int[Array, "draws n"]:
-    """Particles of each position that `draws` paths, drawn by backward simulation, go through."""
-    length, particles, width = result.filtered.shape
+@partial(jax.jit, static_argnums=1)
+def smoothing_indices(
+    key: PRNGKeyArray,
+    draws: int,
+    process: EmbeddingProcess,
+    filtered: Float[Array, "n N d"],
+    log_weights: Float[Array, "n N"],
+    ancestors: Int[Array, "n N"],
+) -> Int[Array, "draws n"]:
+    """Particles of each position that `draws` paths, drawn by backward simulation, go through.
+
+    `filtered` are the particles as they were at each position, with their weights then, in nats, and the particle of
+    the position before that each descends from.
+    """
+    length, particles, width = filtered.shape
     positions = jnp.arange(length)
 
     def step(carry: Float[Array, "draws n d"], inputs: tuple[Array, Array, PRNGKeyArray]) -> tuple[Array, Array]:
         position, log_weights, key = inputs
-        pasts = jnp.swapaxes(
-            result.filtered[positions[:, None], genealogy(result.ancestors, jnp.arange(particles), position)], 0, 1
-        )
+        paths = genealogy(ancestors, jnp.arange(particles), position)
+        pasts = jnp.swapaxes(filtered[positions[:, None], paths], 0, 1)
 
         def one_path(path_and_key: tuple[Float[Array, "n d"], PRNGKeyArray]) -> tuple[Array, Array]:
             path, key = path_and_key
             candidates = jnp.where((positions <= position)[:, None], pasts, path)
-            log_density = result.process.position_log_prob(candidates)
-            log_future = jnp.where(positions > position, log_density, 0.0).sum(-1)
+            log_future = jnp.where(positions > position, process.position_log_prob(candidates), 0.0).sum(-1)
             chosen = jax.random.categorical(key, log_weights + log_future)
             return path.at[position].set(pasts[chosen, position]), chosen
 
         return jax.lax.map(one_path, (carry, jax.random.split(key, draws)))
 
-    blank = jnp.zeros((draws, length, width), result.filtered.dtype)
-    inputs = positions, result.filtered_log_weights, jax.random.split(key, length)
-    return jax.lax.scan(step, blank, inputs, reverse=True)[1].T
-
-
-def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array, "draws n d"]:
-    """`draws` paths of embeddings given all tokens, each of equal weight, independent given the particles.
-
-    Their law tends to the posterior as the particles grow in number; past the boundary that holds for the "direct"
-    proposal only, because the weights are those of the |det J| density. Raises ValueError for fewer than one draw and
-    for a result whose particles all died. Equation: module docstring.
-    """
-    require_count("draws", draws, 1, "the number of paths")
-    if is_concrete(result.log_evidence) and not (result.log_evidence > -jnp.inf).all():
-        raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
-    if key is None:
-        raise ValueError("key: got None; pass a JAX random key.")
-    return result.filtered[jnp.arange(result.filtered.shape[0]), smoothing_indices(key, result, draws)]
+    blank = jnp.zeros((draws, length, width), filtered.dtype)
+    return jax.lax.scan(step, blank, (positions, log_weights, jax.random.split(key, length)), reverse=True)[1].T

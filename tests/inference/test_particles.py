@@ -189,8 +189,7 @@ def signed(below, above, tokens=(0, 1, 0), threshold=0.0, count=16):
 
 def test_an_impossible_token_kills_all_and_an_improbable_one_does_not():
     result = signed([0.0, -np.inf], [0.0, -np.inf], threshold=0.5)
-    assert result.status == ParticleStatus.ALL_DIED
-    assert result.log_evidence == -np.inf
+    assert (result.status, result.log_evidence) == (ParticleStatus.ALL_DIED, -np.inf)
     assert np.isneginf(np.asarray(result.log_weights)).all()
     np.testing.assert_array_equal(np.asarray(result.ess) > 0, [True, False, False])
     np.testing.assert_array_equal(result.distinct, 0)
@@ -282,8 +281,7 @@ def test_one_compilation_serves_other_keys_tokens_parameters_scales_and_threshol
 
     once = run(0, -2.0, [0, 1, 0], 1.0, 0.5)
     assert once > 0
-    assert run(1, 0.1, [2, 1, 1], 0.5, 0.0) == once
-    assert run(2, -1.0, [1, 1, 1], 2.0, 1) == once
+    assert (run(1, 0.1, [2, 1, 1], 0.5, 0.0), run(2, -1.0, [1, 1, 1], 2.0, 1)) == (once, once)
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,7 @@ def test_the_tree_holds_draws_and_the_run_and_comes_back_from_a_file(tmp_path, s
     save(result.to_datatree(draws=50, paths=paths), tmp_path / f"particles{suffix}")
     tree = load(tmp_path / f"particles{suffix}")
     u = tree["posterior/embeddings"]
-    assert u.dims == ("chain", "draw", "position", "embedding_dim")
-    assert u.shape == (1, 50, 3, 1)
+    assert (u.dims, u.shape) == (("chain", "draw", "position", "embedding_dim"), (1, 50, 3, 1))
     for i in range(3):
         assert set(u.values[0, :, i, 0]) <= set(np.asarray(result.filtered)[i, :, 0])
         by_hand = np.log(token_probability(u.values[0, :, i, 0], TOKENS[i]))
@@ -86,8 +85,7 @@ def test_the_tree_holds_draws_and_the_run_and_comes_back_from_a_file(tmp_path, s
         assert stats[name].dims == ("chain", "draw", "position")
         np.testing.assert_array_equal(stats[name].values[0, 0], getattr(result, name))
     np.testing.assert_array_equal(tree["observed_data/tokens"], TOKENS)
-    assert tree.attrs["seed"] == "6"
-    assert tree.attrs["status"] == "ok"
+    assert (tree.attrs["seed"], tree.attrs["status"]) == ("6", "ok")
     assert tree.attrs["version"]
     assert "log p(embeddings, tokens)" in tree.attrs["objective"]
 

@@ -33,7 +33,6 @@ def mode_at(unconstrained, model, *args, **kwargs):
         steps=1,
         crossings=0,
         signs=jnp.zeros(0),
-        log_likelihood={},
         observed_data=observed,
         seed=None,
         tolerance=1e-9,

@@ -1,7 +1,7 @@
 """Laplace's approximation of a posterior: a Gaussian at its mode, in unconstrained coordinates.
 
-Read in this order: precision (what a structure is), potential (what is approximated, split in likelihood and rest),
-curvature, then the structures low_rank, kronecker and last_layer (of networks), predictive, result,
+Read in this order: precision (what a structure is), curvature (of the potential that is approximated, split in
+likelihood and rest), then the structures low_rank, kronecker and last_layer (of networks), predictive, result,
 tuning (the precision of the prior), network, and fit, which puts them together.
 """
 

@@ -1,25 +1,40 @@
-"""The curvature P of the potential at the mode, as products with vectors; no matrix larger than asked for is formed.
+"""The potential around a mode as a function U(z) of the flat vector of the approximated sites, and its curvature P.
+
+    U(z) = loss(f(z)) + rest(z)
 
     hessian    P = d^2 U / dz^2
     ggn        P = J^T (d^2 loss / df^2) J + d^2 rest / dz^2,      J = df/dz
 
-The generalised Gauss-Newton curvature drops the second derivatives of f, the parameters that the data's distributions
-are given: for logits, or a mean with a fixed scale, its likelihood part has no negative eigenvalue. It depends on which
-parameters these are, and is indefinite where the loss is not convex in them (a mean and its scale together).
+f(z) are the parameters of the distributions of the data (logits, a mean), loss the negative log-likelihood as a
+function of them, and rest the negative log density of the latent sites and factors less log|d theta / d z|. Sites that
+are not chosen are held at the mode. The parameters in z are ordered by the names of their sites, each site row by row.
+
+The generalised Gauss-Newton curvature drops the second derivatives of f: for logits, or a mean with a fixed scale, its
+likelihood part has no negative eigenvalue. It depends on which parameters these are, and is indefinite where the loss
+is not convex in them (a mean and its scale together). P is given as products with vectors; no matrix larger than asked
+for is formed.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
+from numpyro import handlers
+from numpyro.primitives import Messenger
 
-from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.embedding_sites import embedding_process
+from prob_transformer.inference.joint import joint_and_trace, observed_data
 from prob_transformer.inference.laplace.precision import Precision
 
+Parameters = list[Float[Array, "..."]]
+Arguments = tuple[tuple, dict[str, Any]]
+Trace = dict[str, dict[str, Any]]
 Curvature = Literal["hessian", "ggn"]
 Product = Callable[[Float[Array, " k"]], Float[Array, " k"]]
 
@@ -29,10 +44,91 @@ _SIDE_BY_SIDE = 64
 _ROUNDING = 8
 
 
+class _Model(Messenger):
+    """The same model, refused where JAX cannot make a linear map of its gradient; without its likelihood if asked:
+    data then keep their values and get the log-density 0."""
+
+    def __init__(self, model: Callable, *, likelihood: bool = True):
+        super().__init__(model)
+        self.likelihood = likelihood
+
+    def process_message(self, msg: Any) -> None:
+        process = embedding_process(msg)
+        if process is not None and process.implementation == "blocked":
+            raise ValueError(
+                f"model: site {msg['name']!r} has implementation='blocked', whose gradient cannot be linearised; pass "
+                "implementation='reference', which has the same density: to find_map, or to the model of its result "
+                "by mode._replace(model_kwargs=...)."
+            )
+        if not self.likelihood and observed_data({"": msg}):
+            msg["fn"] = msg["fn"].mask(False)
+
+
+class Potential(eqx.Module):
+    """A NumPyro model with its arguments, and the unconstrained mode: `mean` of the sites that vary, others `held`."""
+
+    model: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    mean: dict[str, Float[Array, "..."]]
+    held: dict[str, Float[Array, "..."]]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that vary, in the order of the parameters."""
+        return tuple(sorted(self.mean))
+
+    def centre(self) -> Float[Array, " k"]:
+        """The mean as a flat vector."""
+        return ravel_pytree(self.mean)[0]
+
+    def site_values(self, z: Float[Array, " k"]) -> dict[str, Float[Array, "..."]]:
+        """Unconstrained values of the sites that vary."""
+        return ravel_pytree(self.mean)[1](z)
+
+    def value(self, z: Float[Array, " k"], *, likelihood: bool = True) -> Float[Array, ""]:
+        """U(z) in nats, or rest(z) without the likelihood."""
+        model, point = _Model(self.model, likelihood=likelihood), {**self.held, **self.site_values(z)}
+        return joint_and_trace(model, self.args, self.kwargs, "unconstrained", point)[0]
+
+    def trace(self, z: Float[Array, " k"], arguments: Arguments | None = None) -> Trace:
+        """NumPyro's trace of the model at z, also when called with other arguments, which may leave out the data."""
+        args, kwargs = arguments or (self.args, self.kwargs)
+        # The seed is for these; nothing here depends on what is drawn for them.
+        model = handlers.seed(self.model, jax.random.key(0))
+        return joint_and_trace(model, args, kwargs, "unconstrained", {**self.held, **self.site_values(z)})[1]
+
+    def outputs(self) -> tuple[Callable[[Float[Array, " k"]], Parameters], Callable[[Parameters], Float[Array, ""]]]:
+        """f and loss, so that U = loss(f(z)) + rest(z)."""
+
+        def data(z: Float[Array, " k"]) -> list[tuple[Any, Num[Array, "..."], Any]]:
+            """Distribution, value and plates' scale of every observed site."""
+            trace = self.trace(z)
+            return [(trace[name]["fn"], value, trace[name]["scale"]) for name, value in observed_data(trace).items()]
+
+        # By leaves: NumPyro's masked distributions do not survive a tree of booleans in their place.
+        fixed, structure = jax.tree.flatten(data(self.centre()))
+        floating = [index for index, leaf in enumerate(fixed) if eqx.is_inexact_array(leaf)]
+
+        def parameters(z: Float[Array, " k"]) -> Parameters:
+            leaves = jax.tree.leaves(data(z))
+            return [leaves[index] for index in floating]
+
+        def loss(outputs: Parameters) -> Float[Array, ""]:
+            leaves = list(fixed)
+            for index, output in zip(floating, outputs, strict=True):
+                leaves[index] = output
+            sites = jax.tree.unflatten(structure, leaves)
+            terms = [jnp.sum(fn.log_prob(value)) * (1.0 if scale is None else scale) for fn, value, scale in sites]
+            return -jnp.asarray(sum(terms, start=0.0))
+
+        return parameters, loss
+
+
 def curvature_product(potential: Potential, curvature: Curvature | None) -> Product:
     """v -> P v for the curvature named; for None d^2 rest / dz^2, that of the prior, factors and transforms alone."""
     z = potential.centre()
-    value = potential.value if curvature == "hessian" else potential.rest
+    value = partial(potential.value, likelihood=curvature == "hessian")
     product = jax.linearize(jax.grad(value), z)[1]
     if curvature != "ggn":
         return product

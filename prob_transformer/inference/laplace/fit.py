@@ -14,8 +14,8 @@ each structure keeps of P:
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, overload
+from collections.abc import Sequence
+from typing import Literal, get_args, overload
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -25,7 +25,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from prob_transformer._validation import require_count
 from prob_transformer.inference.gauge import REMEDY, gauges
 from prob_transformer.inference.joint import key_and_seed
-from prob_transformer.inference.laplace.curvature import Curvature, curvature_diagonal, curvature_matrix
+from prob_transformer.inference.laplace.curvature import (
+    Curvature,
+    Potential,
+    curvature_diagonal,
+    curvature_matrix,
+)
 from prob_transformer.inference.laplace.kronecker import Positions, sites_precision
 from prob_transformer.inference.laplace.low_rank import DiagonalPrecision, low_rank_precision
 from prob_transformer.inference.laplace.network import (
@@ -34,7 +39,6 @@ from prob_transformer.inference.laplace.network import (
     TrainedNetwork,
     network_laplace,
 )
-from prob_transformer.inference.laplace.potential import Potential
 from prob_transformer.inference.laplace.precision import (
     DensePrecision,
     FlatDirectionsError,
@@ -52,9 +56,7 @@ _SUSPICIOUS: dict[Curvature, float] = {"hessian": 0.25, "ggn": 0.5}
 _OF_A_MODEL = ("full", "diagonal", "low-rank", "kronecker")
 
 
-def _require_mode(mode: MapResult | TrainedNetwork) -> None:
-    if isinstance(mode, TrainedNetwork):
-        return
+def _require_mode(mode: MapResult) -> None:
     if not isinstance(mode, MapResult):
         raise ValueError(f"mode: got {type(mode).__name__}; pass the result of find_map, or a TrainedNetwork.")
     if not mode.converged:
@@ -67,21 +69,6 @@ def _require_mode(mode: MapResult | TrainedNetwork) -> None:
             f"mode: is one of the density in {mode.space} coordinates; call find_map with space='unconstrained', the "
             "coordinates in which the posterior is approximated."
         )
-
-
-def _require_choice(option: str, given: Any, choices: Sequence[str]) -> None:
-    if given not in choices:
-        raise ValueError(f"{option}: got {given!r}; pass one of {', '.join(choices)}.")
-
-
-def _split(
-    point: Mapping[str, Float[Array, "..."]], sites: Sequence[str] | None
-) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, "..."]]]:
-    """The values of the chosen sites, all by default, and those of the others."""
-    chosen = list(point) if sites is None else sites
-    if isinstance(chosen, str) or not chosen or set(chosen) - set(point) or len(set(chosen)) != len(chosen):
-        raise ValueError(f"sites: got {sites!r}; pass different names out of the latent sites {sorted(point)}.")
-    return {name: point[name] for name in chosen}, {name: point[name] for name in point if name not in chosen}
 
 
 def _require_rank(rank: int | None, structure: Structure, size: int) -> None:
@@ -179,19 +166,25 @@ def laplace(
     FlatDirectionsError, one of these, names and counts the directions that are flat because two sites, W_Q and W_K,
     enter only up to a common rotation. "diagonal" and "kronecker" see no more of it than their entries or blocks.
     """
-    _require_mode(mode)
     of_network = isinstance(mode, TrainedNetwork)
     foreign = {"sites": sites, "rank": rank} if of_network else {"prior_precision": prior_precision}
     for option, given in foreign.items():
         if given is not None:
             raise ValueError(f"{option}: is no option for a {type(mode).__name__}; leave it out.")
+    structures = get_args(NetworkStructure) if of_network else _OF_A_MODEL
+    choices = (("structure", structure, structures), ("curvature", curvature, get_args(Curvature)))
+    for option, chosen, allowed in choices:
+        if chosen not in allowed:
+            raise ValueError(f"{option}: got {chosen!r}; pass one of {', '.join(allowed)}.")
     if isinstance(mode, TrainedNetwork):
-        _require_choice("structure", structure, get_args(NetworkStructure))
         random_key, _ = key_and_seed(0 if key is None else key, "the signs")
         return network_laplace(mode, structure, positions, prior_precision, random_key)
-    _require_choice("structure", structure, _OF_A_MODEL)
-    _require_choice("curvature", curvature, get_args(Curvature))
-    mean, held = _split(mode.unconstrained, sites)
+    _require_mode(mode)
+    point = mode.unconstrained
+    names = list(point) if sites is None else sites
+    if isinstance(names, str) or not names or set(names) - set(point) or len(set(names)) != len(names):
+        raise ValueError(f"sites: got {sites!r}; pass different names out of the latent sites {sorted(point)}.")
+    mean, held = {name: point[name] for name in names}, {name: point[name] for name in point if name not in names}
     potential = Potential(mode.model, mode.model_args, mode.model_kwargs, mean, held)
     size = potential.centre().shape[0]
     _require_rank(rank, structure, size)

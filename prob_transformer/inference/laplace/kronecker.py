@@ -41,8 +41,13 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from prob_transformer._validation import require_count, require_finite
-from prob_transformer.inference.laplace.curvature import Curvature, block_of, curvature_diagonal, curvature_product
-from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.laplace.curvature import (
+    Curvature,
+    Potential,
+    block_of,
+    curvature_diagonal,
+    curvature_product,
+)
 from prob_transformer.inference.laplace.precision import BlockPrecision, Precision, require_definite
 
 Positions = Literal["apart", "signs", "together"]
@@ -171,11 +176,6 @@ def softmax_root(logits: Float[Array, "n V"]) -> Float[Array, "n V V"]:
     p = jax.nn.softmax(logits)
     root = jnp.sqrt(p)
     return jax.vmap(jnp.diag)(root) - p[:, :, None] * root[:, None, :]
-
-
-def gaussian_root(logits: Float[Array, "n V"]) -> Float[Array, "n V V"]:
-    """S = I, of the loss |y - f|^2 / 2."""
-    return jnp.broadcast_to(jnp.eye(logits.shape[1], dtype=logits.dtype), (*logits.shape, logits.shape[1]))
 
 
 def combinations(positions: Positions, key: PRNGKeyArray, examples: int, length: int) -> Float[Array, "W R n"]:

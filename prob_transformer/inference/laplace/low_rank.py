@@ -20,11 +20,11 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from prob_transformer._validation import require_floating
 from prob_transformer.inference.laplace.curvature import (
     Curvature,
+    Potential,
     curvature_diagonal,
     curvature_matrix,
     curvature_product,
 )
-from prob_transformer.inference.laplace.potential import Potential
 from prob_transformer.inference.laplace.precision import (
     IndefiniteCurvatureError,
     Precision,

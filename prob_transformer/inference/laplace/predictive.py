@@ -21,7 +21,7 @@ from numpyro.infer import Predictive
 from numpyro.primitives import Messenger
 
 from prob_transformer.inference.joint import log_likelihood, observed_data
-from prob_transformer.inference.laplace.potential import Potential, Trace
+from prob_transformer.inference.laplace.curvature import Potential, Trace
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.law import statistics
 

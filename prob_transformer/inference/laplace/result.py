@@ -12,8 +12,7 @@ from prob_transformer._validation import require_count, require_finite, require_
 from prob_transformer.files import provenance
 from prob_transformer.inference.embedding_sites import processes
 from prob_transformer.inference.joint import key_and_seed
-from prob_transformer.inference.laplace.curvature import Curvature, covariance_product
-from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.laplace.curvature import Curvature, Potential, covariance_product
 from prob_transformer.inference.laplace.precision import IndefiniteCurvatureError, Precision
 from prob_transformer.inference.laplace.predictive import (
     LinearisedPredictive,
@@ -27,7 +26,7 @@ from prob_transformer.inference.laplace.predictive import (
 from prob_transformer.inference.law import NO_LAW, Law, law_of
 from prob_transformer.inference.map import MapResult
 from prob_transformer.inference.minimise import MapStatus
-from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, for_arviz
+from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree
 from prob_transformer.sampling import named_solve_errors
 
 # A square matrix of this many rows takes 800 MB in float64.
@@ -206,7 +205,3 @@ class LaplaceResult(NamedTuple):
         }
         one_chain = jax.tree.map(lambda value: np.asarray(value)[None], groups)
         return datatree({**one_chain, "observed_data": self.mode.observed_data}, dims, attrs)
-
-    def to_inferencedata(self, dims: Dims | None = None, **options: Any) -> Any:
-        """What the installed ArviZ takes, from `to_datatree` with the same options: InferenceData or DataTree."""
-        return for_arviz(self.to_datatree(dims, **options))

@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from scipy.optimize import minimize_scalar
 
-from prob_transformer.inference.laplace.potential import Potential
+from prob_transformer.inference.laplace.curvature import Potential
 from prob_transformer.inference.laplace.precision import IndefiniteCurvatureError
 from prob_transformer.inference.laplace.result import LaplaceResult
 
