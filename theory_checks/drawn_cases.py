@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prob_transformer import Attention
 
+Array = NDArray[np.float64]
 Option = TypeVar("Option")
 Drawn = TypeVar("Drawn")
 

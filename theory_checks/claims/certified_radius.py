@@ -4,11 +4,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from prob_transformer import Attention, certified_radius
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
-from theory_checks.drawn_cases import Case, Shape, draw_problem, drawn, make_case
+from theory_checks.drawn_cases import Array, Case, Shape, draw_problem, drawn, make_case
 from theory_checks.truth.numpy_attention import determinants
 
 # The radius is a bound in exact arithmetic; this is room for that of float64, and more of float32.
@@ -33,7 +32,7 @@ def distance_found(case: Case, rng: np.random.Generator) -> float:
     unit = 1.0 / (steepest + 1e-300)
     distances = unit * np.concatenate([[0.0], np.geomspace(1e-4, 1e3, _DISTANCES)])
 
-    def first_crossings(directions: NDArray[np.float64]) -> NDArray[np.float64]:
+    def first_crossings(directions: Array) -> Array:
         points = start + distances[:, None, None] * directions
         signs = np.sign(determinants(case, points.reshape(-1, width))).reshape(len(distances), -1)
         changed = signs[1:] != signs[:-1]

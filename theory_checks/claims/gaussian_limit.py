@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 
 from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProcess
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.change_of_variables import dense_residual
-from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, draw_number, drawn, make_case
+from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Array, Case, draw_case, draw_number, drawn, make_case
 
 TOLERANCE = 1e-10
 SCALES = tuple(10.0**exponent for exponent in (-1.5, -2, -2.5, -3, -3.5, -4))
@@ -21,7 +20,7 @@ RATE_TOLERANCE = 0.05
 _KINDS = ("gaussian", "ties", "near-duplicates", "collinear")
 
 
-def averaging(case: Case) -> NDArray[np.float64]:
+def averaging(case: Case) -> Array:
     """B (nd, nd) with e = B u for A = 0: u_i minus the values of its past, averaged and summed over heads."""
     length, width = case.embeddings.shape
     values = np.eye(width) if case.value is None else case.value.sum(axis=0)

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
-from numpy.typing import NDArray
 from numpyro.infer.util import log_density
 
 from models.scalar import NOISE_SCALE, PAST, scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.normalisation import TAIL, interaction_attention, roots
-from theory_checks.drawn_cases import FEW_SHAPES, KINDS, SHAPES, draw_case, drawn
+from theory_checks.drawn_cases import FEW_SHAPES, KINDS, SHAPES, Array, draw_case, drawn
 from theory_checks.truth.quadrature import Integral, integrate
 
 TOLERANCE = 1e-6
@@ -60,20 +59,20 @@ def sheared(kept: Any, offsets: Any) -> jax.Array:
     return embeddings
 
 
-def marginal_ratio(attention: Attention, kept: NDArray[np.float64], integrated: int) -> Integral:
+def marginal_ratio(attention: Attention, kept: Array, integrated: int) -> Integral:
     """int p(kept, tail) d(tail) / p(kept), kept (k, d), over every tail that noise is likely to reach."""
     width = kept.shape[1]
     dimension = integrated * width
     edge = np.repeat(reach(attention, kept, integrated, EXTENT[dimension] * NOISE_SCALE), width)
     compiled = _ratio_of_many if dimension == 4 else _ratio
 
-    def integrand(offsets: NDArray[np.float64]) -> jax.Array:
+    def integrand(offsets: Array) -> jax.Array:
         return compiled(attention, kept, offsets.reshape(-1, integrated, width))
 
     return integrate(integrand, -edge, edge, tolerance=QUADRATURE[dimension], confirm=dimension < 3)
 
 
-def reach(attention: Attention, kept: NDArray[np.float64], integrated: int, noise: float) -> NDArray[np.float64]:
+def reach(attention: Attention, kept: Array, integrated: int, noise: float) -> Array:
     """Largest distance of each integrated tail from the mean of what precedes it, where no noise is above `noise`.
 
     With identity values mu_i and that mean both lie within the past, so they are apart by at most (1 - 1/m) of the

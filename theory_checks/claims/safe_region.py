@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from prob_transformer import Attention, stability_margin
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.normalisation import PAST, interaction_attention, scalar_attention
-from theory_checks.drawn_cases import Shape, draw_problem, drawn, make_case, semidefinite_interaction
+from theory_checks.drawn_cases import Array, Shape, draw_problem, drawn, make_case, semidefinite_interaction
 
 TOLERANCE = 1e-9
 # The search: random starts over scales of u, the best of them moved by random steps that shrink.
@@ -62,14 +61,14 @@ def smallest_determinant(attention: Attention, past: Any, key: Any) -> tuple[jax
     return values[winner], points[winner]
 
 
-def negative_semidefinite(shape: Shape, kind: str, seed: int, strength: float) -> tuple[Attention, NDArray[Any]]:
+def negative_semidefinite(shape: Shape, kind: str, seed: int, strength: float) -> tuple[Attention, Array]:
     """A = -(positive semidefinite) + (antisymmetric) with identity values, and a past (n - 1, d)."""
     past = make_case(shape, kind, seed).embeddings[:-1]
     interaction = strength * semidefinite_interaction(np.random.default_rng(seed), shape.width)
     return interaction_attention(interaction), past
 
 
-def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[Attention, NDArray[Any], float]:
+def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[Attention, Array, float]:
     """Any attention scaled so that sum_h |V_h| |A_h| diam^2 / 4 is `constant`, a past (n - 1, d), and what it is."""
     case = make_case(shape, kind, seed)
     past = case.embeddings[:-1]

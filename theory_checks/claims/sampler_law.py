@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 from scipy.interpolate import RegularGridInterpolator
 from scipy.stats import kstest, kstwo
 
@@ -19,6 +18,7 @@ from prob_transformer import (
 )
 from theory_checks.check import Check, Outcome, Plan, quick_jit
 from theory_checks.claims.normalisation import interaction_attention
+from theory_checks.drawn_cases import Array
 
 # Probability that any test of the suite rejects a right sampler; shared equally between the tests.
 FALSE_ALARM = 1e-4
@@ -35,8 +35,6 @@ DENSITIES = {
     "log-det of the wrong sign": (-1.0, 1.0),
     "noise scale 40 % too large": (1.0, 1.4),
 }
-
-Array = NDArray[np.float64]
 
 
 def log_density(attention: Attention, embeddings: Any, weight: Any, stretch: Any) -> jax.Array:
@@ -110,7 +108,7 @@ def next_transforms(
     return found
 
 
-def draw_next(attention: Attention, past: Array, key: Any, draws: int) -> tuple[Array, NDArray[np.bool_]]:
+def draw_next(attention: Attention, past: Array, key: Any, draws: int) -> tuple[Array, np.ndarray]:
     """Next embeddings (draws, d) after a past, solved from drawn noise, and whether each was solved as asked."""
     length, width = past.shape
     noise_of_past = residual_and_log_det(attention, jnp.asarray(past)).residual
