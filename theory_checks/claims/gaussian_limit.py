@@ -17,7 +17,6 @@ TOLERANCE = 1e-10
 SCALES = tuple(10.0**exponent for exponent in (-1.5, -2, -2.5, -3, -3.5, -4))
 # The fitted powers of sigma have to be within this of 1 and 2.
 RATE_TOLERANCE = 0.05
-_KINDS = ("gaussian", "ties", "near-duplicates", "collinear")
 
 
 def averaging(case: Case) -> Array:
@@ -86,7 +85,7 @@ def run(plan: Plan) -> Outcome:
     shapes = plan.pick(SHAPES[::3], FEW_SHAPES)
 
     def draw(generator: np.random.Generator) -> tuple[Case, float, float]:
-        case = draw_case(generator, kinds=_KINDS, shapes=shapes)
+        case = draw_case(generator, kinds=MODERATE_KINDS, shapes=shapes)
         return case, draw_number(generator, 0.1, 3.0), draw_number(generator, 0.1, 3.0)
 
     for problem in drawn(draw, cases, plan.seed):

@@ -17,7 +17,7 @@ from prob_transformer import (
     residual_and_log_det,
 )
 from theory_checks.check import Check, Outcome, Plan, quick_jit
-from theory_checks.claims.normalisation import interaction_attention
+from theory_checks.claims.normalisation import PLANE_PAST, interaction_attention
 from theory_checks.drawn_cases import Array
 
 # Probability that any test of the suite rejects a right sampler; shared equally between the tests.
@@ -27,7 +27,6 @@ LENGTH = 4
 # Standard deviations of noise integrated over; nodes on either side of an embedding, and points of a table by width.
 EXTENT, NODES = 9.0, 48
 GRID = {1: 8001, 2: 401}
-PLANE_PAST = np.array([[-1.0, 0.4], [1.0, -0.2], [0.3, 0.9]])
 # Names of the densities that samples are held against, by the multiple of log|det J| they contain and the noise scale.
 DENSITIES = {
     "right": (1.0, 1.0),
