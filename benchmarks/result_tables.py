@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+TARGET_HEADINGS = ["figure", "must be", "measured", "verdict"]
+
 Named = TypeVar("Named")
 
 
@@ -121,7 +123,7 @@ def markdown(result: dict[str, Any], sections: Sequence[Section], level: int = 2
     parts = ["\n".join(f"- {line}" for line in origin(result))]
     targets = [target_cells(target) for _, found in measured for target in found["targets"]]
     if targets and not result["provenance"]["configuration"]["quick"]:
-        parts.append(_table(["figure", "must be", "measured", "verdict"], targets))
+        parts.append(_table(TARGET_HEADINGS, targets))
     for section, found in measured:
         parts += [f"{'#' * level} {section.title}", section.about, f"Here: {found['setting']}."]
         parts += [_section(found, section.columns), *found["notes"]]

@@ -10,7 +10,18 @@ from scipy.optimize import brentq
 from prob_transformer import Attention, stability_margin
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.safe_region import contraction
-from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Array, Case, Shape, draw_case, draw_problem, drawn, make_case
+from theory_checks.drawn_cases import (
+    FEW_SHAPES,
+    MODERATE_KINDS,
+    SHAPES,
+    Array,
+    Case,
+    Shape,
+    draw_case,
+    draw_problem,
+    drawn,
+    make_case,
+)
 from theory_checks.truth.numpy_attention import determinants, jacobians, residuals
 
 TOLERANCE = 1e-5

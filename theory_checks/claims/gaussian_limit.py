@@ -11,7 +11,17 @@ from scipy.stats import multivariate_normal
 from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProcess
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.change_of_variables import dense_residual
-from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Array, Case, draw_case, draw_number, drawn, make_case
+from theory_checks.drawn_cases import (
+    FEW_SHAPES,
+    MODERATE_KINDS,
+    SHAPES,
+    Array,
+    Case,
+    draw_case,
+    draw_number,
+    drawn,
+    make_case,
+)
 
 TOLERANCE = 1e-10
 SCALES = tuple(10.0**exponent for exponent in (-1.5, -2, -2.5, -3, -3.5, -4))
