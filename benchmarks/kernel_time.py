@@ -43,17 +43,6 @@ def operations(cells: int, length: int, size: int) -> float:
     return 3.0 * cells * (length**2 / 2) * size**2 * 2
 
 
-def _row(name: str, cells: int, seconds: list[float], fast_seconds: list[float], fast_cells: int) -> dict[str, Any]:
-    return {
-        "name": name,
-        "cells": cells,
-        "seconds": seconds,
-        "time": spread(seconds),
-        "time_a_cell": spread(seconds)["median"] / cells,
-        "fast_over_this": ratio(fast_seconds, seconds, cells / fast_cells),
-    }
-
-
 def _median(rows: list[dict[str, Any]], name: str, key: str) -> float | None:
     row = next(row for row in rows if row["name"] == name)
     return row[key]["median"] if key in row else None
@@ -82,7 +71,15 @@ def run_kernel(sizes: Sizes) -> dict[str, Any]:
         if one.missing is not None:
             rows.append({"name": one.name, "missing": one.missing})
             continue
-        row = _row(one.name, cells[one.name], seconds[one.name], seconds[FAST], cells[FAST])
+        time = spread(seconds[one.name])
+        row = {
+            "name": one.name,
+            "cells": cells[one.name],
+            "seconds": seconds[one.name],
+            "time": time,
+            "time_a_cell": time["median"] / cells[one.name],
+            "fast_over_this": ratio(seconds[FAST], seconds[one.name], cells[one.name] / cells[FAST]),
+        }
         if one.name in RATE_OF:
             work = operations(cells[one.name], sizes.length, sizes.head_size) / (2.0 * sizes.matmul**3)
             row["share_of_matmul"] = ratio(seconds[RATE_OF[one.name]], seconds[one.name], work)

@@ -34,7 +34,7 @@ _STARTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
 
 def in_fresh_process(work: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """What such a process prints for this work, or why there is nothing: {"missing": ...}."""
-    command = [sys.executable, "-m", "benchmarks.peak_memory", json.dumps(work), json.dumps(sizes.as_dict())]
+    command = [sys.executable, "-m", "benchmarks.peak_memory", json.dumps(work), json.dumps(sizes._asdict())]
     starter = [sys.executable, "-S", "-c", _STARTER, *command]
     finished = subprocess.run(starter, capture_output=True, text=True, check=False, cwd=ROOT)
     if finished.returncode != 0:

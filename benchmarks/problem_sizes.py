@@ -1,8 +1,7 @@
 """What is measured: the sizes of all sections, full and quick, and the queries and keys drawn for them."""
 
-import dataclasses
 import math
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,9 +10,11 @@ from jaxtyping import Float
 SMALLEST_ROUNDS = 7
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of a whole run; a result is a function of these, the code and the machine."""
+class Sizes(NamedTuple):
+    """Sizes of a whole run; a result is a function of these, the code and the machine.
+
+    `_asdict()` is ready for JSON, and `Sizes(**...)` of it gives them back.
+    """
 
     seed: int = 0
     rounds: int = SMALLEST_ROUNDS
@@ -43,10 +44,6 @@ class Sizes:
     def cells(self) -> int:
         return self.sequences * self.heads
 
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON, and back by `Sizes(**...)`."""
-        return {**dataclasses.asdict(self), "lengths": list(self.lengths)}
-
 
 QUICK = Sizes(
     sequences=2,
@@ -66,10 +63,8 @@ QUICK = Sizes(
 
 def sizes_for(quick: bool, seed: int, rounds: int) -> Sizes:
     """The sizes of a run on this machine: a GPU needs a larger product of matrices to show its speed."""
-    chosen = dataclasses.replace(QUICK if quick else Sizes(), seed=seed, rounds=rounds)
-    if not quick and jax.default_backend() != "cpu":
-        chosen = dataclasses.replace(chosen, matmul=8192)
-    return chosen
+    whole = Sizes() if jax.default_backend() == "cpu" else Sizes(matmul=8192)
+    return (QUICK if quick else whole)._replace(seed=seed, rounds=rounds)
 
 
 def draw_cells(

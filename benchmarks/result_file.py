@@ -70,30 +70,15 @@ def device_peak() -> int | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of what does the work; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def tell(message: str) -> None:
-    """Print to standard error."""
-    print(message, file=sys.stderr)
+    installed = {name: next((one.version for one in metadata.distributions(name=name)), None) for name in _PACKAGES}
+    return {"python": platform.python_version(), **installed}
 
 
 def record_of_run(seed: int, configuration: Mapping[str, Any]) -> dict[str, Any]:
     """What was run, where, and by what: a result without its parts."""
     return {
         "provenance": provenance(seed, configuration),
-        "date": now(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "sources": digest_of_sources(),
         "machine": machine(),
         "versions": versions(),
@@ -124,9 +109,10 @@ def resumed(
             raise ValueError(f"{option}: {partial} is not a partial result; delete it, or pass another path.") from None
         if same:
             found = parts
-            tell(f"going on from {partial}; kept: {', '.join(found) or 'nothing'}.")
+            print(f"going on from {partial}; kept: {', '.join(found) or 'nothing'}.", file=sys.stderr)
         else:
-            tell(f"{partial} is of other sizes, sources, versions or another machine; everything is run.")
+            said = "is of other sizes, sources, versions or another machine; everything is run"
+            print(f"{partial} {said}.", file=sys.stderr)
     # Also finds out now, rather than after minutes, whether the path can be written.
     write_json(partial, {"identity": identity, "parts": found})
     for name, part in run([name for name in names if name not in found]):
@@ -159,7 +145,7 @@ def command_line(command: str, description: str) -> argparse.ArgumentParser:
 
 def measure(path: Path, sections: Sequence[Section], sizes: Any, quick: bool) -> dict[str, Any]:
     """Run the sections, write their result, and print its tables."""
-    record = record_of_run(sizes.seed, {"quick": quick, **sizes.as_dict()})
+    record = record_of_run(sizes.seed, {"quick": quick, **sizes._asdict()})
     identity = {"configuration": record["provenance"]["configuration"], **record, "provenance": None, "date": None}
 
     def run(missing: list[str]) -> Iterator[tuple[str, Part]]:
@@ -167,9 +153,11 @@ def measure(path: Path, sections: Sequence[Section], sizes: Any, quick: bool) ->
             if section.name in missing:
                 started = datetime.now(UTC)
                 found = section.run(sizes)
-                seconds = (datetime.now(UTC) - started).total_seconds()
-                tell(f"{section.name}: {seconds:.0f} s")
-                yield section.name, {**found, "finished": now(), "wall_seconds": seconds}
+                finished = datetime.now(UTC)
+                seconds = (finished - started).total_seconds()
+                print(f"{section.name}: {seconds:.0f} s", file=sys.stderr)
+                part = {"finished": finished.isoformat(timespec="seconds"), "wall_seconds": seconds}
+                yield section.name, found | part
 
     names = [section.name for section in sections]
     result = resumed(path, names, identity, run, lambda parts: {**record, "sections": parts})

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-MEGABYTE = 1e6
-NOTHING = "-"
 TARGET_HEADINGS = ["figure", "must be", "measured", "verdict"]
 
 Named = TypeVar("Named")
@@ -53,16 +51,12 @@ def is_met(target: dict[str, Any]) -> bool | None:
     return target["figure"] <= target["at_most"] if "at_most" in target else target["figure"] >= target["at_least"]
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
-
-
 # How an entry of each kind is shown; a median comes with the smallest and largest of its rounds.
 _SHOWN: dict[str, Callable[[Any], str]] = {
-    "seconds": _seconds,
+    "seconds": lambda value: f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms",
     "ratio": "{:.3g}".format,
     "share": "{:.1%}".format,
-    "megabytes": lambda value: f"{value / MEGABYTE:,.0f}",
+    "megabytes": lambda value: f"{value / 1e6:,.0f}",
     "billions": lambda value: f"{value / 1e9:,.0f}",
     "error": "{:.1e}".format,
     "number": "{:.4g}".format,
@@ -74,7 +68,7 @@ _SHOWN: dict[str, Callable[[Any], str]] = {
 def shown(kind: str, value: Any) -> str:
     """One entry of a table as text."""
     if value is None:
-        return NOTHING
+        return "-"
     if isinstance(value, dict):
         median, low, high = (_SHOWN[kind](value[key]) for key in ("median", "low", "high"))
         return f"{median} ({low} to {high})"

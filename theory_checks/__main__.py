@@ -4,23 +4,21 @@ Exit status 0 if every claim came out as stated (or every sabotage was caught), 
 """
 
 import argparse
-import contextlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tabulate import tabulate
+from tqdm import tqdm
 
 from models import cli
 from prob_transformer.files import atomic_path, provenance
-from theory_checks.check import Check, Plan, Result
+from theory_checks import sabotage
+from theory_checks.check import Plan, Result, run_checks
 from theory_checks.claims import select
-from theory_checks.running import run_checks
-
-STDOUT = Path("-")
+from theory_checks.sabotage import STDOUT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,22 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def progress_bar() -> Progress:
-    """A bar on standard error that disappears when done."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def _run(checks: Sequence[Check], plan: Plan, jobs: int) -> list[Result]:
-    found: dict[str, Result] = {}
-    with progress_bar() as progress:
-        task = progress.add_task(f"checks, {jobs} at a time", total=len(checks))
-        for result in run_checks(checks, plan, jobs):
-            found[result.check.id] = result
-            progress.advance(task)
-    return [found[check.id] for check in checks]
-
-
 def _row(result: Result) -> list[str]:
     check, outcome = result.check, result.outcome
     counterexample = f" ({outcome.counterexample_figure:.4g})" if outcome else ""
@@ -84,11 +66,12 @@ def _row(result: Result) -> list[str]:
 
 def _check(options: argparse.Namespace) -> int:
     checks, plan = select(options.only), Plan(options.quick, options.cases, options.seed)
-    with contextlib.ExitStack() as stack:
-        to_file = options.json not in (None, STDOUT)
-        # Opened before the checks run: a path that cannot be written is found out now rather than after.
-        file = stack.enter_context(atomic_path(options.json)) if to_file else None
-        results = _run(checks, plan, options.jobs)
+    to_file = options.json not in (None, STDOUT)
+    # Opened before the checks run: a path that cannot be written is found out now rather than after.
+    with atomic_path(options.json) if to_file else nullcontext() as file:
+        progress = tqdm(run_checks(checks, plan, options.jobs), "checks", len(checks), leave=False, unit="check")
+        found = {result.check.id: result for result in progress}
+        results = [found[check.id] for check in checks]
         stated = sum(result.as_stated for result in results)
         configuration = {name: getattr(options, name) for name in ("only", "quick", "cases", "jobs")}
         report = {
@@ -119,11 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--{name}: got {value}; pass an integer of at least {smallest}.")
     if options.mistake and not options.sabotage:
         raise ValueError("--mistake: goes with --sabotage; add it.")
-    if options.sabotage:
-        from theory_checks import sabotage
-
-        return sabotage.main(options)
-    return _check(options)
+    return sabotage.main(options) if options.sabotage else _check(options)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
-"""What a check is: a claim that must hold, a counterexample that must fail, and the figures that decide."""
+"""What a check is: a claim that must hold, a counterexample that must fail, and the figures that decide.
+
+`run_checks` runs many of them, in this process or in several, each result handed over as soon as it is there.
+"""
 
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+
+from models import workers
 
 # For functions that are called a few hundred times on tiny arrays, where compiling is most of the cost: halves the time
 # of compiling, and changes results by rounding only.
@@ -112,6 +118,20 @@ def evaluate(check: Check, plan: Plan | None = None) -> Result:
         first_line = str(error).partition("\n")[0]
         return Result(check, None, time.perf_counter() - start, f"{type(error).__name__}: {first_line}")
     return Result(check, outcome, time.perf_counter() - start)
+
+
+def run_checks(checks: Sequence[Check], plan: Plan, jobs: int) -> Iterator[Result]:
+    """Results in the order in which they come; with several jobs each check runs in a process of its own pool."""
+    in_float64 = functools.partial(jax.config.update, "jax_enable_x64", True)
+    if jobs == 1 or len(checks) == 1:
+        in_float64()
+        yield from (evaluate(check, plan) for check in checks)
+        return
+    for check, future in workers.as_finished(functools.partial(evaluate, plan=plan), checks, jobs, in_float64):
+        try:
+            yield future.result()
+        except BrokenProcessPool:
+            yield Result(check, None, 0.0, "the process that ran it died; run it alone with --only")
 
 
 @dataclass

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prob_transformer import Attention
 
+Array = NDArray[np.float64]
 Option = TypeVar("Option")
 Drawn = TypeVar("Drawn")
 
@@ -69,6 +70,8 @@ KINDS: tuple[str, ...] = (
     "small",
     "sharp",
 )
+# Those with embeddings and logits of order one.
+MODERATE_KINDS = KINDS[:4]
 # Logits of up to 1e18, of which one takes all the weight: their own rounding is far above any tolerance on numbers.
 HUGE_LOGITS = "huge-logits"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+from tqdm import tqdm
 
 from benchmarks.result_file import ROOT, SOURCES, digest_of_sources, resumed
 from benchmarks.result_tables import chosen
@@ -23,6 +24,8 @@ from prob_transformer.files import provenance
 from theory_checks.claims import select
 from theory_checks.mistakes import MISTAKES, Mistake
 
+# Stands for standard output where the path of a result is asked for.
+STDOUT = Path("-")
 # The unharmed library, run like every mistake: what it fails would be no catch.
 CONTROL = Mistake("(none)", ())
 
@@ -87,20 +90,16 @@ def run_mistakes(mistakes: Sequence[Mistake], only: Sequence[str], seed: int, jo
 
 def main(options: Namespace) -> int:
     """Exit status: 0 if the library passes and every mistake is caught, 1 otherwise. ValueError for unknown names."""
-    from theory_checks.__main__ import STDOUT, progress_bar
-
     checks = [check.id for check in select(options.only)]
     mistakes = (CONTROL, *chosen("--mistake", options.mistake, {mistake.name: mistake for mistake in MISTAKES}))
     configuration = {"only": options.only, "mistake": options.mistake, "jobs": options.jobs}
     key = f"{digest_of_sources()} seed {options.seed}"
 
     def run(missing: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        with progress_bar() as progress:
-            task = progress.add_task(f"mistakes, {options.jobs} at a time", total=len(missing))
-            asked = [mistake for mistake in mistakes if mistake.name in missing]
-            for row in run_mistakes(asked, options.only, options.seed, options.jobs):
-                progress.advance(task)
-                yield row["mistake"], row
+        asked = [mistake for mistake in mistakes if mistake.name in missing]
+        rows = run_mistakes(asked, options.only, options.seed, options.jobs)
+        for row in tqdm(rows, "mistakes", len(asked), leave=False, unit="mistake"):
+            yield row["mistake"], row
 
     def whole(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -126,26 +126,23 @@ def test_errors_along_a_sequence_are_those_of_the_fast_path_at_positions_up_to_t
     assert 0 < found["gradient_error"] <= 0.5
 
 
-def test_memory_ratios_and_their_absence(monkeypatch):
+@pytest.mark.parametrize(("on_device", "ratio"), [(lambda peak: None, 1.2), (lambda peak: 3 * peak**2, 1.44)])
+def test_memory_ratios_are_those_of_the_device_where_there_is_one_and_absent_for_what_was_killed(
+    monkeypatch, on_device, ratio
+):
     peaks = {PLAIN: 1000, EXACT: 1200, SUBSAMPLED: 1100}
 
     def measured(work, sizes):
         if work == {"step": REFERENCE}:
             return {"missing": "its process ended with status 247: killed"}
-        return {"before": 500, "peak": peaks[work["step"]], "device_peak": None}
+        peak = peaks[work["step"]]
+        return {"before": 500, "peak": peak, "device_peak": on_device(peak)}
 
     monkeypatch.setattr(peak_memory, "in_fresh_process", measured)
     found = peak_memory.run_step_memory(QUICK)
-    assert figures(found) == {"peak memory of a step, exact barrier / plain": 1.2}
+    assert figures(found) == pytest.approx({"peak memory of a step, exact barrier / plain": ratio})
     assert rows(found)[REFERENCE]["to_plain"] is None
-
-    def on_a_gpu(work, sizes):
-        return {**measured(work, sizes), "device_peak": 3 * peaks.get(work["step"], 0) ** 2}
-
-    monkeypatch.setattr(peak_memory, "in_fresh_process", on_a_gpu)
-    found = peak_memory.run_step_memory(QUICK)
-    assert list(figures(found).values()) == pytest.approx([1.44])
-    assert found["notes"]
+    assert bool(found["notes"]) == (ratio > 1.4)
 
 
 def test_kernel_memory_compares_the_two_longest(monkeypatch):

@@ -9,6 +9,7 @@ costs seconds. Exit status 1 if less than 90 % of a file's mutants are killed, 2
 
 import argparse
 import ast
+import contextlib
 import difflib
 import hashlib
 import json
@@ -24,11 +25,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module, metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("softmax", "attention", "change_of_variables", "barrier", "margins", "embedding_process")
@@ -44,11 +45,13 @@ SHARED_IMPORTS = ("hypothesis", "jax", "numpyro.infer", "pytest", "scipy.integra
 # What a worker copies, and what must come from its copy when the tests run.
 COPIED = ("prob_transformer", "models", "theory_checks", "tests")
 
+# Workers have what is imported before they are forked; JAX is started in forks of theirs alone.
+FORK = multiprocessing.get_context("fork")
+
 sys.path.insert(0, str(ROOT))
 
 
-@dataclass(frozen=True)
-class Mutant:
+class Mutant(NamedTuple):
     """One mutant as cosmic-ray numbers it, and what became of it."""
 
     line: int
@@ -90,52 +93,51 @@ def foreign_module(clone: Path) -> str:
     return ""
 
 
-def run_tests(clone: Path, files: list[str], durations: dict[str, float], timeout: float) -> tuple[str, dict[str, Any]]:
-    """("passed", "failed" or "timeout", what the tests reported) of test files run in a fork, inside the copy."""
-    with tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") as report:
-        with warnings.catch_warnings():
-            # JAX warns of every fork; it has not started a thread yet.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            child = os.fork()
-        if child == 0:
-            status = 3
-            try:
-                os.setsid()
-                null = os.open(os.devnull, os.O_RDWR)
-                for stream in (0, 1, 2):
-                    os.dup2(null, stream)
-                os.chdir(clone)
-                sys.path[:] = [str(clone), *(entry for entry in sys.path if entry not in (str(ROOT), ""))]
-                sys.dont_write_bytecode = True
-                for name in [name for name in sys.modules if name.partition(".")[0] in COPIED]:
-                    del sys.modules[name]
-                import pytest
+def _run_pytest(report: Connection, clone: Path, files: tuple[str, ...], durations: dict[str, float]) -> None:
+    """Sends exit status, first failure and durations of test files, run in this process inside the copy."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.chdir(clone)
+    sys.path[:] = [str(clone), *(entry for entry in sys.path if entry not in (str(ROOT), ""))]
+    sys.dont_write_bytecode = True
+    for name in [name for name in sys.modules if name.partition(".")[0] in COPIED]:
+        del sys.modules[name]
+    import pytest
 
-                order = _CheapestFirst(durations)
-                # pytest warns that plugins imported before the fork cannot have their assertions rewritten.
-                options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-                status = pytest.main([*options, "-m", "not slow", *files], plugins=[order])
-                foreign = foreign_module(clone)
-                if foreign:
-                    status, order.failed = 3, foreign
-                Path(report.name).write_text(json.dumps([order.failed, order.measured]), encoding="utf-8")
-            finally:
-                os._exit(int(status))
-        deadline = time.monotonic() + timeout
-        while True:
-            done, code = os.waitpid(child, os.WNOHANG)
-            if done:
-                break
-            if time.monotonic() > deadline:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return "timeout", {"failed": "", "measured": {}}
-            time.sleep(0.02)
-        text = report.read()
-    failed, measured = json.loads(text) if text else (f"tests ended with status {code}", {})
+    order = _CheapestFirst(durations)
+    # pytest warns that plugins imported before the fork cannot have their assertions rewritten.
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    status = pytest.main([*options, "-m", "not slow", *files], plugins=[order])
+    report.send((int(status), foreign_module(clone) or order.failed, order.measured))
+
+
+def run_tests(
+    clone: Path, files: tuple[str, ...], durations: dict[str, float], timeout: float
+) -> tuple[str, str, dict[str, float]]:
+    """("passed", "failed" or "timeout", the first failure, durations) of tests run in a fork, inside the copy."""
+    receiver, sender = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=_run_pytest, args=(sender, clone, files, durations))
+    with warnings.catch_warnings():
+        # JAX warns of every fork; it has not started a thread yet.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        child.start()
+    sender.close()
+    try:
+        if not receiver.poll(timeout):
+            return "timeout", "", {}
+        status, failed, measured = receiver.recv()
+    except EOFError:
+        return "failed", "the tests ended before their report", {}
+    finally:
+        # The processes of its tests too; they are gone already unless the time ran out.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
     if failed.startswith("imported "):
         raise ValueError(f"{failed}; nothing can be said of the mutant.")
-    return "passed" if code == 0 else "failed", {"failed": failed, "measured": measured}
+    return "passed" if status == 0 else "failed", failed, measured
 
 
 def annotation_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -144,8 +146,6 @@ def annotation_spans(source: str) -> list[tuple[tuple[int, int], tuple[int, int]
     for node in ast.walk(ast.parse(source)):
         for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if isinstance(part, ast.expr):
-                assert part.end_lineno is not None
-                assert part.end_col_offset is not None
                 found.append(((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)))
     return found
 
@@ -185,42 +185,34 @@ class Worker:
             jax.config.update(f"jax_persistent_cache_{name.lower()}", value)
             os.environ[f"JAX_PERSISTENT_CACHE_{name}"] = str(value)
 
-    def run(self, files: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-        return run_tests(self.clone, list(files), self.durations.get(files, {}), TIMEOUT)
-
-    def prepare(self, module: Path, files: tuple[str, ...]) -> None:
-        """Measures the tests on the unchanged code, once, and refuses code that fails them."""
-        if files not in self.durations:
-            outcome, report = run_tests(self.clone, list(files), {}, 3 * TIMEOUT)
-            if outcome != "passed":
-                raise ValueError(f"{module}: the unchanged code fails {report['failed'] or outcome}; mend that first.")
-            self.durations[files] = report["measured"]
-
     def judge(self, module: Path, code: str, stages: list[tuple[str, ...]]) -> tuple[str, str]:
-        """Outcome of a mutant, and the first test that failed: stage after stage until one fails."""
+        """Outcome of a mutant, and the first test that failed: stage after stage until one fails.
+
+        Raises ValueError if the unchanged code, whose tests are timed once, fails a stage.
+        """
         source = (self.clone / module).read_text(encoding="utf-8")
         for files in stages:
-            self.prepare(module, files)
+            if files not in self.durations:
+                outcome, failed, measured = run_tests(self.clone, files, {}, 3 * TIMEOUT)
+                if outcome != "passed":
+                    raise ValueError(f"{module}: the unchanged code fails {failed or outcome}; mend that first.")
+                self.durations[files] = measured
             (self.clone / module).write_text(code, encoding="utf-8")
             try:
-                outcome, report = self.run(files)
+                outcome, failed, _ = run_tests(self.clone, files, self.durations[files], TIMEOUT)
             finally:
                 (self.clone / module).write_text(source, encoding="utf-8")
             if outcome != "passed":
-                return "killed" if outcome == "failed" else outcome, report["failed"]
+                return "killed" if outcome == "failed" else outcome, failed
         return "survived", ""
 
 
-_worker: Worker
+# One a process, made when its first mutant comes.
+_worker = cache(Worker)
 
 
-def _start_worker(folder: Path) -> None:
-    global _worker
-    _worker = Worker(folder)
-
-
-def _judge(task: tuple[Path, str, list[tuple[str, ...]]]) -> tuple[str, str]:
-    return _worker.judge(*task)
+def _judge(folder: Path, task: tuple[Path, str, list[tuple[str, ...]]]) -> tuple[str, str]:
+    return _worker(folder).judge(*task)
 
 
 def stages_of(module: Path, own_only: bool) -> list[tuple[str, ...]]:
@@ -259,9 +251,9 @@ def run_module(
         )
         before = earlier.get(mutant.name)
         if any(begin <= mutation.start_pos and mutation.end_pos <= end for begin, end in annotations):
-            known.append(replace(mutant, outcome="excluded", detail="annotation"))
+            known.append(mutant._replace(outcome="excluded", detail="annotation"))
         elif not _compiles(code):
-            known.append(replace(mutant, outcome="excluded", detail="syntax error"))
+            known.append(mutant._replace(outcome="excluded", detail="syntax error"))
         elif before is not None and before.outcome == "killed":
             known.append(before)
         else:
@@ -275,7 +267,7 @@ def run_module(
             yield mutant_known
             continue
         mutant, code, (outcome, failed) = next(judged)
-        yield replace(mutant, outcome=outcome, detail=failed if outcome == "killed" else _changed_lines(source, code))
+        yield mutant._replace(outcome=outcome, detail=failed if outcome == "killed" else _changed_lines(source, code))
 
 
 def table(found: dict[str, list[Mutant]]) -> str:
@@ -325,12 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
     digests: dict[str, str] = {}
     for package in SHARED_IMPORTS:
         import_module(package)
-    # A fork, so that workers have what is imported above; JAX is started in forks of theirs alone.
-    context = multiprocessing.get_context("fork")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(options.jobs, context, _start_worker, (Path(folder).resolve(),)) as pool,
-    ):
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.jobs, FORK) as pool:
+        judge = partial(pool.map, partial(_judge, Path(folder).resolve()))
         for name in options.module or modules:
             start = time.monotonic()
             digests[name] = hashlib.sha256((ROOT / modules[name]).read_bytes()).hexdigest()
@@ -338,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"{options.survivors_of}: {name}.py has changed since; run it without --survivors-of.")
             before = {mutant.name: mutant for mutant in (Mutant(**entry) for entry in earlier["mutants"].get(name, []))}
             found[name] = []
-            for mutant in run_module(modules[name], partial(pool.map, _judge), before, options.own_tests_only):
+            for mutant in run_module(modules[name], judge, before, options.own_tests_only):
                 found[name].append(mutant)
                 if mutant.outcome in ("survived", "timeout"):
                     print(f"{name}.py:{mutant.line} {mutant.outcome} {mutant.operator}\n{mutant.detail}", flush=True)
@@ -347,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     record = provenance(None, {"own_tests_only": options.own_tests_only})
     record["packages"]["cosmic-ray"] = version
-    mutants = {name: [asdict(mutant) for mutant in entries] for name, entries in found.items()}
+    mutants = {name: [mutant._asdict() for mutant in entries] for name, entries in found.items()}
     write_json(options.out, {"provenance": record, "sha256": digests, "mutants": mutants})
     print(table(found))
     return 0 if all(_share(entries) >= SHARE for entries in found.values()) else 1

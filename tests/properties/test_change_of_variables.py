@@ -9,15 +9,19 @@ from hypothesis import strategies as st
 from prob_transformer import Attention, jacobian_block, residual_and_log_det
 from prob_transformer.attention import Past, attention_weights
 from tests.support.dense import dense_truth
-from tests.support.shrinking_cases import LINE_SHAPES, WIDE_SHAPES, shrinking_cases
+from tests.support.shrinking_cases import (
+    LINE_SHAPES,
+    ON_THE_BOUNDARY,
+    ONE,
+    PAST_THE_BOUNDARY,
+    SECOND_POSITION,
+    WIDE_SHAPES,
+    shrinking_cases,
+)
 from theory_checks.check import quick_jit
 from theory_checks.drawn_cases import Case
 from theory_checks.truth.numpy_attention import log_det_tolerance
 
-ONE = [[[1.0]]]
-SECOND_POSITION = Case.given(ONE, ONE, None, [[1.0], [2.0]])
-ON_THE_BOUNDARY = Case.given(ONE, ONE, None, [[-1.0], [1.0], [0.0]])
-PAST_THE_BOUNDARY = Case.given([[[4.0]]], ONE, None, [[-1.0], [1.0], [0.3], [0.0]])
 WEIGHTS_UNDERFLOW = Case.given([[[1000.0]]], ONE, None, [[-1.0], [1.0], [0.5]])
 LOGITS_FAR_BELOW_ZERO = Case.given([[[-100.0]]], ONE, None, [[1.0], [2.0], [3.0]])
 FAR_FROM_THE_ORIGIN = Case.given([[[1.0, 0.0]]], [[[1.0, 0.0]]], None, [[0.0, 1e6], [1.0, 1e6], [0.5, 1e6]])

@@ -15,7 +15,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
-from tests.support.shrinking_cases import SIMPLE_NUMBERS, safe_cases
+from tests.support.shrinking_cases import ONE, SIMPLE_NUMBERS, safe_cases
 from theory_checks.check import quick_jit
 from theory_checks.claims.kolmogorov import reach, sheared
 from theory_checks.claims.normalisation import TAIL, roots, signed_density
@@ -33,8 +33,6 @@ QUADRATURE = 1e-8
 # Noise beyond 6.5 standard deviations has 1e-10 of the mass.
 EXTENT = 6.5
 VOCABULARY = 2
-
-ONE = [[[1.0]]]
 
 
 def kept_and_integrated(kept, integrated, width=1, heads=1, with_values=False):

@@ -8,16 +8,22 @@ from hypothesis import strategies as st
 
 from prob_transformer import Attention, certified_radius, stability_margin
 from tests.support.dense import dense_truth
-from tests.support.shrinking_cases import LINE_SHAPES, SIMPLE_NUMBERS, WIDE_SHAPES, safe_cases, shrinking_cases
+from tests.support.shrinking_cases import (
+    LINE_SHAPES,
+    ON_THE_BOUNDARY,
+    ONE,
+    PAST_THE_BOUNDARY,
+    SECOND_POSITION,
+    SIMPLE_NUMBERS,
+    WIDE_SHAPES,
+    safe_cases,
+    shrinking_cases,
+)
 from theory_checks.check import quick_jit
 from theory_checks.claims.certified_radius import distance_found
 from theory_checks.drawn_cases import Case, Shape
 from theory_checks.truth.numpy_attention import log_det_tolerance
 
-ONE = [[[1.0]]]
-SECOND_POSITION = Case.given(ONE, ONE, None, [[1.0], [2.0]])
-ON_THE_BOUNDARY = Case.given(ONE, ONE, None, [[-1.0], [1.0], [0.0]])
-PAST_THE_BOUNDARY = Case.given([[[4.0]]], ONE, None, [[-1.0], [1.0], [0.3], [0.0]])
 # det J = 1 and sigma_min = 1/10: the determinant says nothing of the conditioning.
 DETERMINANT_ONE = Case.given(
     [[[1.8, 0.0], [0.0, -18.0]]],

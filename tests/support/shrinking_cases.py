@@ -34,6 +34,12 @@ WIDE_SHAPES: tuple[Shape, ...] = (
     Shape(1, 2, 3, 4, False),
 )
 
+# Examples on the line that properties share: no covariance yet, det J = 0, and det J < 0.
+ONE = [[[1.0]]]
+SECOND_POSITION = Case.given(ONE, ONE, None, [[1.0], [2.0]])
+ON_THE_BOUNDARY = Case.given(ONE, ONE, None, [[-1.0], [1.0], [0.0]])
+PAST_THE_BOUNDARY = Case.given([[[4.0]]], ONE, None, [[-1.0], [1.0], [0.3], [0.0]])
+
 # Multiples of 1/4 are exact in float32 and float64 and short when printed; 0 is the simplest of them.
 SIMPLE_NUMBERS = st.integers(-12, 12).map(lambda quarters: quarters / 4)
 

@@ -10,7 +10,14 @@ from scipy.stats import kstest, multivariate_normal, norm
 
 from models.scalar import PAST, scalar_attention
 from tests.support.dense import dense_map, dense_truth
-from theory_checks.claims import certified_radius, conditioning, gaussian_limit, sampler_law, support_tokens
+from theory_checks.claims import (
+    boundedness,
+    certified_radius,
+    conditioning,
+    gaussian_limit,
+    sampler_law,
+    support_tokens,
+)
 from theory_checks.drawn_cases import SHAPES, Shape, make_case
 from theory_checks.truth.numpy_attention import determinants, jacobians, log_density, residuals
 
@@ -95,8 +102,6 @@ def test_the_critical_value_is_that_of_scipys_exact_test():
 
 
 def test_the_lower_bound_of_the_objective_is_the_minimum_of_its_convex_form():
-    from theory_checks.claims import boundedness
-
     embeddings, _, decoder = boundedness.problem(0)
     x = np.geomspace(1e-6, 1e4, 200_001)
     diameters = [

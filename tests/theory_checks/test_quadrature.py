@@ -73,14 +73,16 @@ def test_mass_without_attention_is_one():
     assert signed == pytest.approx(1.0, abs=1e-10)
 
 
-def test_monotone_residual_has_one_root():
-    assert expected_roots(lambda u: u + 0.3 * np.tanh(u), 1.0, -10.0, 10.0) == pytest.approx(1.0, abs=1e-12)
+# u^3 - 3 u turns at (-1, 2) and (1, -2): three roots for |eps| < 2, one beyond.
+ROOTS_OF_THE_CUBIC = 1 + 2 * (norm.cdf(2.0) - norm.cdf(-2.0))
 
 
-def test_cubic_has_the_roots_of_its_closed_form():
-    # u^3 - 3 u turns at (-1, 2) and (1, -2): three roots for |eps| < 2, one beyond.
-    expected = 1 + 2 * (norm.cdf(2.0) - norm.cdf(-2.0))
-    assert expected_roots(lambda u: u**3 - 3 * u, 1.0, -10.0, 10.0) == pytest.approx(expected, abs=1e-9)
+@pytest.mark.parametrize(
+    ("residual", "expected", "tolerance"),
+    [(lambda u: u + 0.3 * np.tanh(u), 1.0, 1e-12), (lambda u: u**3 - 3 * u, ROOTS_OF_THE_CUBIC, 1e-9)],
+)
+def test_monotone_and_cubic_residuals_have_the_roots_of_their_closed_forms(residual, expected, tolerance):
+    assert expected_roots(residual, 1.0, -10.0, 10.0) == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize("strength", [1.5, 4.0])
@@ -94,23 +96,15 @@ def test_expected_roots_against_counting_sign_changes(strength):
     assert counted == pytest.approx(brute_force, abs=2e-3)
 
 
-def test_roots_in_the_plane_of_a_folded_product():
+# The second is the first after a quarter turn: the count does not depend on the frame.
+@pytest.mark.parametrize(("across", "sign"), [(0, 1), (1, -1)])
+def test_roots_in_the_plane_of_a_folded_product_which_may_be_turned(across, sign):
     # (u^3 - 3 u, v): three roots wherever the first coordinate of the noise is within 2, as on the line.
     def folded(u):
-        return np.stack([u[:, 0] ** 3 - 3 * u[:, 0], u[:, 1]], axis=1)
+        parts = [u[:, 0] ** 3 - 3 * u[:, 0], sign * u[:, 1]]
+        return np.stack([parts[across], parts[1 - across]], axis=1)
 
-    expected = 1 + 2 * (norm.cdf(2.0) - norm.cdf(-2.0))
     value, error, degree = expected_roots_plane(folded, 1.0, [-4.0, -8.0], [4.0, 8.0])
-    assert value == pytest.approx(expected, abs=1e-5)
-    assert abs(value - expected) <= error
-    assert degree == pytest.approx(1.0, abs=1e-8)
-
-
-def test_roots_in_the_plane_turn_with_it():
-    # A rotation by a quarter turn and a fold: the count does not depend on the frame.
-    def turned(u):
-        return np.stack([-u[:, 1], u[:, 0] ** 3 - 3 * u[:, 0]], axis=1)
-
-    value, _, degree = expected_roots_plane(turned, 1.0, [-4.0, -8.0], [4.0, 8.0])
-    assert value == pytest.approx(1 + 2 * (norm.cdf(2.0) - norm.cdf(-2.0)), abs=1e-5)
+    assert value == pytest.approx(ROOTS_OF_THE_CUBIC, abs=1e-5)
+    assert abs(value - ROOTS_OF_THE_CUBIC) <= error
     assert degree == pytest.approx(1.0, abs=1e-8)

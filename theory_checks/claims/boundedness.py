@@ -5,12 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
 
 from prob_transformer import Attention, LinearDecoder, map_objective
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
-from theory_checks.drawn_cases import draw_number, draw_seed, drawn
+from theory_checks.drawn_cases import Array, draw_number, draw_seed, drawn
 
 TOLERANCE = 1e-9
 SLOPE_TOLERANCE = 1e-6
@@ -23,7 +22,7 @@ SIZES = tuple(10.0**power for power in (4, 8, 12, 16))
 AT_ORIGIN = 4
 
 
-def problem(seed: int) -> tuple[NDArray[np.float64], Any, LinearDecoder]:
+def problem(seed: int) -> tuple[Array, Any, LinearDecoder]:
     """Embeddings (n, d) with one of them 0, tokens (n,), and a decoder."""
     rng = np.random.default_rng(seed)
     embeddings = rng.normal(size=(LENGTH, WIDTH))
@@ -32,7 +31,7 @@ def problem(seed: int) -> tuple[NDArray[np.float64], Any, LinearDecoder]:
     return embeddings, rng.integers(0, VOCABULARY, size=LENGTH), decoder
 
 
-def lower_bound(embeddings: NDArray[np.float64], decoder: LinearDecoder) -> float:
+def lower_bound(embeddings: Array, decoder: LinearDecoder) -> float:
     """The proven bound of the margin objective with the prior, identity values and these embeddings, for every weight.
 
     With x = |W_Q|^2 + |W_K|^2 (Frobenius), |M_i|_2 <= x diam_i^2 / (8 sqrt(p)) and b_i >= -d log(1 + |M_i|_2), so the
@@ -109,7 +108,7 @@ def run(plan: Plan) -> Outcome:
         smallest = min(smallest, value)
         below.see((bound - value) / (1 + abs(bound)), (seed, exponent))
 
-    def value_and_gradient(flat: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def value_and_gradient(flat: Array) -> tuple[Array, Array]:
         return jax.tree.map(np.asarray, _value_and_gradient(flat, embeddings, decoder, tokens))
 
     minima = []

@@ -6,22 +6,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 
 from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProcess
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.change_of_variables import dense_residual
-from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, draw_number, drawn, make_case
+from theory_checks.drawn_cases import (
+    FEW_SHAPES,
+    MODERATE_KINDS,
+    SHAPES,
+    Array,
+    Case,
+    draw_case,
+    draw_number,
+    drawn,
+    make_case,
+)
 
 TOLERANCE = 1e-10
 SCALES = tuple(10.0**exponent for exponent in (-1.5, -2, -2.5, -3, -3.5, -4))
 # The fitted powers of sigma have to be within this of 1 and 2.
 RATE_TOLERANCE = 0.05
-_KINDS = ("gaussian", "ties", "near-duplicates", "collinear")
 
 
-def averaging(case: Case) -> NDArray[np.float64]:
+def averaging(case: Case) -> Array:
     """B (nd, nd) with e = B u for A = 0: u_i minus the values of its past, averaged and summed over heads."""
     length, width = case.embeddings.shape
     values = np.eye(width) if case.value is None else case.value.sum(axis=0)
@@ -87,7 +95,7 @@ def run(plan: Plan) -> Outcome:
     shapes = plan.pick(SHAPES[::3], FEW_SHAPES)
 
     def draw(generator: np.random.Generator) -> tuple[Case, float, float]:
-        case = draw_case(generator, kinds=_KINDS, shapes=shapes)
+        case = draw_case(generator, kinds=MODERATE_KINDS, shapes=shapes)
         return case, draw_number(generator, 0.1, 3.0), draw_number(generator, 0.1, 3.0)
 
     for problem in drawn(draw, cases, plan.seed):

@@ -4,12 +4,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import ortho_group
 
 from prob_transformer import Attention, EmbeddingProcess, jacobian_block, residual_and_log_det, stability_margin
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
-from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, drawn
+from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Array, Case, draw_case, drawn
 from theory_checks.truth.numpy_attention import LARGEST_KAPPA, amplification, is_undecidable
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
@@ -32,7 +31,7 @@ def _scaled(case: Case, factor: float, power: float) -> tuple[Any, ...]:
     return case.query * dtype(factor**-power), case.key, case.value, case.embeddings * dtype(factor)
 
 
-def _rotated(case: Case, rotation: NDArray[Any]) -> tuple[Any, ...]:
+def _rotated(case: Case, rotation: Array) -> tuple[Any, ...]:
     """u -> Q u, W_Q -> W_Q Q^T, W_K -> W_K Q^T, V -> Q V Q^T."""
     value = None if case.value is None else rotation @ case.value @ rotation.T
     return case.query @ rotation.T, case.key @ rotation.T, value, case.embeddings @ rotation.T

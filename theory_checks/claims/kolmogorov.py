@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
-from numpy.typing import NDArray
 from numpyro.infer.util import log_density
 
 from models.scalar import NOISE_SCALE, PAST, scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.normalisation import TAIL, interaction_attention, roots
-from theory_checks.drawn_cases import FEW_SHAPES, KINDS, SHAPES, draw_case, drawn
+from theory_checks.drawn_cases import FEW_SHAPES, KINDS, SHAPES, Array, draw_case, drawn
 from theory_checks.truth.quadrature import Integral, integrate
 
 TOLERANCE = 1e-6
@@ -60,20 +59,20 @@ def sheared(kept: Any, offsets: Any) -> jax.Array:
     return embeddings
 
 
-def marginal_ratio(attention: Attention, kept: NDArray[np.float64], integrated: int) -> Integral:
+def marginal_ratio(attention: Attention, kept: Array, integrated: int) -> Integral:
     """int p(kept, tail) d(tail) / p(kept), kept (k, d), over every tail that noise is likely to reach."""
     width = kept.shape[1]
     dimension = integrated * width
     edge = np.repeat(reach(attention, kept, integrated, EXTENT[dimension] * NOISE_SCALE), width)
     compiled = _ratio_of_many if dimension == 4 else _ratio
 
-    def integrand(offsets: NDArray[np.float64]) -> jax.Array:
+    def integrand(offsets: Array) -> jax.Array:
         return compiled(attention, kept, offsets.reshape(-1, integrated, width))
 
     return integrate(integrand, -edge, edge, tolerance=QUADRATURE[dimension], confirm=dimension < 3)
 
 
-def reach(attention: Attention, kept: NDArray[np.float64], integrated: int, noise: float) -> NDArray[np.float64]:
+def reach(attention: Attention, kept: Array, integrated: int, noise: float) -> Array:
     """Largest distance of each integrated tail from the mean of what precedes it, where no noise is above `noise`.
 
     With identity values mu_i and that mean both lie within the past, so they are apart by at most (1 - 1/m) of the
@@ -137,11 +136,11 @@ def _joint(attention: Attention, decoder: LinearDecoder, sequences: Any, embeddi
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(embeddings, sequences)
 
 
-def _token_probabilities(length: int, vocabulary: int) -> Integral:
+def _token_probabilities(length: int) -> Integral:
     """p(x_1..n) of every sequence in lexicographic order, embeddings (d = 1) integrated out."""
     attention = scalar_attention(-1.5)
-    decoder = LinearDecoder(jnp.linspace(-1.0, 1.5, vocabulary)[:, None], jnp.linspace(0.3, -0.4, vocabulary))
-    sequences = jnp.array(list(itertools.product(range(vocabulary), repeat=length)))
+    decoder = LinearDecoder(jnp.linspace(-1.0, 1.5, VOCABULARY)[:, None], jnp.linspace(0.3, -0.4, VOCABULARY))
+    sequences = jnp.array(list(itertools.product(range(VOCABULARY), repeat=length)))
 
     edge = EXTENT[length] * (FIRST_SCALE + NOISE_SCALE * np.arange(length))
     joint = functools.partial(_joint, attention, decoder, sequences)
@@ -150,18 +149,17 @@ def _token_probabilities(length: int, vocabulary: int) -> Integral:
 
 def _tokens(plan: Plan) -> dict[str, Any]:
     """Sequences of three marginalised to two; a quick plan only sums the sequences of two."""
-    vocabulary = VOCABULARY
-    shorter = _token_probabilities(2, vocabulary)
+    shorter = _token_probabilities(2)
     if plan.quick:
         total, error = float(abs(shorter.value.sum() - 1)), float(shorter.error.sum())
         return {"sequences": shorter.value.size, "total_probability_minus_1": total, "worst": max(total, error)}
-    longer = _token_probabilities(3, vocabulary)
-    marginal = longer.value.reshape(-1, vocabulary).sum(axis=1)
+    longer = _token_probabilities(3)
+    marginal = longer.value.reshape(-1, VOCABULARY).sum(axis=1)
     difference = float(np.abs(marginal - shorter.value).max())
     total = float(abs(longer.value.sum() - 1))
     error = float(longer.error.sum() + shorter.error.sum())
     return {
-        "vocabulary": vocabulary,
+        "vocabulary": VOCABULARY,
         "sequences": longer.value.size,
         "marginal_difference": difference,
         "total_probability_minus_1": total,
@@ -182,22 +180,16 @@ def _by_extension_and_whole(attention: Attention, embeddings: Any) -> tuple[jax.
     return total, process.log_prob(embeddings)
 
 
-def _extension(plan: Plan, cases: int) -> Worst:
-    """Adding positions one at a time against the whole sequence, relative to 1 + |log p|."""
-    worst = Worst()
-    kinds = tuple(kind for kind in KINDS if kind != "offset")
-    for case in drawn(draw_case, cases, plan.seed, kinds=kinds, shapes=plan.pick(SHAPES[::7], FEW_SHAPES[1:])):
-        extended, whole = map(float, _by_extension_and_whole(case.attention, case.embeddings))
-        worst.see(abs(extended - whole) / (1 + abs(whole)), case)
-    return worst
-
-
 def run(plan: Plan) -> Outcome:
     """Integrate fixed problems, and compare drawn ones for the extension by one position."""
     cases = plan.count(200, 40)
     rows, embeddings_worst = _embeddings(plan)
     tokens = _tokens(plan)
-    extension = _extension(plan, cases)
+    # Adding positions one at a time against the whole sequence, relative to 1 + |log p|.
+    extension, kinds = Worst(), tuple(kind for kind in KINDS if kind != "offset")
+    for case in drawn(draw_case, cases, plan.seed, kinds=kinds, shapes=plan.pick(SHAPES[::7], FEW_SHAPES[1:])):
+        extended, whole = map(float, _by_extension_and_whole(case.attention, case.embeddings))
+        extension.see(abs(extended - whole) / (1 + abs(whole)), case)
     past = np.array(PAST)[:, None]
     factor = marginal_ratio(scalar_attention(4.0), past, 1)
     expected = roots(4.0, PAST, NOISE_SCALE)

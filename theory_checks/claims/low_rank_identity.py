@@ -4,11 +4,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from prob_transformer import Attention, ResidualAndLogDet, jacobian_block, residual_and_log_det
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
-from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, drawn
+from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Array, Case, draw_case, drawn
 from theory_checks.truth.numpy_attention import LARGEST_KAPPA, amplification, is_undecidable
 
 TOLERANCE = 1e-9
@@ -17,7 +16,7 @@ ENTRIES_TOLERANCE = 1e-14
 REGIME = LARGEST_KAPPA["float64"]
 
 
-def factors(case: Case, position: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def factors(case: Case, position: int) -> tuple[Array, Array]:
     """L (d, Hp) and R (Hp, d) of one position with J = I_d - L R, from their definition in plain NumPy."""
     heads, head_size, width = case.query.shape
     past = case.embeddings[:position]

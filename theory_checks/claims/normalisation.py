@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from models.scalar import NOISE_SCALE, PAST, scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, residual_and_log_det
 from theory_checks.check import Check, Outcome, Plan, quick_jit
+from theory_checks.drawn_cases import Array
 from theory_checks.truth.quadrature import Integral, expected_roots, expected_roots_plane, integrate
 
 TOLERANCE = 1e-6
@@ -60,7 +61,7 @@ def masses(attention: Attention, past: ArrayLike, noise_scale: float, tolerance:
     return integrate(functools.partial(signed_density, attention, past, noise_scale), low, high, tolerance=tolerance)
 
 
-def scalar_residual(strength: float, past: ArrayLike, u: NDArray[np.float64]) -> NDArray[np.float64]:
+def scalar_residual(strength: float, past: ArrayLike, u: Array) -> Array:
     """e(u) = u - sum_s softmax_s(strength u_s u) u_s for d = 1 in plain NumPy, no library code."""
     past = np.asarray(past, float)
     logits = strength * np.outer(u, past)
@@ -103,11 +104,11 @@ def plane_attention(head_size: int, with_values: bool, strength: float) -> Atten
     return Attention(jnp.asarray(query), jnp.asarray(query), jnp.asarray(PLANE_VALUES)[None] if with_values else None)
 
 
-def _attended(attention: Attention) -> NDArray[np.float64]:
+def _attended(attention: Attention) -> Array:
     return PLANE_PAST if attention.value is None else PLANE_PAST @ np.asarray(attention.value[0]).T
 
 
-def plane_residual(attention: Attention, u: NDArray[np.float64]) -> NDArray[np.float64]:
+def plane_residual(attention: Attention, u: Array) -> Array:
     """e(u) (m, 2) of the position after PLANE_PAST in plain NumPy, no library code."""
     query, key = np.asarray(attention.query[0]), np.asarray(attention.key[0])
     logits = (u @ query.T) @ (PLANE_PAST @ key.T).T / np.sqrt(len(query))
@@ -120,7 +121,7 @@ def _rank_one_roots(attention: Attention) -> float:
     query = np.asarray(attention.query[0, 0])
     length = float(np.linalg.norm(query))
 
-    def along(w: NDArray[np.float64]) -> NDArray[np.float64]:
+    def along(w: Array) -> Array:
         # Any u with q . u = w serves: mu depends on u through w alone.
         return plane_residual(attention, w[:, None] * query / length**2) @ query
 

@@ -6,17 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from prob_transformer import Attention, stability_margin
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.claims.normalisation import PAST, interaction_attention, scalar_attention
-from theory_checks.drawn_cases import Shape, draw_problem, drawn, make_case, semidefinite_interaction
+from theory_checks.drawn_cases import (
+    MODERATE_KINDS,
+    Array,
+    Shape,
+    draw_problem,
+    drawn,
+    make_case,
+    semidefinite_interaction,
+)
 
 TOLERANCE = 1e-9
 # The search: random starts over scales of u, the best of them moved by random steps that shrink.
 _STARTS, _KEPT, _STEPS, _ROUNDS = 128, 4, 16, 20
-_KINDS = ("gaussian", "ties", "near-duplicates", "collinear")
 _IDENTITY = tuple(Shape(1, d, d, n, False) for d, n in ((1, 4), (2, 5), (3, 6)))
 _GENERAL = (
     Shape(1, 1, 1, 3, False),
@@ -62,14 +68,14 @@ def smallest_determinant(attention: Attention, past: Any, key: Any) -> tuple[jax
     return values[winner], points[winner]
 
 
-def negative_semidefinite(shape: Shape, kind: str, seed: int, strength: float) -> tuple[Attention, NDArray[Any]]:
+def negative_semidefinite(shape: Shape, kind: str, seed: int, strength: float) -> tuple[Attention, Array]:
     """A = -(positive semidefinite) + (antisymmetric) with identity values, and a past (n - 1, d)."""
     past = make_case(shape, kind, seed).embeddings[:-1]
     interaction = strength * semidefinite_interaction(np.random.default_rng(seed), shape.width)
     return interaction_attention(interaction), past
 
 
-def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[Attention, NDArray[Any], float]:
+def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[Attention, Array, float]:
     """Any attention scaled so that sum_h |V_h| |A_h| diam^2 / 4 is `constant`, a past (n - 1, d), and what it is."""
     case = make_case(shape, kind, seed)
     past = case.embeddings[:-1]
@@ -90,12 +96,12 @@ def run(plan: Plan) -> Outcome:
     slacks: dict[int, list[float]] = {}
 
     identity, general = plan.pick((_IDENTITY, _GENERAL), (_IDENTITY[:1], _IDENTITY[:1]))
-    for problem in drawn(draw_problem, cases, plan.seed, shapes=identity, kinds=_KINDS, low=-2.0, high=2.0):
+    for problem in drawn(draw_problem, cases, plan.seed, shapes=identity, kinds=MODERATE_KINDS, low=-2.0, high=2.0):
         shape, kind, seed, exponent = problem
         attention, past = negative_semidefinite(shape, kind, seed, 10.0**exponent)
         found, _ = smallest_determinant(attention, past, jax.random.key(seed))
         semidefinite.see(1 - float(found), problem)
-    for problem in drawn(draw_problem, cases, plan.seed, shapes=general, kinds=_KINDS, low=0.01, high=0.99):
+    for problem in drawn(draw_problem, cases, plan.seed, shapes=general, kinds=MODERATE_KINDS, low=0.01, high=0.99):
         shape, _, seed, _ = problem
         attention, past, reached = contraction(*problem)
         found, _ = smallest_determinant(attention, past, jax.random.key(seed))

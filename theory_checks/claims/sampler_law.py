@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 from scipy.interpolate import RegularGridInterpolator
 from scipy.stats import kstest, kstwo
 
@@ -18,7 +17,8 @@ from prob_transformer import (
     residual_and_log_det,
 )
 from theory_checks.check import Check, Outcome, Plan, quick_jit
-from theory_checks.claims.normalisation import interaction_attention
+from theory_checks.claims.normalisation import PLANE_PAST, interaction_attention
+from theory_checks.drawn_cases import Array
 
 # Probability that any test of the suite rejects a right sampler; shared equally between the tests.
 FALSE_ALARM = 1e-4
@@ -27,7 +27,6 @@ LENGTH = 4
 # Standard deviations of noise integrated over; nodes on either side of an embedding, and points of a table by width.
 EXTENT, NODES = 9.0, 48
 GRID = {1: 8001, 2: 401}
-PLANE_PAST = np.array([[-1.0, 0.4], [1.0, -0.2], [0.3, 0.9]])
 # Names of the densities that samples are held against, by the multiple of log|det J| they contain and the noise scale.
 DENSITIES = {
     "right": (1.0, 1.0),
@@ -35,8 +34,6 @@ DENSITIES = {
     "log-det of the wrong sign": (-1.0, 1.0),
     "noise scale 40 % too large": (1.0, 1.4),
 }
-
-Array = NDArray[np.float64]
 
 
 def log_density(attention: Attention, embeddings: Any, weight: Any, stretch: Any) -> jax.Array:
@@ -110,7 +107,7 @@ def next_transforms(
     return found
 
 
-def draw_next(attention: Attention, past: Array, key: Any, draws: int) -> tuple[Array, NDArray[np.bool_]]:
+def draw_next(attention: Attention, past: Array, key: Any, draws: int) -> tuple[Array, np.ndarray]:
     """Next embeddings (draws, d) after a past, solved from drawn noise, and whether each was solved as asked."""
     length, width = past.shape
     noise_of_past = residual_and_log_det(attention, jnp.asarray(past)).residual

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import approx_fprime, minimize, nnls
 
 from prob_transformer import Attention, barrier, stability_margin, support_tokens
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
+from theory_checks.drawn_cases import Array
 
 TOLERANCE = 1e-3
 LENGTH, WIDTH = 8, 2
@@ -18,8 +18,6 @@ LAMBDAS = tuple(10.0**-power for power in range(9))
 ACTIVE = 1e-3
 # Share of all multipliers that the support tokens have to carry at the end of the path.
 CONCENTRATED = 0.999
-
-Array = NDArray[np.float64]
 
 
 def margins(interaction: Array, embeddings: Array) -> Array:

@@ -6,7 +6,6 @@ latent     embeddings of the scalar process given tokens, its parameters known
 conjugate  embeddings without interaction, seen with Gaussian noise: a linear Gaussian model
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,8 +30,7 @@ LATENT_TOKENS = (0, 2, 1, 2)
 CALIBRATION_PRIORS = Priors((0.0, 0.5), (-0.7, 0.5))
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Sizes of a whole run; a result is a function of these, the code and the machine."""
 
     seed: int = 0
@@ -57,10 +55,6 @@ class Sizes:
     # Deviation of a posterior, as a share of the right one, that calibration has to notice.
     much_too_narrow: float = 0.8
 
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self)
-
 
 QUICK = Sizes(
     sequences=6,
@@ -81,7 +75,7 @@ QUICK = Sizes(
 
 def sizes_for(quick: bool, seed: int) -> Sizes:
     """The sizes of a whole run, or of one that only shows that everything runs."""
-    return dataclasses.replace(QUICK if quick else Sizes(), seed=seed)
+    return (QUICK if quick else Sizes())._replace(seed=seed)
 
 
 def judged(plan: Plan, compare: Callable[[Sizes], dict[str, Any]], unless: str | None = None) -> Outcome:

@@ -10,15 +10,11 @@ of the products whose sum is a logit, and log det has the derivative J_i^-1. Spe
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import norm
 
-from theory_checks.drawn_cases import Case
-
-Array = NDArray[np.float64]
+from theory_checks.drawn_cases import Array, Case
 
 # The largest kappa at which the raw error of a log-determinant is held to a tolerance; beyond, the error times this
 # over kappa is. Where kappa eps is above UNDECIDABLE, rounding may move J_i across the boundary and no digit is left.
@@ -70,7 +66,7 @@ def log_density(case: Case, noise_scale: float, first_scale: float) -> float:
     return float(total)
 
 
-def amplification(case: Case, blocks: NDArray[Any]) -> float:
+def amplification(case: Case, blocks: Array) -> float:
     """kappa of the case, given its Jacobian blocks (n, d, d); inf if one of them is singular."""
     smallest = np.linalg.svd(blocks, compute_uv=False)[:, -1]
     if smallest.min() == 0:
@@ -88,7 +84,7 @@ def is_undecidable(kappa: float, precision: str = "float64") -> bool:
     return bool(kappa * np.finfo(precision).eps > UNDECIDABLE)
 
 
-def log_det_tolerance(case: Case, blocks: NDArray[Any]) -> float:
+def log_det_tolerance(case: Case, blocks: Array) -> float:
     """The error in nats that rounding may leave in a float64 log-determinant of the case; inf where J is singular."""
     kappa = amplification(case, blocks)
     return np.inf if is_undecidable(kappa) else 1e-9 * max(1.0, kappa / LARGEST_KAPPA["float64"])
