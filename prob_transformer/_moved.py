@@ -7,6 +7,7 @@ _NEW_NAMES = {
     "accelerated": "kernels, by implementation='blocked' of the public functions",
     "decoder": "attention",
     "decoder_models": "pretrained",
+    "inference.laplace.potential": "inference.laplace.curvature",
     "inference.nuts": "inference.nuts_sampler",
     "inference.nuts_result": "inference.nuts_sampler",
     "inference.particle_result": "inference.particles",

@@ -134,6 +134,8 @@ def barrier_penalty(
         raise ValueError(f"share: got {share}; the one-sided penalty is taken over all heads and sequences.")
     if share < 1 and key is None:
         raise ValueError("key: got None; pass a JAX random key, which draws the share.")
+    # `jax.make_mesh` types its axes "explicit", which asks for inputs that are spread already; the sweep spreads them.
+    mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
     asked = _Asked(form, threshold, share, mesh, tiling)
     alike = defaultdict[Any, list[Projections]](list)
     found: list[tuple[int, BarrierPenalty]] = []

@@ -120,14 +120,17 @@ def evaluate(check: Check, plan: Plan | None = None) -> Result:
     return Result(check, outcome, time.perf_counter() - start)
 
 
+def _enable_float64() -> None:
+    jax.config.update("jax_enable_x64", True)
+
+
 def run_checks(checks: Sequence[Check], plan: Plan, jobs: int) -> Iterator[Result]:
     """Results in the order in which they come; with several jobs each check runs in a process of its own pool."""
-    in_float64 = functools.partial(jax.config.update, "jax_enable_x64", True)
     if jobs == 1 or len(checks) == 1:
-        in_float64()
+        _enable_float64()
         yield from (evaluate(check, plan) for check in checks)
         return
-    for check, future in workers.as_finished(functools.partial(evaluate, plan=plan), checks, jobs, in_float64):
+    for check, future in workers.as_finished(functools.partial(evaluate, plan=plan), checks, jobs, _enable_float64):
         try:
             yield future.result()
         except BrokenProcessPool:

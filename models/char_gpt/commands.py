@@ -158,15 +158,7 @@ def run_and_report(
         print(f"error: {error}", file=sys.stderr)
         return 1
     if jax.process_index() == 0:
-        clean, deviation = metrics["clean_loss"], metrics["clean_loss"]["standard_error"]
-        spread = (
-            "one window, so no standard error" if deviation is None else f"standard error over windows {deviation:.4f}"
-        )
-        console.print(
-            f"{metrics['method']}: {clean['nats_per_character']:.4f} nats per character on {clean['characters']:,} "
-            f"validation characters ({spread}); det J <= 0 at "
-            f"{metrics['margins']['layers']['negative_share']:.2%} of the layers' positions; {out / METRICS}"
-        )
+        _report(console, metrics, out)
     return 0
 
 
@@ -184,3 +176,13 @@ def _mesh(arguments: argparse.Namespace, config: Config) -> Mesh | None:
     if given:
         device_mesh.connect(*several)
     return device_mesh.mesh_for(config, *shape)
+
+
+def _report(console: Console, metrics: dict[str, Any], out: Path) -> None:
+    clean, error = metrics["clean_loss"], metrics["clean_loss"]["standard_error"]
+    spread = "one window, so no standard error" if error is None else f"standard error over windows {error:.4f}"
+    console.print(
+        f"{metrics['method']}: {clean['nats_per_character']:.4f} nats per character on {clean['characters']:,} "
+        f"validation characters ({spread}); det J <= 0 at "
+        f"{metrics['margins']['layers']['negative_share']:.2%} of the layers' positions; {out / METRICS}"
+    )
