@@ -40,7 +40,7 @@ from prob_transformer.attention import (
 )
 from prob_transformer.change_of_variables import jacobian_block, residual_and_log_det
 from prob_transformer.kernels.conditioning import conditioning_margin
-from prob_transformer.kernels.sweep import LogDet
+from prob_transformer.kernels.moments import LogDet
 from prob_transformer.self_inclusion import (
     Head,
     Reading,

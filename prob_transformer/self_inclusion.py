@@ -59,7 +59,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer.attention import Attention
-from prob_transformer.kernels.sweep import LogDet
+from prob_transformer.kernels.moments import LogDet
 from prob_transformer.softmax import capped
 
 # Keys a step of the sweep over the past; later ones are not touched for earlier queries.

@@ -27,6 +27,7 @@ from prob_transformer.barrier import one_sided_penalty
 from prob_transformer.change_of_variables import residual_and_log_det_at
 from prob_transformer.kernels.barrier import BarrierPenalty, mean_barrier, subsampled_barrier
 from prob_transformer.kernels.log_det import log_det
+from prob_transformer.kernels.moments import LogDet
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.sharding import (
     over_mesh,
@@ -34,7 +35,6 @@ from prob_transformer.kernels.sharding import (
     sharded_mean_barrier,
     sharded_subsampled_barrier,
 )
-from prob_transformer.kernels.sweep import LogDet
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
 
 Form = Literal["two-sided", "one-sided"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from prob_transformer import Attention, barrier, one_sided_barrier, one_sided_penalty, residual_and_log_det
-from tests.support.dense import dense_truth, draw
+from tests.helpers.dense import dense_truth, draw
 
 
 def scalar_attention(a):

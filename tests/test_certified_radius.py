@@ -7,7 +7,7 @@ import pytest
 
 from prob_transformer import Attention, Rotary, certified_radius, jacobian_block
 from prob_transformer.certified_radius import _certified_radius
-from tests.support.dense import draw
+from tests.helpers.dense import draw
 
 
 def scalar_attention(a):

@@ -8,8 +8,8 @@ import pytest
 from prob_transformer import Attention, attention_mean, jacobian_block, residual_and_log_det
 from prob_transformer import change_of_variables as module
 from prob_transformer.change_of_variables import over_positions
-from tests.support.dense import SHAPES, dense_truth, draw
-from tests.support.long import SHAPES as LONG_SHAPES
+from tests.helpers.dense import SHAPES, dense_truth, draw
+from tests.helpers.long import SHAPES as LONG_SHAPES
 
 
 @pytest.mark.parametrize("shape", SHAPES)

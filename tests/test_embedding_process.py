@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import multivariate_normal, norm
 
 from prob_transformer import Attention, EmbeddingProcess, ImplicitSolveError
-from tests.support.dense import dense_truth, draw
+from tests.helpers.dense import dense_truth, draw
 
 ZERO = Attention(np.zeros((1, 2, 3)), np.zeros((1, 2, 3)))
 

@@ -5,8 +5,8 @@ import pytest
 from scipy.special import softmax
 
 from prob_transformer import Attention, RMSNorm, Rotary, decoder_margins, layer_margins
-from tests.support.layers import layer_of
-from tests.support.plain_decoder import draw, jacobians, weights_at
+from tests.helpers.layers import layer_of
+from tests.helpers.plain_decoder import draw, jacobians, weights_at
 
 # Grouped keys, rotary in both layouts (all and part of a head), biases, windows, values of another size than the keys,
 # values without an output map, heads smaller and larger than half the width.

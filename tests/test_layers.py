@@ -16,8 +16,8 @@ from prob_transformer import (
     jacobian_block,
     residual_and_log_det,
 )
-from tests.support.layers import layer_of
-from tests.support.plain_decoder import draw, jacobians, mean_at, rotation
+from tests.helpers.layers import layer_of
+from tests.helpers.plain_decoder import draw, jacobians, mean_at, rotation
 
 LAYERS = {
     "rotary": {"inner": 3, "pairs": 2, "bias": True},

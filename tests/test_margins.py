@@ -6,7 +6,7 @@ from scipy.special import softmax
 
 from prob_transformer import Attention, layer_margins, stability_margin, support_tokens
 from prob_transformer.margins import _closest_positions
-from tests.support.dense import dense_truth, draw
+from tests.helpers.dense import dense_truth, draw
 
 SHAPE, ALONE = (2, 2, 3, 6, True), (1, 2, 3, 5, False)
 

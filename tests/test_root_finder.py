@@ -12,7 +12,7 @@ import prob_transformer
 from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProcess, ImplicitSolveError, SolveStatus
 from prob_transformer import root_finder as module
 from prob_transformer.root_finder import residual_tolerance
-from tests.support.dense import SHAPES, dense_map, draw
+from tests.helpers.dense import SHAPES, dense_map, draw
 
 # Most of the time goes into compiling, so many tests share one shape: heads, head size, width, length, own values.
 SHARED, BATCH = (2, 2, 3, 6, True), 64

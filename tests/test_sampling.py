@@ -7,7 +7,7 @@ from numpyro.distributions import constraints
 
 from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProcess, ImplicitSolveError, SolveStatus
 from prob_transformer.root_finder import solve_sequences
-from tests.support.dense import dense_truth, draw
+from tests.helpers.dense import dense_truth, draw
 
 
 def mild_attention(seed):

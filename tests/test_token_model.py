@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from scipy.stats import norm
 
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, map_objective, token_model
-from tests.support.dense import dense_truth, draw
+from tests.helpers.dense import dense_truth, draw
 
 SHAPE = (2, 2, 3, 4, True)
 TOKENS = np.array([0, 3, 1, 2])

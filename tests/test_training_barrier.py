@@ -5,8 +5,8 @@ import pytest
 
 from prob_transformer import Attention, barrier_penalty
 from prob_transformer.kernels.tiling import Tiling
-from tests.support import layers
-from tests.support.plain_decoder import draw, jacobians
+from tests.helpers import layers
+from tests.helpers.plain_decoder import draw, jacobians
 
 SEQUENCES, LENGTH, WIDTH = 2, 9, 5
 # All but the capped one are swept.

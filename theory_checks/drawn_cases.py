@@ -4,7 +4,7 @@ Shapes come from a short fixed list, so that a comparison compiled once a shape 
 
 A check draws thousands of cases and keeps the worst. Its draws are a function of its seed alone, so `draw_case` and
 `draw_problem` take them from a NumPy generator. The repr of a case rebuilds it. `numbers` in `build_case` is such a
-generator, or what draws simpler numbers in its place (tests/support/shrinking_cases.py).
+generator, or what draws simpler numbers in its place (tests/helpers/shrinking_cases.py).
 """
 
 import math

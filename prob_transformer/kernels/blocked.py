@@ -14,8 +14,8 @@ from prob_transformer._dtypes import ranks_promoted
 from prob_transformer._implementation import ResidualAndLogDet
 from prob_transformer.attention import Attention
 from prob_transformer.kernels.log_det import log_det
+from prob_transformer.kernels.moments import block_weights
 from prob_transformer.kernels.projections import Projections
-from prob_transformer.kernels.sweep import block_weights
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling, padded
 
 

@@ -25,8 +25,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from prob_transformer._dtypes import in_float32_at_least, ranks_promoted
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention, require_joint
+from prob_transformer.kernels.moments import block_small_inverse
 from prob_transformer.kernels.projections import Projections
-from prob_transformer.kernels.sweep import block_small_inverse
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling, in_groups, padded
 
 DEFAULT_STEPS = 16

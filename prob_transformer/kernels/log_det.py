@@ -17,8 +17,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from prob_transformer._dtypes import ranks_promoted
-from prob_transformer.kernels.projections import Projections
-from prob_transformer.kernels.sweep import (
+from prob_transformer.kernels.moments import (
     LogDet,
     LogDetGradient,
     block_log_det,
@@ -26,6 +25,7 @@ from prob_transformer.kernels.sweep import (
     sweep_log_det,
     sweep_log_det_gradient,
 )
+from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.tiling import Tiling, in_groups, padded
 
 Tree = TypeVar("Tree")

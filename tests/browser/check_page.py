@@ -216,7 +216,7 @@ def check(path: Path, screenshots: Path | None) -> None:
 def tiny_page() -> Iterator[Path]:
     """The page of a random model of the Llama family: one token a byte, and one that is markup."""
     from prob_transformer.__main__ import main
-    from tests.support.foreign_models import with_tokenizer
+    from tests.helpers.foreign_models import with_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prob_transformer import decoder_margins
-from tests.support.plain_decoder import EPSILON, draw, jacobians
+from tests.helpers.plain_decoder import EPSILON, draw, jacobians
 
 FOLDER = Path(__file__).parents[2] / "docs/examples"
 LENGTH, WIDTH = 6, 8

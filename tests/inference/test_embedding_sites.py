@@ -12,7 +12,7 @@ from scipy import stats
 from models.scalar.density import scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, ImplicitSolveError, SolveStatus, named_solve_errors
 from prob_transformer.inference import NoiseReparam, Predictive, through_noise
-from tests.support.dense import dense_map, draw
+from tests.helpers.dense import dense_map, draw
 
 
 def batch(attention, y):

@@ -8,8 +8,8 @@ from scipy.stats import norm
 
 from prob_transformer import Attention, LinearDecoder
 from prob_transformer.inference import ParticleStatus, particle_filter, smooth
-from tests.support.dense import dense_map, draw
-from tests.support.small_models import (
+from tests.helpers.dense import dense_map, draw
+from tests.helpers.small_models import (
     BIAS,
     FIRST_SCALE,
     NOISE_SCALE,

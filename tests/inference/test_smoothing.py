@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from prob_transformer.inference import ParticleStatus, load, save, smooth
-from tests.support.small_models import (
+from tests.helpers.small_models import (
     TOKENS,
     assert_within_three_standard_errors,
     filters,

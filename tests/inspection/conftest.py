@@ -3,7 +3,7 @@ import pytest
 
 from prob_transformer.inspection import Inspection, Setting
 from prob_transformer.pretrained.load import load_pretrained
-from tests.support.tiny_models import LLAMA, llama_weights, write
+from tests.helpers.tiny_models import LLAMA, llama_weights, write
 
 
 @pytest.fixture(scope="session")

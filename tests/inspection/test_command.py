@@ -16,7 +16,7 @@ from prob_transformer.inference import result_tree
 from prob_transformer.inspection import command
 from prob_transformer.inspection.command import parse_layers
 from prob_transformer.pretrained import load
-from tests.support.error_lines import assert_refused
+from tests.helpers.error_lines import assert_refused
 
 # Quotes, markup, a character of four tokens, a line end.
 TEXT = '"a" <b>&\r\n😀 [x] \x00 end'

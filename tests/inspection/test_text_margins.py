@@ -5,7 +5,7 @@ from scipy.special import softmax
 
 from prob_transformer import Attention
 from prob_transformer.inspection.text_margins import QUANTILES, Setting, inspect_text, pieces_of
-from tests.support.plain_decoder import draw, jacobians
+from tests.helpers.plain_decoder import draw, jacobians
 
 LENGTH, WIDTH = 6, 3
 PIECES = tuple("abcdef")

@@ -9,7 +9,7 @@ import prob_transformer as reference
 from prob_transformer.kernels import barrier as kernel_barrier
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.tiling import Tiling
-from tests.support.long import draw
+from tests.helpers.long import draw
 
 TILING = Tiling(8, 16)
 # As in training, where the barrier is one term among others: its gradient is not asked for with cotangent one.

@@ -13,8 +13,8 @@ from prob_transformer.kernels import blocked
 from prob_transformer.kernels.log_det import log_det
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
-from tests.support.long import SHAPES, TILINGS, draw
-from tests.support.shrinking_cases import attention_cases
+from tests.helpers.long import SHAPES, TILINGS, draw
+from tests.helpers.shrinking_cases import attention_cases
 from theory_checks.drawn_cases import SHAPES as SMALL_SHAPES
 from theory_checks.truth.numpy_attention import amplification
 

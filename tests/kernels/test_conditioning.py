@@ -9,7 +9,7 @@ import prob_transformer as reference
 from prob_transformer import Attention
 from prob_transformer.kernels.conditioning import conditioning_margin, relative_error
 from prob_transformer.kernels.tiling import Tiling
-from tests.support.long import draw
+from tests.helpers.long import draw
 
 TILING = Tiling(8, 16)
 KEY = jax.random.key(0)

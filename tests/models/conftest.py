@@ -1,6 +1,6 @@
 import pytest
 
-from tests.support.words import write_words
+from tests.helpers.words import write_words
 
 
 @pytest.fixture(scope="module")

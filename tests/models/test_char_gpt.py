@@ -16,7 +16,7 @@ from models.char_gpt.loss import LossTerms, loss_terms, negatives_at, site_densi
 from models.char_gpt.train import StepData, backtracked, draw_windows, initial_state, train_step
 from models.char_gpt.training_record import batch_margins
 from prob_transformer import map_objective, weight_prior
-from tests.support.tiny_gpt import (
+from tests.helpers.tiny_gpt import (
     aligned,
     compiled_logits,
     compiled_loss_terms,

@@ -18,7 +18,7 @@ from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
 from models.char_gpt.loss import loss_terms
 from models.char_gpt.train import Method, TrainingDivergedError, initial_state, train_model
 from models.corpus import load
-from tests.support.error_lines import assert_refused
+from tests.helpers.error_lines import assert_refused
 
 TINY = Config(
     objective="margin",

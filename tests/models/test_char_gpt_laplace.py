@@ -21,7 +21,7 @@ from prob_transformer.inference.laplace.last_layer import CholeskyPrecision, gau
 from prob_transformer.inference.laplace.predictive import probit_logits
 from prob_transformer.inference.laplace.tuning import coarse_prior_precision
 from prob_transformer.inference.result_tree import load as load_tree
-from tests.support.tiny_gpt import compiled_logits, made_wide
+from tests.helpers.tiny_gpt import compiled_logits, made_wide
 
 SMALL = Config(layers=2, width=4, heads=2, context=4, steps=2, batch=2, evaluation_windows=3)
 VOCABULARY, TAU = 5, 0.6

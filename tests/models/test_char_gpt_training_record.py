@@ -18,7 +18,7 @@ from models.char_gpt.training_record import (
     seconds_per_step,
 )
 from models.corpus import load
-from tests.support.tiny_gpt import aligned, dense_at, made_wide
+from tests.helpers.tiny_gpt import aligned, dense_at, made_wide
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3)
 

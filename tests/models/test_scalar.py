@@ -18,7 +18,7 @@ from models.scalar import infer
 from models.scalar.dataset import WEIGHT, generate
 from prob_transformer import residual_and_log_det
 from prob_transformer.inference import load
-from tests.support.error_lines import assert_refused
+from tests.helpers.error_lines import assert_refused
 
 
 def test_the_library_gives_the_scalar_closed_form():

@@ -16,7 +16,7 @@ from paper_figures.study.design import BARRIERS, COMPETITORS, CONTROLS
 from paper_figures.study.runs import increase, load_runs
 from paper_figures.study.strength_selection import at_equal_cost
 from paper_figures.study.tables import markdown
-from tests.support.synthetic_runs import Truth, write_runs
+from tests.helpers.synthetic_runs import Truth, write_runs
 
 
 def edited(folder, change):

@@ -20,7 +20,7 @@ from paper_figures.behaviour.measure import (
 )
 from prob_transformer import layer_margins
 from prob_transformer.pretrained.load import load_pretrained
-from tests.support.tiny_models import LLAMA, llama_weights, write
+from tests.helpers.tiny_models import LLAMA, llama_weights, write
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import matplotlib as mpl
 import pytest
 
 from paper_figures.figures import claim_pictures, style
-from tests.support.figures import assert_nothing_is_cut_off
+from tests.helpers.figures import assert_nothing_is_cut_off
 from theory_checks import claims
 
 RESULTS = Path(claim_pictures.__file__).resolve().parents[2] / "results" / "reference" / "theory_checks.json"

@@ -19,8 +19,8 @@ from paper_figures.study.comparisons import PERTURBATIONS
 from paper_figures.study.design import METHODS
 from paper_figures.study.strength_selection import at_equal_cost
 from paper_figures.study.tables import markdown
-from tests.support.figures import assert_nothing_is_cut_off
-from tests.support.synthetic_runs import Truth, write_runs
+from tests.helpers.figures import assert_nothing_is_cut_off
+from tests.helpers.synthetic_runs import Truth, write_runs
 
 ROOT = Path(report.__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"

@@ -18,9 +18,9 @@ from paper_figures.study.analysis import analyse
 from paper_figures.study.perturbations import KINDS
 from paper_figures.study.perturbations import measured as measure
 from paper_figures.study.tables import markdown
-from tests.support.synthetic_runs import write_runs
-from tests.support.tiny_gpt import compiled_logits, dense_at, made
-from tests.support.words import write_words
+from tests.helpers.synthetic_runs import write_runs
+from tests.helpers.tiny_gpt import compiled_logits, dense_at, made
+from tests.helpers.words import write_words
 
 TINY = Config(layers=2, width=8, heads=2, context=8, evaluation_windows=8)
 

@@ -13,7 +13,7 @@ from models.char_gpt.evaluation import clean_losses, stream_rms
 from models.char_gpt.model import CharGPT
 from paper_figures.study import perturbations
 from paper_figures.study.perturbations import KINDS, kept_positions, spare_characters, substituted, swapped
-from tests.support.tiny_gpt import made_wide
+from tests.helpers.tiny_gpt import made_wide
 
 CONFIG = Config(layers=2, width=8, heads=2, context=12)
 N, V = CONFIG.context, 7

@@ -13,7 +13,7 @@ from paper_figures.study import regularisers
 from paper_figures.study.regularisers import LOSSES, decayed, squared_norm_at, trace_at
 from prob_transformer import Attention
 from prob_transformer.change_of_variables import over_positions
-from tests.support.tiny_gpt import made_wide
+from tests.helpers.tiny_gpt import made_wide
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, steps=20)
 VOCABULARY = 5

@@ -20,8 +20,8 @@ from models.char_gpt.config import in_names_of_today
 from models.corpus import load
 from paper_figures.study import __main__ as command
 from paper_figures.study import design, runs, sweep
-from tests.support import tiny_sweep
-from tests.support.words import write_words
+from tests.helpers import tiny_sweep
+from tests.helpers.words import write_words
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 240.0
@@ -181,7 +181,7 @@ def test_one_compilation_serves_all_seeds_and_strengths_of_a_method(text, tmp_pa
 
 
 def start(text, out, workers):
-    command = [sys.executable, str(ROOT / "tests/support/tiny_sweep.py"), "--corpus", str(text), "--out", str(out)]
+    command = [sys.executable, str(ROOT / "tests/helpers/tiny_sweep.py"), "--corpus", str(text), "--out", str(out)]
     # Every process compiles the same small functions, and compiling them is what takes time.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(

@@ -1,8 +1,8 @@
 import pytest
 
 from prob_transformer.__main__ import main
-from tests.support.error_lines import assert_refused
-from tests.support.foreign_models import TEXT
+from tests.helpers.error_lines import assert_refused
+from tests.helpers.foreign_models import TEXT
 
 
 @pytest.fixture

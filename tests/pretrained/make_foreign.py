@@ -5,7 +5,7 @@ In an environment of its own, from the root of a clone:
     pip install torch==2.13.0 transformers==5.24.0 safetensors sentencepiece protobuf ml_dtypes tokenizers
     python -m tests.pretrained.make_foreign
 
-Of every folder in tests/support/foreign_models.py: the tokens of a text, a part of the logits, and sign and log|det J|
+Of every folder in tests/helpers/foreign_models.py: the tokens of a text, a part of the logits, and sign and log|det J|
 of every layer, head and position by autograd in float64, J of the map e = u - mu(u) with identity values and the strict
 past, and of the map with the layer's own values and the position itself, which is transformers' own attention module
 with the outputs of all heads but one removed. (transformers makes norms and rotations in float32 whatever the weights.)
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Tokenizer, PreTrainedTokenize
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tests.support.foreign_models import FOLDERS, TEXT
+from tests.helpers.foreign_models import FOLDERS, TEXT
 
 HERE = Path(__file__).parent
 TEXTS = (

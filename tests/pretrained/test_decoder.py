@@ -6,7 +6,7 @@ import pytest
 from prob_transformer import decoder_margins
 from prob_transformer.pretrained.huggingface import read_folder
 from prob_transformer.pretrained.llama import LlamaConfig, Rope
-from tests.support.foreign_models import LLAMA3, llama_folder
+from tests.helpers.foreign_models import LLAMA3, llama_folder
 
 
 def test_scaled_rotary_positions_follow_their_published_rules():

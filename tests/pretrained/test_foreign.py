@@ -8,9 +8,9 @@ import pytest
 
 from prob_transformer.inference import result_tree
 from prob_transformer.pretrained.load import load_pretrained
-from tests.support.foreign_models import FOLDERS, TEXT, TIED, ends, llama_folder, with_tokenizer
-from tests.support.gguf_files import FIELDS, tensors, write_gguf
-from tests.support.tiny_models import LLAMA
+from tests.helpers.foreign_models import FOLDERS, TEXT, TIED, ends, llama_folder, with_tokenizer
+from tests.helpers.gguf_files import FIELDS, tensors, write_gguf
+from tests.helpers.tiny_models import LLAMA
 
 HERE = Path(__file__).parent
 TRUTH = np.load(HERE / "foreign.npz")

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from prob_transformer.pretrained.load import load_pretrained
-from tests.support.foreign_models import llama_folder, sharded
+from tests.helpers.foreign_models import llama_folder, sharded
 
 
 def digest(content):

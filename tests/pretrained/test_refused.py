@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.support.foreign_models import (
+from tests.helpers.foreign_models import (
     LLAMA3,
     TEXT,
     added,
@@ -19,8 +19,8 @@ from tests.support.foreign_models import (
     sharded,
     with_tokenizer,
 )
-from tests.support.gguf_files import FIELDS, byte_level, tensors, write_gguf
-from tests.support.tiny_models import GPT2, LLAMA
+from tests.helpers.gguf_files import FIELDS, byte_level, tensors, write_gguf
+from tests.helpers.tiny_models import GPT2, LLAMA
 
 
 def raw(name, content, make=llama_folder):

@@ -8,7 +8,7 @@ from models import wikipedia
 from prob_transformer import Attention, layer_margins
 from prob_transformer.pretrained import load
 from prob_transformer.pretrained.gguf_file import read_gguf
-from tests.support.plain_decoder import Plain, jacobians
+from tests.helpers.plain_decoder import Plain, jacobians
 
 # What transformers 5.24 on PyTorch 2.13 continues the first 64 tokens of the first article with, greedily, reading the
 # same file, as `python -m benchmarks.smollm2_logits` does; kept here so that the test needs neither.

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from prob_transformer import Attention, jacobian_block, residual_and_log_det
 from prob_transformer.attention import Past, attention_weights
-from tests.support.dense import dense_truth
-from tests.support.shrinking_cases import (
+from tests.helpers.dense import dense_truth
+from tests.helpers.shrinking_cases import (
     LINE_SHAPES,
     ON_THE_BOUNDARY,
     ONE,

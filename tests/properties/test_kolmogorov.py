@@ -15,7 +15,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, token_model
-from tests.support.shrinking_cases import ONE, SIMPLE_NUMBERS, safe_cases
+from tests.helpers.shrinking_cases import ONE, SIMPLE_NUMBERS, safe_cases
 from theory_checks.check import quick_jit
 from theory_checks.claims.kolmogorov import reach, sheared
 from theory_checks.claims.normalisation import TAIL, roots, signed_density

@@ -17,8 +17,8 @@ from numpyro.infer.util import log_density, potential_energy
 from scipy.special import log_softmax
 
 from prob_transformer import Attention, LinearDecoder, map_objective, token_model
-from tests.support.dense import dense_truth
-from tests.support.shrinking_cases import SIMPLE_NUMBERS, shrinking_cases
+from tests.helpers.dense import dense_truth
+from tests.helpers.shrinking_cases import SIMPLE_NUMBERS, shrinking_cases
 from theory_checks.check import quick_jit
 from theory_checks.claims.map_equivalence import Setting, bayesian_model, by_hand, relative_difference
 from theory_checks.drawn_cases import MODERATE_KINDS, Case, Shape

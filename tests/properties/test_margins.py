@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prob_transformer import Attention, certified_radius, stability_margin
-from tests.support.dense import dense_truth
-from tests.support.shrinking_cases import (
+from tests.helpers.dense import dense_truth
+from tests.helpers.shrinking_cases import (
     LINE_SHAPES,
     ON_THE_BOUNDARY,
     ONE,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import find
 from scipy import stats
 
-from tests.support.shrinking_cases import LINE_SHAPES, shrinking_cases
+from tests.helpers.shrinking_cases import LINE_SHAPES, shrinking_cases
 from theory_checks.drawn_cases import HUGE_LOGITS, KINDS, SHAPES, Case, Shape, draw_case, draw_number, drawn, make_case
 from theory_checks.truth import numpy_attention
 

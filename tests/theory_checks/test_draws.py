@@ -79,7 +79,7 @@ def alone() -> dict[str, list[str]]:
 
 
 def test_the_cases_of_a_seed_do_not_depend_on_what_is_imported(alone):
-    assert drawn_in_a_process(0, "models", "paper_figures", "tests.support") == alone
+    assert drawn_in_a_process(0, "models", "paper_figures", "tests.helpers") == alone
 
 
 def test_every_check_runs_as_many_cases_as_asked_and_other_ones_for_another_seed(alone):

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import kstest, multivariate_normal, norm
 
 from models.scalar import PAST, scalar_attention
-from tests.support.dense import dense_map, dense_truth
+from tests.helpers.dense import dense_map, dense_truth
 from theory_checks.claims import (
     boundedness,
     certified_radius,

@@ -9,7 +9,7 @@ from scipy.special import softmax
 
 from prob_transformer.inference.laplace import IndefiniteCurvatureError, laplace
 from prob_transformer.inference.laplace.curvature import diagonal_of
-from tests.support.modes import mode_at
+from tests.helpers.modes import mode_at
 
 RNG = np.random.default_rng(5)
 X = RNG.normal(size=(5, 2))

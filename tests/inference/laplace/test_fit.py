@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal, norm
 from prob_transformer import Attention, EmbeddingProcess, LinearDecoder, map_objective, token_model
 from prob_transformer.inference import MapStatus, find_map, load, save
 from prob_transformer.inference.laplace import IndefiniteCurvatureError, laplace
-from tests.support.modes import mode_at
+from tests.helpers.modes import mode_at
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(6, 3)), RNG.normal(size=6)

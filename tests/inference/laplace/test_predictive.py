@@ -8,7 +8,7 @@ from scipy.special import expit, logsumexp, softmax
 from scipy.stats import norm
 
 from prob_transformer.inference.laplace import laplace
-from tests.support.modes import mode_at
+from tests.helpers.modes import mode_at
 
 RNG = np.random.default_rng(6)
 X, Y, NEW = RNG.normal(size=(5, 3)), RNG.normal(size=5), RNG.normal(size=(4, 3))

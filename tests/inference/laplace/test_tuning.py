@@ -12,7 +12,7 @@ from prob_transformer.inference.laplace import (
     laplace,
     tune_prior_precision,
 )
-from tests.support.modes import mode_at
+from tests.helpers.modes import mode_at
 
 RNG = np.random.default_rng(7)
 X = RNG.normal(size=(8, 3))

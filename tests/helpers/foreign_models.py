@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, processors
 
-from tests.support.tiny_models import GPT2, LLAMA, byte_tokenizer, gpt2_weights, llama_weights, write
+from tests.helpers.tiny_models import GPT2, LLAMA, byte_tokenizer, gpt2_weights, llama_weights, write
 
 TEXT = "Łódź, 19 no."
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

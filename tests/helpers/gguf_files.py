@@ -6,7 +6,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tests.support.tiny_models import LLAMA, byte_tokenizer, llama_weights
+from tests.helpers.tiny_models import LLAMA, byte_tokenizer, llama_weights
 
 _NAMES = {
     "model.embed_tokens": "token_embd",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prob_transformer import Attention, RMSNorm, Rotary
-from tests.support.plain_decoder import EPSILON
+from tests.helpers.plain_decoder import EPSILON
 
 
 def layer_of(plain, dtype=np.float64):

@@ -9,7 +9,7 @@ import numpy as np
 
 from models.char_gpt.loss import loss_terms
 from models.char_gpt.model import CharGPT
-from tests.support.dense import dense_truth
+from tests.helpers.dense import dense_truth
 
 compiled_loss_terms = eqx.filter_jit(loss_terms)
 
