@@ -145,9 +145,11 @@ class MapResult(NamedTuple):
         stats = {name: getattr(self, name) for name in _STATS} | {"status": int(self.status)}
         if self.signs.size:
             stats["negative_signs"] = int((np.asarray(self.signs) < 0).sum())
+        # Once for both, because every access to the property runs the model.
+        trace = self._trace
         groups: dict[str, dict[str, Any]] = {
             "posterior": self.posterior,
-            "log_likelihood": _one_draw(self.log_likelihood),
+            "log_likelihood": _one_draw(log_likelihood(trace)),
             "sample_stats": _one_draw(stats),
             "observed_data": self.observed_data,
         }
@@ -156,7 +158,7 @@ class MapResult(NamedTuple):
             "objective": f"negative log joint in nats, density in {self.space} coordinates",
             "status": status,
             "note": self.note,
-            "law": self.law.line,
+            "law": law_of(processes(trace)).line,
         }
         return datatree(groups, dims, attrs)
 

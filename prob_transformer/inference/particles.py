@@ -13,7 +13,6 @@ everywhere; `proposals` says what is estimated elsewhere.
 """
 
 import enum
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -37,7 +36,6 @@ from prob_transformer.root_finder import SolveStatus
 from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
 
 Paths = Literal["smoothed", "ancestral"]
-_INDICES = {"smoothed": smoothing_indices, "ancestral": ancestral_indices}
 _PATHS = 1000
 
 # No position of the filter has this number, whose key would be the same as that of fold_in.
@@ -114,13 +112,15 @@ class ParticleResult(NamedTuple):
     @property
     def posterior(self) -> dict[str, Float[Array, "1 draws n d"]]:
         """One chain of 1000 smoothed paths, as `to_datatree` has them."""
-        return self._draw(smoothing_indices, None, _PATHS)[0]
+        return self._draw("smoothed", None, _PATHS)[0]
 
-    def _draw(
-        self, indices_of: Callable[..., Int[Array, "draws n"]], key: PRNGKeyArray | None, draws: int
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
+    def _draw(self, paths: Paths, key: PRNGKeyArray | None, draws: int) -> tuple[dict[str, Array], dict[str, Array]]:
         key = jax.random.fold_in(self.key, _DRAWS) if key is None else key
-        indices = indices_of(key, draws, self.process, self.filtered, self.filtered_log_weights, self.ancestors)
+        if paths == "ancestral":
+            indices = ancestral_indices(key, draws, self.filtered_log_weights[-1], self.ancestors)
+        else:
+            particles = self.filtered, self.filtered_log_weights, self.ancestors
+            indices = smoothing_indices(key, draws, self.process, *particles)
         rows = jnp.arange(self.filtered.shape[0])
         log_likelihood = {"tokens": self.log_likelihood[rows, indices][None]}
         return {"embeddings": self.filtered[rows, indices][None]}, log_likelihood
@@ -153,14 +153,14 @@ class ParticleResult(NamedTuple):
                 "jax.tree.map(lambda leaf: leaf[0], result)."
             )
         require_count("draws", draws, 1, "the number of paths")
-        if paths not in _INDICES:
-            raise ValueError(f"paths: got {paths!r}; pass one of {', '.join(_INDICES)}.")
+        if paths not in get_args(Paths):
+            raise ValueError(f"paths: got {paths!r}; pass one of {', '.join(get_args(Paths))}.")
         status = ParticleStatus(int(self.status))
         if status:
             where = f"(unsolved by position {np.asarray(self.unsolved).tolist()})"
             never = [ParticleStatus.NOT_CONVERGED, ParticleStatus.ALL_DIED]
             require_allowed({status: f"{where}: {_REMEDY[status]}"}, allow, never)
-        posterior, log_likelihood = self._draw(_INDICES[paths], key, draws)
+        posterior, log_likelihood = self._draw(paths, key, draws)
         configuration = {"method": "particles", "particles": self.log_weights.shape[0], "paths": paths}
         attrs = provenance(self.seed, configuration) | {
             "objective": "log p(embeddings, tokens) in nats, embeddings by the process",
@@ -347,4 +347,4 @@ def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array
         raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
     if key is None:
         raise ValueError("key: got None; pass a JAX random key.")
-    return result._draw(smoothing_indices, key, draws)[0]["embeddings"][0]
+    return result._draw("smoothed", key, draws)[0]["embeddings"][0]

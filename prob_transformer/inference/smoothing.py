@@ -35,13 +35,11 @@ def genealogy(
 def ancestral_indices(
     key: PRNGKeyArray,
     draws: int,
-    process: EmbeddingProcess,
-    filtered: Float[Array, "n N d"],
-    log_weights: Float[Array, "n N"],
+    log_weights: Float[Array, " N"],
     ancestors: Int[Array, "n N"],
 ) -> Int[Array, "draws n"]:
-    """Particles of each position that `draws` paths, drawn by the last weights, go through."""
-    last = jax.random.categorical(key, log_weights[-1], shape=(draws,))
+    """Particles of each position that `draws` paths, drawn by the last position's weights in nats, go through."""
+    last = jax.random.categorical(key, log_weights, shape=(draws,))
     return genealogy(ancestors, last, ancestors.shape[0] - 1).T
 
 
