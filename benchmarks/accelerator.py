@@ -31,9 +31,9 @@ from benchmarks.result_file import device_peak, machine, versions
 from benchmarks.timing import matmul
 from models.char_gpt.config import Config
 from models.char_gpt.loss import loss_terms
-from models.char_gpt.model import CharGPT
 from prob_transformer.files import provenance, write_json
 from prob_transformer.kernels.tiling import DEFAULT_TILING
+from prob_transformer.transformer.network import Transformer
 
 SECONDS = 450.0
 SEED = 0
@@ -93,12 +93,12 @@ def training_step(barrier: bool, narrow: bool, sizes: Sizes) -> dict[str, Any]:
     if barrier:
         asked |= {"objective": "margin", "implementation": "blocked", "barrier_site": "layers"}
     config = Config(**asked, product_dtype="bfloat16" if barrier and narrow else "float32")
-    model, optimiser = CharGPT(jax.random.key(SEED), config, 96), optax.adam(1e-3)
+    model, optimiser = Transformer(jax.random.key(SEED), config.transformer(96)), optax.adam(1e-3)
     state = optimiser.init(model)
     windows = jax.random.randint(jax.random.key(1), (config.batch, config.context + 1), 0, 96)
 
     @jax.jit
-    def step(model: CharGPT, state: optax.OptState) -> tuple[CharGPT, optax.OptState]:
+    def step(model: Transformer, state: optax.OptState) -> tuple[Transformer, optax.OptState]:
         gradient = jax.grad(lambda model: loss_terms(model, windows, config, 10**6, jax.random.key(2)).loss)(model)
         change, state = optimiser.update(gradient, state)
         return optax.apply_updates(model, change), state

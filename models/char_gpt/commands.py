@@ -19,10 +19,10 @@ from models import corpus
 from models.char_gpt import checkpoint, device_mesh, laplace
 from models.char_gpt.config import CHOICES, Config, in_names_of_today
 from models.char_gpt.evaluation import evaluate
-from models.char_gpt.model import parameter_count
 from models.char_gpt.train import Method, TrainingDivergedError, full_configuration, train_model
 from models.char_gpt.training_record import as_metrics
 from prob_transformer.files import atomic_path, provenance, write_json
+from prob_transformer.transformer.network import parameter_count
 
 METRICS, MARGINS = "metrics.json", "margins.npz"
 _HELP = {

@@ -6,13 +6,13 @@ from typing import Any, Literal, get_args
 
 from prob_transformer._implementation import Implementation
 from prob_transformer._validation import require_seed
+from prob_transformer.transformer.network import Remat, TransformerConfig
 
 Objective = Literal["ce", "margin", "map"]
 Site = Literal["embedding", "layers"]
 SITES: tuple[Site, ...] = get_args(Site)
 BarrierForm = Literal["two-sided", "one-sided"]
 ProductDtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "blocks"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": get_args(Objective),
     "barrier_site": SITES,
@@ -105,6 +105,10 @@ class Config:
     def strength(self) -> float:
         """What multiplies the added loss: lambda of a barrier, 0 for plain training."""
         return 0.0 if self.objective == "ce" else self.barrier_weight
+
+    def transformer(self, vocabulary: int) -> TransformerConfig:
+        """The sizes of the model that the run trains."""
+        return TransformerConfig(vocabulary, self.context, self.layers, self.width, self.heads)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

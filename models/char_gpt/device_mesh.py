@@ -29,8 +29,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from models.char_gpt.config import Config, Site
-from models.char_gpt.model import CharGPT
 from prob_transformer.kernels.sharding import mesh as mesh_of
+from prob_transformer.transformer.network import Transformer
 
 Tree = TypeVar("Tree")
 
@@ -135,7 +135,7 @@ def at_site(function: Callable[..., Tree], site: Site, mesh: Mesh | None) -> Cal
     if mesh is None:
         return function
 
-    def sharded(model: CharGPT, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]) -> Tree:
+    def sharded(model: Transformer, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]) -> Tree:
         in_specs = specs(model), OVER_DATA, PartitionSpec(None, "data")
         # Unchecked for the reason given in prob_transformer/kernels/sharding.py.
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=SITE_SPECS[site], check_vma=False)(

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from models.char_gpt.config import SITES, Config, Site
 from models.char_gpt.loss import attentions_of_heads, cross_entropy, forward, site_density
-from models.char_gpt.model import CharGPT, Hook
 from models.corpus import Corpus
 from prob_transformer import stability_margin
+from prob_transformer.transformer.network import Hook, Transformer
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NOISE_SEED = 20_260_222
@@ -76,14 +76,14 @@ def evaluation_windows(
 
 
 def loss_at(
-    model: CharGPT, embeddings: Float[Array, "n d"], targets: Int[Array, " n"], hook: Hook | None = None
+    model: Transformer, embeddings: Float[Array, "n d"], targets: Int[Array, " n"], hook: Hook | None = None
 ) -> Float[Array, ""]:
     """Mean cross-entropy of a window in nats, from its input embeddings."""
     decoded = model.decode(embeddings) if hook is None else model.decode(embeddings, hook=hook)
     return cross_entropy(decoded[0], targets).mean()
 
 
-def _embedding_noise(model: CharGPT, window: Array, key: Array, rms: Array) -> AtLevel:
+def _embedding_noise(model: Transformer, window: Array, key: Array, rms: Array) -> AtLevel:
     embeddings, targets = model.embed(window[: model.context]), window[1 : model.context + 1]
     noise = jax.random.normal(key, embeddings.shape, jnp.float32)
     return lambda level: loss_at(model, embeddings + level * noise, targets)
@@ -96,7 +96,13 @@ RELATIVE_EMBEDDING_NOISE = Perturbation(_embedding_noise, 0, (0.25, 0.5, 1.0, 1.
 # Compiled once for a kind and a number of levels, whatever the levels are.
 @eqx.filter_jit
 def _chunk_losses(
-    at: Callable[..., AtLevel], draws: int, model: CharGPT, windows: Array, numbers: Array, levels: Array, rms: Array
+    at: Callable[..., AtLevel],
+    draws: int,
+    model: Transformer,
+    windows: Array,
+    numbers: Array,
+    levels: Array,
+    rms: Array,
 ) -> Float[Array, "K B"]:
     key = jax.random.fold_in(jax.random.key(NOISE_SEED), draws)
 
@@ -107,7 +113,7 @@ def _chunk_losses(
 
 
 @eqx.filter_jit
-def _chunk_squares(model: CharGPT, windows: Array) -> Float[Array, "B L"]:
+def _chunk_squares(model: Transformer, windows: Array) -> Float[Array, "B L"]:
     def one_window(characters: Array) -> Array:
         squares: list[Array] = []
 
@@ -129,14 +135,14 @@ def _by_chunks(function: Callable[[Array, Array], Array], windows: Int[np.ndarra
     return [np.asarray(function(jnp.asarray(windows[part]), jnp.asarray(part)), np.float64) for part in parts]
 
 
-def stream_rms(model: CharGPT, windows: Int[np.ndarray, "W m"]) -> Float[np.ndarray, " L"]:
+def stream_rms(model: Transformer, windows: Int[np.ndarray, "W m"]) -> Float[np.ndarray, " L"]:
     """Root mean square of every layer's input stream over clean windows; the first is that of the embeddings."""
     squares = np.concatenate(_by_chunks(lambda chunk, _: _chunk_squares(model, chunk), windows))
     return np.sqrt(squares[: len(windows)].mean(0))
 
 
 def perturbed_losses(
-    model: CharGPT,
+    model: Transformer,
     windows: Int[np.ndarray, "W m"],
     perturbation: Perturbation,
     levels: tuple[float, ...],
@@ -152,7 +158,7 @@ def perturbed_losses(
     return np.concatenate(_by_chunks(losses, windows), axis=1)[:, : len(windows)]
 
 
-def clean_losses(model: CharGPT, windows: Int[np.ndarray, "W m"]) -> Float[np.ndarray, " W"]:
+def clean_losses(model: Transformer, windows: Int[np.ndarray, "W m"]) -> Float[np.ndarray, " W"]:
     """Nats per character of every window as it is."""
     return perturbed_losses(model, windows, EMBEDDING_NOISE, (0.0,), np.ones(len(model.blocks)))[0]
 
@@ -170,7 +176,7 @@ def clean_summary(losses: Float[np.ndarray, " W"], config: Config) -> dict[str, 
 
 
 def perturbed_rows(
-    model: CharGPT,
+    model: Transformer,
     windows: Int[np.ndarray, "W m"],
     clean: Float[np.ndarray, " W"],
     rms: Float[np.ndarray, " L"],
@@ -201,7 +207,7 @@ def quantiles(values: Float[np.ndarray, "..."], levels: tuple[float, ...]) -> li
 
 
 def determinants_at(
-    model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]
+    model: Transformer, site: Site, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """det J_i in float32, its sign and its logarithm, with the axes of `site_density`."""
     _, sign, log_det = (np.asarray(x) for x in _site_density(model, site, embeddings, inputs))
@@ -210,7 +216,7 @@ def determinants_at(
 
 
 def margins(
-    model: CharGPT, windows: Int[np.ndarray, "W n+1"]
+    model: Transformer, windows: Int[np.ndarray, "W n+1"]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Summary by site, ready for JSON, and det J_i: (W, n-2) at the embedding site, (L, H, W, n-2) in the layers.
 
@@ -236,7 +242,7 @@ def margins(
     return summary, determinants
 
 
-def evaluate(model: CharGPT, corpus: Corpus, config: Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def evaluate(model: Transformer, corpus: Corpus, config: Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Metrics of a model on the validation split, ready for JSON, and its determinant margins by site.
 
     The noise on embeddings is named "absolute" or "relative" here, and its level "sigma".

@@ -22,11 +22,11 @@ from models.char_gpt import checkpoint
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import evaluation_windows, standard_error
 from models.char_gpt.linear_maps import trained_network
-from models.char_gpt.model import CharGPT
 from models.char_gpt.train import initial_state
 from prob_transformer.files import provenance
 from prob_transformer.inference.laplace import NetworkStructure, Positions, laplace
 from prob_transformer.inference.result_tree import save
+from prob_transformer.transformer.network import Transformer
 
 DRAWS, CHARACTERS = 32, 32_768
 _BINS = 15
@@ -62,7 +62,7 @@ def training_windows(text: corpus.Corpus, config: Config, characters: int) -> In
     return evaluation_windows(text.train, chosen)
 
 
-def load_run(run: Path, text_path: Path | None) -> tuple[CharGPT, Config, corpus.Corpus]:
+def load_run(run: Path, text_path: Path | None) -> tuple[Transformer, Config, corpus.Corpus]:
     """The trained model of a run, its configuration and its text. Raises ValueError naming --run."""
     path = run / checkpoint.NAME
     if not path.is_file():

@@ -10,14 +10,14 @@ from collections.abc import Callable
 import equinox as eqx
 from jaxtyping import Array, Float, Int
 
-from models.char_gpt.model import CharGPT
 from prob_transformer.inference.laplace import TrainedNetwork
+from prob_transformer.transformer.network import Transformer
 
 _OF_A_LAYER = ("query", "key", "value", "output", "up", "down")
 Matrices = dict[str, Float[Array, "*S o i"]]
 
 
-def _leaf(model: CharGPT, name: str) -> Array:
+def _leaf(model: Transformer, name: str) -> Array:
     if name == "head":
         return model.head
     layer, _, own = name.partition(".")
@@ -30,7 +30,7 @@ def _matrix(name: str, leaf: Array) -> Float[Array, "o i"]:
     return leaf.reshape(-1, leaf.shape[-1])
 
 
-def matrices(model: CharGPT) -> Matrices:
+def matrices(model: Transformer) -> Matrices:
     """All linear maps as matrices (outputs, inputs), sorted by name as JAX hands dictionaries back."""
     names = (*(f"{i}.{name}" for i in range(len(model.blocks)) for name in _OF_A_LAYER), "head")
     return {name: _matrix(name, _leaf(model, name)) for name in sorted(names)}
@@ -43,13 +43,13 @@ def _as_leaf(name: str, matrix: Float[Array, "o i"], like: Array) -> Array:
     return matrix.reshape(like.shape)
 
 
-def with_matrices(model: CharGPT, replaced: Matrices) -> CharGPT:
+def with_matrices(model: Transformer, replaced: Matrices) -> Transformer:
     """The model with some of its maps replaced."""
     leaves = [_as_leaf(name, matrix, _leaf(model, name)) for name, matrix in replaced.items()]
     return eqx.tree_at(lambda m: [_leaf(m, name) for name in replaced], model, leaves)
 
 
-def logits(hook: Callable[[str, Array, Array], Array], model: CharGPT, characters: Int[Array, " n"]) -> Array:
+def logits(hook: Callable[[str, Array, Array], Array], model: Transformer, characters: Int[Array, " n"]) -> Array:
     """Logits (n, V) of one window; `hook` sees every map with inputs (n, i) and outputs (n, o)."""
 
     def positions_first(name: str, inputs: Array, outputs: Array) -> Array:
@@ -62,6 +62,6 @@ def logits(hook: Callable[[str, Array, Array], Array], model: CharGPT, character
     return model.decode(model.embed(characters), "none", positions_first)[0]
 
 
-def trained_network(model: CharGPT, windows: Int[Array, "W n+1"]) -> TrainedNetwork:
+def trained_network(model: Transformer, windows: Int[Array, "W n+1"]) -> TrainedNetwork:
     """The model at its weights with windows of text, whose characters are predicted one by one."""
     return TrainedNetwork(logits, with_matrices, model, matrices(model), "head", windows[:, :-1], windows[:, 1:])

@@ -30,7 +30,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from models.char_gpt.config import Config, Remat, Site
 from models.char_gpt.device_mesh import Tree, at_site
-from models.char_gpt.model import Attended, CharGPT
 from prob_transformer import (
     Attention,
     BarrierPenalty,
@@ -42,6 +41,7 @@ from prob_transformer import (
 from prob_transformer._implementation import Implementation
 from prob_transformer.change_of_variables import ResidualAndLogDet
 from prob_transformer.kernels.tiling import DEFAULT_TILING
+from prob_transformer.transformer.network import Attended, Transformer
 
 Strength = Float[Array, ""] | float
 
@@ -60,11 +60,11 @@ class LossTerms(NamedTuple):
 
 
 # Terms of (model, windows, config, training characters, key, mesh, strength): `loss_terms`, or one in its place.
-Loss = Callable[[CharGPT, Int[Array, "B n+1"], Config, int, PRNGKeyArray, Mesh | None, Strength], LossTerms]
+Loss = Callable[[Transformer, Int[Array, "B n+1"], Config, int, PRNGKeyArray, Mesh | None, Strength], LossTerms]
 
 
 def forward(
-    model: CharGPT, characters: Int[Array, "B n"], remat: Remat = "none"
+    model: Transformer, characters: Int[Array, "B n"], remat: Remat = "none"
 ) -> tuple[Float[Array, "B n V"], Float[Array, "B n d"], Attended]:
     """Logits, input embeddings, and of every layer its inputs (L, B, n, d), queries and keys (L, B, H, p, n)."""
     embeddings = jax.vmap(model.embed)(characters)
@@ -75,7 +75,7 @@ def forward(
 def at_every_head(
     density: Callable[..., Tree],
     site: Site,
-    model: CharGPT,
+    model: Transformer,
     embeddings: Float[Array, "B n d"],
     inputs: Float[Array, "L B n d"],
     in_one_call: bool = False,
@@ -97,7 +97,7 @@ def at_every_head(
 
 
 def attentions_of_heads(
-    model: CharGPT, site: Site, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]
+    model: Transformer, site: Site, embeddings: Float[Array, "B n d"], inputs: Float[Array, "L B n d"]
 ) -> list[tuple[Attention, Float[Array, "B n d"]]]:
     """The prior stage, or every head of every layer alone and with identity values, with what it attends over."""
     if site == "embedding":
@@ -110,7 +110,7 @@ def attentions_of_heads(
 
 
 def site_density(
-    model: CharGPT,
+    model: Transformer,
     site: Site,
     embeddings: Float[Array, "B n d"],
     inputs: Float[Array, "L B n d"],
@@ -131,7 +131,7 @@ def cross_entropy(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> 
 
 
 def loss_terms(
-    model: CharGPT,
+    model: Transformer,
     windows: Int[Array, "B n+1"],
     config: Config,
     training_characters: int,
@@ -174,7 +174,7 @@ def terms_of(
 
 
 def swept_barrier(
-    model: CharGPT,
+    model: Transformer,
     config: Config,
     embeddings: Float[Array, "B n d"],
     attended: Attended,
@@ -193,7 +193,7 @@ def swept_barrier(
 
 
 def _barrier_or_prior(
-    model: CharGPT, config: Config, embeddings: Float[Array, "B n d"], attended: Attended, mesh: Mesh | None
+    model: Transformer, config: Config, embeddings: Float[Array, "B n d"], attended: Attended, mesh: Mesh | None
 ) -> BarrierPenalty:
     """The mean of what margin or map adds at the site, from the densities of all positions."""
     site = config.barrier_site
@@ -210,7 +210,7 @@ def _barrier_or_prior(
 
 
 def site_signs(
-    model: CharGPT,
+    model: Transformer,
     site: Site,
     embeddings: Float[Array, "B n d"],
     attended: Attended,
@@ -226,7 +226,7 @@ def site_signs(
 
 
 def negatives_at(
-    model: CharGPT,
+    model: Transformer,
     windows: Int[Array, "B n+1"],
     site: Site,
     implementation: Implementation = "reference",

@@ -19,9 +19,9 @@ from models.char_gpt import checkpoint
 from models.char_gpt.config import Config, Site
 from models.char_gpt.device_mesh import OVER_DATA, constrained, gathered, placed, require_agreement
 from models.char_gpt.loss import Loss, LossTerms, Strength, loss_terms, negatives_at
-from models.char_gpt.model import CharGPT
 from models.char_gpt.training_record import BatchMargins, batch_margins, new_record, note
 from models.corpus import Corpus
+from prob_transformer.transformer.network import Transformer
 
 HISTORY_EVERY = 20
 
@@ -31,7 +31,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 # What becomes of the optimiser's update: a function of it, the model, the learning rate and the strength.
-Update = Callable[[PyTree, CharGPT, Float[Array, ""], Strength], PyTree]
+Update = Callable[[PyTree, Transformer, Float[Array, ""], Strength], PyTree]
 
 
 class Method(NamedTuple):
@@ -49,7 +49,7 @@ class Method(NamedTuple):
 class State(NamedTuple):
     """What a step changes: model, optimiser state, and how often steps were halved by backtracking."""
 
-    model: CharGPT
+    model: Transformer
     optimiser: PyTree
     halvings: Int[Array, ""]
 
@@ -98,18 +98,18 @@ def full_configuration(config: Config, method: Method | None) -> dict[str, Any]:
 
 
 def backtracked(
-    model: CharGPT, update: PyTree, windows: Int[Array, "B n+1"], config: Config, mesh: Mesh | None = None
-) -> tuple[CharGPT, Int[Array, ""]]:
+    model: Transformer, update: PyTree, windows: Int[Array, "B n+1"], config: Config, mesh: Mesh | None = None
+) -> tuple[Transformer, Int[Array, ""]]:
     """The model after the update, and how often that was halved to keep det J <= 0 from spreading in the batch.
 
     The update is halved, at most `backtrack` times, while it makes more determinants at the penalised site
     non-positive than before.
     """
 
-    def negatives(candidate: CharGPT) -> Int[Array, ""]:
+    def negatives(candidate: Transformer) -> Int[Array, ""]:
         return negatives_at(candidate, windows, config.barrier_site, config.implementation, mesh)
 
-    def apply(scale: Float[Array, ""]) -> CharGPT:
+    def apply(scale: Float[Array, ""]) -> Transformer:
         return eqx.apply_updates(model, jax.tree.map(lambda u: scale * u, update))
 
     before = negatives(model)
@@ -138,7 +138,7 @@ def train_step(
     # Apart from the key that drew the windows.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
-    def objective(model: CharGPT) -> tuple[Float[Array, ""], LossTerms]:
+    def objective(model: Transformer) -> tuple[Float[Array, ""], LossTerms]:
         terms = loss(model, windows, config, characters.shape[0], key, mesh, strength)
         return terms.loss, terms
 
@@ -154,7 +154,7 @@ def train_step(
 
 
 @eqx.filter_jit
-def _margins(data: StepData, model: CharGPT, config: Config, mesh: Mesh | None) -> dict[Site, BatchMargins]:
+def _margins(data: StepData, model: Transformer, config: Config, mesh: Mesh | None) -> dict[Site, BatchMargins]:
     windows = constrained(draw_windows(data.characters, data.seed, data.step, config), mesh, OVER_DATA)
     return constrained(batch_margins(model, windows, config.implementation, mesh), mesh)
 
@@ -163,7 +163,7 @@ def initial_state(config: Config, vocabulary_size: int) -> State:
     """The state before the first step, a function of the configuration alone."""
     # A stream of its own, apart from the one that draws batches.
     key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(0xFFFFFFFF))
-    model = CharGPT(key, config, vocabulary_size)
+    model = Transformer(key, config.transformer(vocabulary_size))
     state = optimiser(config).init(eqx.filter(model, eqx.is_inexact_array))
     return State(model, state, jnp.zeros((), jnp.int32))
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from models.char_gpt.config import SITES, Site
 from models.char_gpt.evaluation import finite
 from models.char_gpt.loss import forward, site_signs
-from models.char_gpt.model import CharGPT
 from prob_transformer._implementation import Implementation
+from prob_transformer.transformer.network import Transformer
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -30,7 +30,10 @@ class BatchMargins(NamedTuple):
 
 
 def batch_margins(
-    model: CharGPT, windows: Int[Array, "B n+1"], implementation: Implementation = "reference", mesh: Mesh | None = None
+    model: Transformer,
+    windows: Int[Array, "B n+1"],
+    implementation: Implementation = "reference",
+    mesh: Mesh | None = None,
 ) -> dict[Site, BatchMargins]:
     """The margins of both sites on a batch of windows."""
     _, embeddings, attended = forward(model, windows[:, :-1])

@@ -43,8 +43,8 @@ from models.char_gpt.evaluation import (
     perturbed_rows,
     stream_rms,
 )
-from models.char_gpt.model import CharGPT
 from models.corpus import Corpus
+from prob_transformer.transformer.network import Transformer
 
 _PASSAGE_WINDOWS = 3
 # A second corpus needs no more precision than its standard error over windows gives, and half of the time is saved.
@@ -102,7 +102,7 @@ def _unit(direction: Float[Array, "n d"]) -> Float[Array, "n d"]:
 # Each takes a model, a window, its key and the RMS of the streams, and gives the loss as a function of the level.
 
 
-def _layer_noise(model: CharGPT, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
+def _layer_noise(model: Transformer, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
     n = model.context
     embeddings = model.embed(window[:n])
     noise = rms[:, None, None] * jax.random.normal(key, (len(model.blocks), *embeddings.shape), jnp.float32)
@@ -117,19 +117,19 @@ def _layer_noise(model: CharGPT, window: Array, key: PRNGKeyArray, rms: Array) -
     return at
 
 
-def _substitution(model: CharGPT, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
+def _substitution(model: Transformer, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
     n, size = model.context, model.token_embedding.shape[0]
     if size < 3:
         raise ValueError("model: has a vocabulary with no second character to substitute; pass a text that has one.")
     return lambda level: loss_at(model, model.embed(substituted(key, window[:n], level, size)), window[1 : n + 1])
 
 
-def _swap(model: CharGPT, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
+def _swap(model: Transformer, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
     n = model.context
     return lambda level: loss_at(model, model.embed(swapped(key, window[:n], level)), window[1 : n + 1])
 
 
-def _deletion(model: CharGPT, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
+def _deletion(model: Transformer, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
     n = model.context
     length = n + spare_characters(n)
     if len(window) <= length:
@@ -142,7 +142,7 @@ def _deletion(model: CharGPT, window: Array, key: PRNGKeyArray, rms: Array) -> A
     return at
 
 
-def _adversarial(model: CharGPT, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
+def _adversarial(model: Transformer, window: Array, key: PRNGKeyArray, rms: Array) -> AtLevel:
     n = model.context
     embeddings, targets = model.embed(window[:n]), window[1 : n + 1]
     slope = jax.grad(lambda u: loss_at(model, u, targets))(embeddings)
@@ -161,7 +161,7 @@ KINDS = {
 }
 
 
-def measured(model: CharGPT, corpus: Corpus, config: Config, *, with_passage: bool) -> dict[str, Any]:
+def measured(model: Transformer, corpus: Corpus, config: Config, *, with_passage: bool) -> dict[str, Any]:
     """The "embedding_rms", "splits", "margins" and "passage" of a run, ready for JSON.
 
     Clean loss on validation, test and, where the corpus has them, news windows; loss under every perturbation on the
@@ -190,7 +190,7 @@ def measured(model: CharGPT, corpus: Corpus, config: Config, *, with_passage: bo
     }
 
 
-def passage(model: CharGPT, corpus: Corpus, config: Config) -> dict[str, Any]:
+def passage(model: Transformer, corpus: Corpus, config: Config) -> dict[str, Any]:
     """How the validation text begins, with its margins, window by window; ready for JSON.
 
     det J of every character at the embedding site, and of every layer the smallest over its heads; None for the first

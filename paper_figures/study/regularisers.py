@@ -36,17 +36,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from models.char_gpt.config import Config
 from models.char_gpt.device_mesh import at_site
 from models.char_gpt.loss import Loss, LossTerms, Strength, at_every_head, forward, terms_of
-from models.char_gpt.model import CharGPT
 from prob_transformer import BarrierPenalty, weight_prior
 from prob_transformer.attention import Attention, Past, logit_slopes, weights_of_queries
 from prob_transformer.change_of_variables import low_rank_at, over_positions
+from prob_transformer.transformer.network import Transformer
 
 PenaltyAt = Callable[[Attention, Past, Float[Array, " d"]], Float[Array, ""]]
 Logits = Float[Array, "B n V"]
 # The logits as training sees them, and the penalty () that the strength multiplies if there is one, from a model, the input embeddings
 # (B, n, d), what decodes those of a sequence, a key and the strength.
 Regulariser = Callable[
-    [CharGPT, Float[Array, "B n d"], Callable[..., Array], PRNGKeyArray, Strength], tuple[Logits, Array | None]
+    [Transformer, Float[Array, "B n d"], Callable[..., Array], PRNGKeyArray, Strength], tuple[Logits, Array | None]
 ]
 
 
@@ -57,7 +57,11 @@ def _dropped(key: PRNGKeyArray, share: Strength, x: Float[Array, "..."]) -> Floa
 
 
 def dropout(
-    model: CharGPT, embeddings: Float[Array, "B n d"], decode: Callable[..., Array], key: PRNGKeyArray, share: Strength
+    model: Transformer,
+    embeddings: Float[Array, "B n d"],
+    decode: Callable[..., Array],
+    key: PRNGKeyArray,
+    share: Strength,
 ) -> tuple[Logits, None]:
     """Entries of the embeddings and of both branches of every layer are dropped, anew for every sequence."""
     names = ["embeddings", *(f"{i}.{branch}" for i in range(len(model.blocks)) for branch in ("output", "down"))]
@@ -74,7 +78,11 @@ def dropout(
 
 
 def embedding_noise(
-    model: CharGPT, embeddings: Float[Array, "B n d"], decode: Callable[..., Array], key: PRNGKeyArray, size: Strength
+    model: Transformer,
+    embeddings: Float[Array, "B n d"],
+    decode: Callable[..., Array],
+    key: PRNGKeyArray,
+    size: Strength,
 ) -> tuple[Logits, None]:
     """The scale of the noise is held still, so that its gradient gives no reward for larger embeddings."""
     scale = size * jax.lax.stop_gradient(jnp.sqrt(jnp.square(embeddings).mean()))
@@ -83,7 +91,11 @@ def embedding_noise(
 
 
 def jacobian(
-    model: CharGPT, embeddings: Float[Array, "B n d"], decode: Callable[..., Array], key: PRNGKeyArray, weight: Strength
+    model: Transformer,
+    embeddings: Float[Array, "B n d"],
+    decode: Callable[..., Array],
+    key: PRNGKeyArray,
+    weight: Strength,
 ) -> tuple[Logits, Float[Array, ""]]:
     """By v^T J J^T v for v ~ N(0, I), whose mean is the squared Frobenius norm of J."""
 
@@ -97,7 +109,11 @@ def jacobian(
 
 
 def spectral(
-    model: CharGPT, embeddings: Float[Array, "B n d"], decode: Callable[..., Array], key: PRNGKeyArray, weight: Strength
+    model: Transformer,
+    embeddings: Float[Array, "B n d"],
+    decode: Callable[..., Array],
+    key: PRNGKeyArray,
+    weight: Strength,
 ) -> tuple[Logits, Float[Array, ""]]:
     """|A_h|_2^2 for A_h = W_K^T W_Q / sqrt(p): the largest eigenvalue of a p x p matrix with its non-zero spectrum."""
 
@@ -110,7 +126,7 @@ def spectral(
 
 def regularised(
     regulariser: Regulariser,
-    model: CharGPT,
+    model: Transformer,
     windows: Int[Array, "B n+1"],
     config: Config,
     training_characters: int,
@@ -160,7 +176,7 @@ def _over_sequences(
 
 def penalised(
     penalty_at: PenaltyAt,
-    model: CharGPT,
+    model: Transformer,
     windows: Int[Array, "B n+1"],
     config: Config,
     training_characters: int,
@@ -191,7 +207,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def decayed(update: PyTree, model: CharGPT, learning_rate: Float[Array, ""], strength: Strength) -> PyTree:
+def decayed(update: PyTree, model: Transformer, learning_rate: Float[Array, ""], strength: Strength) -> PyTree:
     """The optimiser's update with learning_rate * strength of every matrix taken off it; scales and biases are left."""
 
     def decay(change: Array, weight: Array) -> Array:

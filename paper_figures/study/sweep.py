@@ -24,7 +24,6 @@ from models import corpus as corpus_module
 from models import workers
 from models.char_gpt import train
 from models.char_gpt.config import in_names_of_today
-from models.char_gpt.model import parameter_count
 from models.char_gpt.training_record import as_metrics
 from models.corpus import Corpus
 from paper_figures.study import runs
@@ -32,6 +31,7 @@ from paper_figures.study.design import PROFILES, Design, designs
 from paper_figures.study.perturbations import measured
 from prob_transformer.files import provenance
 from prob_transformer.tables import text_table
+from prob_transformer.transformer.network import parameter_count
 
 UNFINISHED = "unfinished"
 # Seconds of a run over those of plain cross-entropy, measured on one core at the size of the full profile; for the

@@ -18,8 +18,8 @@ import pytest
 
 from models.char_gpt.config import Config
 from models.char_gpt.linear_maps import matrices, trained_network, with_matrices
-from models.char_gpt.model import CharGPT
 from prob_transformer.inference.laplace import laplace
+from prob_transformer.transformer.network import Transformer
 
 RESULT = json.loads(Path(__file__).with_name("laplace_torch.json").read_text(encoding="utf-8"))
 CONFIGURATION = RESULT["provenance"]["configuration"]
@@ -32,7 +32,7 @@ def given():
     with np.load(Path(__file__).with_name("laplace_torch.npz")) as stored:
         arrays = dict(stored)
     sizes = {name: CONFIGURATION["run_configuration"][name] for name in ("layers", "width", "heads", "context")}
-    model = CharGPT(jax.random.key(0), Config(**sizes), len(arrays["head"]))
+    model = Transformer(jax.random.key(0), Config(**sizes).transformer(len(arrays["head"])))
     model = with_matrices(model, {name: jnp.asarray(arrays[name]) for name in matrices(model)})
 
     def others(model):

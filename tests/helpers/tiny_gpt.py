@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.char_gpt.loss import loss_terms
-from models.char_gpt.model import CharGPT
+from prob_transformer.transformer.network import Transformer
 from tests.helpers.dense import dense_truth
 
 compiled_loss_terms = eqx.filter_jit(loss_terms)
@@ -22,11 +22,11 @@ def compiled_logits(model, windows):
 
 @eqx.filter_jit
 def _made(key, config, vocabulary):
-    return CharGPT(key, config, vocabulary)
+    return Transformer(key, config.transformer(vocabulary))
 
 
 def made(config, vocabulary, seed=0):
-    """The model of the seed, as `CharGPT` makes it."""
+    """The model of the seed, as `Transformer` makes it."""
     return _made(jax.random.key(seed), config, vocabulary)
 
 

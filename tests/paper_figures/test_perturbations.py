@@ -10,9 +10,9 @@ from scipy.special import log_softmax
 from models.char_gpt import evaluation
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import clean_losses, stream_rms
-from models.char_gpt.model import CharGPT
 from paper_figures.study import perturbations
 from paper_figures.study.perturbations import KINDS, kept_positions, spare_characters, substituted, swapped
+from prob_transformer.transformer.network import Transformer
 from tests.helpers.tiny_gpt import made_wide
 
 CONFIG = Config(layers=2, width=8, heads=2, context=12)
@@ -262,6 +262,6 @@ def test_all_is_in_float32_for_a_float32_model(model):
 def test_bad_arguments_are_named(model):
     with pytest.raises(ValueError, match=r"windows: hold 13 characters; pass at least 20 for deletion"):
         perturbed_losses(model, WINDOWS[:, : N + 1], "deletion", (0.1,), ONES)
-    single = CharGPT(jax.random.key(0), CONFIG, 2)
+    single = Transformer(jax.random.key(0), CONFIG.transformer(2))
     with pytest.raises(ValueError, match=r"model: has a vocabulary with no second character"):
         perturbed_losses(single, WINDOWS % 2, "substitution", (0.1,), ONES)

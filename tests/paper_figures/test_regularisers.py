@@ -7,12 +7,12 @@ from scipy.stats import norm
 
 from models.char_gpt.config import Config
 from models.char_gpt.loss import loss_terms
-from models.char_gpt.model import CharGPT
 from models.char_gpt.train import StepData, initial_state, learning_rate, train_step
 from paper_figures.study import regularisers
 from paper_figures.study.regularisers import LOSSES, decayed, squared_norm_at, trace_at
 from prob_transformer import Attention
 from prob_transformer.change_of_variables import over_positions
+from prob_transformer.transformer.network import Transformer
 from tests.helpers.tiny_gpt import made_wide
 
 SMALL = Config(layers=2, width=8, heads=2, context=6, batch=3, steps=20)
@@ -94,7 +94,7 @@ def test_embedding_noise_is_relative_to_the_size_of_the_embeddings(problem, monk
     model, windows = problem
     seen = []
     # The decoder replaced by the identity shows what it is given.
-    monkeypatch.setattr(CharGPT, "decode", lambda self, u, *_: (seen.append(u.shape) or u, None))
+    monkeypatch.setattr(Transformer, "decode", lambda self, u, *_: (seen.append(u.shape) or u, None))
     for scale in (1.0, 10.0):
         scaled = with_scaled_embeddings(model, scale)
         clean = np.asarray(jax.vmap(scaled.embed)(windows[:, :-1]))

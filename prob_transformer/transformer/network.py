@@ -1,16 +1,30 @@
-"""A small pre-LayerNorm GPT whose heads keep W_Q and W_K apart, so that their margins can be looked at."""
+"""The decoder-only transformer as a deterministic map: tokens or embeddings to the logits of every next token.
+
+    stream_0 = u,   u_i = token_embedding[x_i] + position_embedding[i]                                `embed`
+    x = norm(stream),   stream <- stream + sum_h W_O^h sum_{s <= i} alpha^h_is W_V^h x_s              attention
+    stream <- stream + W_down gelu(W_up norm(stream))                                                 mlp
+    logits = W_head norm(stream)                                                                      `decode`
+
+Normalised before attention and mlp ("pre-norm"), learned positions, no biases but those of the norms. As real decoders
+do, and unlike the process, a position attends to itself too; margins are those of the strict past (`Block.attention`).
+"""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from models.char_gpt.config import Config, Remat
-from prob_transformer import Attention
+from prob_transformer._validation import require_count
+from prob_transformer.attention import Attention
+
+Remat = Literal["none", "blocks"]
+Values = Literal["identity", "own"]
 
 # Called with the name of a linear map, its inputs, one row a position, and its outputs, heads first and positions last
 # where there are heads; what it returns goes on in place of the outputs. Through it the maps are looked at. A block
@@ -18,12 +32,40 @@ from prob_transformer import Attention
 Hook = Callable[[str, Float[Array, "n a"], Float[Array, "..."]], Float[Array, "..."]]
 
 
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes of a `Transformer`: tokens in the vocabulary, positions, layers, width d, heads H, head size p, mlp.
+
+    `head_size` is width / heads unless given, `hidden` of the mlp 4 * width. Raises ValueError for sizes below 1, and
+    for heads that do not divide the width where no head size is given.
+    """
+
+    vocabulary: int
+    context: int
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    head_size: int | None = None
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if size is not None:
+                require_count(name, size, 1, "a size of the transformer")
+        if self.head_size is None and self.width % self.heads:
+            raise ValueError(f"heads: got {self.heads}; pass a divisor of the width, {self.width}, or a head_size.")
+
+    @property
+    def size_of_heads(self) -> int:
+        return self.head_size or self.width // self.heads
+
+
 def _unchanged(name: str, inputs: Float[Array, "n a"], outputs: Float[Array, "..."]) -> Float[Array, "..."]:
     return outputs
 
 
-def _normal(key: PRNGKeyArray, shape: tuple[int, ...], scale: float) -> Float[Array, "..."]:
-    return scale * jax.random.normal(key, shape, jnp.float32)
+def _normal(key: PRNGKeyArray, shape: tuple[int, ...], scale: float, dtype: DTypeLike) -> Float[Array, "..."]:
+    return scale * jax.random.normal(key, shape, dtype)
 
 
 class LayerNorm(eqx.Module):
@@ -32,8 +74,8 @@ class LayerNorm(eqx.Module):
     scale: Float[Array, " d"]
     bias: Float[Array, " d"]
 
-    def __init__(self, width: int):
-        self.scale, self.bias = jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32)
+    def __init__(self, width: int, dtype: DTypeLike = jnp.float32):
+        self.scale, self.bias = jnp.ones(width, dtype), jnp.zeros(width, dtype)
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         centred = x - x.mean(-1, keepdims=True)
@@ -61,18 +103,23 @@ class Block(eqx.Module):
     attention_norm: LayerNorm
     mlp_norm: LayerNorm
 
-    def __init__(self, key: PRNGKeyArray, config: Config):
+    def __init__(self, key: PRNGKeyArray, config: TransformerConfig, dtype: DTypeLike = jnp.float32):
         width, heads = config.width, config.heads
-        size, hidden = width // heads, 4 * width
+        size, hidden = config.size_of_heads, config.hidden or 4 * width
         keys = jax.random.split(key, 6)
         small = 1 / math.sqrt(2 * config.layers)
         self.query, self.key, self.value = (
-            _normal(k, (heads, size, width), 1 / math.sqrt(width)) for k in (keys[0], keys[1], keys[2])
+            _normal(k, (heads, size, width), 1 / math.sqrt(width), dtype) for k in (keys[0], keys[1], keys[2])
         )
-        self.output = _normal(keys[3], (heads, width, size), small / math.sqrt(width))
-        self.up = _normal(keys[4], (hidden, width), 1 / math.sqrt(width))
-        self.down = _normal(keys[5], (width, hidden), small / math.sqrt(hidden))
-        self.attention_norm, self.mlp_norm = LayerNorm(width), LayerNorm(width)
+        self.output = _normal(keys[3], (heads, width, size), small / math.sqrt(width), dtype)
+        self.up = _normal(keys[4], (hidden, width), 1 / math.sqrt(width), dtype)
+        self.down = _normal(keys[5], (width, hidden), small / math.sqrt(hidden), dtype)
+        self.attention_norm, self.mlp_norm = LayerNorm(width, dtype), LayerNorm(width, dtype)
+
+    def attention(self, values: Values = "identity") -> Attention:
+        """The heads of the layer for its margins: with identity values, or with the layer's own, W_O W_V."""
+        own = (self.value, self.output) if values == "own" else ()
+        return Attention(self.query, self.key, *own)
 
     def __call__(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> tuple[Float[Array, "n d"], Attended]:
         """The stream after the block, and what its heads attended over."""
@@ -95,11 +142,12 @@ class Block(eqx.Module):
         return stream + hook("down", hidden, hidden @ self.down.T), Attended(inputs, queries, keys)
 
 
-class CharGPT(eqx.Module):
-    """Characters (n,) to next-character logits (n, V), all float32.
+class Transformer(eqx.Module):
+    """Tokens (n,) to next-token logits (n, V), of the dtype of the weights.
 
-    `prior_stage` is one head over the input embeddings with its own W_Q and W_K and identity values: the embedding
-    prior. It shapes training where `barrier_site` is "embedding" and takes no part in prediction.
+    The weights are drawn by the key, N(0, 1 / inputs) for the maps. `prior_stage` is one head over the input embeddings
+    with its own W_Q and W_K and identity values: the embedding prior. It shapes training where the barrier's site is
+    "embedding", is the law of latent embeddings (`transformer_model`), and takes no part in prediction.
     """
 
     token_embedding: Float[Array, "V d"]
@@ -109,24 +157,24 @@ class CharGPT(eqx.Module):
     head: Float[Array, "V d"]
     prior_stage: Attention
 
-    def __init__(self, key: PRNGKeyArray, config: Config, vocabulary_size: int):
+    def __init__(self, key: PRNGKeyArray, config: TransformerConfig, dtype: DTypeLike = jnp.float32):
         keys = jax.random.split(key, config.layers + 5)
-        width, size = config.width, config.width // config.heads
-        self.token_embedding = _normal(keys[0], (vocabulary_size, width), 0.1)
-        self.position_embedding = _normal(keys[1], (config.context, width), 0.1)
-        self.head = _normal(keys[2], (vocabulary_size, width), 1 / math.sqrt(width))
-        self.prior_stage = Attention(*(_normal(k, (1, size, width), 1 / math.sqrt(width)) for k in keys[3:5]))
-        self.blocks = tuple(Block(k, config) for k in keys[5:])
-        self.final_norm = LayerNorm(width)
+        width, stage = config.width, (1, config.size_of_heads, config.width)
+        self.token_embedding = _normal(keys[0], (config.vocabulary, width), 0.1, dtype)
+        self.position_embedding = _normal(keys[1], (config.context, width), 0.1, dtype)
+        self.head = _normal(keys[2], (config.vocabulary, width), 1 / math.sqrt(width), dtype)
+        self.prior_stage = Attention(*(_normal(k, stage, 1 / math.sqrt(width), dtype) for k in keys[3:5]))
+        self.blocks = tuple(Block(k, config, dtype) for k in keys[5:])
+        self.final_norm = LayerNorm(width, dtype)
 
     @property
     def context(self) -> int:
-        """How many characters the model reads at most."""
+        """How many tokens the model reads at most."""
         return self.position_embedding.shape[0]
 
-    def embed(self, characters: Int[Array, " n"]) -> Float[Array, "n d"]:
+    def embed(self, tokens: Int[Array, " n"]) -> Float[Array, "n d"]:
         """Input embeddings u: what the embedding prior is over and what noise is added to."""
-        return self.token_embedding[characters] + self.position_embedding[: characters.shape[0]]
+        return self.token_embedding[tokens] + self.position_embedding[: tokens.shape[0]]
 
     def decode(
         self, embeddings: Float[Array, "n d"], remat: Remat = "none", hook: Hook = _unchanged
@@ -146,10 +194,10 @@ class CharGPT(eqx.Module):
         logits = hook("head", normalised, normalised @ self.head.T)
         return logits, jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
-    def __call__(self, characters: Int[Array, " n"]) -> Float[Array, "n V"]:
-        return self.decode(self.embed(characters))[0]
+    def __call__(self, tokens: Int[Array, " n"]) -> Float[Array, "n V"]:
+        return self.decode(self.embed(tokens))[0]
 
 
-def parameter_count(model: CharGPT) -> int:
+def parameter_count(model: Transformer) -> int:
     """How many numbers training changes."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
