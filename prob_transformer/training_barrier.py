@@ -24,7 +24,7 @@ from prob_transformer._dtypes import in_common_type
 from prob_transformer._validation import require_positive
 from prob_transformer.attention import Attention, Past, require_layer
 from prob_transformer.barrier import one_sided_penalty
-from prob_transformer.change_of_variables import residual_and_log_det_at
+from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
 from prob_transformer.kernels.barrier import BarrierPenalty, mean_barrier, subsampled_barrier
 from prob_transformer.kernels.log_det import log_det
 from prob_transformer.kernels.moments import LogDet
@@ -38,6 +38,7 @@ from prob_transformer.kernels.sharding import (
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
 
 Form = Literal["two-sided", "one-sided"]
+Values = Literal["identity", "own"]
 # Positions a step of the reference.
 _BLOCK = 32
 
@@ -110,6 +111,7 @@ def barrier_penalty(
     *,
     form: Form = "two-sided",
     threshold: Float[Array, ""] | float = 0.5,
+    values: Values = "identity",
     share: float = 1.0,
     key: PRNGKeyArray | None = None,
     mesh: Mesh | None = None,
@@ -121,12 +123,17 @@ def barrier_penalty(
     With a `share` below 1 mean and gradient are unbiased estimates from that share of heads and sequences, drawn by
     `key` for every block of positions. On a `mesh` with the axes "data" and "heads" every device sweeps its own.
     Layers and inputs in bfloat16 or float16 are worked on in float32, which the mean has; gradients keep their dtypes.
-    Identity values and the strict past, each head alone; value maps that a layer has are not used. Raises ValueError
+    The strict past; with `values` "identity" each head alone, and value maps that a layer has are not used; with "own"
+    the heads of a layer jointly with its value maps, one determinant a position. Raises ValueError
     for inputs that do not fit, naming the layer, for no layers, and for arguments that do not go together.
     Equation: the module docstring; docs/own_model.md.
     """
     if form not in get_args(Form):
         raise ValueError(f"form: got {form!r}; pass one of {', '.join(get_args(Form))}.")
+    if values not in get_args(Values):
+        raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")
+    if values == "own" and (share < 1 or mesh is not None):
+        raise ValueError("values: 'own' has no share and no mesh; leave share and mesh out.")
     require_positive("threshold", threshold)
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}; pass a share of the heads and sequences greater than 0 and at most 1.")
@@ -154,6 +161,10 @@ def barrier_penalty(
                 require_equal_shards("sequences and heads", leading, mesh, _spec(leading))
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from None
+        if values == "own":
+            density = residual_and_log_det(layer, inputs, implementation="reference" if layer.cap else "blocked")
+            found.append((inputs[..., 0].size, _penalty(LogDet(density.sign, density.log_det), asked)))
+            continue
         if layer.cap is not None:
             found.append((inputs[..., 0].size * layer.heads, _penalty(_reference(layer, inputs), asked)))
             continue

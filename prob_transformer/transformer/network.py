@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention
+from prob_transformer.training_barrier import Values
 
 Remat = Literal["none", "blocks"]
-Values = Literal["identity", "own"]
 
 # Called with the name of a linear map, its inputs, one row a position, and its outputs, heads first and positions last
 # where there are heads; what it returns goes on in place of the outputs. Through it the maps are looked at. A block
@@ -58,6 +58,10 @@ class TransformerConfig:
     @property
     def size_of_heads(self) -> int:
         return self.head_size or self.width // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        return self.hidden or 4 * self.width
 
 
 def _unchanged(name: str, inputs: Float[Array, "n a"], outputs: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -105,7 +109,7 @@ class Block(eqx.Module):
 
     def __init__(self, key: PRNGKeyArray, config: TransformerConfig, dtype: DTypeLike = jnp.float32):
         width, heads = config.width, config.heads
-        size, hidden = config.size_of_heads, config.hidden or 4 * width
+        size, hidden = config.size_of_heads, config.mlp_width
         keys = jax.random.split(key, 6)
         small = 1 / math.sqrt(2 * config.layers)
         self.query, self.key, self.value = (

@@ -1,0 +1,189 @@
+"""The transformer as an explicit generative process: a NumPyro model of its weights, latent embeddings and tokens.
+
+    theta ~ priors                                      one site an array: "transformer/blocks[0].query", ...
+    latents = "table"       u_i = embedding of x_i, so x_{i+1} ~ Categorical(softmax(logits_i(x_<=i)))
+    latents = "process"     u_1..n ~ EmbeddingProcess of an attention,     x_i ~ Categorical(softmax(logits_i(u_<=i)))
+    log factor              -barrier_weight * (predicted tokens) * mean over heads and positions of the penalty b_i
+
+Sequences stand in the plate "sequences", whose subsample makes the potential of a minibatch an unbiased estimate of
+that of all the data. Latents in a table are what language models do; given the first token, the law of the others is
+consistent. Latents from the process follow the paper's reading, as reported second-hand: attention with noise generates
+the embeddings (theory section 2). That the whole decoder reads these embeddings is our own choice.
+
+The factor is a data-dependent penalty, an improper prior: part of the potential, of MAP and Laplace, but not of what
+is generated or marginalised (theory section 11). With latents in a table, weight lambda, and the mean over T predicted
+tokens, potential / T is the training loss mean(CE) + lambda mean(b) + weight prior / T.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import equinox as eqx
+import jax
+import numpyro
+import numpyro.distributions as dist
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+from numpyro import handlers
+
+from prob_transformer.attention import Attention
+from prob_transformer.embedding_process import EmbeddingProcess
+from prob_transformer.kernels.barrier import BarrierPenalty
+from prob_transformer.token_model import is_zero, require_tokens, require_vocabulary
+from prob_transformer.training_barrier import Form, Values, barrier_penalty
+from prob_transformer.transformer.network import Attended, Remat, Transformer, TransformerConfig
+from prob_transformer.transformer.token_process import TokenProcess
+from prob_transformer.transformer.weight_sites import Priors, default_priors, sampled_weights, template
+
+Latents = Literal["table", "process"]
+Site = Literal["embedding", "layers"]
+# Of (transformer, input embeddings, what the layers attended over): the mean of a penalty on a batch, and its parts.
+Penalty: TypeAlias = Callable[[Transformer, Float[Array, "B n d"], Attended], BarrierPenalty]
+
+
+@dataclass(frozen=True)
+class HeadBarrier:
+    """The mean barrier of a transformer's heads by `barrier_penalty`: where, of which form, with which values.
+
+    Site "embedding" is the prior stage over the input embeddings; "layers" the heads of every layer, each alone with
+    identity values, or jointly with the layer's "own" values.
+    """
+
+    site: Site = "embedding"
+    form: Form = "two-sided"
+    threshold: float = 0.5
+    values: Values = "identity"
+
+    def __call__(
+        self, transformer: Transformer, embeddings: Float[Array, "B n d"], attended: Attended
+    ) -> BarrierPenalty:
+        """Mean penalty in nats, share of det J_i <= 0, variance 0. Raises ValueError as `barrier_penalty` does."""
+        if self.site not in get_args(Site):
+            raise ValueError(f"site: got {self.site!r}; pass one of {', '.join(get_args(Site))}.")
+        layers = [(transformer.prior_stage, embeddings)]
+        if self.site == "layers":
+            attentions = [block.attention(self.values) for block in transformer.blocks]
+            layers = list(zip(attentions, attended.inputs, strict=True))
+        return barrier_penalty(layers, form=self.form, threshold=self.threshold, values=self.values)
+
+
+EMBEDDING_BARRIER = HeadBarrier()
+
+
+def decoded(
+    transformer: Transformer, embeddings: Float[Array, "B n d"], remat: Remat = "none"
+) -> tuple[Float[Array, "B n V"], Attended]:
+    """Logits, and of every layer its inputs (L, B, n, d), queries and keys (L, B, H, p, n)."""
+    return jax.vmap(lambda u: transformer.decode(u, remat), out_axes=(0, 1))(embeddings)
+
+
+def _require(
+    latents: str, tokens: Array | None, prompt: Array | None, subsample_size: int | None, total_tokens: object
+) -> None:
+    if latents not in get_args(Latents):
+        raise ValueError(f"latents: got {latents!r}; pass one of {', '.join(get_args(Latents))}.")
+    if tokens is None and latents == "table" and prompt is None:
+        raise ValueError("prompt: got None without tokens; pass the tokens that the text begins with, at least one.")
+    if tokens is not None and prompt is not None:
+        raise ValueError(
+            "prompt: given with tokens; pass tokens to condition on them, or a prompt to draw what follows."
+        )
+    if total_tokens is not None and (tokens is None or subsample_size is not None):
+        raise ValueError(
+            "total_tokens: given without tokens or with subsample_size; pass it where `tokens` is a minibatch already."
+        )
+
+
+def _drawn_text(
+    transformer: Transformer,
+    stage: Attention | None,
+    prompt: Any,
+    length: Any,
+    scales: tuple[Float[Array, ""] | float, Float[Array, ""] | float],
+) -> None:
+    """The sites of a text that is drawn: what follows the prompt, or latent embeddings and their tokens."""
+    if stage is None:
+        numpyro.sample("tokens", TokenProcess(transformer, prompt, length))
+        return
+    embeddings = numpyro.sample("embeddings", EmbeddingProcess(stage, length, *scales))
+    numpyro.sample("tokens", dist.Categorical(logits=transformer.decode(embeddings)[0]).to_event(1))
+
+
+def transformer_model(
+    tokens: Int[Array, "N m"] | None = None,
+    *,
+    config: TransformerConfig,
+    priors: Priors | None = None,
+    latents: Latents = "table",
+    attention: Literal["free", "tied"] = "free",
+    noise_scale: Float[Array, ""] | float = 1.0,
+    first_scale: Float[Array, ""] | float = 1.0,
+    barrier_weight: Float[Array, ""] | float = 0.0,
+    penalty: Penalty = EMBEDDING_BARRIER,
+    subsample_size: int | None = None,
+    total_tokens: Float[Array, ""] | float | None = None,
+    prompt: Int[Array, " m"] | None = None,
+    length: int | None = None,
+    remat: Remat = "none",
+    dtype: DTypeLike = float,
+) -> Transformer:
+    """NumPyro model of weights, latents and tokens; returns the transformer with the weights of the draw.
+
+    `tokens` are N sequences of m. With latents in a table the first token is given and the others follow, m <= context
+    + 1; from the process all are emitted, m <= context, with the process's attention "free" (the prior stage, identity
+    values) or "tied" (the first layer's heads, jointly with their own values). Sites: the weights; "embeddings" of the
+    process; "tokens", whose log-likelihood is one number a sequence. Without `tokens` the site "tokens" is drawn: what
+    follows the `prompt`, or from the process a text of `length` tokens.
+
+    `priors` is one distribution for every weight, or distributions by name or pattern (`default_priors` unless given).
+    `subsample_size` sequences are drawn from the N by NumPyro, or are given under the plate's name by `substitute`.
+    Where `tokens` is a minibatch that the caller has drawn, `total_tokens` says how many tokens all the data predict.
+    `penalty` is the mean that the factor "barrier" weighs; its `mean`, `negative_share` and `variance` are recorded as
+    deterministic sites "barrier_mean", ... Raises ValueError for arguments that do not fit.
+    Source: the module docstring; theory sections 2, 5 and 11.
+    """
+    _require(latents, tokens, prompt, subsample_size, total_tokens)
+    empty = template(config, dtype)
+    is_table = latents == "table"
+    if not is_table:
+        # Not of this model: embeddings are drawn, and a tied process has no stage of its own.
+        unused = ["token_embedding", "position_embedding"] + ["prior_stage"] * (attention == "tied")
+        empty = eqx.tree_at(lambda t: [getattr(t, name) for name in unused], empty, [None] * len(unused))
+    if priors is None:
+        priors = default_priors(config, dtype)
+        if not is_table:
+            priors = {pattern: prior for pattern, prior in priors.items() if pattern != "*_embedding"}
+    transformer = sampled_weights(empty, priors)
+    stage = transformer.prior_stage if attention == "free" else transformer.blocks[0].attention("own")
+    if tokens is None:
+        _drawn_text(transformer, None if is_table else stage, prompt, length, (noise_scale, first_scale))
+        return transformer
+    tokens = require_tokens(tokens)
+    require_vocabulary(tokens, config.vocabulary)
+    count, positions = tokens.shape[0], tokens.shape[1] - is_table
+    if not 2 <= positions <= config.context:
+        raise ValueError(
+            f"tokens: has shape {tokens.shape}; pass {2 + is_table} to {config.context + is_table} a sequence."
+        )
+    total = count * positions if total_tokens is None else total_tokens
+    minibatch = 1.0 if total_tokens is None else total_tokens / (count * positions)
+    with handlers.scale(scale=minibatch), numpyro.plate("sequences", count, subsample_size=subsample_size) as drawn:
+        batch = tokens[drawn]
+        if is_table:
+            embeddings, batch = jax.vmap(transformer.embed)(batch[:, :-1]), batch[:, 1:]
+        else:
+            process = EmbeddingProcess(stage, positions, noise_scale, first_scale)
+            embeddings = numpyro.sample("embeddings", process)
+        logits, attended = decoded(transformer, embeddings, remat)
+        if not is_zero(barrier_weight):
+            # The penalty's sweep before the decoder's backward pass and not beside it, where each slows the other.
+            logits, attended = jax.lax.optimization_barrier((logits, attended))
+            found = penalty(transformer, embeddings, attended)
+            logits, found = jax.lax.optimization_barrier((logits, found))
+        numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=batch)
+    if not is_zero(barrier_weight):
+        for name, value in found._asdict().items():
+            numpyro.deterministic(f"barrier_{name}", value)
+        numpyro.factor("barrier", -barrier_weight * total * found.mean)
+    return transformer

@@ -1,0 +1,102 @@
+"""The weights of a transformer as NumPyro sites, one an array, each with a prior.
+
+A site is named after where the array stands in the `Transformer`: "transformer/blocks[0].query". Priors are given by
+the name without the prefix, or by a pattern in which layers are written with dots, "blocks.*.query". A name takes
+precedence over patterns, and the first fitting pattern over the others.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax.tree_util import keystr
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+from numpyro.contrib.module import random_eqx_module
+from numpyro.handlers import block
+
+from prob_transformer.transformer.network import Transformer, TransformerConfig
+
+PREFIX = "transformer"
+Priors: TypeAlias = dist.Distribution | Mapping[str, dist.Distribution]
+Weights = dict[str, Float[Array, "..."]]
+
+
+def default_priors(config: TransformerConfig, dtype: DTypeLike = float) -> dict[str, dist.Distribution]:
+    """A normal prior for every array, by pattern: N(0, 1 / inputs) for maps, N(0, 1) for embeddings; our own choice.
+
+    Biases of norms have N(0, 1), their scales N(1, 1). Change it by putting other priors first: {"head": ...} | it.
+    """
+    one = jnp.ones((), dtype)
+    wide, hidden, inner = (
+        dist.Normal(0 * one, one / math.sqrt(inputs))
+        for inputs in (config.width, config.mlp_width, config.heads * config.size_of_heads)
+    )
+    return {
+        "*_embedding": dist.Normal(0 * one, one),
+        "*norm.scale": dist.Normal(one, one),
+        "*norm.bias": dist.Normal(0 * one, one),
+        "*.output": dist.Normal(0 * one, inner.scale),
+        "*.down": dist.Normal(0 * one, hidden.scale),
+        "head": wide,
+        **{f"*.{name}": wide for name in ("query", "key", "value", "up")},
+    }
+
+
+def _names(transformer: Transformer) -> list[str]:
+    return [keystr(path)[1:] for path, _ in jax.tree.leaves_with_path(transformer)]
+
+
+def weights_of(transformer: Transformer) -> Weights:
+    """The arrays of a transformer by the names of their sites; no copies. The inverse of `with_weights`."""
+    return dict(zip((f"{PREFIX}/{name}" for name in _names(transformer)), jax.tree.leaves(transformer), strict=True))
+
+
+def template(config: TransformerConfig, dtype: DTypeLike = float) -> Transformer:
+    """A transformer of these sizes with all weights 0."""
+    shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, dtype))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def with_weights(weights: Mapping[str, Float[Array, "..."]], config: TransformerConfig) -> Transformer:
+    """The transformer of these sizes with the weights of a draw, whose other sites are passed over.
+
+    A leading axis that all weights share is that of draws, to be mapped over. Raises ValueError naming missing sites.
+    """
+    empty = template(config)
+    sites = [f"{PREFIX}/{name}" for name in _names(empty)]
+    missing = [site for site in sites if site not in weights]
+    if missing:
+        raise ValueError(f"weights: lack {', '.join(missing)}; pass a draw of transformer_model of this configuration.")
+    return jax.tree.unflatten(jax.tree.structure(empty), [jnp.asarray(weights[site]) for site in sites])
+
+
+def _prior_by_name(priors: Priors, names: list[str]) -> Callable[[str, tuple[int, ...]], dist.Distribution]:
+    if isinstance(priors, dist.Distribution):
+        return lambda name, shape: priors
+    dotted = {name: name.replace("[", ".").replace("]", "") for name in names}
+    chosen: dict[str, dist.Distribution] = {}
+    idle = set(priors)
+    for name in names:
+        fitting = [pattern for pattern in priors if pattern == name or fnmatchcase(dotted[name], pattern)]
+        idle -= set(fitting)
+        if not fitting:
+            raise ValueError(f"priors: have none for {name}; add one for it, or a pattern such as '*'.")
+        chosen[name] = priors[name if name in fitting else fitting[0]]
+    if idle:
+        raise ValueError(f"priors: {', '.join(sorted(idle))} fits no weight; the weights are {', '.join(names)}.")
+    return lambda name, shape: chosen[name]
+
+
+def sampled_weights(empty: Transformer, priors: Priors) -> Transformer:
+    """The transformer inside a NumPyro model, with every array of `empty` drawn from its prior at a site of its own.
+
+    Raises ValueError for a weight without a prior and for a prior whose name or pattern fits no weight.
+    """
+    # NumPyro's support for Equinox leaves a parameter site beside the drawn weights, which nothing reads.
+    with block(hide=[f"{PREFIX}$params"]):
+        return random_eqx_module(PREFIX, empty, _prior_by_name(priors, _names(empty)))
