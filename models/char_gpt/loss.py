@@ -25,8 +25,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.stats as jstats
+import numpyro.distributions as dist
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from numpyro.infer.util import compute_log_probs
 
 from models.char_gpt.config import Config, Remat, Site
 from models.char_gpt.device_mesh import Tree, at_site
@@ -36,12 +38,13 @@ from prob_transformer import (
     barrier_penalty,
     one_sided_penalty,
     residual_and_log_det,
-    weight_prior,
 )
 from prob_transformer._implementation import Implementation
 from prob_transformer.change_of_variables import ResidualAndLogDet
 from prob_transformer.kernels.tiling import DEFAULT_TILING
+from prob_transformer.transformer import transformer_model, weights_of
 from prob_transformer.transformer.network import Attended, Transformer
+from prob_transformer.transformer.numpyro_model import decoded
 
 Strength = Float[Array, ""] | float
 
@@ -68,7 +71,7 @@ def forward(
 ) -> tuple[Float[Array, "B n V"], Float[Array, "B n d"], Attended]:
     """Logits, input embeddings, and of every layer its inputs (L, B, n, d), queries and keys (L, B, H, p, n)."""
     embeddings = jax.vmap(model.embed)(characters)
-    logits, attended = jax.vmap(lambda u: model.decode(u, remat), out_axes=(0, 1))(embeddings)
+    logits, attended = decoded(model, embeddings, remat)
     return logits, embeddings, attended
 
 
@@ -145,19 +148,41 @@ def loss_terms(
     the configuration, so that a compiled loss serves all of them. With a mesh, model and windows are placed on it as
     `models.char_gpt.device_mesh` says.
     """
-    # First, for the gradient's sums are in the reverse order of what is computed.
-    prior = weight_prior(model, config.weight_prior_scale) / training_characters
-    logits, embeddings, attended = forward(model, windows[:, :-1], config.remat)
-    added = None
-    if (config.implementation, config.objective, config.barrier_form) == ("blocked", "margin", "two-sided"):
-        # The barrier's sweep before the decoder's backward pass and not beside it, where each slows the other.
-        logits, attended = jax.lax.optimization_barrier((logits, attended))
-        added = swept_barrier(model, config, embeddings, attended, key, mesh)
-        logits, added = jax.lax.optimization_barrier((logits, added))
-    elif config.objective != "ce":
-        added = _barrier_or_prior(model, config, embeddings, attended, mesh)
     strength = config.strength if strength is None else strength
-    return terms_of(logits, windows, prior, added, strength)
+    is_plain = config.objective == "ce"
+    log_densities, trace = compute_log_probs(
+        transformer_model,
+        (windows,),
+        {
+            "config": config.transformer(model.head.shape[0]),
+            "priors": dist.Normal(0.0, config.weight_prior_scale),
+            "barrier_weight": 0.0 if is_plain else strength,
+            "penalty": partial(_penalty, config, key, mesh),
+            "total_tokens": training_characters,
+            "remat": config.remat,
+            "dtype": model.head.dtype,
+        },
+        weights_of(model),
+    )
+    # Of the terms per character, in the order of the model's sites.
+    each = {site: -log_density / training_characters for site, log_density in log_densities.items()}
+    zero = jnp.zeros_like(each["tokens"])
+    added = [zero] * 3 if is_plain else [trace[f"barrier_{name}"]["value"] for name in BarrierPenalty._fields]
+    return LossTerms(sum(each.values(), zero), each["tokens"], *added)
+
+
+def _penalty(
+    config: Config,
+    key: PRNGKeyArray,
+    mesh: Mesh | None,
+    model: Transformer,
+    embeddings: Float[Array, "B n d"],
+    attended: Attended,
+) -> BarrierPenalty:
+    """The mean at the site of what the configuration adds."""
+    if (config.implementation, config.objective, config.barrier_form) == ("blocked", "margin", "two-sided"):
+        return swept_barrier(model, config, embeddings, attended, key, mesh)
+    return _barrier_or_prior(model, config, embeddings, attended, mesh)
 
 
 def terms_of(

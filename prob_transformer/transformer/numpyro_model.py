@@ -169,7 +169,8 @@ def transformer_model(
     total = count * positions if total_tokens is None else total_tokens
     minibatch = 1.0 if total_tokens is None else total_tokens / (count * positions)
     with handlers.scale(scale=minibatch), numpyro.plate("sequences", count, subsample_size=subsample_size) as drawn:
-        batch = tokens[drawn]
+        # Without a subsample all sequences in order, which on a mesh must not be gathered.
+        batch = tokens if subsample_size is None else tokens[drawn]
         if is_table:
             embeddings, batch = jax.vmap(transformer.embed)(batch[:, :-1]), batch[:, 1:]
         else:
