@@ -1,0 +1,313 @@
+"""The NumPyro model of the transformer against the log joint in plain NumPy, and against enumeration of texts."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.infer import SVI, Predictive, Trace_ELBO, log_likelihood
+from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer.util import log_density
+from numpyro.optim import Adam
+from scipy.stats import chi2, norm
+
+from prob_transformer.inference import MapStatus, find_map
+from prob_transformer.inference.laplace import laplace
+from prob_transformer.transformer import (
+    HeadBarrier,
+    TokenProcess,
+    Transformer,
+    TransformerConfig,
+    default_priors,
+    transformer_model,
+    weights_of,
+    with_weights,
+)
+from tests.helpers import dense_transformer
+from tests.transformer.test_dense_transformer import (
+    PRIOR_SCALE,
+    SIZES,
+    THRESHOLD,
+    WEIGHT,
+    errors,
+    latents,  # noqa: F401
+    priors_of,
+    rounded,
+    weights,  # noqa: F401
+    windows,  # noqa: F401
+)
+
+PLACES = [("embedding", "identity"), ("layers", "identity"), ("layers", "own")]
+CASES = [(*place, form) for place in PLACES for form in ("two-sided", "one-sided")]
+TINY = TransformerConfig(vocabulary=3, context=5, layers=2, width=2, heads=1, head_size=1, hidden=3)
+
+
+def sites_of(by_name, dtype=np.float64):
+    return {f"transformer/{name}": jnp.asarray(value, dtype) for name, value in by_name.items()}
+
+
+def names_of(sites):
+    return {name.removeprefix("transformer/"): np.asarray(value, np.float64) for name, value in sites.items()}
+
+
+def potential_and_gradient(sites, tokens, dtype=np.float64, **given):
+    """What `log_density` says of the model, and its gradient in all latent sites, compiled."""
+    given = {"config": SIZES, "priors": dist.Normal(dtype(0), dtype(PRIOR_SCALE)), "dtype": dtype} | given
+
+    def potential(sites):
+        return -log_density(transformer_model, (tokens,), given, sites)[0]
+
+    return jax.jit(jax.value_and_grad(potential))(sites)
+
+
+def barrier_of(case):
+    site, values, form = case
+    penalty = HeadBarrier(site=site, values=values, form=form, threshold=THRESHOLD)
+    truth = {"site": site, "values": values, "form": form}
+    if form == "one-sided":
+        truth["threshold"] = THRESHOLD
+    return {"barrier_weight": WEIGHT, "penalty": penalty}, {"barrier_weight": WEIGHT, **truth}
+
+
+@pytest.mark.parametrize("case", [None, *CASES])
+def test_with_latents_in_a_table_the_potential_is_the_negative_log_joint(weights, windows, case):  # noqa: F811
+    given, truth = ({}, {}) if case is None else barrier_of(case)
+    value, gradient = potential_and_gradient(sites_of(weights), jnp.asarray(windows), **given)
+    joint = lambda w: -dense_transformer.log_joint(w, windows, priors=priors_of(weights), **truth)  # noqa: E731
+    value_error, gradient_error = errors(joint, weights, float(value), names_of(gradient))
+    assert value_error < 1e-10
+    assert gradient_error < 1e-9
+
+
+@pytest.mark.parametrize("case", [None, CASES[0], CASES[2], CASES[3]])
+def test_in_float32_as_well(weights, windows, case):  # noqa: F811
+    near = rounded(weights)
+    given, truth = ({}, {}) if case is None else barrier_of(case)
+    if case is not None and case[2] == "one-sided":
+        truth["smallest"] = 2.0**-149
+    value, gradient = potential_and_gradient(sites_of(near, np.float32), jnp.asarray(windows), np.float32, **given)
+    assert value.dtype == jnp.float32
+    joint = lambda w: -dense_transformer.log_joint(w, windows, priors=priors_of(near), **truth)  # noqa: E731
+    value_error, gradient_error = errors(joint, near, float(value), names_of(gradient))
+    assert value_error < 1e-5
+    assert gradient_error < 3e-5
+
+
+@pytest.mark.parametrize("case", [None, CASES[0], CASES[4]])
+def test_with_latents_from_the_process_the_potential_is_the_negative_log_joint(weights, windows, latents, case):  # noqa: F811
+    unused = ("token_embedding", "position_embedding")
+    kept = {name: value for name, value in weights.items() if name not in unused}
+    tokens = windows[:, 1:]
+    given, truth = ({}, {}) if case is None else barrier_of(case)
+    scales = {"noise_scale": 0.8, "first_scale": 1.7}
+    sites = sites_of(kept) | {"embeddings": jnp.asarray(latents)}
+    value, gradient = potential_and_gradient(sites, jnp.asarray(tokens), latents="process", **scales, **given)
+
+    def joint(w):
+        u = w["embeddings"]
+        rest = {name: value for name, value in w.items() if name != "embeddings"}
+        rest["token_embedding"], rest["position_embedding"] = np.zeros((0, 4)), np.zeros((0, 4))
+        priors = priors_of(rest)
+        return -dense_transformer.log_joint(
+            rest, tokens, priors=priors, latents="process", embeddings=u, **scales, **truth
+        )
+
+    value_error, gradient_error = errors(joint, {**kept, "embeddings": latents}, float(value), names_of(gradient))
+    assert value_error < 1e-10
+    assert gradient_error < 1e-9
+
+
+@pytest.mark.parametrize("latents_of", ["table", "process"])
+def test_the_mean_potential_of_all_minibatches_is_that_of_the_data(weights, windows, latents, latents_of):  # noqa: F811
+    """Exactly, over the six pairs of four sequences; the barrier's mean over pairs is that over sequences."""
+    tokens = jnp.asarray(windows)
+    sites = sites_of(weights)
+    if latents_of == "process":
+        tokens = tokens[:, 1:]
+        for name in ("token_embedding", "position_embedding"):
+            del sites[f"transformer/{name}"]
+    given = {"config": SIZES, "latents": latents_of, "barrier_weight": WEIGHT, "penalty": HeadBarrier("layers")}
+
+    @jax.jit
+    def of_pair(pair):
+        model = handlers.substitute(partial(transformer_model, subsample_size=2), data={"sequences": pair})
+        own = sites | ({"embeddings": jnp.asarray(latents)[pair]} if latents_of == "process" else {})
+        return log_density(model, (tokens,), given, own)[0]
+
+    own = sites | ({"embeddings": jnp.asarray(latents)} if latents_of == "process" else {})
+    expected = jax.jit(lambda: log_density(transformer_model, (tokens,), given, own)[0])()
+    pairs = [of_pair(jnp.asarray(pair)) for pair in itertools.combinations(range(4), 2)]
+    assert np.std(pairs) > 0.1
+    np.testing.assert_allclose(np.mean(pairs), expected, rtol=1e-12)
+
+
+def test_a_minibatch_that_the_caller_has_drawn_counts_for_all_tokens(weights, windows):  # noqa: F811
+    sites = sites_of(weights)
+    prior = -dense_transformer.log_prior(weights, priors_of(weights))
+    whole, part = (
+        potential_and_gradient(sites, jnp.asarray(windows), barrier_weight=WEIGHT, total_tokens=total)[0]
+        for total in (None, 60)
+    )
+    np.testing.assert_allclose(part - prior, (whole - prior) * 60 / 20, rtol=1e-12)
+
+
+def trace_of(**given):
+    model = handlers.seed(partial(transformer_model, config=TINY, **given), jax.random.key(0))
+    return handlers.trace(model).get_trace(jnp.zeros((2, 4), int))
+
+
+def test_every_array_is_a_site_and_nothing_else_is():
+    sites = trace_of()
+    drawn = {name for name, site in sites.items() if name.startswith("transformer")}
+    assert drawn == set(weights_of(Transformer(jax.random.key(0), TINY)))
+    assert sites.keys() - drawn == {"sequences", "tokens"}
+    assert trace_of(barrier_weight=0.1).keys() - drawn == {
+        "sequences", "tokens", "barrier", "barrier_mean", "barrier_negative_share", "barrier_variance",
+    }  # fmt: skip
+
+
+def test_default_priors_have_the_scale_of_the_inputs_of_each_map():
+    sites = trace_of()
+    scales = {"token_embedding": 1.0, "head": 2**-0.5, "blocks[1].down": 3**-0.5, "blocks[0].output": 1.0}
+    for name, scale in scales.items():
+        site = sites[f"transformer/{name}"]
+        expected = norm.logpdf(np.asarray(site["value"]), 0, scale).sum()
+        np.testing.assert_allclose(site["fn"].log_prob(site["value"]), expected, rtol=1e-6)
+
+
+def test_a_name_goes_before_a_pattern_and_a_pattern_before_later_ones():
+    priors = {"blocks.*": dist.Normal(5.0, 1e-9), "blocks[1].up": dist.Normal(7.0, 1e-9), "*": dist.Normal(0.0, 1e-9)}
+    sites = trace_of(priors=priors)
+    for name, mean in {"blocks[0].up": 5, "blocks[1].up": 7, "blocks[1].mlp_norm.scale": 5, "head": 0}.items():
+        np.testing.assert_allclose(sites[f"transformer/{name}"]["value"], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"priors": {"head": dist.Normal()}}, "priors: have none for token_embedding"),
+        ({"priors": default_priors(TINY) | {"haed": dist.Normal()}}, "priors: haed fits no weight"),
+        ({"latents": "tables"}, "latents: got 'tables'"),
+        ({"barrier_weight": 0.1, "penalty": HeadBarrier("layer")}, "site: got 'layer'"),
+        ({"total_tokens": 10, "subsample_size": 1}, "total_tokens"),
+        ({"prompt": jnp.zeros(1, int)}, "prompt: given with tokens"),
+    ],
+)
+def test_bad_arguments_are_refused(given, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        trace_of(**given)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [(jnp.full((2, 4), 3), "tokens: hold values outside"), (jnp.zeros((2, 7), int), r"tokens: has shape \(2, 7\)")],
+)
+def test_bad_tokens_are_refused(tokens, message):
+    model = handlers.seed(partial(transformer_model, config=TINY), jax.random.key(0))
+    with pytest.raises(ValueError, match=message):
+        model(tokens)
+
+
+def test_weights_go_to_sites_and_back_and_missing_ones_are_refused():
+    transformer = Transformer(jax.random.key(0), TINY)
+    sites = weights_of(transformer)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), with_weights(sites, TINY), transformer))
+    del sites["transformer/head"]
+    with pytest.raises(ValueError, match="lack transformer/head"):
+        with_weights(sites, TINY)
+
+
+def strong(key=0):
+    """A tiny transformer whose predictions are far from uniform."""
+    return jax.tree.map(lambda x: 3 * x, Transformer(jax.random.key(key), TINY, jnp.float64))
+
+
+def all_texts(length):
+    return jnp.asarray(list(itertools.product(range(TINY.vocabulary), repeat=length)))
+
+
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_the_token_process_has_mass_one_and_prefixes_marginalise(length):
+    """Kolmogorov consistency by enumeration of all texts: of the law of the tokens given the first."""
+    prompt = jnp.asarray([2])
+    process = TokenProcess(strong(), prompt, length)
+    mass = np.exp(process.log_prob(all_texts(length))).reshape((TINY.vocabulary,) * length)
+    np.testing.assert_allclose(mass.sum(), 1, rtol=1e-12)
+    for shorter in range(1, length):
+        marginal = mass.reshape(TINY.vocabulary**shorter, -1).sum(1)
+        expected = np.exp(TokenProcess(strong(), prompt, shorter).log_prob(all_texts(shorter)))
+        np.testing.assert_allclose(marginal, expected, rtol=1e-12)
+
+
+def test_the_density_of_the_token_process_is_that_of_the_model():
+    transformer = strong()
+    text = jnp.asarray([[2, 0, 1, 1, 2], [2, 2, 0, 1, 0]])
+    given = {"config": TINY, "priors": dist.Normal(), "dtype": jnp.float64}
+    found = log_likelihood(transformer_model, jax.tree.map(lambda x: x[None], weights_of(transformer)), text, **given)[
+        "tokens"
+    ]
+    expected = TokenProcess(transformer, jnp.asarray([2]), 4).log_prob(text[:, 1:])
+    np.testing.assert_allclose(found[0], expected, rtol=1e-12)
+    assert found.shape == (1, 2)
+
+
+def test_draws_of_the_token_process_follow_its_density():
+    """Pearson's statistic over all 27 texts stays below the quantile that a right sampler exceeds once in a million."""
+    process = TokenProcess(strong(), jnp.asarray([0]), 3)
+    count, texts = 20_000, all_texts(3)
+    drawn = jax.jit(lambda key: process.sample(key, (count,)))(jax.random.key(5))
+    expected = count * np.exp(process.log_prob(texts))
+    observed = np.bincount(np.asarray(drawn) @ [9, 3, 1], minlength=27)
+    rare = expected < 5
+    pooled = [np.append(x[~rare], x[rare].sum()) for x in (observed, expected)]
+    statistic = ((pooled[0] - pooled[1]) ** 2 / pooled[1]).sum()
+    assert statistic < chi2.isf(1e-6, len(pooled[0]) - 1)
+
+
+@pytest.mark.parametrize("given", [{"prompt": jnp.asarray([0, 1])}, {"latents": "process", "noise_scale": 0.1}])
+def test_predictive_draws_texts_without_the_barrier(given):
+    model = partial(transformer_model, config=TINY, length=4, barrier_weight=0.5, **given)
+    priors = default_priors(TINY) if "prompt" in given else {"*": dist.Normal(0.0, 0.1)}
+    drawn = Predictive(partial(model, priors=priors), num_samples=6)(jax.random.key(1))
+    assert drawn["tokens"].shape == (6, 4)
+    assert ((drawn["tokens"] >= 0) & (drawn["tokens"] < 3)).all()
+    assert len({text.tobytes() for text in np.asarray(drawn["tokens"])}) > 1
+    assert not [site for site in drawn if "barrier" in site]
+
+
+def data(count=24, key=3):
+    """Texts of a strong model, so that there is something to learn."""
+    process = TokenProcess(strong(), jnp.asarray([0]), 5)
+    drawn = process.sample(jax.random.key(key), (count,))
+    return jnp.concatenate([jnp.zeros((count, 1), drawn.dtype), drawn], axis=1)
+
+
+def test_svi_on_minibatches_lowers_the_potential_of_all_the_data():
+    texts, model = data(), partial(transformer_model, config=TINY)
+    guide = AutoDelta(model)
+    svi = SVI(partial(model, subsample_size=6), guide, Adam(0.05), Trace_ELBO())
+    result = svi.run(jax.random.key(0), 150, texts, progress_bar=False)
+    assert not [name for name in result.params if "$params" in name]
+    start = SVI(model, guide, Adam(0.05), Trace_ELBO())
+    first, last = (
+        start.evaluate(start.init(jax.random.key(0), texts, init_params=params), texts)
+        for params in (None, result.params)
+    )
+    assert last < first - 10
+
+
+def test_map_and_laplace_find_the_model():
+    texts = data()
+    given = {"config": TINY, "dtype": jnp.float64}
+    mode = find_map(
+        transformer_model, space="unconstrained", model_args=(texts,), model_kwargs=given, key=0, max_steps=3000
+    )
+    assert mode.status is MapStatus.CONVERGED, mode.note
+    gradient = jax.grad(lambda sites: log_density(transformer_model, (texts,), given, sites)[0])(mode.sites)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) < 1e-4
+    result = laplace(mode, structure="diagonal")
+    assert np.isfinite(result.log_evidence)
