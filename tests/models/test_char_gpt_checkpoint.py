@@ -113,10 +113,12 @@ def test_a_finished_run_of_an_earlier_version_gets_a_vocabulary_and_keeps_its_me
     _, metrics, state = trained
     path = out / checkpoint.NAME
     path.write_bytes(as_an_earlier_version_wrote_it(path.read_bytes()))
-    (out / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "extensions"}))
+    earlier = {key: value for key, value in metrics.items() if key != "extensions"}
+    (out / "metrics.json").write_text(json.dumps(earlier))
     with pytest.raises(ValueError, match="has no vocabulary"):
         checkpoint.load_run(out)
-    assert run(TINY, corpus, out)["wall_seconds"] == metrics["wall_seconds"]
+    # Metrics measured again would have extensions.
+    assert run(TINY, corpus, out) == earlier
     assert same(checkpoint.load_run(out).model, state.model)
 
 
