@@ -12,10 +12,12 @@ nothing is trained on: the news of the gensim wheel, if that is installed, in th
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from jaxtyping import Int
 
@@ -29,6 +31,40 @@ WIKITEXT_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens
 _LISTED = ", ".join(WIKITEXT_FILES.values())
 
 
+class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The V characters that the ids 0 to V - 1 stand for; `unknown` is the one for every character not among them."""
+
+    characters: tuple[str, ...]
+    unknown: str = UNKNOWN
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str, *, fold: bool = False) -> Int[np.ndarray, " n"]:
+        """The id of every character of the text, in int32.
+
+        With `fold`, as a corpus is read, a character that the vocabulary lacks is folded to the unknown; without it
+        such a character is a ValueError that names it.
+        """
+        index = {character: i for i, character in enumerate(self.characters)}
+        missing = None if fold else next((character for character in text if character not in index), None)
+        if missing is not None:
+            raise ValueError(
+                f"text: contains {missing!r}, which the vocabulary lacks; leave it out, or pass fold=True, which reads "
+                "it as the unknown character."
+            )
+        unknown = index[self.unknown]
+        return np.fromiter((index.get(character, unknown) for character in text), np.int32, len(text))
+
+    def decode(self, ids: Int[np.ndarray, " n"] | Iterable[int]) -> str:
+        """The text of ids. Raises ValueError for an id that stands for no character."""
+        given = [int(i) for i in ids]
+        outside = next((i for i in given if not 0 <= i < len(self)), None)
+        if outside is not None:
+            raise ValueError(f"ids: contain {outside}; pass ids from 0 to {len(self) - 1}.")
+        return "".join(self.characters[i] for i in given)
+
+
 class Corpus(NamedTuple):
     """Encoded characters of each split, the vocabulary they index (the unknown first), and where they came from.
 
@@ -38,7 +74,7 @@ class Corpus(NamedTuple):
     path: str
     name: str
     sha256: str
-    vocabulary: tuple[str, ...]
+    vocabulary: Vocabulary
     train: Int[np.ndarray, " train"]
     validation: Int[np.ndarray, " validation"]
     test: Int[np.ndarray, " test"]
@@ -84,18 +120,12 @@ def split_text(text: str) -> dict[str, str]:
     return {"train": text[:first], "validation": text[first:second], "test": text[second:]}
 
 
-def build_vocabulary(training_text: str, coverage: float = COVERAGE) -> tuple[str, ...]:
+def build_vocabulary(training_text: str, coverage: float = COVERAGE) -> Vocabulary:
     """The unknown, then the most frequent characters until they cover `coverage` of the text, ties by code point."""
     ranked = sorted(Counter(training_text).items(), key=lambda item: (-item[1], item[0]))
     covered_before = accumulate((count for _, count in ranked), initial=0)
     kept = [c for (c, _), before in zip(ranked, covered_before, strict=False) if before < coverage * len(training_text)]
-    return (UNKNOWN, *(character for character in kept if character != UNKNOWN))
-
-
-def encode(text: str, vocabulary: tuple[str, ...]) -> Int[np.ndarray, " n"]:
-    """Index of every character in the vocabulary, 0 for those not in it."""
-    index = {character: i for i, character in enumerate(vocabulary)}
-    return np.fromiter((index.get(character, 0) for character in text), np.int32, len(text))
+    return Vocabulary((UNKNOWN, *(character for character in kept if character != UNKNOWN)))
 
 
 def _is_wikitext(source: Path) -> bool:
@@ -128,9 +158,9 @@ def load(path: Path | str | None, shortest: int) -> Corpus:
                 f"needs {shortest}; pass a longer text or a smaller --context."
             )
     vocabulary = build_vocabulary(parts["train"])
-    train, validation, test = (encode(parts[split], vocabulary) for split in SPLITS)
+    train, validation, test = (vocabulary.encode(parts[split], fold=True) for split in SPLITS)
     news_text = wikipedia.read_news()
-    news = None if news_text is None else encode(news_text, vocabulary)
+    news = None if news_text is None else vocabulary.encode(news_text, fold=True)
     return Corpus(
         str(source),
         name,

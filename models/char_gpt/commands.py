@@ -20,7 +20,7 @@ from models.char_gpt import checkpoint, device_mesh, laplace
 from models.char_gpt.config import CHOICES, Config, in_names_of_today
 from models.char_gpt.evaluation import evaluate
 from models.char_gpt.train import Method, TrainingDivergedError, full_configuration, train_model
-from models.char_gpt.training_record import as_metrics
+from models.char_gpt.training_record import as_metrics, ends
 from prob_transformer.files import atomic_path, provenance, write_json
 from prob_transformer.transformer.network import parameter_count
 
@@ -58,19 +58,28 @@ def finished(out: Path, configuration: dict[str, Any], corpus_sha256: str) -> di
 
 
 def run(
-    config: Config, text: corpus.Corpus, out: Path, mesh: Mesh | None = None, method: Method | None = None
+    config: Config,
+    text: corpus.Corpus,
+    out: Path,
+    mesh: Mesh | None = None,
+    method: Method | None = None,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Train (going on from a checkpoint in `out`), evaluate, write the files and return the metrics.
 
-    A mesh spreads the training; every process then evaluates the whole model on its first device.
+    `steps` extends the run to so many steps in all, at its final learning rate. A mesh spreads the training; every
+    process then evaluates the whole model on its first device.
     """
     configuration = full_configuration(config, method)
     done = finished(out, configuration, text.sha256)
-    if done is not None:
+    if done is not None and steps is None and not (out / checkpoint.NAME).exists():
         return done
     # Taken before training, so that a commit made meanwhile is not taken for the one that ran.
     record_of_origin = provenance(config.seed, configuration)
-    state, record = train_model(config, text, out, method, mesh=mesh)
+    state, record = train_model(config, text, out, method, steps=steps, mesh=mesh)
+    # Otherwise the metrics are of fewer steps, because the run was extended since.
+    if done is not None and done.get("extensions", []) == record["extensions"]:
+        return done
     measured, determinants = evaluate(state.model, text, config)
     metrics = {
         "provenance": record_of_origin,
@@ -78,7 +87,8 @@ def run(
         "parameters": parameter_count(state.model),
         "corpus": text.describe(),
         **measured,
-        **as_metrics(record, config.steps, int(state.halvings)),
+        "extensions": record["extensions"],
+        **as_metrics(record, ends(config, record)[-1], int(state.halvings)),
     }
     if jax.process_index() == 0:
         with atomic_path(out / MARGINS) as temporary, temporary.open("wb") as stream:
@@ -117,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train one model and measure it")
     add_configuration(training)
-    for command in (training, commands.add_parser("resume", help="go on with a run from its checkpoint")):
+    resumed = commands.add_parser("resume", help="go on with a run from its checkpoint")
+    resumed.add_argument("--steps", type=int, metavar="N", help="go on to N steps in all, at the final learning rate")
+    for command in (training, resumed):
         add_text_and_folder(command)
         command.add_argument("--mesh", metavar="data=D,heads=H", help="spread training over all D * H devices")
         command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens")
@@ -139,8 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     is_new = arguments.command == "train"
     if is_new and (arguments.out / checkpoint.NAME).exists():
         raise ValueError(f"--out: {arguments.out} already holds a run; resume it, or pass another folder.")
-    config = configuration_in(arguments) if is_new else checkpoint.configuration_of(arguments.out)
-    return run_and_report(config, arguments.corpus, arguments.out, console, _mesh(arguments, config))
+    config = configuration_in(arguments) if is_new else checkpoint.read_header(arguments.out / checkpoint.NAME).config
+    steps = None if is_new else arguments.steps
+    return run_and_report(config, arguments.corpus, arguments.out, console, _mesh(arguments, config), steps=steps)
 
 
 def run_and_report(
@@ -150,10 +163,11 @@ def run_and_report(
     console: Console,
     mesh: Mesh | None = None,
     method: Method | None = None,
+    steps: int | None = None,
 ) -> int:
     """Run, and print a sentence on the metrics; exit status 1 and one line if the loss stops being finite."""
     try:
-        metrics = run(config, corpus.load(text, config.context + 1), out, mesh, method)
+        metrics = run(config, corpus.load(text, config.context + 1), out, mesh, method, steps)
     except TrainingDivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

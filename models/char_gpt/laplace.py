@@ -62,17 +62,12 @@ def training_windows(text: corpus.Corpus, config: Config, characters: int) -> In
     return evaluation_windows(text.train, chosen)
 
 
-def load_run(run: Path, text_path: Path | None) -> tuple[Transformer, Config, corpus.Corpus]:
-    """The trained model of a run, its configuration and its text. Raises ValueError naming --run."""
+def run_with_text(run: Path, text_path: Path | None) -> tuple[Transformer, Config, corpus.Corpus]:
+    """The trained model of a run, its configuration and its text. Raises ValueError naming --run or --corpus."""
     path = run / checkpoint.NAME
-    if not path.is_file():
-        raise ValueError(f"--run: no checkpoint at {path}; make one with train, or pass another folder.")
-    try:
-        config = checkpoint.configuration_of(run)
-        text = corpus.load(text_path, config.context + 1)
-        state, _, _ = checkpoint.load(path, None, text.sha256, initial_state(config, len(text.vocabulary)))
-    except ValueError as error:
-        raise ValueError(str(error).replace("--out:", "--run:", 1)) from None
+    config = checkpoint.read_header(path, "--run").config
+    text = corpus.load(text_path, config.context + 1)
+    state, _, _ = checkpoint.load(path, None, text.sha256, initial_state(config, len(text.vocabulary)), "--run")
     return state.model, config, text
 
 
@@ -105,7 +100,7 @@ def main(options: argparse.Namespace, console: Console) -> None:
         raise ValueError(f"--prior-precision: got {tau}; pass a finite number greater than 0.")
     if options.out.suffix != ".nc":
         raise ValueError(f"--out: got {options.out}; pass the path of a netCDF file, ending in .nc.")
-    model, config, text = load_run(options.run, options.corpus)
+    model, config, text = run_with_text(options.run, options.corpus)
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     origin = provenance(options.seed, {**asked, "run_configuration": config.as_dict()})
     network = trained_network(model, jnp.asarray(training_windows(text, config, options.characters)))

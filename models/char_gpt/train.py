@@ -19,7 +19,7 @@ from models.char_gpt import checkpoint
 from models.char_gpt.config import Config, Site
 from models.char_gpt.device_mesh import OVER_DATA, constrained, gathered, placed, require_agreement
 from models.char_gpt.loss import Loss, LossTerms, Strength, loss_terms, negatives_at
-from models.char_gpt.training_record import BatchMargins, batch_margins, new_record, note
+from models.char_gpt.training_record import BatchMargins, Record, batch_margins, ends, new_record, note
 from models.corpus import Corpus
 from prob_transformer.transformer.network import Transformer
 
@@ -55,11 +55,12 @@ class State(NamedTuple):
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """A linear warm-up over a tenth of the steps and a cosine decay to a tenth."""
+    """A linear warm-up over a tenth of the steps and a cosine decay to a tenth; then the rate of the last step."""
     warmup = max(1, config.steps // 10)
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(config.steps, warmup + 1), 0.1 * config.learning_rate
     )
+    return lambda step: schedule(jnp.minimum(step, config.steps - 1))
 
 
 def optimiser(config: Config) -> optax.GradientTransformation:
@@ -168,43 +169,64 @@ def initial_state(config: Config, vocabulary_size: int) -> State:
     return State(model, state, jnp.zeros((), jnp.int32))
 
 
+def extend(record: Record, config: Config, step: int, steps: int) -> None:
+    """Note in the record that the run, now after `step` steps, is extended to `steps` steps in all.
+
+    Nothing is noted again for an extension to as many steps that was stopped on its way. Raises ValueError naming
+    --steps if the run has as many steps already.
+    """
+    last = ends(config, record)[-1]
+    if record["extensions"] and step < steps == last:
+        return
+    if steps <= last:
+        raise ValueError(f"--steps: got {steps} for a run of {last} steps; pass more, or resume without --steps.")
+    rate = float(learning_rate(config)(config.steps - 1))
+    record["extensions"].append({"from_step": last, "to_step": steps, "learning_rate": rate})
+
+
 def train_model(
     config: Config,
     corpus: Corpus,
     out: Path,
     method: Method | None = None,
     *,
+    steps: int | None = None,
     stop_at: int | None = None,
     mesh: Mesh | None = None,
     quiet: bool = False,
-) -> tuple[State, dict[str, Any]]:
+) -> tuple[State, Record]:
     """Train from the checkpoint in `out` if there is one, else from the start, up to the last step or `stop_at`.
 
-    The loss is that of the configuration, or of the method. Checkpoints every `checkpoint_every` steps; returns the
-    last state, whole even if it was spread over a mesh, and record. Raises TrainingDivergedError when the loss is not
-    finite, leaving the last checkpoint; ValueError for an unwritable folder or a foreign checkpoint.
+    `steps` extends the run to so many steps in all, at its final learning rate; a run that was extended before goes on
+    to the steps of its last extension. The loss is that of the configuration, or of the method. Checkpoints every
+    `checkpoint_every` steps; returns the last state, whole even if it was spread over a mesh, and record. Raises
+    TrainingDivergedError when the loss is not finite, leaving the last checkpoint; ValueError for an unwritable folder,
+    a foreign checkpoint, or no more `steps` than the run has.
     """
     configuration = full_configuration(config, method)
     method = Method(config.method, config.strength) if method is None else method
     state, step, record = initial_state(config, len(corpus.vocabulary)), 0, new_record()
     path = out / checkpoint.NAME
-    is_new, is_first = not path.exists(), jax.process_index() == 0
-    if not is_new:
-        state, step, found = checkpoint.load(path, configuration, corpus.sha256, state)
-        record |= found
+    is_first = jax.process_index() == 0
+    if path.exists():
+        state, step, record = checkpoint.load(path, configuration, corpus.sha256, state)
+    if steps is not None:
+        extend(record, config, step, steps)
     # Also keeps the first process from writing before the others have looked.
     require_agreement(options=configuration, text=corpus.sha256, checkpoint=record)
-    if is_new and is_first:
-        checkpoint.save(path, configuration, corpus.sha256, state, step, record)
+    if is_first:
+        # A run that goes on is saved too: its extension is new, or its file was without a vocabulary.
+        checkpoint.save(path, configuration, corpus, state, step, record)
     state = placed(state, mesh)
     fixed = placed(StepData.of(jnp.asarray(corpus.train), config, step, method.strength), mesh)
     # What a compiled step depends on: neither seed nor strength.
     compiled_for = dataclasses.replace(config, seed=0, barrier_weight=1.0)
-    last = config.steps if stop_at is None else min(stop_at, config.steps)
+    stages = ends(config, record)
+    last = stages[-1] if stop_at is None else min(stop_at, stages[-1])
     started, compiling = time.perf_counter() - record["wall_seconds"], True
     name = f"{method.name} seed {config.seed}"
     with tqdm(
-        total=config.steps,
+        total=stages[-1],
         initial=step,
         desc=f"{name}, compiling",
         unit="step",
@@ -226,7 +248,7 @@ def train_model(
                 record["starts"] += 1
                 compiling = False
                 bar.set_description(name)
-            if step % HISTORY_EVERY == 0 or step == config.steps - 1:
+            if step % HISTORY_EVERY == 0 or step + 1 in stages:
                 record["history"].append({"step": step, **{key: float(x) for key, x in terms._asdict().items()}})
             step += 1
             progress = {"ce": f"{terms.cross_entropy:.3f}", "negative": f"{terms.negative_share:.1%}"}
@@ -236,5 +258,5 @@ def train_model(
                 record["wall_seconds"] = time.perf_counter() - started
                 whole = gathered(state, mesh)
                 if is_first:
-                    checkpoint.save(path, configuration, corpus.sha256, whole, step, record)
+                    checkpoint.save(path, configuration, corpus, whole, step, record)
     return gathered(state, mesh), record

@@ -1,13 +1,13 @@
 """What is noted of a run beside its state: crossings and quantiles of det J by layer, the loss, and seconds."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from models.char_gpt.config import SITES, Site
+from models.char_gpt.config import SITES, Config, Site
 from models.char_gpt.evaluation import finite
 from models.char_gpt.loss import forward, site_signs
 from prob_transformer._implementation import Implementation
@@ -53,18 +53,50 @@ def batch_margins(
     return found
 
 
-def new_record() -> dict[str, Any]:
-    """A record with nothing noted yet.
+class Extension(TypedDict):
+    """The steps from `from_step` to `to_step` - 1, taken beyond those of the configuration at one learning rate."""
+
+    from_step: int
+    to_step: int
+    learning_rate: float
+
+
+class Record(TypedDict):
+    """What is noted of a run.
 
     `starts` counts how often the run was started or resumed, `starting_seconds` is the time of the first step of each,
     which compiles it.
     """
+
+    crossings: dict[Site, dict[str, int]]
+    watch: list[dict[str, Any]]
+    history: list[dict[str, float]]
+    wall_seconds: float
+    starting_seconds: float
+    starts: int
+    extensions: list[Extension]
+
+
+def new_record() -> Record:
+    """A record with nothing noted yet."""
     counts = ("steps_watched", "steps_with_crossing", "positions_watched", "positions_negative")
-    seconds = {"wall_seconds": 0.0, "starting_seconds": 0.0, "starts": 0}
-    return {"crossings": {site: dict.fromkeys(counts, 0) for site in SITES}, "watch": [], "history": [], **seconds}
+    return {
+        "crossings": {site: dict.fromkeys(counts, 0) for site in SITES},
+        "watch": [],
+        "history": [],
+        "wall_seconds": 0.0,
+        "starting_seconds": 0.0,
+        "starts": 0,
+        "extensions": [],
+    }
 
 
-def note(record: dict[str, Any], step: int, margins: dict[Site, BatchMargins]) -> None:
+def ends(config: Config, record: Record) -> list[int]:
+    """The numbers of steps after which the run of the configuration, and then each of its extensions, ends."""
+    return [config.steps, *(extension["to_step"] for extension in record["extensions"])]
+
+
+def note(record: Record, step: int, margins: dict[Site, BatchMargins]) -> None:
     """Add the margins of a batch to the crossings and the history of margins of a run's record."""
     entry: dict[str, Any] = {"step": step}
     for site, found in margins.items():
@@ -88,13 +120,13 @@ def note(record: dict[str, Any], step: int, margins: dict[Site, BatchMargins]) -
     record["watch"].append(entry)
 
 
-def seconds_per_step(record: dict[str, Any], steps: int) -> float | None:
+def seconds_per_step(record: Record, steps: int) -> float | None:
     """Seconds of a step, without those in which a start compiled it; None if there were no others."""
     timed = steps - record["starts"]
     return (record["wall_seconds"] - record["starting_seconds"]) / timed if timed > 0 else None
 
 
-def as_metrics(record: dict[str, Any], steps: int, halvings: int) -> dict[str, Any]:
+def as_metrics(record: Record, steps: int, halvings: int) -> dict[str, Any]:
     """The record as a finished run gives it, ready for JSON."""
     return {
         "wall_seconds": record["wall_seconds"],

@@ -203,7 +203,7 @@ def passage(model: Transformer, corpus: Corpus, config: Config) -> dict[str, Any
     for found in (embedding, layers):
         found[..., :2] = np.nan
     return {
-        "text": "".join(corpus.vocabulary[i] for i in windows.ravel()),
+        "text": corpus.vocabulary.decode(windows.ravel()),
         "margins": [finite(layer.min(0).ravel()) for layer in layers],
         "embedding": finite(embedding.ravel()),
     }

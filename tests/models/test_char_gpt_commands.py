@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,12 +9,11 @@ from models import cli
 from models.char_gpt import checkpoint
 from models.char_gpt import commands as command
 from models.char_gpt import train as training
-from models.char_gpt.checkpoint import configuration_of
 from models.char_gpt.commands import finished, run
 from models.char_gpt.config import Config
 from models.char_gpt.evaluation import EMBEDDING_NOISE, RELATIVE_EMBEDDING_NOISE
 from models.char_gpt.loss import loss_terms
-from models.char_gpt.train import Method, TrainingDivergedError, initial_state, train_model
+from models.char_gpt.train import Method, TrainingDivergedError, train_model
 from models.corpus import load
 from tests.helpers.error_lines import assert_refused
 
@@ -55,33 +52,6 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_last_bit(corpus, tmp_path):
         assert resumed_record["history"] == record["history"]
 
 
-# The arrays of a model in version 0.1, in the order in which they were written, by the names of today.
-LEAVES_0_1 = (
-    *("token_embedding", "position_embedding"),
-    *(f"blocks[0].{name}" for name in ("query", "key", "value", "output", "up", "down")),
-    *(f"{norm}.{name}" for norm in ("blocks[0].attention_norm", "blocks[0].mlp_norm") for name in ("scale", "bias")),
-    *("final_norm.scale", "final_norm.bias", "head", "prior_stage.query", "prior_stage.key"),
-)
-
-
-def test_a_checkpoint_of_version_0_1_goes_on(corpus, tmp_path):
-    """One that was trained for two steps by that version."""
-    path = Path(shutil.copy(Path(__file__).parent / "version_0_1" / checkpoint.NAME, tmp_path))
-    config = configuration_of(tmp_path)
-    assert config == dataclasses.replace(TINY, width=4, barrier_site="layers", implementation="blocked")
-    like = initial_state(config, len(corpus.vocabulary))
-    state, step, _ = checkpoint.load(path, config.as_dict(), corpus.sha256, like)
-    with path.open("rb") as stream:
-        assert json.loads(stream.readline())["step"] == step == 2
-        saved = [np.load(stream) for _ in LEAVES_0_1]
-    found = {jax.tree_util.keystr(place): x for place, x in jax.tree_util.tree_leaves_with_path(state.model)}
-    assert len(found) == len(LEAVES_0_1)
-    for name, expected in zip(LEAVES_0_1, saved, strict=True):
-        np.testing.assert_array_equal(found[f".{name}"], expected, err_msg=name)
-    _, record = train_model(config, corpus, tmp_path)
-    assert record["history"][-1]["step"] == config.steps - 1
-
-
 def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(corpus, tmp_path, monkeypatch):
     original, calls = training.train_step, []
 
@@ -94,7 +64,7 @@ def test_a_killed_run_loses_at_most_the_steps_since_its_checkpoint(corpus, tmp_p
     monkeypatch.setattr(training, "train_step", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         train_model(TINY, corpus, tmp_path / "killed")
-    assert checkpoint.read_header(tmp_path / "killed" / checkpoint.NAME)["step"] == 2
+    assert checkpoint.read_header(tmp_path / "killed" / checkpoint.NAME).step == 2
     monkeypatch.setattr(training, "train_step", original)
     resumed, _ = train_model(TINY, corpus, tmp_path / "killed")
     assert same(resumed, train_model(TINY, corpus, tmp_path / "whole")[0])
@@ -182,14 +152,6 @@ def test_what_is_no_file_of_a_run_is_refused(tmp_path, name, read, message, dama
         read(tmp_path)
 
 
-def test_a_truncated_checkpoint_is_refused(corpus, tmp_path):
-    train_model(TINY, corpus, tmp_path, stop_at=1)
-    path = tmp_path / checkpoint.NAME
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is damaged; delete it"):
-        train_model(TINY, corpus, tmp_path)
-
-
 def run_command(*arguments):
     """Exit status of the command line."""
     with pytest.raises(SystemExit) as info:
@@ -212,6 +174,12 @@ def test_train_then_resume_from_the_command_line(text, tmp_path, capsys):
     assert again["clean_loss"] == first["clean_loss"]
     assert run_command("train", "--corpus", text, "--out", out, *SIZES) == 2
     assert "already holds a run" in capsys.readouterr().err
+    assert run_command("resume", "--corpus", text, "--out", out, "--steps", 5) == 0
+    extended = json.loads((out / "metrics.json").read_text())
+    assert [(x["from_step"], x["to_step"]) for x in extended["extensions"]] == [(3, 5)]
+    capsys.readouterr()
+    assert run_command("resume", "--corpus", text, "--out", out, "--steps", 5) == 2
+    assert_refused(capsys, "--steps: got 5 for a run of 5 steps; pass more, or resume without --steps")
 
 
 JOINED = ("train", "--mesh", "data=1,heads=1", "--coordinator")

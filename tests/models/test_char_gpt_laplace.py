@@ -224,7 +224,7 @@ def stopped_before_its_first_step(folder, config):
     (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
     text = load(folder / "text.txt", config.context + 1)
     state = initial_state(config, len(text.vocabulary))
-    checkpoint.save(folder / "run" / checkpoint.NAME, config.as_dict(), text.sha256, state, 0, new_record())
+    checkpoint.save(folder / "run" / checkpoint.NAME, config.as_dict(), text, state, 0, new_record())
     return folder
 
 
@@ -288,7 +288,7 @@ def test_of_one_window_the_command_says_that_the_standard_error_is_undefined(tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--run", "missing"), "--run: no checkpoint at missing/checkpoint.eqx; make one with train"),
+        (("--run", "missing"), "--run: no checkpoint at missing/checkpoint.eqx (No such file or directory); start one"),
         (("--characters", "0"), "--characters: got 0; pass at least 4, one window"),
         (("--characters", "1000000"), "--characters: got 1000000; pass at least 4, one window, and at most"),
         (("--prior-precision", "0"), "--prior-precision: got 0.0; pass a finite number greater than 0"),

@@ -25,15 +25,31 @@ def test_text_without_documents_is_cut_by_characters():
 def test_the_vocabulary_covers_999_in_1000_and_folds_the_rest():
     text = "a" * 900 + "b" * 99 + "c"
     vocabulary = corpus.build_vocabulary(text)
-    assert vocabulary == (corpus.UNKNOWN, "a", "b")
-    np.testing.assert_array_equal(corpus.encode("abcé", vocabulary), [1, 2, 0, 0])
+    assert vocabulary.characters == (corpus.UNKNOWN, "a", "b")
+    np.testing.assert_array_equal(vocabulary.encode("abcé", fold=True), [1, 2, 0, 0])
+
+
+def test_a_vocabulary_is_read_both_ways_and_names_what_it_lacks():
+    vocabulary = corpus.Vocabulary(("b", "?", "a"), unknown="?")
+    ids = vocabulary.encode("abba")
+    np.testing.assert_array_equal(ids, [2, 0, 0, 2])
+    assert ids.dtype == np.int32
+    assert vocabulary.decode(ids) == "abba"
+    assert vocabulary.decode(vocabulary.encode("abcé", fold=True)) == "ab??"
+    assert vocabulary.encode("").shape == (0,)
+    assert vocabulary.decode(np.array([], np.int32)) == ""
+    with pytest.raises(ValueError, match=r"text: contains 'é', which the vocabulary lacks; leave it out, or pass fold"):
+        vocabulary.encode("abéc")
+    for outside in (-1, 3):
+        with pytest.raises(ValueError, match=rf"ids: contain {outside}; pass ids from 0 to 2\."):
+            vocabulary.decode([0, outside])
 
 
 def test_the_vocabulary_knows_nothing_of_validation_and_test(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("ab" * 450 + "z" * 100, encoding="utf-8")
     loaded = corpus.load(path, 10)
-    assert set(loaded.vocabulary) == {corpus.UNKNOWN, "a", "b"}
+    assert set(loaded.vocabulary.characters) == {corpus.UNKNOWN, "a", "b"}
     assert (loaded.validation == 0).all()
     assert loaded.train.dtype == np.int32
     assert loaded.describe()["characters"] == {"train": 900, "validation": 50, "test": 50}
@@ -42,7 +58,7 @@ def test_the_vocabulary_knows_nothing_of_validation_and_test(tmp_path):
 def test_a_byte_order_mark_and_windows_line_ends_are_not_characters(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbf" + b"ab\r\n" * 300)
-    assert set(corpus.load(path, 10).vocabulary) == {corpus.UNKNOWN, "a", "b", "\n"}
+    assert set(corpus.load(path, 10).vocabulary.characters) == {corpus.UNKNOWN, "a", "b", "\n"}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +101,7 @@ def test_wikitext_as_published_keeps_its_own_split(tmp_path):
     train, validation, test = (content.decode() for content in contents)
     assert loaded.vocabulary == corpus.build_vocabulary(train)
     for part, text in (("train", train), ("validation", validation), ("test", test)):
-        np.testing.assert_array_equal(getattr(loaded, part), corpus.encode(text, loaded.vocabulary))
+        np.testing.assert_array_equal(getattr(loaded, part), loaded.vocabulary.encode(text, fold=True))
     # "d", "l" and "v" stand in no training text.
     assert described["unknown_share"]["validation"] == sum(c in "vld" for c in "valid") / len(
         " = valid =  <unk> @-@ \n"
@@ -106,11 +122,11 @@ def test_news_are_read_in_the_vocabulary_of_the_training_text_alone(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("the news " * 100, encoding="utf-8")
     loaded = corpus.load(path, 10)
-    assert set(loaded.vocabulary) == {corpus.UNKNOWN, *"the news "}
+    assert set(loaded.vocabulary.characters) == {corpus.UNKNOWN, *"the news "}
     text = wikipedia.read_news()
     assert text.startswith("Hundreds of people have been forced to vacate their homes")
     assert text.count("\n\n") == 299
-    np.testing.assert_array_equal(loaded.news, corpus.encode(text, loaded.vocabulary))
+    np.testing.assert_array_equal(loaded.news, loaded.vocabulary.encode(text, fold=True))
     news = loaded.describe()["news"]
     assert news["characters"] == len(text)
     assert news["unknown_share"] == sum(c not in "the news " for c in text) / len(text)

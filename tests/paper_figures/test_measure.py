@@ -99,7 +99,7 @@ def test_the_passage_is_where_validation_begins_with_the_smallest_margin_of_the_
     passage = measured["passage"]
     n = TINY.context
     windows = corpus.validation[: 3 * n].reshape(3, n)
-    assert passage["text"] == "".join(corpus.vocabulary[i] for i in windows.ravel())
+    assert passage["text"] == "".join(corpus.vocabulary.characters[i] for i in windows.ravel())
     # One character more, which nothing reads.
     padded = np.pad(windows, ((0, 0), (0, 1)))
     embedding, layers = (np.linalg.det(dense_at(model, site, padded)[1]).min(1) for site in ("embedding", "layers"))
