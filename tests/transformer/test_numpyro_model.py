@@ -307,7 +307,7 @@ def test_map_and_laplace_find_the_model():
         transformer_model, space="unconstrained", model_args=(texts,), model_kwargs=given, key=0, max_steps=3000
     )
     assert mode.status is MapStatus.CONVERGED, mode.note
-    gradient = jax.grad(lambda sites: log_density(transformer_model, (texts,), given, sites)[0])(mode.sites)
+    gradient = jax.grad(lambda sites: log_density(transformer_model, (texts,), given, sites)[0])(mode.parameters)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) < 1e-4
     result = laplace(mode, structure="diagonal")
     assert np.isfinite(result.log_evidence)
