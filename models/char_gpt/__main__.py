@@ -1,4 +1,4 @@
-"""`python -m models.char_gpt {train,resume,laplace}`."""
+"""`python -m models.char_gpt {train,resume,generate,laplace}`."""
 
 from models import cli
 from models.char_gpt.commands import main

@@ -1,4 +1,4 @@
-"""The commands `python -m models.char_gpt {train,resume,laplace}`.
+"""The commands `python -m models.char_gpt {train,resume,generate,laplace}`.
 
 A run leaves DIR/checkpoint.eqx, DIR/margins.npz and, last of all, DIR/metrics.json.
 """
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from models import corpus
-from models.char_gpt import checkpoint, device_mesh, laplace
+from models.char_gpt import checkpoint, device_mesh, generate, laplace
 from models.char_gpt.config import CHOICES, Config, in_names_of_today
 from models.char_gpt.evaluation import evaluate
 from models.char_gpt.train import Method, TrainingDivergedError, full_configuration, train_model
@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens")
         command.add_argument("--processes", type=int, metavar="N", help="how many processes take part")
         command.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    generate.add_arguments(commands.add_parser("generate", help="text of a trained run, and the margins it was read at"))
     laplace.add_arguments(commands.add_parser("laplace", help="uncertainty of a trained run's weights, and evidence"))
     return parser
 
@@ -145,6 +146,10 @@ def main(argv: list[str] | None = None) -> int:
     if given[:1] == ["sweep"]:
         raise ValueError("sweep: is now python -m paper_figures.study sweep, with the same options.")
     arguments, console = _parser().parse_args(given), Console()
+    if arguments.command == "generate":
+        # Standard output has the text alone.
+        generate.main(arguments, Console(stderr=True))
+        return 0
     if arguments.command == "laplace":
         laplace.main(arguments, console)
         return 0
