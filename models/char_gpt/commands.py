@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens")
         command.add_argument("--processes", type=int, metavar="N", help="how many processes take part")
         command.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    generate.add_arguments(commands.add_parser("generate", help="text of a trained run, and the margins it was read at"))
+    generate.add_arguments(commands.add_parser("generate", help="text of a trained run, with its margins"))
     laplace.add_arguments(commands.add_parser("laplace", help="uncertainty of a trained run's weights, and evidence"))
     return parser
 

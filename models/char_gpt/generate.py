@@ -18,6 +18,8 @@ from prob_transformer.files import atomic_path, provenance, write_json
 from prob_transformer.transformer import Generated, stream
 
 _CHUNK = 32
+# The fields of `Generated` as NumPy arrays.
+Margins = dict[str, np.ndarray]
 # What `stream` calls its arguments, and the option that each comes from.
 _OPTIONS = {"temperature": "--temperature", "top_k": "--top-k", "noise_scale": "--noise-scale", "length": "--length"}
 
@@ -56,42 +58,45 @@ def main(options: argparse.Namespace, console: Console) -> None:
         print(vocabulary.decode(np.asarray(part.tokens)), end="", flush=True)
         parts.append(part)
     print()
-    found = Generated(*(np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)))
+    arrays = (np.concatenate(of_one, axis=-1) for of_one in zip(*parts, strict=True))
+    found = dict(zip(Generated._fields, arrays, strict=True))
     console.print(_summary(found))
     if options.json is not None:
         asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         record = {
             "provenance": provenance(options.seed, {**asked, "run_configuration": config.as_dict()}),
             "prompt": options.prompt,
-            "text": vocabulary.decode(found.tokens),
+            "text": vocabulary.decode(found["tokens"]),
             "margins": "of the strict past, each head alone with identity values; axes: layer, head, character",
-            **{name: np.asarray(values).tolist() for name, values in found._asdict().items()},
+            **{name: values.tolist() for name, values in found.items()},
         }
         write_json(options.json, record)
     if options.figure is not None:
-        _draw(found, vocabulary.decode(found.tokens), options.figure)
+        _draw(found, vocabulary.decode(found["tokens"]), options.figure)
 
 
-def _summary(found: Generated) -> str:
+def _summary(found: Margins) -> str:
     """One sentence on the likelihood of the text and one on its margins."""
-    determinant = found.sign * np.exp(found.log_det)
+    determinant = found["sign"] * np.exp(found["log_det"])
     layer, head, position = np.unravel_index(np.abs(determinant).argmin(), determinant.shape)
     return (
-        f"{len(found.tokens)} characters, on average {-found.log_probs.mean():.3f} nats each under the model. "
-        f"det J <= 0 at {(found.sign <= 0).mean():.2%} of the places (layer, head, character); the smallest |det J| is "
+        f"{len(found['tokens'])} characters, on average {-found['log_probs'].mean():.3f} nats each under the model. "
+        f"det J <= 0 at {(determinant <= 0).mean():.2%} of the places; the smallest |det J| is "
         f"{abs(determinant[layer, head, position]):.3g}, in layer {layer}, head {head}, at character {position}; the "
-        f"smallest sigma_min(J) is {found.conditioning.min():.3g}."
+        f"smallest sigma_min(J) is {found['conditioning'].min():.3g}."
     )
 
 
-def _draw(found: Generated, text: str, path: Path) -> None:
+def _draw(found: Margins, text: str, path: Path) -> None:
     """The smallest |det J| and sigma_min(J) over heads of every layer along the text, as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes: Any = figure.subplots(2, sharex=True)
     styles = ["-", "--", ":", "-."]
-    for layer, (log_det, sign, conditioning) in enumerate(zip(*found[3:1:-1], found.conditioning, strict=True)):
+    for layer, (log_det, sign, conditioning) in enumerate(
+        zip(found["log_det"], found["sign"], found["conditioning"], strict=True)
+    ):
         line: dict[str, Any] = {"linestyle": styles[layer % 4], "linewidth": 1, "label": f"layer {layer}"}
         axes[0].semilogy(np.exp(log_det.min(0)), **line)
         axes[1].semilogy(conditioning.min(0), **line)
@@ -104,4 +109,3 @@ def _draw(found: Generated, text: str, path: Path) -> None:
         axes[1].set_xticks(range(len(text)), [repr(c)[1:-1] for c in text], fontsize=6, family="monospace")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-

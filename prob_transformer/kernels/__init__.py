@@ -2,5 +2,5 @@
 
 Read in this order: elimination (many small inverses), projections (what is swept), tiling (how it is cut), sweep (the
 tiles), cancellation (what they cannot do), log_det (its gradient), blocked, barrier, conditioning; sharding spreads the
-cells over devices.
+cells over devices. block_triangular has det J and sigma_min(J) together, for the positions of generated text.
 """

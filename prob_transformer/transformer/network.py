@@ -18,7 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention
@@ -95,6 +95,15 @@ class Attended(NamedTuple):
     keys: Float[Array, "H p n"]
 
 
+class Projected(NamedTuple):
+    """Normalised inputs (n, d) of a layer, and their queries, keys and values (H, p, n)."""
+
+    inputs: Float[Array, "n d"]
+    queries: Float[Array, "H p n"]
+    keys: Float[Array, "H p n"]
+    values: Float[Array, "H p n"]
+
+
 class Block(eqx.Module):
     """Multi-head causal attention and a GELU mlp, each on normalised inputs and added to the stream."""
 
@@ -125,25 +134,44 @@ class Block(eqx.Module):
         own = (self.value, self.output) if values == "own" else ()
         return Attention(self.query, self.key, *own)
 
-    def __call__(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> tuple[Float[Array, "n d"], Attended]:
-        """The stream after the block, and what its heads attended over."""
-        stream = hook("stream", stream, stream)
+    def project(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> Projected:
+        """The normalised inputs of the layer, and their queries, keys and values."""
         inputs = self.attention_norm(stream)
-        length = stream.shape[0]
-        queries, keys, values = (
-            hook(name, inputs, jnp.einsum("hpd,nd->hpn", weight, inputs))
-            for name, weight in (("query", self.query), ("key", self.key), ("value", self.value))
+        return Projected(
+            inputs,
+            *(
+                hook(name, inputs, jnp.einsum("hpd,nd->hpn", weight, inputs))
+                for name, weight in (("query", self.query), ("key", self.key), ("value", self.value))
+            ),
         )
+
+    def attend(
+        self,
+        stream: Float[Array, "n d"],
+        queries: Float[Array, "H p n"],
+        keys: Float[Array, "H p s"],
+        values: Float[Array, "H p s"],
+        visible: Bool[Array, "n s"],
+        hook: Hook = _unchanged,
+    ) -> Float[Array, "n d"]:
+        """The stream after the block, when its positions attend to the keys and values that are visible to them."""
         logits = jnp.einsum("hpi,hps->his", queries, keys) / math.sqrt(self.query.shape[1])
-        # As real decoders do, and unlike the process: a position attends to itself too.
-        visible = jnp.tril(jnp.ones((length, length), bool))
         weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
         # Read by a hook alone; without one the compiler leaves them out.
-        averages = jnp.einsum("his,hps->ihp", weights, values).reshape(length, -1)
+        averages = jnp.einsum("his,hps->ihp", weights, values).reshape(stream.shape[0], -1)
         stream = stream + hook("output", averages, jnp.einsum("hdp,his,hps->id", self.output, weights, values))
         normalised = self.mlp_norm(stream)
         hidden = jax.nn.gelu(hook("up", normalised, normalised @ self.up.T))
-        return stream + hook("down", hidden, hidden @ self.down.T), Attended(inputs, queries, keys)
+        return stream + hook("down", hidden, hidden @ self.down.T)
+
+    def __call__(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> tuple[Float[Array, "n d"], Attended]:
+        """The stream after the block, and what its heads attended over."""
+        stream = hook("stream", stream, stream)
+        inputs, queries, keys, values = self.project(stream, hook)
+        length = stream.shape[0]
+        # As real decoders do, and unlike the process: a position attends to itself too.
+        visible = jnp.tril(jnp.ones((length, length), bool))
+        return self.attend(stream, queries, keys, values, visible, hook), Attended(inputs, queries, keys)
 
 
 class Transformer(eqx.Module):
@@ -194,9 +222,12 @@ class Transformer(eqx.Module):
             run = eqx.filter_checkpoint(block) if remat == "blocks" else block
             stream, attended = run(stream, hook_of_layer)
             layers.append(attended)
+        return self.logits(stream, hook), jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+    def logits(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> Float[Array, "n V"]:
+        """Logits from the stream after the last block."""
         normalised = self.final_norm(stream)
-        logits = hook("head", normalised, normalised @ self.head.T)
-        return logits, jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        return hook("head", normalised, normalised @ self.head.T)
 
     def __call__(self, tokens: Int[Array, " n"]) -> Float[Array, "n V"]:
         return self.decode(self.embed(tokens))[0]

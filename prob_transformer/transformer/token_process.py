@@ -6,6 +6,7 @@ It is a law for all weights, and the laws of different lengths agree: the law of
 this one's (Ionescu-Tulcea). Drawing goes token by token, the density takes one pass.
 """
 
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -16,6 +17,7 @@ from numpyro.distributions import constraints
 
 from prob_transformer._validation import require_count
 from prob_transformer.token_model import require_tokens, require_vocabulary
+from prob_transformer.transformer.generation import sample
 from prob_transformer.transformer.network import Transformer
 
 
@@ -66,20 +68,6 @@ class TokenProcess(dist.Distribution):
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Int[Array, "*S n"]:
         """Draws of shape (*sample_shape, n), token by token."""
-        start = self.prompt.size
-
-        def of_one(key: PRNGKeyArray) -> Int[Array, " n"]:
-            def step(text: Int[Array, " t"], at: tuple[Array, PRNGKeyArray]) -> tuple[Array, None]:
-                position, key = at
-                token = jax.random.categorical(key, self.transformer(text[:-1])[position - 1])
-                return text.at[position].set(token.astype(text.dtype)), None
-
-            text = jnp.concatenate([self.prompt, jnp.zeros(self.length, self.prompt.dtype)])
-            positions = start + jnp.arange(self.length)
-            return jax.lax.scan(step, text, (positions, jax.random.split(key, self.length)))[0][start:]
-
-        count = 1
-        for size in sample_shape:
-            count *= size
-        drawn = jax.vmap(of_one)(jax.random.split(key, count))
+        keys = jax.random.split(key, math.prod(sample_shape))
+        drawn = jax.vmap(lambda key: sample(self.transformer, self.prompt, key, self.length).tokens)(keys)
         return drawn.reshape(*sample_shape, self.length)
