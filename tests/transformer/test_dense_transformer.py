@@ -1,4 +1,4 @@
-"""The log joint in plain NumPy is compared with finite differences, autodiff, the library and the hand-written loss."""
+"""The log joint in plain NumPy is compared with finite differences, autodiff, the library and the training loss."""
 
 import ast
 from pathlib import Path
@@ -14,6 +14,7 @@ from scipy.stats import norm
 from models.char_gpt import loss
 from models.char_gpt.config import Config
 from prob_transformer import EmbeddingProcess, one_sided_penalty, residual_and_log_det
+from prob_transformer.transformer import numpyro_model
 from prob_transformer.transformer.network import Transformer, TransformerConfig
 from tests.helpers import dense, dense_transformer
 from tests.helpers.dense_transformer import (
@@ -254,9 +255,16 @@ def truth_of(windows, site=None, form="two-sided", smallest=2.0**-1074):
     return negative_log_joint
 
 
-def by_hand(weights, windows, site=None, form="two-sided", dtype=jnp.float64, implementation="reference"):
+class ConfigOfSizes(Config):
+    """A run with sizes that its options cannot all express."""
+
+    def transformer(self, vocabulary):
+        return SIZES
+
+
+def training_loss(weights, windows, site=None, form="two-sided", dtype=jnp.float64, implementation="reference"):
     """T times the loss of models/char_gpt, T the number of predicted tokens, and its gradient by site."""
-    config = Config(
+    config = ConfigOfSizes(
         objective="margin" if site else "ce",
         barrier_site=site or "embedding",
         barrier_form=form,
@@ -301,17 +309,17 @@ def test_the_cases_cover_both_sides_of_the_wall_and_of_the_threshold(weights, wi
 
 
 @pytest.mark.parametrize(("site", "form"), [(None, "two-sided"), *SITE_AND_FORM])
-def test_the_objective_written_by_hand_is_the_negative_log_joint(weights, windows, site, form):
-    value, gradient = by_hand(weights, windows, site, form)
+def test_the_training_loss_is_the_negative_log_joint(weights, windows, site, form):
+    value, gradient = training_loss(weights, windows, site, form)
     value_error, gradient_error = errors(truth_of(windows, site, form), weights, value, gradient)
     assert value_error < 1e-12
     assert gradient_error < 1e-9
 
 
 @pytest.mark.parametrize(("site", "form"), [(None, "two-sided"), *SITE_AND_FORM])
-def test_the_objective_written_by_hand_is_the_negative_log_joint_in_float32(weights, windows, site, form):
+def test_the_training_loss_is_the_negative_log_joint_in_float32(weights, windows, site, form):
     near = rounded(weights)
-    value, gradient = by_hand(near, windows, site, form, jnp.float32)
+    value, gradient = training_loss(near, windows, site, form, jnp.float32)
     assert value.dtype == jnp.float32
     value_error, gradient_error = errors(truth_of(windows, site, form, smallest=2.0**-149), near, value, gradient)
     assert value_error < 1e-5
@@ -321,7 +329,7 @@ def test_the_objective_written_by_hand_is_the_negative_log_joint_in_float32(weig
 @pytest.mark.parametrize("site", ["embedding", "layers"])
 def test_the_blocked_sweep_is_the_negative_log_joint_in_float32(weights, windows, site):
     near = rounded(weights)
-    value, gradient = by_hand(near, windows, site, dtype=jnp.float32, implementation="blocked")
+    value, gradient = training_loss(near, windows, site, dtype=jnp.float32, implementation="blocked")
     value_error, gradient_error = errors(truth_of(windows, site), near, value, gradient)
     assert value_error < 1e-5
     assert gradient_error < 3e-5
@@ -338,23 +346,23 @@ def drop_the_last_barrier(monkeypatch):
 
 
 def stop_the_gradient_of_the_decoder(monkeypatch):
-    original = loss.forward
+    original = numpyro_model.decoded
 
     def stopped(*args):
-        logits, embeddings, attended = original(*args)
-        return jax.lax.stop_gradient(logits), embeddings, attended
+        logits, attended = original(*args)
+        return jax.lax.stop_gradient(logits), attended
 
-    monkeypatch.setattr(loss, "forward", stopped)
+    monkeypatch.setattr(numpyro_model, "decoded", stopped)
 
 
 def stop_the_gradient_of_the_layer_inputs(monkeypatch):
-    original = loss.forward
+    original = numpyro_model.decoded
 
     def stopped(*args):
-        logits, embeddings, attended = original(*args)
-        return logits, embeddings, jax.lax.stop_gradient(attended)
+        logits, attended = original(*args)
+        return logits, jax.lax.stop_gradient(attended)
 
-    monkeypatch.setattr(loss, "forward", stopped)
+    monkeypatch.setattr(numpyro_model, "decoded", stopped)
 
 
 @pytest.mark.parametrize(
@@ -365,9 +373,9 @@ def stop_the_gradient_of_the_layer_inputs(monkeypatch):
         (stop_the_gradient_of_the_layer_inputs, False),
     ],
 )
-def test_a_mistake_in_the_objective_is_noticed(weights, windows, mistake, changes_the_value, monkeypatch):
+def test_a_mistake_in_the_training_loss_is_noticed(weights, windows, mistake, changes_the_value, monkeypatch):
     mistake(monkeypatch)
-    value, gradient = by_hand(weights, windows, "layers")
+    value, gradient = training_loss(weights, windows, "layers")
     value_error, gradient_error = errors(truth_of(windows, "layers"), weights, value, gradient)
     assert (value_error > 1e-4) if changes_the_value else (value_error < 1e-12)
     assert gradient_error > 1e-2
