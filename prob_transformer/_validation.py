@@ -7,16 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def is_concrete(array: Any) -> bool:
-    """Whether values can be looked at; under jit, vmap or grad only shapes can."""
-    return not isinstance(array, jax.core.Tracer)
-
-
 def require_finite(name: str, array: Any) -> jax.Array:
     """The argument as a floating JAX array of finite values."""
     converted = require_floating(name, array)
     # The argument itself, because inside a trace JAX makes a tracer of known values as well.
-    if is_concrete(array) and not np.isfinite(np.asarray(array)).all():
+    if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
         raise ValueError(f"{name}: contains NaN or inf; pass finite values only.")
     return converted
 
@@ -24,7 +19,7 @@ def require_finite(name: str, array: Any) -> jax.Array:
 def require_positive(name: str, value: Any) -> jax.Array:
     """The argument as a floating JAX array of finite values greater than 0."""
     converted = require_finite(name, value)
-    if is_concrete(value) and not (np.asarray(value) > 0).all():
+    if not isinstance(value, jax.core.Tracer) and not (np.asarray(value) > 0).all():
         raise ValueError(f"{name}: got {np.asarray(value).tolist()}; pass a value greater than 0.")
     return converted
 

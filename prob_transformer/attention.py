@@ -25,7 +25,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer._validation import (
-    is_concrete,
     require_count,
     require_embeddings,
     require_finite,
@@ -162,7 +161,7 @@ class Attention(eqx.Module):
 
     def head_alone(self, head: Int[Array, ""] | int) -> "Attention":
         """One head with identity values, as heads are looked at alone. Raises ValueError for a number out of range."""
-        if is_concrete(head) and not 0 <= int(head) < self.heads:
+        if not isinstance(head, jax.core.Tracer) and not 0 <= int(head) < self.heads:
             raise ValueError(f"head: got {head}; pass 0 to {self.heads - 1}.")
         group = self.group_of_head[head]
         return Attention(

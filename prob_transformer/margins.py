@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._dtypes import in_common_type, in_float32_at_least, ranks_promoted
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._validation import is_concrete, require_count, require_embeddings
+from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.attention import (
     Attention,
     Past,
@@ -346,7 +346,7 @@ def layer_margins(
         found = _margins(layer, inputs, chosen, asked, k)
     for name in ("log_det", "conditioning", "joint_log_det", "joint_conditioning"):
         numbers = getattr(found, name)
-        if numbers is not None and is_concrete(numbers) and np.isnan(numbers).any():
+        if numbers is not None and not isinstance(numbers, jax.core.Tracer) and np.isnan(numbers).any():
             raise ValueError(f"inputs: {name} is not a number in {inputs.dtype}; pass smaller inputs or float64.")
     return found
 
