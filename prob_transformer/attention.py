@@ -228,7 +228,7 @@ def require_attention(attention: Any) -> None:
     """Raises ValueError unless it is an Attention whose heads may be taken together: one, or with value maps."""
     if not isinstance(attention, Attention):
         raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
-    heads, width = attention.heads, attention.width
+    heads, _, width = attention.query.shape
     if attention.value is None and heads > 1:
         raise ValueError(
             f"value: is None with H = {heads} heads; identity values exist for H = 1 only, "

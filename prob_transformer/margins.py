@@ -167,13 +167,13 @@ def _carriers_of_head(
 
 def _closest_of_heads(
     layer: Attention,
+    heads: Head,
     inputs: Float[Array, "n d"],
     positions: Int[Array, " m"],
     distance: Float[Array, "H m"],
     margins: Float[Array, "H m"],
     k: int,
     reading: Reading,
-    own_values: bool,
 ) -> SupportTokens:
     """The k positions of smallest distance of every head, (H, k), their margins, and their carriers (H, k, n).
 
@@ -186,7 +186,7 @@ def _closest_of_heads(
         head, there = parts
         return _carriers_of_head(layer, head, inputs, there, reading)
 
-    carriers = lax.map(of_head, (heads_of(layer, inputs, own_values), chosen))
+    carriers = lax.map(of_head, (heads, chosen))
     return SupportTokens(chosen, jnp.take_along_axis(margins, order, axis=-1), carriers)
 
 
@@ -289,7 +289,7 @@ def _margins(
     if asked.joint:
         blocks = partial(_joint, layer, heads, inputs, asked=asked)
         together, together_smallest = _in_blocks(blocks, positions, _BLOCK_OF_FULL_MATRICES)
-    support = _closest_of_heads(layer, inputs, positions, distance, margins, k, asked.reading, asked.own_values)
+    support = _closest_of_heads(layer, heads, inputs, positions, distance, margins, k, asked.reading)
     joint_sign, joint_log_det = (None, None) if together is None else together
     found = LayerMargins(positions, sign, log, smallest, joint_sign, joint_log_det, together_smallest, support)
     narrow = jnp.dtype(asked.reading.narrow)

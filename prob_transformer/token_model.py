@@ -9,6 +9,7 @@ Its negative log joint is `map_objective`, to rounding (theory_checks, map-equiv
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import equinox as eqx
@@ -59,17 +60,17 @@ def sampled_attention(
     return attention
 
 
-def require_objective(objective: str, barrier_weight: Float[Array, ""] | float) -> None:
+def has_barrier(objective: str, barrier_weight: Float[Array, ""] | float) -> bool:
+    """Whether there is a barrier term: not for a weight of 0, because 0 * inf on the boundary would be NaN.
+
+    Raises ValueError for bad arguments.
+    """
     if objective not in ("full", "margin"):
         raise ValueError(f"objective: got {objective!r}; pass 'full' or 'margin'.")
     require_finite("barrier_weight", barrier_weight)
     if not isinstance(barrier_weight, Tracer) and np.asarray(barrier_weight) < 0:
         raise ValueError(f"barrier_weight: got {barrier_weight}; pass 0 or more.")
-
-
-def is_zero(barrier_weight: Float[Array, ""] | float) -> bool:
-    """Whether there is no barrier term at all; 0 * inf on the boundary would be NaN."""
-    return not isinstance(barrier_weight, Tracer) and bool(np.asarray(barrier_weight) == 0)
+    return isinstance(barrier_weight, Tracer) or bool(np.asarray(barrier_weight) != 0)
 
 
 def require_vocabulary(tokens: Int[Array, "... n"], size: int) -> None:
@@ -105,7 +106,7 @@ def token_model(
     on top of the density's own determinant under "full". Raises ValueError for bad arguments.
     Source: theory sections 2 and 5.
     """
-    require_objective(objective, barrier_weight)
+    with_barrier = has_barrier(objective, barrier_weight)
     if tokens is not None:
         tokens = require_tokens(tokens)
         if length not in (None, tokens.shape[-1]):
@@ -114,21 +115,16 @@ def token_model(
     require_count("length", length, 2, "the number of positions, needed when tokens is None")
     assert length is not None
 
-    def sequences() -> Float[Array, "... n d"]:
+    with nullcontext() if tokens is None or tokens.ndim == 1 else numpyro.plate("sequences", tokens.shape[0]):
         if objective == "full":
             prior = EmbeddingProcess(attention, length, noise_scale, first_scale)
         else:
             prior = dist.ImproperUniform(constraints.real_matrix, (), event_shape=(length, attention.width))
         embeddings = numpyro.sample("embeddings", prior)
-        if not is_zero(barrier_weight):
+        if with_barrier:
             numpyro.factor("barrier", -barrier_weight * barrier(attention, embeddings).sum(-1))
         logits = decoder(embeddings)
         if tokens is not None:
             require_vocabulary(tokens, logits.shape[-1])
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=tokens)
-        return embeddings
-
-    if tokens is not None and tokens.ndim == 2:
-        with numpyro.plate("sequences", tokens.shape[0]):
-            return sequences()
-    return sequences()
+    return embeddings

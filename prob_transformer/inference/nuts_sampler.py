@@ -34,7 +34,7 @@ from prob_transformer.files import provenance
 from prob_transformer.inference.chains import run_chains
 from prob_transformer.inference.embedding_sites import NOISE, position_scales, processes, through_noise
 from prob_transformer.inference.gauge import REMEDY, Gauge, gauges
-from prob_transformer.inference.joint import key_and_seed, observed_data, starting_point
+from prob_transformer.inference.joint import key_and_seed, starting_point
 from prob_transformer.inference.law import NO_LAW, Law, law_of
 from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 
@@ -263,7 +263,7 @@ def nuts(
     random_key, seed = key_and_seed(key, "the draws")
     args, kwargs = model_args, dict(model_kwargs)
     point_key, run_key = jax.random.split(random_key)
-    start, trace = starting_point(model, args, kwargs, init, point_key)
+    start, trace, observed = starting_point(model, args, kwargs, init, point_key)
     through = {name: found for name, found in processes(trace).items() if name in start and embeddings == "noise"}
     if embeddings == "noise" and not through:
         raise ValueError("embeddings: is 'noise', but no latent site is an EmbeddingProcess; pass 'direct'.")
@@ -304,7 +304,7 @@ def nuts(
         ess=ess,
         log_likelihood=likelihood,
         posterior_predictive=predicted,
-        observed_data=observed_data(trace),
+        observed_data=observed,
         finite=finite,
         configuration={**sizes, "embeddings": embeddings, "target_accept": float(target_accept)},
         seed=seed,

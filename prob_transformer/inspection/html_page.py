@@ -8,9 +8,9 @@ puts it into text nodes, so no token can become markup.
 import base64
 import html
 import json
-import re
 from collections.abc import Mapping
 from importlib.resources import files
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -64,5 +64,4 @@ def inspection_page(inspection: Inspection, title: str, facts: Mapping[str, Any]
         "facts": "".join(entries),
         "data": _data(inspection),
     }
-    # In one pass, so that nothing in a part is taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
+    return Template(template).substitute(parts)

@@ -27,5 +27,5 @@ def made_up():
     carriers[:, :, 3:] = [2, 0, 1]
     shares = np.zeros((2, 1, 5, 3), np.float32)
     shares[:, :, 3:] = [0.5, 0.25, 0.125]
-    pieces = ("</script><!--", ' "{{css}}&', "\0\n", "😀", "")
+    pieces = ("</script><!--", ' "${css}&', "\0\n", "😀", "")
     return Inspection(pieces, np.arange(5), (3, 7), sign, log_det, carriers, shares, Setting())
