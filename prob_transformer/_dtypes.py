@@ -16,7 +16,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-def _cast(tree: Tree, dtype: DTypeLike | None = None) -> tuple[Tree, DTypeLike]:
+def cast(tree: Tree, dtype: DTypeLike | None = None) -> tuple[Tree, DTypeLike]:
     """The tree with its arrays of floating point in one type, and their common type, float32 where there are none.
 
     The type is the common one, float32 at least, unless given.
@@ -33,7 +33,7 @@ def _cast(tree: Tree, dtype: DTypeLike | None = None) -> tuple[Tree, DTypeLike]:
 
 def in_common_type(tree: Tree) -> Tree:
     """The tree with all its arrays of floating point in their common type, float32 at least."""
-    return _cast(tree)[0]
+    return cast(tree)[0]
 
 
 def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -41,9 +41,9 @@ def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Para
 
     @wraps(function)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        (args, kwargs), common = _cast((args, kwargs))
+        (args, kwargs), common = cast((args, kwargs))
         result = function(*args, **kwargs)
-        return _cast(result, common)[0] if jnp.finfo(common).bits < 32 else result
+        return cast(result, common)[0] if jnp.finfo(common).bits < 32 else result
 
     return wrapped
 

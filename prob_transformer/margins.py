@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._dtypes import in_common_type, in_float32_at_least, ranks_promoted
+from prob_transformer._dtypes import cast, in_common_type, in_float32_at_least, ranks_promoted
 from prob_transformer._implementation import Implementation, is_blocked
 from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.attention import (
@@ -47,8 +47,8 @@ from prob_transformer.self_inclusion import (
     block_log_det,
     factored_jacobian,
     heads_of,
+    shares_of,
     smallest_singular_value,
-    view_from,
 )
 
 MarginKind = Literal["determinant", "conditioning"]
@@ -158,9 +158,9 @@ def _carriers_of_head(
     layer: Attention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " k"], reading: Reading
 ) -> Float[Array, "k n"]:
     """Share of every token in sum_s alpha_s |v_s - v_mean|^2: summing to 1, or all 0 where that variance is 0."""
-    view = view_from(layer, head, inputs[:, :1], positions, reading)
-    weights = view.past_share[:, None] * view.weights
-    weights = weights.at[jnp.arange(positions.shape[0]), positions].set(view.own_share)
+    shares = shares_of(layer, head, positions, reading)
+    weights = shares.past_share[:, None] * shares.weights
+    weights = weights.at[jnp.arange(positions.shape[0]), positions].set(shares.own_share)
     values = inputs if head.value is None or head.output is None else inputs @ head.value.T @ head.output.T
     return jax.vmap(lambda weights: _variance_share(weights[None], values[None]))(weights)
 
@@ -265,7 +265,7 @@ def _joint(
 def _margins(
     layer: Attention, inputs: Float[Array, "n d"], positions: Int[Array, " m"], asked: _Asked, k: int
 ) -> LayerMargins:
-    layer, inputs = jax.tree.map(lambda x: x.astype(jnp.float64), (layer, inputs))
+    layer, inputs = cast((layer, inputs), jnp.float64)[0]
     heads = heads_of(layer, inputs, asked.own_values)
 
     def log_det(head: Head) -> LogDet:
@@ -292,8 +292,7 @@ def _margins(
     support = _closest_of_heads(layer, heads, inputs, positions, distance, margins, k, asked.reading)
     joint_sign, joint_log_det = (None, None) if together is None else together
     found = LayerMargins(positions, sign, log, smallest, joint_sign, joint_log_det, together_smallest, support)
-    narrow = jnp.dtype(asked.reading.narrow)
-    return jax.tree.map(lambda x: x.astype(narrow) if jnp.issubdtype(x.dtype, jnp.floating) else x, found)
+    return cast(found, jnp.dtype(asked.reading.narrow))[0]
 
 
 def _positions(positions: Sequence[int] | Int[Array, " m"] | None, length: int) -> Int[Array, " m"]:
