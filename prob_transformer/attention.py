@@ -143,7 +143,7 @@ class Attention(eqx.Module):
     @property
     def group_of_head(self) -> Int[Array, " H"]:
         """Which of the G key groups each head reads."""
-        return jnp.arange(self.heads) // (self.heads // self.key.shape[0])
+        return jnp.arange(len(self.query)) // (len(self.query) // len(self.key))
 
     def of_heads(self, x: Float[Array, "G ..."]) -> Float[Array, "H ..."]:
         """What belongs to the key groups, once for each head."""

@@ -24,7 +24,8 @@ from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.token_model import (
     Decoder,
     Objective,
-    has_barrier,
+    is_zero,
+    require_objective,
     require_tokens,
     require_vocabulary,
 )
@@ -56,7 +57,7 @@ def map_objective(
     sequences. Without it "margin" is not bounded below. Raises ValueError for bad arguments.
     Source: theory section 5; "full" is the paper's reading as derived there, "margin" is reported second-hand.
     """
-    with_barrier = has_barrier(objective, barrier_weight)
+    require_objective(objective, barrier_weight)
     tokens = require_tokens(tokens)
     embeddings = require_joint("embeddings", embeddings, attention)
     if tokens.shape != embeddings.shape[:-1]:
@@ -65,7 +66,7 @@ def map_objective(
     log_probabilities = jax.nn.log_softmax(decoder(embeddings), axis=-1)
     require_vocabulary(tokens, log_probabilities.shape[-1])
     cross_entropy = -jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1).sum()
-    total = cross_entropy - barrier_weight * log_det.sum() if with_barrier else cross_entropy
+    total = cross_entropy if is_zero(barrier_weight) else cross_entropy - barrier_weight * log_det.sum()
     if objective == "full":
         noise_scale = require_positive("noise_scale", noise_scale)
         first_scale = require_positive("first_scale", first_scale)

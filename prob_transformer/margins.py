@@ -326,7 +326,7 @@ def layer_margins(
     among `kinds`. Raises ValueError for arguments that do not fit, and where the dtype cannot hold the numbers.
     Equations: self_inclusion.py.
     """
-    if isinstance(kinds, str) or not kinds or any(kind not in get_args(MarginKind) for kind in kinds):
+    if isinstance(kinds, str) or not kinds or set(kinds) - set(get_args(MarginKind)):
         raise ValueError(f"kinds: got {kinds!r}; pass one or more of {', '.join(get_args(MarginKind))} in a tuple.")
     if values not in get_args(Values):
         raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")

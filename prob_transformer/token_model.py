@@ -60,17 +60,17 @@ def sampled_attention(
     return attention
 
 
-def has_barrier(objective: str, barrier_weight: Float[Array, ""] | float) -> bool:
-    """Whether there is a barrier term: not for a weight of 0, because 0 * inf on the boundary would be NaN.
-
-    Raises ValueError for bad arguments.
-    """
+def require_objective(objective: str, barrier_weight: Float[Array, ""] | float) -> None:
     if objective not in ("full", "margin"):
         raise ValueError(f"objective: got {objective!r}; pass 'full' or 'margin'.")
     require_finite("barrier_weight", barrier_weight)
     if not isinstance(barrier_weight, Tracer) and np.asarray(barrier_weight) < 0:
         raise ValueError(f"barrier_weight: got {barrier_weight}; pass 0 or more.")
-    return isinstance(barrier_weight, Tracer) or bool(np.asarray(barrier_weight) != 0)
+
+
+def is_zero(barrier_weight: Float[Array, ""] | float) -> bool:
+    """Whether there is no barrier term at all; 0 * inf on the boundary would be NaN."""
+    return not isinstance(barrier_weight, Tracer) and bool(np.asarray(barrier_weight) == 0)
 
 
 def require_vocabulary(tokens: Int[Array, "... n"], size: int) -> None:
@@ -106,7 +106,7 @@ def token_model(
     on top of the density's own determinant under "full". Raises ValueError for bad arguments.
     Source: theory sections 2 and 5.
     """
-    with_barrier = has_barrier(objective, barrier_weight)
+    require_objective(objective, barrier_weight)
     if tokens is not None:
         tokens = require_tokens(tokens)
         if length not in (None, tokens.shape[-1]):
@@ -121,7 +121,7 @@ def token_model(
         else:
             prior = dist.ImproperUniform(constraints.real_matrix, (), event_shape=(length, attention.width))
         embeddings = numpyro.sample("embeddings", prior)
-        if with_barrier:
+        if not is_zero(barrier_weight):
             numpyro.factor("barrier", -barrier_weight * barrier(attention, embeddings).sum(-1))
         logits = decoder(embeddings)
         if tokens is not None:

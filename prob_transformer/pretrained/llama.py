@@ -153,10 +153,10 @@ def llama_decoder(config: LlamaConfig, stored: Stored, names: Mapping[str, str],
     @jax.jit
     def block(weights: dict[str, Array]) -> Block:
         output = weights["output"].reshape(width, heads, size).transpose(1, 0, 2)
-        query_bias, key_bias, value_bias = (
+        query_bias, key_bias, value_bias = [
             weights[name].reshape(-1, size) if name in weights else None
             for name in ("query_bias", "key_bias", "value_bias")
-        )
+        ]
         attention = Attention(
             weights["query"].reshape(heads, size, width),
             weights["key"].reshape(groups, size, width),

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from prob_transformer.inspection import Inspection, Setting
+from prob_transformer.inspection import Setting
+from prob_transformer.inspection.text_margins import Inspection
 from prob_transformer.pretrained.load import load_pretrained
 from tests.helpers.tiny_models import LLAMA, llama_weights, write
 
