@@ -66,14 +66,6 @@ from prob_transformer.softmax import capped
 CHUNK = 128
 
 
-class PastMoments(NamedTuple):
-    """Of b positions: means and covariance of features and keys."""
-
-    feature_mean: Float[Array, "b f"]
-    key_mean: Float[Array, "b p"]
-    covariance: Float[Array, "b f p"]
-
-
 def past_moments(
     weights: Float[Array, "b n"],
     slopes: Float[Array, "b n"] | None,
@@ -81,8 +73,8 @@ def past_moments(
     features: Float[Array, "n f"],
     keys: Float[Array, "n p"],
     narrow: DTypeLike,
-) -> PastMoments:
-    """The moments of features and keys under the weights.
+) -> tuple[Float[Array, "b f"], Float[Array, "b p"], Float[Array, "b f p"]]:
+    """Of b positions: the means of features and keys under the weights, and their covariance.
 
     With slopes gamma_is the keys are gamma_is k_s instead. Features are then centred at their mean under the weights,
     and keys at theirs under weights times slopes, of which sum_s alpha_s gamma_s (x_s - x_mean) k_s^T keeps a term.
@@ -115,7 +107,7 @@ def past_moments(
     if slopes is not None:
         left_over = sloped @ features - sloped.sum(-1, keepdims=True) * feature_mean
         covariance = covariance + left_over[:, :, None] * centre[:, None]
-    return PastMoments(feature_mean, key_mean, covariance)
+    return feature_mean, key_mean, covariance
 
 
 class Head(NamedTuple):
@@ -224,12 +216,14 @@ def view_from(
     shares = shares_of(layer, head, positions, reading)
     slopes = shares.cap_slopes
     own_cap = 1.0 if slopes is None else jnp.take_along_axis(slopes, positions[:, None], axis=1)
-    past = past_moments(shares.weights, slopes, positions, features, head.keys, reading.narrow)
+    feature_mean, key_mean, covariance = past_moments(
+        shares.weights, slopes, positions, features, head.keys, reading.narrow
+    )
     return View(
         shares,
-        pulled_to_query(layer, head, positions, past.covariance),
-        features[positions] - past.feature_mean,
-        pulled_to_query(layer, head, positions, own_cap * head.keys[positions] - past.key_mean),
+        pulled_to_query(layer, head, positions, covariance),
+        features[positions] - feature_mean,
+        pulled_to_query(layer, head, positions, own_cap * head.keys[positions] - key_mean),
         own_cap * head.own_slopes[positions],
     )
 

@@ -185,8 +185,10 @@ def _search(
         value, trace = joint_and_trace(model, args, kwargs, space, unravel(point))
         parameters = {name: trace[name]["value"] for name in start}
         found = processes({name: trace[name] for name in start}).values()
-        pairs = [in_common_type((process.attention, here)) for process, here in found]
-        watched = [residual_and_log_det_unchecked(*pair, None).sign for pair in pairs]
+        watched = [
+            residual_and_log_det_unchecked(*in_common_type((process.attention, here)), None).sign
+            for process, here in found
+        ]
         watched = watched if signs is None else [signs(parameters), *watched]
         flat_signs = jnp.concatenate([jnp.ravel(each) for each in watched]) if watched else jnp.zeros(0)
         return value, (parameters, flat_signs)

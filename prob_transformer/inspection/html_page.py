@@ -50,8 +50,10 @@ def inspection_page(inspection: Inspection, title: str, facts: Mapping[str, Any]
     """
     if inspection.tokens.size > MOST_TOKENS:
         raise ValueError(f"tokens: {inspection.tokens.size} are too many for a page; pass at most {MOST_TOKENS}.")
-    folder = files("prob_transformer.inspection")
-    css, js, template = [(folder / f"page.{part}").read_text(encoding="utf-8") for part in ("css", "js", "html")]
+    css, js, template = [
+        files("prob_transformer.inspection").joinpath(f"page.{part}").read_text(encoding="utf-8")
+        for part in ("css", "js", "html")
+    ]
     entries = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items())
     parts = {
         "title": html.escape(title),
