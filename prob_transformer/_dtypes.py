@@ -10,29 +10,30 @@ from typing import ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
 
 Tree = TypeVar("Tree")
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-def _common_type(tree: PyTree) -> DTypeLike:
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)]
-    return jnp.result_type(*arrays) if arrays else jnp.dtype(jnp.float32)
+def cast(tree: Tree, dtype: DTypeLike | None = None) -> tuple[Tree, DTypeLike]:
+    """The tree with its arrays of floating point in one type, and their common type, float32 where there are none.
 
-
-def _cast(tree: Tree, dtype: DTypeLike) -> Tree:
+    The type is the common one, float32 at least, unless given.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    for index, leaf in enumerate(leaves):
-        if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating) and leaf.dtype != dtype:
-            leaves[index] = jnp.asarray(leaf, dtype)
-    return jax.tree.unflatten(structure, leaves)
+    floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating)]
+    common = jnp.result_type(*map(leaves.__getitem__, floating)) if floating else jnp.dtype(jnp.float32)
+    dtype = jnp.promote_types(common, jnp.float32) if dtype is None else dtype
+    for index in floating:
+        if leaves[index].dtype != dtype:
+            leaves[index] = jnp.asarray(leaves[index], dtype)
+    return jax.tree.unflatten(structure, leaves), common
 
 
 def in_common_type(tree: Tree) -> Tree:
     """The tree with all its arrays of floating point in their common type, float32 at least."""
-    return _cast(tree, jnp.promote_types(_common_type(tree), jnp.float32))
+    return cast(tree)[0]
 
 
 def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -40,21 +41,12 @@ def in_float32_at_least(function: Callable[Parameters, Result]) -> Callable[Para
 
     @wraps(function)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        common = _common_type((args, kwargs))
-        dtype = jnp.promote_types(common, jnp.float32)
-        args, kwargs = _cast((args, kwargs), dtype)
+        (args, kwargs), common = cast((args, kwargs))
         result = function(*args, **kwargs)
-        return result if dtype == common else _cast(result, common)
+        return cast(result, common)[0] if jnp.finfo(common).bits < 32 else result
 
     return wrapped
 
 
-def ranks_promoted(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """The function where (b,) and (c, b) may meet in one operation, whatever jax_numpy_rank_promotion says outside."""
-
-    @wraps(function)
-    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with jax.numpy_rank_promotion("allow"):
-            return function(*args, **kwargs)
-
-    return wrapped
+# Decorates a function in which (b,) and (c, b) may meet in one operation, whatever jax_numpy_rank_promotion is outside.
+ranks_promoted = jax.numpy_rank_promotion("allow")

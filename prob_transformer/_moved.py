@@ -36,5 +36,6 @@ class _MovedModules(MetaPathFinder):
             )
 
 
-# First, because a checkout may keep an old folder with compiled files, which Python takes for a package.
-sys.meta_path.insert(0, _MovedModules())
+# Last, so that only imports that find nothing else come here. Where a checkout keeps an old folder with nothing but
+# compiled files, Python takes the folder for an empty package and this error does not show.
+sys.meta_path.append(_MovedModules())

@@ -1,5 +1,6 @@
 """Checks at the public boundary; each raises a ValueError naming the argument, what was given and the remedy."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,26 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def is_concrete(array: Any) -> bool:
-    """Whether values can be looked at; under jit, vmap or grad only shapes can."""
-    return not isinstance(array, jax.core.Tracer)
-
-
-def require_finite(name: str, array: Any) -> jax.Array:
-    """The argument as a floating JAX array of finite values."""
-    converted = require_floating(name, array)
-    # The argument itself, because inside a trace JAX makes a tracer of known values as well.
-    if is_concrete(array) and not np.isfinite(np.asarray(array)).all():
-        raise ValueError(f"{name}: contains NaN or inf; pass finite values only.")
+def require_floating(name: str, array: Any, *, finite: bool = False, positive: bool = False) -> jax.Array:
+    """The argument as a floating JAX array; anything that is not numeric is refused by name, and what is not `finite`,
+    or finite and `positive`, if asked for."""
+    try:
+        converted = jnp.asarray(array)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got {type(array).__name__}; pass a numeric array.") from None
+    if not jnp.issubdtype(converted.dtype, jnp.floating):
+        if not (jnp.issubdtype(converted.dtype, jnp.integer) or converted.dtype == bool):
+            raise ValueError(f"{name}: has dtype {converted.dtype}; pass real numbers.")
+        converted = converted.astype(jnp.result_type(float))
+    # The argument itself, because inside a trace JAX makes a tracer, whose values are unknown, of known values as well.
+    if finite and not isinstance(array, jax.core.Tracer):
+        known = np.asarray(array)
+        if not np.isfinite(known).all():
+            raise ValueError(f"{name}: contains NaN or inf; pass finite values only.")
+        if positive and not (known > 0).all():
+            raise ValueError(f"{name}: got {known.tolist()}; pass a value greater than 0.")
     return converted
 
 
-def require_positive(name: str, value: Any) -> jax.Array:
-    """The argument as a floating JAX array of finite values greater than 0."""
-    converted = require_finite(name, value)
-    if is_concrete(value) and not (np.asarray(value) > 0).all():
-        raise ValueError(f"{name}: got {np.asarray(value).tolist()}; pass a value greater than 0.")
-    return converted
+require_finite = partial(require_floating, finite=True)
+require_positive = partial(require_floating, finite=True, positive=True)
 
 
 def require_count(name: str, value: Any, smallest: int, why: str) -> None:
@@ -38,19 +42,6 @@ def require_seed(name: str, value: Any, purpose: str) -> None:
     require_count(name, value, 0, f"the seed of {purpose}")
     if value >= 2**32:
         raise ValueError(f"{name}: got {value}; pass an integer below 2^32: only so much of it counts for {purpose}.")
-
-
-def require_floating(name: str, array: Any) -> jax.Array:
-    """The argument as a floating JAX array; anything that is not numeric is refused by name."""
-    try:
-        converted = jnp.asarray(array)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: got {type(array).__name__}; pass a numeric array.") from None
-    if not jnp.issubdtype(converted.dtype, jnp.floating):
-        if not (jnp.issubdtype(converted.dtype, jnp.integer) or converted.dtype == bool):
-            raise ValueError(f"{name}: has dtype {converted.dtype}; pass real numbers.")
-        converted = converted.astype(jnp.result_type(float))
-    return converted
 
 
 def require_embeddings(name: str, embeddings: Any, width: int) -> jax.Array:

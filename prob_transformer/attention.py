@@ -25,7 +25,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer._validation import (
-    is_concrete,
     require_count,
     require_embeddings,
     require_finite,
@@ -144,7 +143,7 @@ class Attention(eqx.Module):
     @property
     def group_of_head(self) -> Int[Array, " H"]:
         """Which of the G key groups each head reads."""
-        return jnp.arange(self.heads) // (self.heads // self.key.shape[0])
+        return jnp.arange(len(self.query)) // (len(self.query) // len(self.key))
 
     def of_heads(self, x: Float[Array, "G ..."]) -> Float[Array, "H ..."]:
         """What belongs to the key groups, once for each head."""
@@ -162,7 +161,7 @@ class Attention(eqx.Module):
 
     def head_alone(self, head: Int[Array, ""] | int) -> "Attention":
         """One head with identity values, as heads are looked at alone. Raises ValueError for a number out of range."""
-        if is_concrete(head) and not 0 <= int(head) < self.heads:
+        if not isinstance(head, jax.core.Tracer) and not 0 <= int(head) < self.heads:
             raise ValueError(f"head: got {head}; pass 0 to {self.heads - 1}.")
         group = self.group_of_head[head]
         return Attention(
@@ -229,7 +228,7 @@ def require_attention(attention: Any) -> None:
     """Raises ValueError unless it is an Attention whose heads may be taken together: one, or with value maps."""
     if not isinstance(attention, Attention):
         raise ValueError(f"attention: got {type(attention).__name__}; pass an Attention.")
-    heads, width = attention.heads, attention.width
+    heads, _, width = attention.query.shape
     if attention.value is None and heads > 1:
         raise ValueError(
             f"value: is None with H = {heads} heads; identity values exist for H = 1 only, "

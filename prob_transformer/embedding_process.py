@@ -21,7 +21,7 @@ from numpyro.distributions.util import validate_sample
 
 from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._validation import is_concrete, require_count, require_finite, require_floating, require_positive
+from prob_transformer._validation import require_count, require_finite, require_floating, require_positive
 from prob_transformer.attention import Attention, Past, require_attention
 from prob_transformer.change_of_variables import residual_and_log_det_at, residual_and_log_det_unchecked
 from prob_transformer.sampling import CausalAttentionTransform, Solution, raise_unless_converged
@@ -133,12 +133,11 @@ class EmbeddingProcess(dist.Distribution):
             raise ValueError(f"past: holds {past.visible.shape} positions; start from empty_past(), ({self.length},).")
         position = past.position
         full = "past: is full; make the process with a larger length."
-        if is_concrete(position):
-            if int(position) >= self.length:
-                raise ValueError(full)
-        else:
+        if isinstance(position, jax.core.Tracer):
             position = eqx.error_if(position, position >= self.length, full)
             past = eqx.tree_at(lambda past: past.position, past, position)
+        elif int(position) >= self.length:
+            raise ValueError(full)
         residual, _, log_det = residual_and_log_det_at(self.attention, past, embedding)
         scale = jnp.where(position == 0, self.first_scale, self.noise_scale)
         return _normal_log_density(residual, scale) + log_det, past.write(self.attention, embedding)

@@ -27,9 +27,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._dtypes import in_common_type, in_float32_at_least, ranks_promoted
+from prob_transformer._dtypes import cast, in_common_type, in_float32_at_least, ranks_promoted
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._validation import is_concrete, require_count, require_embeddings
+from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.attention import (
     Attention,
     Past,
@@ -47,8 +47,8 @@ from prob_transformer.self_inclusion import (
     block_log_det,
     factored_jacobian,
     heads_of,
+    shares_of,
     smallest_singular_value,
-    view_from,
 )
 
 MarginKind = Literal["determinant", "conditioning"]
@@ -158,22 +158,22 @@ def _carriers_of_head(
     layer: Attention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " k"], reading: Reading
 ) -> Float[Array, "k n"]:
     """Share of every token in sum_s alpha_s |v_s - v_mean|^2: summing to 1, or all 0 where that variance is 0."""
-    view = view_from(layer, head, inputs[:, :1], positions, reading)
-    weights = view.past_share[:, None] * view.weights
-    weights = weights.at[jnp.arange(positions.shape[0]), positions].set(view.own_share)
+    shares = shares_of(layer, head, positions, reading)
+    weights = shares.past_share[:, None] * shares.weights
+    weights = weights.at[jnp.arange(positions.shape[0]), positions].set(shares.own_share)
     values = inputs if head.value is None or head.output is None else inputs @ head.value.T @ head.output.T
     return jax.vmap(lambda weights: _variance_share(weights[None], values[None]))(weights)
 
 
 def _closest_of_heads(
     layer: Attention,
+    heads: Head,
     inputs: Float[Array, "n d"],
     positions: Int[Array, " m"],
     distance: Float[Array, "H m"],
     margins: Float[Array, "H m"],
     k: int,
     reading: Reading,
-    own_values: bool,
 ) -> SupportTokens:
     """The k positions of smallest distance of every head, (H, k), their margins, and their carriers (H, k, n).
 
@@ -186,7 +186,7 @@ def _closest_of_heads(
         head, there = parts
         return _carriers_of_head(layer, head, inputs, there, reading)
 
-    carriers = lax.map(of_head, (heads_of(layer, inputs, own_values), chosen))
+    carriers = lax.map(of_head, (heads, chosen))
     return SupportTokens(chosen, jnp.take_along_axis(margins, order, axis=-1), carriers)
 
 
@@ -265,7 +265,7 @@ def _joint(
 def _margins(
     layer: Attention, inputs: Float[Array, "n d"], positions: Int[Array, " m"], asked: _Asked, k: int
 ) -> LayerMargins:
-    layer, inputs = jax.tree.map(lambda x: x.astype(jnp.float64), (layer, inputs))
+    layer, inputs = cast((layer, inputs), jnp.float64)[0]
     heads = heads_of(layer, inputs, asked.own_values)
 
     def log_det(head: Head) -> LogDet:
@@ -289,11 +289,10 @@ def _margins(
     if asked.joint:
         blocks = partial(_joint, layer, heads, inputs, asked=asked)
         together, together_smallest = _in_blocks(blocks, positions, _BLOCK_OF_FULL_MATRICES)
-    support = _closest_of_heads(layer, inputs, positions, distance, margins, k, asked.reading, asked.own_values)
+    support = _closest_of_heads(layer, heads, inputs, positions, distance, margins, k, asked.reading)
     joint_sign, joint_log_det = (None, None) if together is None else together
     found = LayerMargins(positions, sign, log, smallest, joint_sign, joint_log_det, together_smallest, support)
-    narrow = jnp.dtype(asked.reading.narrow)
-    return jax.tree.map(lambda x: x.astype(narrow) if jnp.issubdtype(x.dtype, jnp.floating) else x, found)
+    return cast(found, jnp.dtype(asked.reading.narrow))[0]
 
 
 def _positions(positions: Sequence[int] | Int[Array, " m"] | None, length: int) -> Int[Array, " m"]:
@@ -327,7 +326,7 @@ def layer_margins(
     among `kinds`. Raises ValueError for arguments that do not fit, and where the dtype cannot hold the numbers.
     Equations: self_inclusion.py.
     """
-    if isinstance(kinds, str) or not kinds or any(kind not in get_args(MarginKind) for kind in kinds):
+    if isinstance(kinds, str) or not kinds or set(kinds) - set(get_args(MarginKind)):
         raise ValueError(f"kinds: got {kinds!r}; pass one or more of {', '.join(get_args(MarginKind))} in a tuple.")
     if values not in get_args(Values):
         raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")
@@ -346,7 +345,7 @@ def layer_margins(
         found = _margins(layer, inputs, chosen, asked, k)
     for name in ("log_det", "conditioning", "joint_log_det", "joint_conditioning"):
         numbers = getattr(found, name)
-        if numbers is not None and is_concrete(numbers) and np.isnan(numbers).any():
+        if numbers is not None and not isinstance(numbers, jax.core.Tracer) and np.isnan(numbers).any():
             raise ValueError(f"inputs: {name} is not a number in {inputs.dtype}; pass smaller inputs or float64.")
     return found
 

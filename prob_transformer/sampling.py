@@ -9,11 +9,12 @@ from typing import Any
 
 import equinox as eqx
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
-from prob_transformer._validation import is_concrete, require_count
+from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention, require_attention, require_joint
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.root_finder import (
@@ -29,7 +30,7 @@ from prob_transformer.root_finder import (
 def raise_unless_converged(solution: Solution) -> Float[Array, "... n d"]:
     """The embeddings, or an `ImplicitSolveError`; inside jit, an error raised when the compiled code runs."""
     embeddings, status = solution
-    if is_concrete(status):
+    if not isinstance(status, Tracer):
         codes = np.asarray(status)
         if codes.any():
             position = int(np.argwhere(codes > 0)[0][-1])

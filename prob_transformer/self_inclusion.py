@@ -56,7 +56,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from prob_transformer.attention import Attention
 from prob_transformer.kernels.moments import LogDet
@@ -66,36 +66,20 @@ from prob_transformer.softmax import capped
 CHUNK = 128
 
 
-class PastMoments(NamedTuple):
-    """Of b positions: weights beta (b, n), log(c / alpha_ii) (b,), means and covariance of features and keys."""
-
-    weights: Float[Array, "b n"]
-    log_odds: Float[Array, " b"]
-    feature_mean: Float[Array, "b f"]
-    key_mean: Float[Array, "b p"]
-    covariance: Float[Array, "b f p"]
-
-
 def past_moments(
-    logits: Float[Array, "b n"],
-    own: Float[Array, " b"],
-    visible: Bool[Array, "b n"],
+    weights: Float[Array, "b n"],
     slopes: Float[Array, "b n"] | None,
     positions: Int[Array, " b"],
     features: Float[Array, "n f"],
     keys: Float[Array, "n p"],
     narrow: DTypeLike,
-) -> PastMoments:
-    """The moments of features and keys under the softmax of the logits; `own` is each position's logit on itself.
+) -> tuple[Float[Array, "b f"], Float[Array, "b p"], Float[Array, "b f p"]]:
+    """Of b positions: the means of features and keys under the weights, and their covariance.
 
     With slopes gamma_is the keys are gamma_is k_s instead. Features are then centred at their mean under the weights,
     and keys at theirs under weights times slopes, of which sum_s alpha_s gamma_s (x_s - x_mean) k_s^T keeps a term.
     """
     length = keys.shape[0]
-    # beta, all zero where nothing is visible, and log(c / alpha_ii), -inf there.
-    total = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
-    reference = jnp.where(visible.any(-1), total, 0)[:, None]
-    weights, log_odds = jnp.exp(jnp.where(visible, logits - reference, -jnp.inf)), total - own
     sloped = weights if slopes is None else weights * slopes
     feature_mean, key_mean = weights @ features, sloped @ keys
     centre = key_mean
@@ -123,7 +107,7 @@ def past_moments(
     if slopes is not None:
         left_over = sloped @ features - sloped.sum(-1, keepdims=True) * feature_mean
         covariance = covariance + left_over[:, :, None] * centre[:, None]
-    return PastMoments(weights, log_odds, feature_mean, key_mean, covariance)
+    return feature_mean, key_mean, covariance
 
 
 class Head(NamedTuple):
@@ -151,14 +135,20 @@ class Reading(NamedTuple):
     narrow: str
 
 
-class View(NamedTuple):
-    """See the module docstring: `own_slope` is h_i, `own_share` alpha, `past_share` c, `cap_slopes` gamma."""
+class Shares(NamedTuple):
+    """See the module docstring: `own_share` is alpha, `past_share` c, `weights` beta, `cap_slopes` gamma."""
 
     own_share: Float[Array, " b"]
     past_share: Float[Array, " b"]
     log_past_share: Float[Array, " b"]
     weights: Float[Array, "b n"]
     cap_slopes: Float[Array, "b n"] | None
+
+
+class View(NamedTuple):
+    """See the module docstring: `own_slope` is h_i."""
+
+    shares: Shares
     covariance: Float[Array, "b f p"]
     offset: Float[Array, "b f"]
     slope_offset: Float[Array, "b p"]
@@ -199,34 +189,41 @@ def pulled_to_query(
     return jax.vmap(rows)(head.plain_queries[positions], positions, x)
 
 
+def shares_of(layer: Attention, head: Head, positions: Int[Array, " b"], reading: Reading) -> Shares:
+    """How the positions share out their attention; strict means own share 0 and past share 1."""
+    logits = head.queries[positions] @ head.keys.T
+    slopes = None
+    if layer.cap is not None:
+        slopes = 1 - jnp.square(jnp.tanh(logits / layer.cap))
+        logits = capped(logits, layer.cap)
+    visible = layer.sees(positions[:, None], jnp.arange(logits.shape[1])[None])
+    # beta, all zero where nothing is visible, and log(c / alpha_ii), -inf there.
+    total = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    reference = jnp.where(visible.any(-1), total, 0)[:, None]
+    weights = jnp.exp(jnp.where(visible, logits - reference, -jnp.inf))
+    if not reading.inclusive:
+        nothing = jnp.zeros_like(total)
+        return Shares(nothing, jnp.ones_like(total), nothing, weights, slopes)
+    log_odds = total - jnp.take_along_axis(logits, positions[:, None], axis=1)[:, 0]
+    shares = jax.nn.sigmoid(-log_odds), jax.nn.sigmoid(log_odds), jax.nn.log_sigmoid(log_odds)
+    return Shares(*shares, weights, slopes)
+
+
 def view_from(
     layer: Attention, head: Head, features: Float[Array, "n f"], positions: Int[Array, " b"], reading: Reading
 ) -> View:
-    """The head and its features as the positions see them; strict means own share 0 and past share 1."""
-    logits = head.queries[positions] @ head.keys.T
-    slopes, own_cap = None, jnp.ones((1, 1), logits.dtype)
-    if layer.cap is not None:
-        slopes = 1 - jnp.square(jnp.tanh(logits / layer.cap))
-        own_cap = jnp.take_along_axis(slopes, positions[:, None], axis=1)
-        logits = capped(logits, layer.cap)
-    own = jnp.take_along_axis(logits, positions[:, None], axis=1)[:, 0]
-    visible = layer.sees(positions[:, None], jnp.arange(features.shape[0])[None])
-    past = past_moments(logits, own, visible, slopes, positions, features, head.keys, reading.narrow)
-    if reading.inclusive:
-        own_share, past_share = jax.nn.sigmoid(-past.log_odds), jax.nn.sigmoid(past.log_odds)
-        log_past_share = jax.nn.log_sigmoid(past.log_odds)
-    else:
-        log_past_share = jnp.zeros_like(own)
-        own_share, past_share = log_past_share, jnp.ones_like(own)
+    """The head and its features as the positions see them."""
+    shares = shares_of(layer, head, positions, reading)
+    slopes = shares.cap_slopes
+    own_cap = 1.0 if slopes is None else jnp.take_along_axis(slopes, positions[:, None], axis=1)
+    feature_mean, key_mean, covariance = past_moments(
+        shares.weights, slopes, positions, features, head.keys, reading.narrow
+    )
     return View(
-        own_share,
-        past_share,
-        log_past_share,
-        past.weights,
-        slopes,
-        pulled_to_query(layer, head, positions, past.covariance),
-        features[positions] - past.feature_mean,
-        pulled_to_query(layer, head, positions, own_cap * head.keys[positions] - past.key_mean),
+        shares,
+        pulled_to_query(layer, head, positions, covariance),
+        features[positions] - feature_mean,
+        pulled_to_query(layer, head, positions, own_cap * head.keys[positions] - key_mean),
         own_cap * head.own_slopes[positions],
     )
 
@@ -249,7 +246,7 @@ def inner_map(
     """G_i of the module docstring, or G_i T when the three maps W_Q, W_V, W_K are given as W_Q T, W_V T, W_K T."""
     if not reading.inclusive:
         return view.covariance @ query
-    alpha, c = (share[:, None, None] for share in (view.own_share, view.past_share))
+    alpha, c = (share[:, None, None] for share in view.shares[:2])
     offset = c * alpha * view.offset[:, :, None]
     moments = c * view.covariance + offset * view.slope_offset[:, None]
     return moments @ query + alpha * value + offset * (view.own_slope @ key)[:, None]
@@ -263,16 +260,16 @@ def factored_jacobian(
         view = view_from(layer, head, inputs @ head.value.T, positions, reading)
         right = inner_map(view, head.query, head.value, head.key, reading)
         left = jnp.broadcast_to(head.output, (positions.shape[0], *head.output.shape))
-        return Factored(jnp.ones_like(view.own_share), left, right)
+        return Factored(jnp.ones_like(view.shares.own_share), left, right)
     view = view_from(layer, head, inputs, positions, reading)
     left = view.covariance
     right = jnp.broadcast_to(head.query, (positions.shape[0], *head.query.shape))
     if reading.inclusive:
-        extra = view.own_share[:, None] * view.offset
+        extra = view.shares.own_share[:, None] * view.offset
         slope = view.slope_offset @ head.query + view.own_slope @ head.key
         left = jnp.concatenate([left, extra[:, :, None]], 2)
         right = jnp.concatenate([right, slope[:, None]], 1)
-    return Factored(view.past_share, left, right)
+    return Factored(view.shares.past_share, left, right)
 
 
 def smallest_singular_value(factored: Factored) -> Float[Array, " b"]:
@@ -294,16 +291,17 @@ def smallest_singular_value(factored: Factored) -> Float[Array, " b"]:
 
 def _bordered(layer: Attention, head: Head, view: View, positions: Int[Array, " b"]) -> Float[Array, "b r r"]:
     """B A of the module docstring for identity values with the position itself included."""
+    own_share, _, _, weights, slopes = view.shares
     through_keys = view.own_slope @ head.unbiased_keys.T
-    mean = (view.weights * through_keys).sum(-1, keepdims=True)
-    share = view.weights * (through_keys - mean)
-    if view.cap_slopes is not None:
-        share = share * view.cap_slopes
+    mean = (weights * through_keys).sum(-1, keepdims=True)
+    share = weights * (through_keys - mean)
+    if slopes is not None:
+        share = share * slopes
     past = pulled_to_query(layer, head, positions, share @ head.keys)
     row = jnp.einsum("bf,bfp->bp", view.slope_offset, view.covariance) + past
     own = jnp.take_along_axis(through_keys, positions[:, None], 1) - mean
     corner = (view.slope_offset * view.offset).sum(-1, keepdims=True) + own
-    column = jnp.concatenate([view.offset, corner], 1) * view.own_share[:, None]
+    column = jnp.concatenate([view.offset, corner], 1) * own_share[:, None]
     rows = jnp.concatenate([view.covariance, row[:, None]], 1)
     return jnp.concatenate([rows, column[:, :, None]], 2)
 
@@ -322,7 +320,7 @@ def block_log_det(
         product = view.covariance
         if reading.inclusive:
             product = _bordered(layer, head, view, positions)
-            log_scale = layer.width * view.log_past_share
+            log_scale = layer.width * view.shares.log_past_share
     sign, log_det = jnp.linalg.slogdet(jnp.eye(product.shape[1], dtype=product.dtype) - product)
     if log_scale is None:
         return LogDet(sign, log_det)

@@ -9,6 +9,7 @@ Its negative log joint is `map_objective`, to rounding (theory_checks, map-equiv
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import equinox as eqx
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 
-from prob_transformer._validation import is_concrete, require_count, require_finite
+from prob_transformer._validation import require_count, require_finite
 from prob_transformer.attention import Attention
 from prob_transformer.barrier import barrier
 from prob_transformer.embedding_process import EmbeddingProcess
@@ -62,18 +64,18 @@ def require_objective(objective: str, barrier_weight: Float[Array, ""] | float) 
     if objective not in ("full", "margin"):
         raise ValueError(f"objective: got {objective!r}; pass 'full' or 'margin'.")
     require_finite("barrier_weight", barrier_weight)
-    if is_concrete(barrier_weight) and np.asarray(barrier_weight) < 0:
+    if not isinstance(barrier_weight, Tracer) and np.asarray(barrier_weight) < 0:
         raise ValueError(f"barrier_weight: got {barrier_weight}; pass 0 or more.")
 
 
 def is_zero(barrier_weight: Float[Array, ""] | float) -> bool:
     """Whether there is no barrier term at all; 0 * inf on the boundary would be NaN."""
-    return is_concrete(barrier_weight) and bool(np.asarray(barrier_weight) == 0)
+    return not isinstance(barrier_weight, Tracer) and bool(np.asarray(barrier_weight) == 0)
 
 
 def require_vocabulary(tokens: Int[Array, "... n"], size: int) -> None:
     # NumPy, because inside a trace JAX would trace even this comparison of known values.
-    if is_concrete(tokens) and not ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < size)).all():
+    if not isinstance(tokens, Tracer) and not ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < size)).all():
         raise ValueError(f"tokens: hold values outside 0..{size - 1}; pass indices into the decoder's {size} tokens.")
 
 
@@ -113,7 +115,7 @@ def token_model(
     require_count("length", length, 2, "the number of positions, needed when tokens is None")
     assert length is not None
 
-    def sequences() -> Float[Array, "... n d"]:
+    with nullcontext() if tokens is None or tokens.ndim == 1 else numpyro.plate("sequences", tokens.shape[0]):
         if objective == "full":
             prior = EmbeddingProcess(attention, length, noise_scale, first_scale)
         else:
@@ -125,9 +127,4 @@ def token_model(
         if tokens is not None:
             require_vocabulary(tokens, logits.shape[-1])
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=tokens)
-        return embeddings
-
-    if tokens is not None and tokens.ndim == 2:
-        with numpyro.plate("sequences", tokens.shape[0]):
-            return sequences()
-    return sequences()
+    return embeddings

@@ -24,7 +24,9 @@ from models.char_gpt.evaluation import evaluation_windows, standard_error
 from models.char_gpt.linear_maps import trained_network
 from models.char_gpt.train import initial_state
 from prob_transformer.files import provenance
-from prob_transformer.inference.laplace import NetworkStructure, Positions, laplace
+from prob_transformer.inference.laplace import laplace
+from prob_transformer.inference.laplace.kronecker import Positions
+from prob_transformer.inference.laplace.network import NetworkStructure
 from prob_transformer.inference.result_tree import save
 from prob_transformer.transformer.network import Transformer
 

@@ -32,16 +32,11 @@ from numpyro.infer.util import compute_log_probs
 
 from models.char_gpt.config import Config, Remat, Site
 from models.char_gpt.device_mesh import Tree, at_site
-from prob_transformer import (
-    Attention,
-    BarrierPenalty,
-    barrier_penalty,
-    one_sided_penalty,
-    residual_and_log_det,
-)
+from prob_transformer import Attention, barrier_penalty, one_sided_penalty, residual_and_log_det
 from prob_transformer._implementation import Implementation
 from prob_transformer.change_of_variables import ResidualAndLogDet
 from prob_transformer.kernels.tiling import DEFAULT_TILING
+from prob_transformer.training_barrier import BarrierPenalty
 from prob_transformer.transformer import transformer_model, weights_of
 from prob_transformer.transformer.network import Attended, Transformer
 from prob_transformer.transformer.numpyro_model import decoded

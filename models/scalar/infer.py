@@ -20,9 +20,10 @@ from rich.table import Table
 
 from models.scalar.dataset import Dataset, decoder, generate, parameter_model
 from prob_transformer._validation import require_count, require_seed
-from prob_transformer.inference import MapResult, find_map, nuts, particle_filter, save
+from prob_transformer.inference import find_map, nuts, particle_filter, save
 from prob_transformer.inference.joint import Space
 from prob_transformer.inference.laplace import laplace
+from prob_transformer.inference.map import MapResult
 
 INTERVAL = (0.025, 0.975)
 

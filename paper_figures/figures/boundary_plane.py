@@ -9,8 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from paper_figures.figures.style import BLACK, ORANGE
-from prob_transformer import Attention, Past, stability_margin, support_tokens
-from prob_transformer.attention import attention_weights
+from prob_transformer import Attention, stability_margin, support_tokens
+from prob_transformer.attention import Past, attention_weights
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
 CAPTION = (

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from models.scalar import NOISE_SCALE, PAST, conditional_masses, scalar_attention
 from paper_figures.figures.style import BLACK, BLUE, ORANGE, legend_below
-from prob_transformer import Past
+from prob_transformer.attention import Past
 from prob_transformer.change_of_variables import residual_and_log_det_at
 
 INTERACTIONS = ((1.0, "before the boundary"), (1.5, "just past it"), (4.0, "far past it"))

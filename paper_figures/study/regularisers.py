@@ -36,9 +36,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from models.char_gpt.config import Config
 from models.char_gpt.device_mesh import at_site
 from models.char_gpt.loss import Loss, LossTerms, Strength, at_every_head, forward, terms_of
-from prob_transformer import BarrierPenalty, weight_prior
+from prob_transformer import weight_prior
 from prob_transformer.attention import Attention, Past, logit_slopes, weights_of_queries
 from prob_transformer.change_of_variables import low_rank_at, over_positions
+from prob_transformer.training_barrier import BarrierPenalty
 from prob_transformer.transformer.network import Transformer
 
 PenaltyAt = Callable[[Attention, Past, Float[Array, " d"]], Float[Array, ""]]

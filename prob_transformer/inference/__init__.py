@@ -6,26 +6,18 @@ det J = 0), map, chains, nuts_sampler, proposals, smoothing, particles, calibrat
 """
 
 from prob_transformer.inference.embedding_sites import NoiseReparam, Predictive, through_noise
-from prob_transformer.inference.gauge import Gauge
-from prob_transformer.inference.law import Law
-from prob_transformer.inference.map import MapResult, find_map
+from prob_transformer.inference.map import find_map
 from prob_transformer.inference.minimise import MapStatus
-from prob_transformer.inference.nuts_sampler import NutsResult, NutsStatus, nuts
-from prob_transformer.inference.particles import ParticleResult, ParticleStatus, particle_filter, smooth
-from prob_transformer.inference.result_tree import Result, datatree, for_arviz, load, save
+from prob_transformer.inference.nuts_sampler import NutsStatus, nuts
+from prob_transformer.inference.particles import ParticleStatus, particle_filter, smooth
+from prob_transformer.inference.result_tree import datatree, for_arviz, load, save
 
 __all__ = [
-    "Gauge",
-    "Law",
-    "MapResult",
     "MapStatus",
     "NoiseReparam",
-    "NutsResult",
     "NutsStatus",
-    "ParticleResult",
     "ParticleStatus",
     "Predictive",
-    "Result",
     "datatree",
     "find_map",
     "for_arviz",

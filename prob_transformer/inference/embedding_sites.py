@@ -38,8 +38,7 @@ def embedding_process(site: dict[str, Any]) -> EmbeddingProcess | None:
 
 def processes(trace: Mapping[str, dict[str, Any]]) -> Processes:
     """The embedding processes of a trace by site, each with its embeddings."""
-    found = {name: (embedding_process(site), site["value"]) for name, site in trace.items()}
-    return {name: (process, value) for name, (process, value) in found.items() if process is not None}
+    return {name: (process, site["value"]) for name, site in trace.items() if (process := embedding_process(site))}
 
 
 def position_scales(process: EmbeddingProcess) -> Float[Array, "... n 1"]:

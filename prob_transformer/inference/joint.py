@@ -69,8 +69,8 @@ def key_and_seed(key: PRNGKeyArray | int | None, purpose: str) -> tuple[PRNGKeyA
 
 def starting_point(
     model: Callable, args: tuple, kwargs: dict, init: Mapping[str, Any], key: PRNGKeyArray | None
-) -> tuple[dict[str, Float[Array, "..."]], dict[str, dict[str, Any]]]:
-    """Unconstrained starting values of all latent sites, and the model's trace there.
+) -> tuple[dict[str, Float[Array, "..."]], dict[str, dict[str, Any]], dict[str, Any]]:
+    """Unconstrained starting values of all latent sites, the model's trace there, and its observed data.
 
     Running the model on concrete values validates its data.
     """
@@ -114,9 +114,10 @@ def starting_point(
         raise ValueError(f"init: names {', '.join(unknown)}; the model's latent sites are {', '.join(start)}.")
     if not start:
         raise ValueError("model: has no latent site; leave the parameters to be found unobserved.")
-    for name, value in observed_data(trace).items():
+    observed = observed_data(trace)
+    for name, value in observed.items():
         if jnp.size(value) == 0:
             raise ValueError(
                 f"model: observed site {name!r} has shape {jnp.shape(value)}; pass at least one observation."
             )
-    return start, trace
+    return start, trace, observed

@@ -20,8 +20,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 from numpyro import handlers
 
+from prob_transformer._dtypes import in_common_type
 from prob_transformer._validation import require_count, require_positive
-from prob_transformer.change_of_variables import residual_and_log_det
+from prob_transformer.change_of_variables import residual_and_log_det_unchecked
 from prob_transformer.files import provenance
 from prob_transformer.inference.embedding_sites import processes
 from prob_transformer.inference.joint import (
@@ -30,7 +31,6 @@ from prob_transformer.inference.joint import (
     joint_and_trace,
     key_and_seed,
     log_likelihood,
-    observed_data,
     starting_point,
 )
 from prob_transformer.inference.law import Law, law_of
@@ -185,7 +185,10 @@ def _search(
         value, trace = joint_and_trace(model, args, kwargs, space, unravel(point))
         parameters = {name: trace[name]["value"] for name in start}
         found = processes({name: trace[name] for name in start}).values()
-        watched = [residual_and_log_det(process.attention, here).sign for process, here in found]
+        watched = [
+            residual_and_log_det_unchecked(*in_common_type((process.attention, here)), None).sign
+            for process, here in found
+        ]
         watched = watched if signs is None else [signs(parameters), *watched]
         flat_signs = jnp.concatenate([jnp.ravel(each) for each in watched]) if watched else jnp.zeros(0)
         return value, (parameters, flat_signs)
@@ -235,7 +238,7 @@ def find_map(
     require_positive("tolerance", tolerance)
     random_key, seed = (None, None) if key is None else key_and_seed(key, "the random start")
     kwargs = dict(model_kwargs)
-    start, trace = starting_point(model, model_args, kwargs, init, random_key)
+    start, _, observed = starting_point(model, model_args, kwargs, init, random_key)
     found, unconstrained, parameters = _search(
         model, model_args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
     )
@@ -253,7 +256,7 @@ def find_map(
         steps=int(found.steps),
         crossings=int(found.crossings),
         signs=last.signs,
-        observed_data=jax.tree.map(jnp.asarray, observed_data(trace)),
+        observed_data=jax.tree.map(jnp.asarray, observed),
         seed=seed,
         tolerance=tolerance,
         predicted_decrease=float(found.predicted_decrease),

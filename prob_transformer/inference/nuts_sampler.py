@@ -28,13 +28,13 @@ from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer.util import potential_energy
 
-from prob_transformer._validation import is_concrete, require_count
+from prob_transformer._validation import require_count
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.files import provenance
 from prob_transformer.inference.chains import run_chains
 from prob_transformer.inference.embedding_sites import NOISE, position_scales, processes, through_noise
 from prob_transformer.inference.gauge import REMEDY, Gauge, gauges
-from prob_transformer.inference.joint import key_and_seed, observed_data, starting_point
+from prob_transformer.inference.joint import key_and_seed, starting_point
 from prob_transformer.inference.law import NO_LAW, Law, law_of
 from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 
@@ -258,12 +258,12 @@ def nuts(
     require_count("max_tree_depth", max_tree_depth, 1, "the number of doublings of a trajectory")
     if embeddings not in get_args(Embeddings):
         raise ValueError(f"embeddings: got {embeddings!r}; pass one of {', '.join(get_args(Embeddings))}.")
-    if is_concrete(target_accept) and not 0 < float(target_accept) < 1:
+    if not isinstance(target_accept, jax.core.Tracer) and not 0 < float(target_accept) < 1:
         raise ValueError(f"target_accept: got {target_accept}; pass a share of steps between 0 and 1.")
     random_key, seed = key_and_seed(key, "the draws")
     args, kwargs = model_args, dict(model_kwargs)
     point_key, run_key = jax.random.split(random_key)
-    start, trace = starting_point(model, args, kwargs, init, point_key)
+    start, trace, observed = starting_point(model, args, kwargs, init, point_key)
     through = {name: found for name, found in processes(trace).items() if name in start and embeddings == "noise"}
     if embeddings == "noise" and not through:
         raise ValueError("embeddings: is 'noise', but no latent site is an EmbeddingProcess; pass 'direct'.")
@@ -304,7 +304,7 @@ def nuts(
         ess=ess,
         log_likelihood=likelihood,
         posterior_predictive=predicted,
-        observed_data=observed_data(trace),
+        observed_data=observed,
         finite=finite,
         configuration={**sizes, "embeddings": embeddings, "target_accept": float(target_accept)},
         seed=seed,

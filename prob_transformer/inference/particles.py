@@ -23,7 +23,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._extras import require
-from prob_transformer._validation import is_concrete, require_count
+from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention, Past
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.files import provenance
@@ -285,7 +285,9 @@ def _require_decoder(decoder: Any, width: int, dtype: Any) -> int:
     if logits.ndim != 2 or logits.shape[0] != 2:
         raise ValueError(f"decoder: maps (2, {width}) to {logits.shape}; pass a callable from (n, d) to logits (n, V).")
     alone = decoder(rows[1:])
-    if is_concrete(alone) and not np.allclose(alone[0], logits[1], rtol=1e-3, atol=1e-3, equal_nan=True):
+    if not isinstance(alone, jax.core.Tracer) and not np.allclose(
+        alone[0], logits[1], rtol=1e-3, atol=1e-3, equal_nan=True
+    ):
         raise ValueError(
             "decoder: its logits for a row depend on the rows before; pass one that acts row by row, as LinearDecoder."
         )
@@ -320,7 +322,7 @@ def particle_filter(
     require_count("particles", particles, 2, "one particle has no weights to compare")
     if proposal not in get_args(ProposalName):
         raise ValueError(f"proposal: got {proposal!r}; pass one of {', '.join(get_args(ProposalName))}.")
-    if is_concrete(threshold) and not 0 <= float(threshold) <= 1:
+    if not isinstance(threshold, jax.core.Tracer) and not 0 <= float(threshold) <= 1:
         raise ValueError(f"threshold: got {threshold}; pass a share of the particles from 0 (never) to 1 (always).")
     random_key, seed = key_and_seed(key, "the particles")
     process = EmbeddingProcess(attention, tokens.shape[0], noise_scale, first_scale)
@@ -343,7 +345,7 @@ def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array
     for a result whose particles all died. Equation: smoothing.
     """
     require_count("draws", draws, 1, "the number of paths")
-    if is_concrete(result.log_evidence) and not (result.log_evidence > -jnp.inf).all():
+    if not isinstance(result.log_evidence, jax.core.Tracer) and not (result.log_evidence > -jnp.inf).all():
         raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
     if key is None:
         raise ValueError("key: got None; pass a JAX random key.")

@@ -6,6 +6,6 @@ page.js), netcdf, command.
 
 from prob_transformer.inspection.html_page import inspection_page
 from prob_transformer.inspection.netcdf import inspection_tree
-from prob_transformer.inspection.text_margins import Inspection, Setting, inspect_text
+from prob_transformer.inspection.text_margins import Setting, inspect_text
 
-__all__ = ["Inspection", "Setting", "inspect_text", "inspection_page", "inspection_tree"]
+__all__ = ["Setting", "inspect_text", "inspection_page", "inspection_tree"]

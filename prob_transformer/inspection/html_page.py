@@ -8,9 +8,9 @@ puts it into text nodes, so no token can become markup.
 import base64
 import html
 import json
-import re
 from collections.abc import Mapping
 from importlib.resources import files
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -50,10 +50,10 @@ def inspection_page(inspection: Inspection, title: str, facts: Mapping[str, Any]
     """
     if inspection.tokens.size > MOST_TOKENS:
         raise ValueError(f"tokens: {inspection.tokens.size} are too many for a page; pass at most {MOST_TOKENS}.")
-    css, js, template = (
+    css, js, template = [
         files("prob_transformer.inspection").joinpath(f"page.{part}").read_text(encoding="utf-8")
         for part in ("css", "js", "html")
-    )
+    ]
     entries = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items())
     parts = {
         "title": html.escape(title),
@@ -64,5 +64,4 @@ def inspection_page(inspection: Inspection, title: str, facts: Mapping[str, Any]
         "facts": "".join(entries),
         "data": _data(inspection),
     }
-    # In one pass, so that nothing in a part is taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
+    return Template(template).substitute(parts)

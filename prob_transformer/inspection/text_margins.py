@@ -131,5 +131,5 @@ def inspect_text(
             break
     if wanted:
         raise ValueError(f"layers: {sorted(wanted)} are not in the model; pass numbers it has.")
-    sign, log_det, carriers, shares = (np.stack(parts) for parts in zip(*found, strict=True))
+    sign, log_det, carriers, shares = map(np.stack, zip(*found, strict=True))
     return Inspection(tuple(pieces), numbers, tuple(sorted(chosen)), sign, log_det, carriers, shares, setting)

@@ -46,9 +46,10 @@ def apart(start: Array | int, function: Callable[[], PyTree]) -> PyTree:
     XLA on a CPU merges small steps into the large one that uses them and makes them anew for every element of it; as
     that then reads other elements than it writes, it copies the large array too. Nothing is merged across a loop.
     """
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))
-    passes = jnp.minimum(start + 1, 1)
-    return lax.while_loop(lambda carry: carry[0] < passes, lambda carry: (carry[0] + 1, function()), (0, nothing))[1]
+    # Traced once for the shapes and the loop.
+    function = jax.jit(function, inline=True)
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(function))
+    return lax.fori_loop(0, jnp.minimum(start + 1, 1), lambda _, __: function(), nothing)
 
 
 def _small_inverse(block: Float[Array, "c r r b"]) -> tuple[Float[Array, "c r r b"], Float[Array, "c b"]]:

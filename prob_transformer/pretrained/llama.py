@@ -153,10 +153,10 @@ def llama_decoder(config: LlamaConfig, stored: Stored, names: Mapping[str, str],
     @jax.jit
     def block(weights: dict[str, Array]) -> Block:
         output = weights["output"].reshape(width, heads, size).transpose(1, 0, 2)
-        query_bias, key_bias, value_bias = (
+        query_bias, key_bias, value_bias = [
             weights[name].reshape(-1, size) if name in weights else None
             for name in ("query_bias", "key_bias", "value_bias")
-        )
+        ]
         attention = Attention(
             weights["query"].reshape(heads, size, width),
             weights["key"].reshape(groups, size, width),
@@ -172,9 +172,9 @@ def llama_decoder(config: LlamaConfig, stored: Stored, names: Mapping[str, str],
             # Weights sum to one, so each head passes its bias on unchanged.
             through = jnp.einsum("hdv,hv->d", output, attention.of_heads(value_bias))
             output_bias = through if output_bias is None else output_bias + through
-        norms = (RMSNorm(weights[name], epsilon) for name in ("attention_norm", "mlp_norm"))
+        attention_norm, mlp_norm = RMSNorm(weights["attention_norm"], epsilon), RMSNorm(weights["mlp_norm"], epsilon)
         mlp = SwiGLU(weights["gate"], weights["up"], weights["down"])
-        return Block(next(norms), attention, output_bias, next(norms), mlp)
+        return Block(attention_norm, attention, output_bias, mlp_norm, mlp)
 
     found, blocks = read_all_weights(stored, names, whole, of_layer, config.num_hidden_layers, block)
     table = jnp.asarray(found["token_embedding"])

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from numpyro import handlers
 from numpyro.infer.util import constrain_fn, potential_energy
 
-from prob_transformer.inference import MapResult, MapStatus
+from prob_transformer.inference import MapStatus
 from prob_transformer.inference.joint import observed_data
+from prob_transformer.inference.map import MapResult
 
 
 @eqx.filter_jit

@@ -8,8 +8,8 @@ from scipy import stats
 from scipy.integrate import quad
 
 from prob_transformer import Attention, EmbeddingProcess, token_model
-from prob_transformer.inference import NutsResult, NutsStatus, load, nuts, save
-from prob_transformer.inference.nuts_sampler import diagnose
+from prob_transformer.inference import NutsStatus, load, nuts, save
+from prob_transformer.inference.nuts_sampler import NutsResult, diagnose
 from tests.helpers.small_models import BUMPS, FIRST_SCALE, NOISE_SCALE, TOKENS, bump, conjugate_truth, scalar_density
 
 Y = np.array([[0.5], [-0.4], [1.1]])

@@ -21,7 +21,6 @@ from prob_transformer.inference import (
     MapStatus,
     NutsStatus,
     ParticleStatus,
-    Result,
     datatree,
     find_map,
     for_arviz,
@@ -31,6 +30,7 @@ from prob_transformer.inference import (
     save,
 )
 from prob_transformer.inference.laplace import laplace
+from prob_transformer.inference.result_tree import Result
 
 ATTRS = provenance(7, {"steps": 5, "rate": 0.1}, "python -m x") | {"objective": "negative log joint"}
 ENDINGS = [".nc", ".zarr"]

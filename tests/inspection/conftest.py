@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from prob_transformer.inspection import Inspection, Setting
+from prob_transformer.inspection import Setting
+from prob_transformer.inspection.text_margins import Inspection
 from prob_transformer.pretrained.load import load_pretrained
 from tests.helpers.tiny_models import LLAMA, llama_weights, write
 
@@ -27,5 +28,5 @@ def made_up():
     carriers[:, :, 3:] = [2, 0, 1]
     shares = np.zeros((2, 1, 5, 3), np.float32)
     shares[:, :, 3:] = [0.5, 0.25, 0.125]
-    pieces = ("</script><!--", ' "{{css}}&', "\0\n", "😀", "")
+    pieces = ("</script><!--", ' "${css}&', "\0\n", "😀", "")
     return Inspection(pieces, np.arange(5), (3, 7), sign, log_det, carriers, shares, Setting())

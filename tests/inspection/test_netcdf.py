@@ -20,7 +20,7 @@ def test_everything_comes_back_from_a_file(made_up, tmp_path):
     np.testing.assert_array_equal(back["carriers/carrier"], made_up.carriers)
     np.testing.assert_array_equal(back["carriers/share"], made_up.shares)
     assert back["carriers/share"].dims == ("layer", "head", "position", "rank")
-    assert back["text/token"].values.tolist() == ["</script><!--", ' "{{css}}&', "␀\n", "😀", ""]
+    assert back["text/token"].values.tolist() == ["</script><!--", ' "${css}&', "␀\n", "😀", ""]
     np.testing.assert_array_equal(back["text/token_number"], made_up.tokens)
     np.testing.assert_array_equal(back["summary/negative_share"], [[0.75], [0]])
     assert back.attrs["model"] == "m"

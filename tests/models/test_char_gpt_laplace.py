@@ -16,8 +16,9 @@ from models.char_gpt.laplace import calibration_error, score
 from models.char_gpt.train import initial_state
 from models.char_gpt.training_record import new_record
 from models.corpus import load
-from prob_transformer.inference.laplace import BlockPrecision, laplace, network
+from prob_transformer.inference.laplace import laplace, network
 from prob_transformer.inference.laplace.last_layer import CholeskyPrecision, gauss_newton
+from prob_transformer.inference.laplace.precision import BlockPrecision
 from prob_transformer.inference.laplace.predictive import probit_logits
 from prob_transformer.inference.laplace.tuning import coarse_prior_precision
 from prob_transformer.inference.result_tree import load as load_tree

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prob_transformer import Attention, CausalAttentionTransform, ResidualAndLogDet, residual_and_log_det
+from prob_transformer import Attention, CausalAttentionTransform, residual_and_log_det
+from prob_transformer.change_of_variables import ResidualAndLogDet
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Case, draw_case, drawn, make_case
 from theory_checks.truth.numpy_attention import LARGEST_KAPPA, amplification, is_undecidable

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from prob_transformer import Attention, ResidualAndLogDet, jacobian_block, residual_and_log_det
+from prob_transformer import Attention, jacobian_block, residual_and_log_det
+from prob_transformer.change_of_variables import ResidualAndLogDet
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Array, Case, draw_case, drawn
 from theory_checks.truth.numpy_attention import LARGEST_KAPPA, amplification, is_undecidable

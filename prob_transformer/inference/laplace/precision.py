@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from prob_transformer._validation import is_concrete, require_floating
+from prob_transformer._validation import require_floating
 
 
 class IndefiniteCurvatureError(ValueError):
@@ -74,7 +74,7 @@ class Precision(eqx.Module):
 
 def finite_curvature(array: Float[Array, "..."]) -> Float[Array, "..."]:
     """The array, if it is finite or traced. Raises ValueError otherwise."""
-    if is_concrete(array) and not np.isfinite(np.asarray(array)).all():
+    if not isinstance(array, jax.core.Tracer) and not np.isfinite(np.asarray(array)).all():
         raise ValueError(
             "curvature: is NaN or inf at the mode, though the potential is finite there; the model has no second "
             "derivative at this point (a kink, or a square root at 0)."
@@ -95,7 +95,7 @@ def require_definite(
         "the point is a saddle or flat, or rounding hides its curvature. Find the mode again from another start or "
         "with a smaller tolerance, use curvature='ggn', a tighter prior or float64; nothing was set to zero"
     )
-    if not is_concrete(smallest):
+    if isinstance(smallest, jax.core.Tracer):
         message = f"precision: not positive definite, its {found} is not above rounding; {remedy}."
         return eqx.error_if(values, ~((smallest > limit) & (smallest > 0)), message)
     if not (smallest > limit and smallest > 0):

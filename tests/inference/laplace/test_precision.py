@@ -6,20 +6,15 @@ import numpy as np
 import pytest
 from scipy.linalg import block_diag
 
-from prob_transformer.inference.laplace import (
-    BlockPrecision,
-    DensePrecision,
-    DiagonalPrecision,
-    IndefiniteCurvatureError,
-    Precision,
-)
+from prob_transformer.inference.laplace import IndefiniteCurvatureError
 from prob_transformer.inference.laplace.kronecker import (
     KroneckerCurvature,
     KroneckerFactors,
     scaled_kronecker,
 )
 from prob_transformer.inference.laplace.last_layer import CholeskyPrecision
-from prob_transformer.inference.laplace.low_rank import LowRankPrecision
+from prob_transformer.inference.laplace.low_rank import DiagonalPrecision, LowRankPrecision
+from prob_transformer.inference.laplace.precision import BlockPrecision, DensePrecision, Precision
 
 RNG = np.random.default_rng(0)
 FACTOR = RNG.normal(size=(6, 6))
