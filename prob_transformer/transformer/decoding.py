@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from prob_transformer._validation import is_concrete
 from prob_transformer.transformer.network import Transformer
 
 # Noise (r, d) on the embeddings of tokens, by their numbers (r,) in the text.
@@ -154,6 +154,6 @@ def require_text(name: str, tokens: Any, transformer: Transformer) -> Int[Array,
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(f"{name}: has dtype {given.dtype}; pass integers.")
     vocabulary = transformer.token_embedding.shape[0]
-    if is_concrete(given) and not 0 <= np.asarray(given).min() <= np.asarray(given).max() < vocabulary:
+    if not isinstance(given, Tracer) and not 0 <= np.asarray(given).min() <= np.asarray(given).max() < vocabulary:
         raise ValueError(f"{name}: contains tokens outside 0..{vocabulary - 1}; pass tokens of the vocabulary.")
     return jnp.asarray(given, jnp.int32)

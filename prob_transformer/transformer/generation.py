@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._validation import is_concrete, require_count, require_finite
+from prob_transformer._validation import require_count, require_finite
 from prob_transformer.transformer.decoding import Decoding, Noise, require_text, window_number, window_start
 from prob_transformer.transformer.network import Transformer
 from prob_transformer.transformer.window_margins import margins_of_steps
@@ -58,7 +59,7 @@ class _Rule(eqx.Module):
     @classmethod
     def of(cls, temperature: Any, top_k: int | None, noise_scale: Any) -> "_Rule":
         def unless_zero(value: Any) -> Array | None:
-            return None if is_concrete(value) and not np.asarray(value).any() else jnp.asarray(value)
+            return None if not isinstance(value, Tracer) and not np.asarray(value).any() else jnp.asarray(value)
 
         return cls(unless_zero(temperature), unless_zero(noise_scale), top_k)
 
@@ -213,7 +214,7 @@ def _checked(
     prompt = require_text("prompt", prompt, transformer)
     for name, value in (("temperature", temperature), ("noise_scale", noise_scale)):
         number = require_finite(name, value)
-        if number.ndim or (is_concrete(value) and float(np.asarray(value)) < 0):
+        if number.ndim or (not isinstance(value, Tracer) and float(np.asarray(value)) < 0):
             raise ValueError(f"{name}: got {value}; pass one number of at least 0.")
     if top_k is not None:
         require_count("top_k", top_k, 1, "the number of most probable tokens to draw from")
