@@ -147,7 +147,7 @@ def assert_drawn_from(probabilities, counts):
     """Pearson's chi-square test at the stated false-alarm rate; cells of probability 0 must be empty."""
     possible = probabilities > 0
     assert counts[~possible].sum() == 0
-    expected = DRAWS * probabilities[possible]
+    expected = counts.sum() * probabilities[possible]
     assert expected.min() > 20
     statistic = (np.square(counts[possible] - expected) / expected).sum()
     assert statistic < chi2.isf(FALSE_ALARM, possible.sum() - 1)
@@ -176,6 +176,15 @@ def test_pairs_of_tokens_follow_the_softmax_of_the_uncached_logits(flat, tempera
     tokens = np.asarray(draw(jax.random.split(KEY, DRAWS)))
     counts = np.bincount(3 * tokens[:, 0] + tokens[:, 1], minlength=9).reshape(3, 3)
     assert_drawn_from(joint.ravel(), counts.ravel())
+
+
+@pytest.mark.parametrize("lag", [1, 3, 4, 12])
+def test_tokens_of_different_steps_are_drawn_independently(flat, lag):
+    # Without a head all logits are 0, so that pairs at any distance are uniform; no token is in two of the pairs.
+    uniform = eqx.tree_at(lambda m: m.head, flat, replace_fn=jnp.zeros_like)
+    tokens = np.asarray(generate(uniform, [0], 4800, key=KEY, margins=False).tokens).reshape(-1, 2, lag)
+    counts = np.bincount((3 * tokens[:, 0] + tokens[:, 1]).ravel(), minlength=9)
+    assert_drawn_from(np.full(9, 1 / 9), counts)
 
 
 def test_temperature_zero_and_one_of_the_largest_are_greedy():
