@@ -27,7 +27,6 @@ from prob_transformer.transformer import (
     weights_of,
     with_weights,
 )
-from tests.helpers import dense_transformer
 from tests.transformer.test_dense_transformer import (
     PRIOR_SCALE,
     SIZES,
@@ -40,6 +39,7 @@ from tests.transformer.test_dense_transformer import (
     weights,  # noqa: F401
     windows,  # noqa: F401
 )
+from theory_checks.truth import transformer as dense_transformer
 
 PLACES = [("embedding", "identity"), ("layers", "identity"), ("layers", "own")]
 CASES = [(*place, form) for place in PLACES for form in ("two-sided", "one-sided")]
