@@ -84,7 +84,7 @@ def model_side(
 
 
 def prior_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of the default prior of a weight: maps N(0, 1 / inputs), others 1, scales around 1."""
+    """Mean and standard deviation of a weight's default prior: N(0, 1 / inputs) for maps, else N(0, 1) or N(1, 1)."""
     kind = name.rpartition(".")[2]
     if kind in ("scale", "bias") or name.endswith("_embedding"):
         return float(kind == "scale"), 1.0
