@@ -19,6 +19,7 @@ relative to the size of K. As in elimination.py the batch stands last, because L
 entering and leaving.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -37,10 +38,33 @@ class HeadMargins(NamedTuple):
     conditioning: Float[Array, "..."]
 
 
+@partial(jnp.vectorize, signature="(p,d)->(d,d),(r,p)")
+def _query_basis(query: Float[Array, "p d"]) -> tuple[Float[Array, "d d"], Float[Array, "r p"]]:
+    size, width = query.shape
+    rows = jnp.arange(width)
+
+    def reflect(column: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        reduced, basis = carry
+        below = jnp.where(rows >= column, reduced[:, column], 0)
+        length = jnp.linalg.norm(below)
+        normal = below + jnp.where(rows == column, jnp.where(below < 0, -length, length), 0)
+        square = normal @ normal
+        # A column of zeros needs no reflection.
+        scaled = normal * jnp.where(square > 0, 2 / jnp.where(square > 0, square, 1), 0)
+        return reduced - jnp.outer(scaled, normal @ reduced), basis - jnp.outer(basis @ normal, scaled)
+
+    identity = jnp.eye(width, dtype=query.dtype)
+    reduced, basis = lax.fori_loop(0, min(size, width), reflect, (query.T, identity))
+    return basis, reduced[: min(size, width)]
+
+
 def query_basis(query: Float[Array, "... p d"]) -> tuple[Float[Array, "... d d"], Float[Array, "... r p"]]:
-    """Q and T of the module docstring."""
-    basis, triangular = jnp.linalg.qr(jnp.swapaxes(query, -1, -2), mode="complete")
-    return basis, triangular[..., : min(query.shape[-2:]), :]
+    """Q and T of the module docstring, by Householder reflections.
+
+    They are written out because batched calls of LAPACK block a thread each: in JAX 0.10 two of them at once, as for
+    two layers, wait for each other for ever where the pool has two threads.
+    """
+    return _query_basis(query)
 
 
 def is_positive_definite(matrices: Float[Array, "r r b"]) -> Bool[Array, " b"]:

@@ -66,7 +66,6 @@ def margins_of_steps(
     count = text.length - start
     room = max(step * (windows - 1) + context, context + tokens.shape[0])
     written = lax.dynamic_update_slice(jnp.pad(text.tokens, (0, room - context)), tokens, (count,))
-    # LAPACK inside a compiled loop can stall JAX 0.10 on two cores; QR stays out of it.
     bases = tuple(query_basis(in_common_type(block.query)) for block in transformer.blocks)
     last = context - step
 

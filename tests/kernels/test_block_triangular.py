@@ -65,3 +65,22 @@ def test_on_the_boundary_and_without_attention():
     np.testing.assert_array_equal(margins.sign, [1, 0])
     np.testing.assert_array_equal(margins.log_det, [0, -np.inf])
     np.testing.assert_array_equal(margins.conditioning, [1, 0])
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9), (3, 4, 4), (1, 5, 3)])
+def test_the_basis_is_orthogonal_and_spans_the_rows_of_the_queries(shape):
+    query = np.random.default_rng(0).normal(size=shape)
+    # Rows that are 0 or depend on the others, as pruned heads have.
+    query[0, 1], query[-1, 2] = 0, 2 * query[-1, 0]
+    basis, triangular = query_basis(query)
+    rank = min(shape[1:])
+    np.testing.assert_allclose(
+        basis @ np.swapaxes(basis, 1, 2), np.broadcast_to(np.eye(shape[2]), basis.shape), atol=1e-14
+    )
+    np.testing.assert_allclose(basis[:, :, :rank] @ triangular, np.swapaxes(query, 1, 2), atol=1e-14)
+
+
+def test_no_call_of_lapack_is_left_that_could_wait_for_another():
+    left, query = factors(9, 2)
+    text = jax.jit(lambda left, query: margins_of_columns(query_basis(query)[0].T @ left)).lower(left, query).as_text()
+    assert "lapack" not in text
