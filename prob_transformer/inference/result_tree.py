@@ -82,6 +82,20 @@ def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
     return tuple(f"{name}_dim_{axis}" for axis in range(ndim))
 
 
+def _variables(group: str, arrays: Mapping[str, Shaped[Any, "..."]]) -> dict[str, Shaped[Any, "..."]]:
+    """The arrays by their names in the tree, in which '/' separates groups: "transformer.head" for "transformer/head".
+
+    Raises ValueError where two sites get the same name.
+    """
+    found = dict[str, Any]()
+    for name, value in arrays.items():
+        variable = name.replace("/", ".")
+        if variable in found:
+            raise ValueError(f"{group}/{name}: is stored as {variable!r}, which another site has; rename one of them.")
+        found[variable] = value
+    return found
+
+
 def _dataset(group: str, arrays: Mapping[str, Shaped[Any, "..."]], observed: Mapping[str, Any], dims: Dims) -> Dataset:
     import xarray as xr
 
@@ -89,8 +103,6 @@ def _dataset(group: str, arrays: Mapping[str, Shaped[Any, "..."]], observed: Map
     variables, sizes = {}, dict[str, int]()
     for name, value in arrays.items():
         label = f"{group}/{name}"
-        if "/" in name:
-            raise ValueError(f"{label}: the name holds '/', which separates groups; rename the site.")
         array = np.asarray(value)
         if array.dtype.name not in _DTYPES:
             raise ValueError(f"{label}: has dtype {array.dtype}; pass one of {', '.join(_DTYPES)}.")
@@ -124,9 +136,9 @@ def datatree(
 
     `dims` names the dimensions of a site after chain and draw; without it "embeddings" are (position, embedding_dim),
     "tokens" (position,), both behind `sequence` when batched, and others (name_dim_0, ...). Every dimension has the
-    coordinates 0, 1, .... `attrs` holds at least version, seed and objective: `provenance(...)` with an objective
-    added; what is not text is stored as JSON. Raises ValueError naming the group and site, or the attribute.
-    Raises MissingExtraError without xarray.
+    coordinates 0, 1, .... A '/' in the name of a site is stored as '.'. `attrs` holds at least version, seed and
+    objective: `provenance(...)` with an objective added; what is not text is stored as JSON. Raises ValueError naming
+    the group and site, or the attribute, and MissingExtraError without xarray.
     """
     require("inference", "xarray")
     import xarray as xr
@@ -138,11 +150,12 @@ def datatree(
     missing = [name for name in _REQUIRED_ATTRS if name not in attrs]
     if missing:
         raise ValueError(f"attrs: lack {', '.join(missing)}; pass provenance(seed, configuration) and an objective.")
-    observed = groups.get("observed_data", {})
     unused = sorted(set(dims) - {name for arrays in groups.values() for name in arrays})
     if unused:
         raise ValueError(f"dims: name {', '.join(unused)}, in none of the groups; leave them out.")
-    tree = xr.DataTree.from_dict({group: _dataset(group, arrays, observed, dims) for group, arrays in groups.items()})
+    named = {group: _variables(group, arrays) for group, arrays in groups.items()}
+    own, observed = _variables("dims", dims), named.get("observed_data", {})
+    tree = xr.DataTree.from_dict({group: _dataset(group, arrays, observed, own) for group, arrays in named.items()})
     tree.attrs = {name: _text(name, value) for name, value in attrs.items()}
     return tree
 

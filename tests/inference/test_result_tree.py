@@ -93,6 +93,23 @@ def test_batches_are_sequences_and_names_can_be_given():
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
+def test_sites_of_modules_are_stored_with_a_dot_for_the_slash_that_separates_groups(tmp_path, ending):
+    groups = {
+        "posterior": {"net/layers[0].weight": np.arange(6.0).reshape(1, 3, 2), "net/bias": np.arange(3.0)[None]},
+        "log_likelihood": {"net/y": np.ones((1, 3, 4))},
+        "observed_data": {"net/y": np.ones((4, 9))},
+    }
+    path = tmp_path / f"result{ending}"
+    save(datatree(groups, {"net/y": ("case", "feature")}, ATTRS), path)
+    found = load(path)
+    weight = found.posterior["net.layers[0].weight"]
+    np.testing.assert_array_equal(weight, groups["posterior"]["net/layers[0].weight"])
+    assert weight.dims == ("chain", "draw", "net.layers[0].weight_dim_0")
+    assert found.log_likelihood["net.y"].dims == ("chain", "draw", "case")
+    assert found.observed_data["net.y"].dims == ("case", "feature")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_a_saved_tree_comes_back_with_every_value_dtype_dimension_and_attribute(tmp_path, ending):
     path = saved(tmp_path, ending)
     assert os.listdir(tmp_path) == [path.name]
@@ -172,7 +189,12 @@ def test_nothing_is_pickled_and_both_formats_agree(tmp_path):
         (GROUPS, {"lok": ("a",)}, ATTRS, "dims: name lok, in none of the groups"),
         (GROUPS, {"loc": ("a", "b")}, ATTRS, "dims: names .* for 'loc', which has 1 dimensions"),
         ({"posterior": {"a": np.ones(3)}}, None, ATTRS, r"posterior/a: has shape \(3,\); pass \(chain, draw"),
-        ({"posterior": {"a/b": np.ones((1, 3))}}, None, ATTRS, "posterior/a/b: the name holds '/'"),
+        (
+            {"posterior": {"a/b": np.ones((1, 3)), "a.b": np.ones((1, 3))}},
+            None,
+            ATTRS,
+            r"posterior/a\.b: is stored as 'a\.b', which another site has",
+        ),
         ({"posterior": {"a": np.ones((1, 3), object)}}, None, ATTRS, "posterior/a: has dtype object"),
         ({"posterior": {"a": jnp.ones((1, 3), jnp.bfloat16)}}, None, ATTRS, "posterior/a: has dtype bfloat16"),
         ({"posterior": {"a": np.ones((1, 3), complex)}}, None, ATTRS, "posterior/a: has dtype complex128"),
