@@ -182,7 +182,7 @@ def test_pairs_of_tokens_follow_the_softmax_of_the_uncached_logits(flat, tempera
 def test_tokens_of_different_steps_are_drawn_independently(flat, lag):
     # Without a head all logits are 0, so that pairs at any distance are uniform; no token is in two of the pairs.
     uniform = eqx.tree_at(lambda m: m.head, flat, replace_fn=jnp.zeros_like)
-    tokens = np.asarray(generate(uniform, [0], 4800, key=KEY, margins=False).tokens).reshape(-1, 2, lag)
+    tokens = np.asarray(generate(uniform, np.array([0]), 4800, key=KEY, margins=False).tokens).reshape(-1, 2, lag)
     counts = np.bincount((3 * tokens[:, 0] + tokens[:, 1]).ravel(), minlength=9)
     assert_drawn_from(np.full(9, 1 / 9), counts)
 
