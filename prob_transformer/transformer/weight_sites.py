@@ -29,7 +29,8 @@ Weights = dict[str, Float[Array, "..."]]
 def default_priors(config: TransformerConfig, dtype: DTypeLike = float) -> dict[str, dist.Distribution]:
     """A normal prior for every array, by pattern: N(0, 1 / inputs) for maps, N(0, 1) for embeddings; our own choice.
 
-    Biases of norms have N(0, 1), their scales N(1, 1). Change it by putting other priors first: {"head": ...} | it.
+    Biases of norms have N(0, 1), their scales N(1, 1). Names are changed by `default_priors(config) | {"head": ...}`; a
+    pattern of one's own stands first, in `{"blocks.*.query": ...} | default_priors(config)`.
     """
     one = jnp.ones((), dtype)
     wide, hidden, inner = (
@@ -56,10 +57,14 @@ def weights_of(transformer: Transformer) -> Weights:
     return dict(zip((f"{PREFIX}/{name}" for name in _names(transformer)), jax.tree.leaves(transformer), strict=True))
 
 
+def _shapes(config: TransformerConfig, dtype: DTypeLike = float) -> Transformer:
+    """A transformer of these sizes with the shapes and dtypes of its arrays in their place."""
+    return jax.eval_shape(lambda: Transformer(jax.random.key(0), config, dtype))
+
+
 def template(config: TransformerConfig, dtype: DTypeLike = float) -> Transformer:
     """A transformer of these sizes with all weights 0."""
-    shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, dtype))
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _shapes(config, dtype))
 
 
 def with_weights(weights: Mapping[str, Float[Array, "..."]], config: TransformerConfig) -> Transformer:
@@ -67,12 +72,12 @@ def with_weights(weights: Mapping[str, Float[Array, "..."]], config: Transformer
 
     A leading axis that all weights share is that of draws, to be mapped over. Raises ValueError naming missing sites.
     """
-    empty = template(config)
-    sites = [f"{PREFIX}/{name}" for name in _names(empty)]
+    shapes = _shapes(config)
+    sites = [f"{PREFIX}/{name}" for name in _names(shapes)]
     missing = [site for site in sites if site not in weights]
     if missing:
         raise ValueError(f"weights: lack {', '.join(missing)}; pass a draw of transformer_model of this configuration.")
-    return jax.tree.unflatten(jax.tree.structure(empty), [jnp.asarray(weights[site]) for site in sites])
+    return jax.tree.unflatten(jax.tree.structure(shapes), [jnp.asarray(weights[site]) for site in sites])
 
 
 def _prior_by_name(priors: Priors, names: list[str]) -> Callable[[str, tuple[int, ...]], dist.Distribution]:

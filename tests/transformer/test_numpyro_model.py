@@ -186,6 +186,17 @@ def test_a_name_goes_before_a_pattern_and_a_pattern_before_later_ones():
         np.testing.assert_allclose(sites[f"transformer/{name}"]["value"], mean, atol=1e-6)
 
 
+def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_them():
+    mine = dist.Normal(7.0, 1e-9)
+    for priors, changed in (
+        (default_priors(TINY) | {"head": mine}, {"head"}),
+        ({"blocks.*.query": mine} | default_priors(TINY), {"blocks[0].query", "blocks[1].query"}),
+    ):
+        sites = trace_of(priors=priors)
+        means = {name: np.mean(np.asarray(site["value"])) for name, site in sites.items() if "/" in name}
+        assert {name for name, mean in means.items() if abs(mean - 7) < 1e-6} == {f"transformer/{x}" for x in changed}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
