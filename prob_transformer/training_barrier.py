@@ -124,8 +124,8 @@ def barrier_penalty(
     `key` for every block of positions. On a `mesh` with the axes "data" and "heads" every device sweeps its own.
     Layers and inputs in bfloat16 or float16 are worked on in float32, which the mean has; gradients keep their dtypes.
     The strict past; with `values` "identity" each head alone, and value maps that a layer has are not used; with "own"
-    the heads of a layer jointly with its value maps, one determinant a position. Raises ValueError
-    for inputs that do not fit, naming the layer, for no layers, and for arguments that do not go together.
+    the heads of a layer jointly with its value maps, one determinant a position. Raises ValueError for inputs that do
+    not fit, naming the layer, for no layers, and for arguments that do not go together.
     Equation: the module docstring; docs/own_model.md.
     """
     if form not in get_args(Form):

@@ -6,17 +6,17 @@ from typing import Any, Literal, get_args
 
 from prob_transformer._implementation import Implementation
 from prob_transformer._validation import require_seed
+from prob_transformer.training_barrier import Form
 from prob_transformer.transformer.network import Remat, TransformerConfig
+from prob_transformer.transformer.numpyro_model import Site
 
 Objective = Literal["ce", "margin", "map"]
-Site = Literal["embedding", "layers"]
 SITES: tuple[Site, ...] = get_args(Site)
-BarrierForm = Literal["two-sided", "one-sided"]
 ProductDtype = Literal["float32", "bfloat16"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": get_args(Objective),
     "barrier_site": SITES,
-    "barrier_form": get_args(BarrierForm),
+    "barrier_form": get_args(Form),
     "implementation": get_args(Implementation),
     "product_dtype": get_args(ProductDtype),
     "remat": get_args(Remat),
@@ -32,7 +32,7 @@ class Config:
     objective: Objective = "ce"
     barrier_site: Site = "embedding"
     barrier_weight: float = 0.05
-    barrier_form: BarrierForm = "two-sided"
+    barrier_form: Form = "two-sided"
     barrier_threshold: float = 0.5
     seed: int = 0
     steps: int = 500

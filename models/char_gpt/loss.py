@@ -39,7 +39,7 @@ from prob_transformer.kernels.tiling import DEFAULT_TILING
 from prob_transformer.training_barrier import BarrierPenalty
 from prob_transformer.transformer import transformer_model, weights_of
 from prob_transformer.transformer.network import Attended, Transformer
-from prob_transformer.transformer.numpyro_model import decoded
+from prob_transformer.transformer.numpyro_model import decoded, layers_at
 
 Strength = Float[Array, ""] | float
 
@@ -202,10 +202,7 @@ def swept_barrier(
     mesh: Mesh | None = None,
 ) -> BarrierPenalty:
     """Mean barrier of the site, or its estimate from `barrier_share` of heads and sequences drawn with the key."""
-    layers = [(model.prior_stage, embeddings)]
-    if config.barrier_site == "layers":
-        attentions = [Attention(block.query, block.key) for block in model.blocks]
-        layers = list(zip(attentions, attended.inputs, strict=True))
+    layers = layers_at(config.barrier_site, model, embeddings, attended)
     # None is float32 here.
     narrow = None if config.product_dtype == "float32" else config.product_dtype
     tiling = DEFAULT_TILING._replace(product_dtype=narrow)

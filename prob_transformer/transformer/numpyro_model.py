@@ -42,6 +42,21 @@ Site = Literal["embedding", "layers"]
 Penalty: TypeAlias = Callable[[Transformer, Float[Array, "B n d"], Attended], BarrierPenalty]
 
 
+def layers_at(
+    site: Site,
+    transformer: Transformer,
+    embeddings: Float[Array, "B n d"],
+    attended: Attended,
+    values: Values = "identity",
+) -> list[tuple[Attention, Float[Array, "B n d"]]]:
+    """The attentions of a site with what they attend over: the prior stage, or every layer. ValueError for others."""
+    if site not in get_args(Site):
+        raise ValueError(f"site: got {site!r}; pass one of {', '.join(get_args(Site))}.")
+    if site == "embedding":
+        return [(transformer.prior_stage, embeddings)]
+    return list(zip([block.attention(values) for block in transformer.blocks], attended.inputs, strict=True))
+
+
 @dataclass(frozen=True)
 class HeadBarrier:
     """The mean barrier of a transformer's heads by `barrier_penalty`: where, of which form, with which values.
@@ -59,12 +74,7 @@ class HeadBarrier:
         self, transformer: Transformer, embeddings: Float[Array, "B n d"], attended: Attended
     ) -> BarrierPenalty:
         """Mean penalty in nats, share of det J_i <= 0, variance 0. Raises ValueError as `barrier_penalty` does."""
-        if self.site not in get_args(Site):
-            raise ValueError(f"site: got {self.site!r}; pass one of {', '.join(get_args(Site))}.")
-        layers = [(transformer.prior_stage, embeddings)]
-        if self.site == "layers":
-            attentions = [block.attention(self.values) for block in transformer.blocks]
-            layers = list(zip(attentions, attended.inputs, strict=True))
+        layers = layers_at(self.site, transformer, embeddings, attended, self.values)
         return barrier_penalty(layers, form=self.form, threshold=self.threshold, values=self.values)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro.distributions import constraints
 
 from prob_transformer._validation import require_count
-from prob_transformer.token_model import require_tokens, require_vocabulary
+from prob_transformer.transformer.decoding import require_text
 from prob_transformer.transformer.generation import sample
 from prob_transformer.transformer.network import Transformer
 
@@ -41,13 +41,12 @@ class TokenProcess(dist.Distribution):
         *,
         validate_args: bool | None = None,
     ):
-        prompt = require_tokens(prompt)
-        require_vocabulary(prompt, transformer.head.shape[0])
+        prompt = require_text("prompt", prompt, transformer)
         require_count("length", length, 1, "how many tokens follow the prompt")
-        if prompt.ndim != 1 or not 1 <= prompt.size <= transformer.context + 1 - length:
+        if prompt.size > transformer.context + 1 - length:
             raise ValueError(
-                f"prompt: has shape {prompt.shape} with length {length}; pass (m,), m from 1 on and m + length - 1 at "
-                f"most the context, {transformer.context}."
+                f"prompt: has shape {prompt.shape} with length {length}; pass m tokens, m + length - 1 at most the "
+                f"context, {transformer.context}."
             )
         self.transformer, self.prompt, self.length = transformer, prompt, length
         super().__init__((), (length,), validate_args=validate_args)

@@ -17,6 +17,7 @@ from prob_transformer import EmbeddingProcess, one_sided_penalty, residual_and_l
 from prob_transformer.transformer import numpyro_model
 from prob_transformer.transformer.network import Transformer, TransformerConfig
 from tests.helpers import dense
+from theory_checks.drawn_transformers import draw_weights
 from theory_checks.truth import transformer as dense_transformer
 from theory_checks.truth.transformer import (
     directional_derivative,
@@ -58,15 +59,7 @@ def by_site(module):
 @pytest.fixture(scope="module")
 def weights():
     """Weights of which the determinants have both signs at both sites, and no norm is the identity."""
-    rng = np.random.default_rng(6)
-    drawn = {name: 0.8 * rng.normal(size=leaf.shape) for name, leaf in by_site(_TEMPLATE).items()}
-    for name in drawn:
-        if name.endswith("scale"):
-            drawn[name] = 1 + 0.3 * drawn[name]
-        if name.endswith("query"):
-            # Nearly the keys: A is then nearly positive semidefinite, the direction that crosses the boundary.
-            drawn[name] = 1.5 * drawn[name.replace("query", "key")] + 0.3 * drawn[name]
-    return drawn
+    return draw_weights(np.random.default_rng(6), SIZES)
 
 
 @pytest.fixture(scope="module")
