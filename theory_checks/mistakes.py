@@ -23,6 +23,7 @@ def _mistake(name: str, file: str, old: str, new: str, *more: tuple[str, str]) -
 
 _SOFTMAX, _ATTENTION, _CHANGE, _PROCESS = "softmax.py", "attention.py", "change_of_variables.py", "embedding_process.py"
 _MARGIN, _RADIUS, _OBJECTIVE, _TOKENS = "margins.py", "certified_radius.py", "map_objectives.py", "token_model.py"
+_MODEL, _LAW = "transformer/numpyro_model.py", "transformer/token_process.py"
 
 MISTAKES: tuple[Mistake, ...] = (
     # attention
@@ -213,6 +214,71 @@ MISTAKES: tuple[Mistake, ...] = (
         _OBJECTIVE,
         "tokens[..., None], axis=-1).sum()",
         "tokens[..., None], axis=-1).mean()",
+    ),
+    # the transformer and its model
+    _mistake(
+        "barrier of the last position dropped",
+        _MODEL,
+        "[(transformer.prior_stage, embeddings)]",
+        "[(transformer.prior_stage, embeddings[:, :-1])]",
+        ("zip(attentions, attended.inputs, strict=True)", "zip(attentions, attended.inputs[:, :, :-1], strict=True)"),
+    ),
+    _mistake(
+        "gradient of the decoder stopped",
+        _MODEL,
+        "logits, attended = decoded(transformer, embeddings, remat)",
+        "logits, attended = jax.lax.stop_gradient(decoded(transformer, embeddings, remat))",
+    ),
+    _mistake(
+        "minibatch counted for itself alone", _MODEL, "handlers.scale(scale=minibatch)", "handlers.scale(scale=1.0)"
+    ),
+    _mistake(
+        "barrier of a minibatch counted for itself alone",
+        _MODEL,
+        "total = count * positions if total_tokens is None else total_tokens",
+        "total = count * positions",
+    ),
+    _mistake(
+        "factor inside the plate, counted once a sequence",
+        _MODEL,
+        'numpyro.factor("barrier", -barrier_weight * total * found.mean)',
+        "del name, value",
+        (
+            '        numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=batch)\n',
+            '        numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=batch)\n'
+            "        if not is_zero(barrier_weight):\n"
+            '            numpyro.factor("barrier", -barrier_weight * total * found.mean)\n',
+        ),
+    ),
+    _mistake(
+        "scales of first position and noise swapped",
+        _MODEL,
+        "EmbeddingProcess(stage, positions, noise_scale, first_scale)",
+        "EmbeddingProcess(stage, positions, first_scale, noise_scale)",
+    ),
+    _mistake(
+        "prior of one weight twice as wide",
+        "transformer/weight_sites.py",
+        '"head": wide,',
+        '"head": dist.Normal(0 * one, 2 * wide.scale),',
+    ),
+    _mistake(
+        "next token read from the position before",
+        _LAW,
+        "self.transformer(text[:-1])[self.prompt.size - 1 :]",
+        "jnp.roll(self.transformer(text[:-1]), 1, axis=0)[self.prompt.size - 1 :]",
+    ),
+    _mistake(
+        "decoder that sees ahead",
+        "transformer/network.py",
+        "visible = jnp.tril(jnp.ones((length, length), bool))",
+        "visible = jnp.ones((length, length), bool)",
+    ),
+    _mistake(
+        "cache with the embedding of the token before",
+        "transformer/decoding.py",
+        "lax.dynamic_slice_in_dim(transformer.embed(tokens), position, 1)",
+        "lax.dynamic_slice_in_dim(transformer.embed(tokens), position - 1, 1)",
     ),
 )
 

@@ -22,6 +22,7 @@ from theory_checks.drawn_cases import (
     make_case,
     semidefinite_interaction,
 )
+from theory_checks.drawn_transformers import draw_weights
 
 # What shrinks, smallest first: the shortest sequence, the shortest with a covariance, then values, width and heads. The
 # values of these shapes are scaled by 1 or 1/2, so that their numbers stay short when printed. Hypothesis does not
@@ -81,6 +82,12 @@ def safe_cases(draw, shapes, attended=SIMPLE_NUMBERS):
     query, size = numbers.normal(size=(2, shape.heads, 1, 1))
     value = tokens.normal(size=(shape.heads, 1, 1))
     return Case.given(query, -np.sign(query * value) * np.abs(size), value, embeddings)
+
+
+@st.composite
+def shrinking_weights(draw, config):
+    """Weights of a transformer of these sizes, by site, made of simple numbers."""
+    return draw_weights(_SimpleNumbers(draw), config, 1.0)
 
 
 def attention_cases(dtype=np.float64, kinds=KINDS, shapes=SHAPES):

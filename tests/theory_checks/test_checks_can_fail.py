@@ -41,7 +41,7 @@ def applied(monkeypatch):
 
     def apply(mistake: Mistake) -> None:
         for file in dict.fromkeys(file for file, _, _ in mistake.replacements):
-            right = importlib.import_module(f"prob_transformer.{Path(file).stem}")
+            right = importlib.import_module(".".join(("prob_transformer", *Path(file).with_suffix("").parts)))
             source = Path(right.__file__).read_text(encoding="utf-8")
             wrong = types.ModuleType(right.__name__)
             exec(compile(sabotaged(mistake, file, source), file, "exec"), vars(wrong))
@@ -86,6 +86,7 @@ CAUGHT = {
     "finite": "softmax without its largest logit",
     "normalisation": "sign of the determinant lost",
     "kolmogorov": "density without its log-determinant",
+    "token-consistency": "next token read from the position before",
     "sampler-law": "noise of unit size sampled",
     "gaussian-limit": "variance taken for a standard deviation",
     "safe-region": "J = I + M",

@@ -167,6 +167,7 @@ def test_every_check_is_complete():
         "finite",
         "normalisation",
         "kolmogorov",
+        "token-consistency",
         "sampler-law",
         "gaussian-limit",
         "safe-region",

@@ -18,6 +18,7 @@ from theory_checks.claims import (
     safe_region,
     sampler_law,
     support_tokens,
+    token_consistency,
 )
 
 CHECKS: tuple[Check, ...] = (
@@ -27,6 +28,7 @@ CHECKS: tuple[Check, ...] = (
     finite.CHECK,
     normalisation.CHECK,
     kolmogorov.CHECK,
+    token_consistency.CHECK,
     sampler_law.CHECK,
     gaussian_limit.CHECK,
     safe_region.CHECK,
