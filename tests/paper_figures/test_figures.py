@@ -77,7 +77,7 @@ def test_the_report_holds_every_verdict_and_links_every_figure_beside_it(results
     assert re.findall(r'(?:src|href)="([^"]*)"', html) == [f"figures/{name}.png" for name in command.FIGURES]
     assert all((results / link).is_file() for link in re.findall(r'src="([^"]*)"', html))
     assert "://" not in html
-    assert "14 of 14 checks came out as stated" in html
+    assert "15 of 15 checks came out as stated" in html
     assert all(method in html for method in METHODS)
     record = json.loads((results / "verdicts.json").read_text())
     asked = ("What was asked", "What was done", "What was found", "What remains open")

@@ -16,9 +16,9 @@ from tests.helpers.shrinking_cases import safe_cases, shrinking_weights
 from theory_checks.check import quick_jit
 from theory_checks.claims.kolmogorov import reach, sheared
 from theory_checks.claims.token_consistency import (
+    SeesAhead,
     all_texts,
     marginal_error,
-    seeing_ahead,
     table_extension,
     table_law,
     true_steps,
@@ -112,7 +112,6 @@ def test_with_latents_from_the_process_the_last_position_marginalises(case, weig
 def test_the_enumeration_notices_a_decoder_that_sees_ahead(vocabulary):
     weights = draw_weights(np.random.default_rng(0), sizes(vocabulary))
     transformer = transformer_of(weights, sizes(vocabulary))
-    ahead = seeing_ahead(transformer, sizes(vocabulary))
-    for decoder, disagree in ((transformer, False), (ahead, True)):
+    for decoder, disagree in ((transformer, False), (SeesAhead(transformer), True)):
         whole, shorter = (table_law(decoder, all_texts(vocabulary, length), 1) for length in (4, 3))
         assert (marginal_error(whole, shorter) > 0.01) == disagree

@@ -97,13 +97,21 @@ def test_in_float32_as_well(weights, windows, case):  # noqa: F811
     assert gradient_error < 3e-5
 
 
-@pytest.mark.parametrize("case", [None, CASES[0], CASES[4]])
-def test_with_latents_from_the_process_the_potential_is_the_negative_log_joint(weights, windows, latents, case):  # noqa: F811
-    unused = ("token_embedding", "position_embedding")
-    kept = {name: value for name, value in weights.items() if name not in unused}
+@pytest.mark.parametrize(
+    ("attention", "case"), [("free", None), ("free", CASES[0]), ("free", CASES[4]), ("tied", CASES[2])]
+)
+def test_with_latents_from_the_process_the_potential_is_the_negative_log_joint(
+    weights,  # noqa: F811
+    windows,  # noqa: F811
+    latents,  # noqa: F811
+    attention,
+    case,
+):
+    unused = ("token_embedding", "position_embedding") + ("prior_stage.",) * (attention == "tied")
+    kept = {name: value for name, value in weights.items() if not name.startswith(unused)}
     tokens = windows[:, 1:]
     given, truth = ({}, {}) if case is None else barrier_of(case)
-    scales = {"noise_scale": 0.8, "first_scale": 1.7}
+    scales = {"noise_scale": 0.8, "first_scale": 1.7, "attention": attention}
     sites = sites_of(kept) | {"embeddings": jnp.asarray(latents)}
     value, gradient = potential_and_gradient(sites, jnp.asarray(tokens), latents="process", **scales, **given)
 

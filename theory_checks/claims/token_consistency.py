@@ -9,6 +9,7 @@ given to c only. That is d = 1 with a coordinate that nothing reads. Where c is 
 nearly the sign of c; embeddings and what the layers add are therefore smaller, where LayerNorm is smooth.
 """
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -45,17 +46,15 @@ def sizes(vocabulary: int, width: int = 4) -> TransformerConfig:
 
 
 class SeesAhead(Transformer):
-    """A decoder whose mask is upside down: every position attends to itself and to what comes after it."""
+    """The weights of a transformer under a mask that is upside down: a position attends to itself and what follows."""
+
+    def __init__(self, transformer: Transformer):
+        for field in dataclasses.fields(transformer):
+            setattr(self, field.name, getattr(transformer, field.name))
 
     def decode(self, embeddings: Float[Array, "n d"], *options: Any) -> tuple[Float[Array, "n V"], Any]:
         logits, attended = super().decode(embeddings[::-1], *options)
         return logits[::-1], attended
-
-
-def seeing_ahead(transformer: Transformer, config: TransformerConfig) -> SeesAhead:
-    """The decoder that sees ahead with the weights of another."""
-    own = jax.eval_shape(lambda: SeesAhead(jax.random.key(0), config, float))
-    return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(transformer))
 
 
 def all_texts(vocabulary: int, length: int) -> Int[np.ndarray, "k n"]:
@@ -110,7 +109,7 @@ def from_table(vocabulary: int, length: int, seed: int) -> dict[str, float]:
     config = sizes(vocabulary)
     weights = draw_weights(np.random.default_rng(seed), config)
     transformer = transformer_of(weights, config)
-    ahead = seeing_ahead(transformer, config)
+    ahead = SeesAhead(transformer)
     texts = all_texts(vocabulary, length)
     whole = np.asarray(table_law(transformer, texts, 1))
     extended, steps = np.asarray(table_extension(transformer, texts)), true_steps(weights, texts)
@@ -240,7 +239,7 @@ def from_process(vocabulary: int, longest: int, seed: int) -> dict[str, float]:
     config = sizes(vocabulary, 2)
     weights = process_weights(vocabulary, seed)
     transformer = transformer_of(weights, config)
-    ahead = seeing_ahead(transformer, config)
+    ahead = SeesAhead(transformer)
     one, two = true_process_laws(weights, STEPS[-1])
     laws, quadrature = {1: one}, 0.0
     for length in range(2, longest + 1):
