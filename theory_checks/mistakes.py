@@ -221,7 +221,10 @@ MISTAKES: tuple[Mistake, ...] = (
         _MODEL,
         "[(transformer.prior_stage, embeddings)]",
         "[(transformer.prior_stage, embeddings[:, :-1])]",
-        ("zip(attentions, attended.inputs, strict=True)", "zip(attentions, attended.inputs[:, :, :-1], strict=True)"),
+        (
+            "transformer.blocks], attended.inputs, strict=True)",
+            "transformer.blocks], attended.inputs[:, :, :-1], strict=True)",
+        ),
     ),
     _mistake(
         "gradient of the decoder stopped",
