@@ -37,6 +37,7 @@ from prob_transformer.transformer.token_process import TokenProcess
 from prob_transformer.transformer.weight_sites import Priors, default_priors, sampled_weights, template
 
 Latents = Literal["table", "process"]
+ProcessAttention = Literal["free", "tied"]
 Site = Literal["embedding", "layers"]
 # Of (transformer, input embeddings, what the layers attended over): the mean of a penalty on a batch, and its parts.
 Penalty: TypeAlias = Callable[[Transformer, Float[Array, "B n d"], Attended], BarrierPenalty]
@@ -88,21 +89,21 @@ def decoded(
     return jax.vmap(lambda u: transformer.decode(u, remat), out_axes=(0, 1))(embeddings)
 
 
-def _require(
-    latents: str, tokens: Array | None, prompt: Array | None, subsample_size: int | None, total_tokens: object
-) -> None:
-    if latents not in get_args(Latents):
-        raise ValueError(f"latents: got {latents!r}; pass one of {', '.join(get_args(Latents))}.")
+def _require(latents: str, attention: str, tokens: Array | None, prompt: Array | None, length: int | None) -> None:
+    for name, given, kinds in (("latents", latents, Latents), ("attention", attention, ProcessAttention)):
+        if given not in get_args(kinds):
+            raise ValueError(f"{name}: got {given!r}; pass one of {', '.join(get_args(kinds))}.")
+    if tokens is not None and (prompt is not None or length is not None):
+        raise ValueError(
+            f"{'length' if prompt is None else 'prompt'}: given with tokens; pass tokens to condition on them, or a "
+            "prompt and a length to draw what follows."
+        )
     if tokens is None and latents == "table" and prompt is None:
         raise ValueError("prompt: got None without tokens; pass the tokens that the text begins with, at least one.")
-    if tokens is not None and prompt is not None:
-        raise ValueError(
-            "prompt: given with tokens; pass tokens to condition on them, or a prompt to draw what follows."
-        )
-    if total_tokens is not None and (tokens is None or subsample_size is not None):
-        raise ValueError(
-            "total_tokens: given without tokens or with subsample_size; pass it where `tokens` is a minibatch already."
-        )
+    if tokens is None and latents == "process" and prompt is not None:
+        raise ValueError("prompt: given with latents from the process, which emit every token; pass a length alone.")
+    if tokens is None and length is None:
+        raise ValueError("length: got None without tokens; pass the number of tokens to draw.")
 
 
 def _drawn_text(
@@ -126,7 +127,7 @@ def transformer_model(
     config: TransformerConfig,
     priors: Priors | None = None,
     latents: Latents = "table",
-    attention: Literal["free", "tied"] = "free",
+    attention: ProcessAttention = "free",
     noise_scale: Float[Array, ""] | float = 1.0,
     first_scale: Float[Array, ""] | float = 1.0,
     barrier_weight: Float[Array, ""] | float = 0.0,
@@ -153,7 +154,11 @@ def transformer_model(
     deterministic sites "barrier_mean", ... Raises ValueError for arguments that do not fit.
     Source: the module docstring; theory sections 2, 5 and 11.
     """
-    _require(latents, tokens, prompt, subsample_size, total_tokens)
+    _require(latents, attention, tokens, prompt, length)
+    if total_tokens is not None and (tokens is None or subsample_size is not None):
+        raise ValueError(
+            "total_tokens: given without tokens or with subsample_size; pass it where `tokens` is a minibatch already."
+        )
     empty = template(config, dtype)
     is_table = latents == "table"
     if not is_table:
@@ -170,6 +175,8 @@ def transformer_model(
         _drawn_text(transformer, None if is_table else stage, prompt, length, (noise_scale, first_scale))
         return transformer
     tokens = require_tokens(tokens)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: has shape {tokens.shape}; pass sequences (N, m), one of them as (1, m).")
     require_vocabulary(tokens, config.vocabulary)
     count, positions = tokens.shape[0], tokens.shape[1] - is_table
     if not 2 <= positions <= config.context:

@@ -212,8 +212,10 @@ def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_the
         ({"priors": default_priors(TINY) | {"haed": dist.Normal()}}, "priors: haed fits no weight"),
         ({"latents": "tables"}, "latents: got 'tables'"),
         ({"barrier_weight": 0.1, "penalty": HeadBarrier("layer")}, "site: got 'layer'"),
-        ({"total_tokens": 10, "subsample_size": 1}, "total_tokens"),
+        ({"latents": "process", "attention": "bound"}, "attention: got 'bound'"),
+        ({"total_tokens": 10, "subsample_size": 1}, "total_tokens: given without"),
         ({"prompt": jnp.zeros(1, int)}, "prompt: given with tokens"),
+        ({"length": 3}, "length: given with tokens"),
     ],
 )
 def test_bad_arguments_are_refused(given, message):
@@ -223,12 +225,32 @@ def test_bad_arguments_are_refused(given, message):
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
-    [(jnp.full((2, 4), 3), "tokens: hold values outside"), (jnp.zeros((2, 7), int), r"tokens: has shape \(2, 7\)")],
+    [
+        (jnp.full((2, 4), 3), "tokens: hold values outside"),
+        (jnp.zeros((2, 7), int), r"tokens: has shape \(2, 7\)"),
+        (jnp.zeros(4, int), r"tokens: has shape \(4,\); pass sequences"),
+    ],
 )
 def test_bad_tokens_are_refused(tokens, message):
     model = handlers.seed(partial(transformer_model, config=TINY), jax.random.key(0))
     with pytest.raises(ValueError, match=message):
         model(tokens)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "prompt: got None"),
+        ({"prompt": jnp.zeros(1, int)}, "length: got None"),
+        ({"latents": "process"}, "length: got None"),
+        ({"latents": "process", "length": 3, "prompt": jnp.zeros(1, int)}, "prompt: given with latents"),
+        ({"prompt": jnp.zeros(1, int), "length": 3, "total_tokens": 6}, "total_tokens: given without"),
+    ],
+)
+def test_drawing_with_bad_arguments_is_refused(given, message):
+    model = handlers.seed(partial(transformer_model, config=TINY), jax.random.key(0))
+    with pytest.raises(ValueError, match=message):
+        model(**given)
 
 
 def test_weights_go_to_sites_and_back_and_missing_ones_are_refused():
