@@ -15,7 +15,13 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-PAGES = {"docs/accelerated.md": 1, "docs/inference.md": 4, "docs/own_model.md": 3, "docs/theory.md": 1, "docs/transformer.md": 1}
+PAGES = {
+    "docs/accelerated.md": 1,
+    "docs/inference.md": 4,
+    "docs/own_model.md": 3,
+    "docs/theory.md": 1,
+    "docs/transformer.md": 1,
+}
 
 
 # The page of inference samples, which takes long.

@@ -34,7 +34,7 @@ def test_the_penalty_keeps_heads_from_the_boundary(example):
 def parts(example):
     """The model's trained arrays in float64, and how they become a model again."""
     if example.__name__ == "equinox_model":
-        arrays, rest = eqx.partition(example.Decoder(jax.random.key(3)), eqx.is_inexact_array)
+        arrays, rest = eqx.partition(example.Transformer(jax.random.key(3), example.CONFIG), eqx.is_inexact_array)
         return arrays, lambda given: eqx.combine(given, rest)
     whole = example.Decoder(nnx.Rngs(3))
     # Flax's embeddings hand out the dtype they were made in, whatever they hold later.
