@@ -2,9 +2,14 @@
 
 The text goes to standard output as it is drawn, the report on margins to standard error. `--json` and `--figure` write
 log-probabilities and margins, det J and sigma_min(J) of every layer and head, at every generated character.
+
+With `--posterior FILE --draws K` it writes K texts, an empty line between them, each by weights of one draw from the
+Gaussian that `laplace` left in the file: K independent draws from the posterior predictive law of texts, up to that
+approximation of the posterior.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,8 @@ import numpy as np
 from rich.console import Console
 
 from models.char_gpt import checkpoint
+from models.char_gpt.posterior_draws import drawn_models
+from models.corpus import Vocabulary
 from prob_transformer.files import atomic_path, provenance, write_json
 from prob_transformer.transformer import Generated, stream
 
@@ -35,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--noise-scale", type=float, default=0.0, help="noise on every input embedding (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--posterior", type=Path, help="a file of laplace, whose draws are the weights (default: MAP)")
+    parser.add_argument("--draws", type=int, help="texts, each by a draw of its own; for --posterior (default: 1)")
     parser.add_argument("--json", type=Path, help="a JSON file for text, log-probabilities and margins")
     parser.add_argument("--figure", type=Path, help="a PNG file for the margins along the text")
 
@@ -43,36 +52,57 @@ def main(options: argparse.Namespace, console: Console) -> None:
     """Do what the options ask for. Raises ValueError naming the option."""
     if options.seed < 0:
         raise ValueError(f"--seed: got {options.seed}; pass an integer of at least 0.")
+    if options.posterior is None and options.draws is not None:
+        raise ValueError(f"--draws: got {options.draws} without --posterior; pass a file that laplace wrote.")
     try:
         model, config, vocabulary = checkpoint.load_run(options.run)
+        if options.posterior is None:
+            models = [model]
+        else:
+            models = drawn_models(options.posterior, model, config, 1 if options.draws is None else options.draws)
+        if options.figure is not None and len(models) > 1:
+            raise ValueError(f"--figure: shows one text, got --draws {options.draws}; leave one of them out.")
         prompt = jnp.asarray(vocabulary.encode(options.prompt))
+        key = jax.random.key(options.seed)
         given = {name: getattr(options, name) for name in ("temperature", "top_k", "noise_scale")}
-        chunks = stream(model, prompt, options.length, key=jax.random.key(options.seed), chunk=_CHUNK, **given)
+        keys = [key] if options.posterior is None else jax.random.split(key, len(models))
+        texts = [
+            stream(model, prompt, options.length, key=key, chunk=_CHUNK, **given)
+            for model, key in zip(models, keys, strict=True)
+        ]
     except ValueError as error:
         argument, _, rest = str(error).partition(":")
         named = _OPTIONS | {"folder": "--run", "text": "--prompt", "prompt": "--prompt"}
         raise ValueError(f"{named.get(argument, argument)}:{rest}") from None
-    print(options.prompt, end="", flush=True)
+    records = []
+    for number, chunks in enumerate(texts):
+        if number:
+            print()
+        found = _printed(options.prompt, chunks, vocabulary)
+        console.print(_summary(found))
+        record = {name: values.tolist() for name, values in found.items()}
+        records.append({"prompt": options.prompt, "text": vocabulary.decode(found["tokens"]), **record})
+    if options.json is not None:
+        asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        origin = {
+            "provenance": provenance(options.seed, {**asked, "run_configuration": config.as_dict()}),
+            "margins": "of the strict past, each head alone with identity values; axes: layer, head, character",
+        }
+        write_json(options.json, origin | (records[0] if options.posterior is None else {"draws": records}))
+    if options.figure is not None:
+        _draw(found, vocabulary.decode(found["tokens"]), options.figure)
+
+
+def _printed(prompt: str, chunks: Iterator[Generated], vocabulary: Vocabulary) -> Margins:
+    """What a text was generated with, after the text is printed as it is drawn."""
+    print(prompt, end="", flush=True)
     parts = []
     for part in chunks:
         print(vocabulary.decode(np.asarray(part.tokens)), end="", flush=True)
         parts.append(part)
     print()
     arrays = (np.concatenate(of_one, axis=-1) for of_one in zip(*parts, strict=True))
-    found = dict(zip(Generated._fields, arrays, strict=True))
-    console.print(_summary(found))
-    if options.json is not None:
-        asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        record = {
-            "provenance": provenance(options.seed, {**asked, "run_configuration": config.as_dict()}),
-            "prompt": options.prompt,
-            "text": vocabulary.decode(found["tokens"]),
-            "margins": "of the strict past, each head alone with identity values; axes: layer, head, character",
-            **{name: values.tolist() for name, values in found.items()},
-        }
-        write_json(options.json, record)
-    if options.figure is not None:
-        _draw(found, vocabulary.decode(found["tokens"]), options.figure)
+    return dict(zip(Generated._fields, arrays, strict=True))
 
 
 def _summary(found: Margins) -> str:

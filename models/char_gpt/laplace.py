@@ -41,15 +41,28 @@ def calibration_error(probabilities: Float[np.ndarray, "N V"], targets: Int[np.n
     return float(np.abs(np.bincount(bins, confidence - hit, _BINS)).sum() / len(targets))
 
 
-def score(probabilities: Float[Any, "W n V"], targets: Int[np.ndarray, "W n"]) -> dict[str, float | None]:
-    """How well probabilities predict the targets of several windows: the mean loss in nats a character, its standard
-    error over windows (None for one), and the expected calibration error."""
+def window_losses(probabilities: Float[Any, "W n V"], targets: Int[np.ndarray, "W n"]) -> Float[np.ndarray, " W"]:
+    """The mean loss of every window in nats a character."""
     p = np.asarray(probabilities, np.float64)
-    losses = -np.log(np.take_along_axis(p, targets[..., None], -1))[..., 0].mean(-1)
+    return -np.log(np.take_along_axis(p, targets[..., None], -1))[..., 0].mean(-1)
+
+
+def score(
+    probabilities: Float[Any, "W n V"], targets: Int[np.ndarray, "W n"], of_map: Float[np.ndarray, " W"]
+) -> dict[str, float | None]:
+    """How well probabilities predict the targets of several windows: the mean loss in nats a character, the expected
+    calibration error, and the mean difference from the losses `of_map` on the same windows.
+
+    Standard errors are over windows, None for one window.
+    """
+    p = np.asarray(probabilities, np.float64)
+    losses = window_losses(p, targets)
     return {
         "nats_per_character": float(losses.mean()),
         "standard_error": standard_error(losses),
         "calibration_error": calibration_error(p.reshape(-1, p.shape[-1]), np.ravel(targets)),
+        "minus_map": float((losses - of_map).mean()),
+        "minus_map_standard_error": standard_error(losses - of_map),
     }
 
 
@@ -123,6 +136,7 @@ def main(options: argparse.Namespace, console: Console) -> None:
     if options.structure == "last-layer":
         predicted["linearised, probit"] = fit.probit_probabilities(examples)
     predicted[f"linearised, {options.draws} draws"] = found.probabilities
+    of_map = window_losses(predicted["MAP"], targets)
 
     summary = {
         "structure": options.structure,
@@ -134,7 +148,7 @@ def main(options: argparse.Namespace, console: Console) -> None:
         "prior_precision_tuned": tau is None,
         "log_evidence": fit.log_evidence,
         **fit.evidence._asdict(),
-        "scores": {name: score(probabilities, targets) for name, probabilities in predicted.items()},
+        "scores": {name: score(probabilities, targets, of_map) for name, probabilities in predicted.items()},
         "seconds": {
             "curvature_and_evidence": after_evidence - started,
             # After the scores, which wait for what JAX computes.
@@ -153,7 +167,7 @@ def _report(console: Console, summary: dict[str, Any], out: Path) -> None:
         f"{' (tuned)' if summary['prior_precision_tuned'] else ''}, log-evidence {summary['log_evidence']:.2f} nats of "
         f"{summary['training_characters']:,} training characters."
     )
-    table = Table("prediction", "nats per character", "standard error", "calibration error")
+    table = Table("prediction", "nats per character", "standard error", "calibration error", "minus MAP", "its error")
     for name, value in summary["scores"].items():
         table.add_row(name, *("undefined" if x is None else f"{x:.4f}" for x in value.values()))
     console.print(table)

@@ -198,10 +198,13 @@ def test_probit_loss_and_calibration_error_by_hand(last_layer, seen):
     # Two of confidence 0.9, one of them right; two of confidence 0.6, both right.
     p = np.array([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
     np.testing.assert_allclose(calibration_error(p, np.array([0, 0, 0, 0])), 0.5 * 0.4 + 0.5 * 0.4, rtol=1e-12)
-    found = score(p[:, None], np.zeros((4, 1), int))
+    of_map = np.array([0.1, 2.0, 0.3, 0.4])
+    found = score(p[:, None], np.zeros((4, 1), int), of_map)
     losses = -np.log([0.9, 0.1, 0.6, 0.6])
     np.testing.assert_allclose(found["nats_per_character"], losses.mean(), rtol=1e-12)
     np.testing.assert_allclose(found["standard_error"], losses.std(ddof=1) / 2, rtol=1e-12)
+    np.testing.assert_allclose(found["minus_map"], losses.mean() - 0.7, rtol=1e-12)
+    np.testing.assert_allclose(found["minus_map_standard_error"], (losses - of_map).std(ddof=1) / 2, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
