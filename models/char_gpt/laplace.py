@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from models import corpus
 from models.char_gpt import checkpoint
@@ -167,7 +167,14 @@ def _report(console: Console, summary: dict[str, Any], out: Path) -> None:
         f"{' (tuned)' if summary['prior_precision_tuned'] else ''}, log-evidence {summary['log_evidence']:.2f} nats of "
         f"{summary['training_characters']:,} training characters."
     )
-    table = Table("prediction", "nats per character", "standard error", "calibration error", "minus MAP", "its error")
+    table = Table(
+        Column("prediction", no_wrap=True),
+        "nats per character",
+        "standard error",
+        "calibration error",
+        "minus MAP",
+        "its error",
+    )
     for name, value in summary["scores"].items():
         table.add_row(name, *("undefined" if x is None else f"{x:.4f}" for x in value.values()))
     console.print(table)
