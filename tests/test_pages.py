@@ -15,12 +15,19 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-PAGES = {"docs/accelerated.md": 1, "docs/inference.md": 4, "docs/own_model.md": 3, "docs/transformer.md": 1}
+PAGES = {
+    "docs/accelerated.md": 1,
+    "docs/inference.md": 4,
+    "docs/own_model.md": 3,
+    "docs/transformer.md": 1,
+    "docs/transformer_posterior.md": 1,
+}
+# These sample, which takes long.
+SLOW = ("docs/inference.md", "docs/transformer_posterior.md")
 
 
-# The page of inference samples, which takes long.
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow) if "inference" in page else page for page in PAGES]
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]
 )
 def test_the_code_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     # What the code writes goes under the current folder.

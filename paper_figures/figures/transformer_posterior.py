@@ -33,6 +33,7 @@ def draw(sections: dict[str, Any]) -> Figure:
         else:
             axis = np.linspace(edges[0], edges[-1], 600)
             panel.plot(axis, norm.pdf(axis, mean, sd), **dashed)
+        panel.locator_params(axis="x", nbins=6)
         panel.set(title=f"{row['model']}, {row['coordinate']}", xlabel=row["model"])
         shown = f"excess kurtosis {row['kurtosis']:.2g}\ndistance {row['distance']:.2f}"
         panel.text(0.97, 0.95, shown, transform=panel.transAxes, ha="right", va="top", fontsize=7, color=BLACK)

@@ -110,7 +110,9 @@ def task(seed: int, sequences: int, held_out: int, config: TransformerConfig = C
     """Texts of a transformer drawn from the default priors, except that its norms are as at initialisation."""
     keys = jax.random.split(jax.random.key(seed), 3)
     given = {"config": config, "dtype": float}
-    prior = handlers.seed(transformer_model, keys[0])(**given, prompt=jnp.zeros(1, int), length=1)
+    # Tokens that are given are not drawn.
+    no_text = handlers.condition(transformer_model, data={"tokens": jnp.zeros(1, int)})
+    prior = handlers.seed(no_text, keys[0])(**given, prompt=jnp.zeros(1, int), length=1)
     norms = {name: value for name, value in weights_of(Transformer(keys[0], config, float)).items() if "norm" in name}
     truth = weights_of(prior) | norms
     texts, others = (
