@@ -16,7 +16,7 @@ from theory_checks.drawn_transformers import draw_weights, transformer_of
 from theory_checks.inference import transformer_posterior as command
 from theory_checks.inference.small_transformer import QUICK, functionals, log_scores, searched, task
 from theory_checks.inference.transformer_evidence import importance_evidence
-from theory_checks.inference.transformer_posterior import linearised, smallest_variance
+from theory_checks.inference.transformer_posterior import compared, linearised, smallest_variance
 from theory_checks.truth import transformer as truth
 
 NAMES = ("attention logits", "output logits", "det J")
@@ -135,6 +135,21 @@ def test_the_evidence_by_importance_sampling_is_that_of_quadrature(sequences):
     assert found.standard_error < 0.02
     assert abs(found.log_evidence - expected) < 4 * found.standard_error
     assert 0.05 < found.ess_share <= 1
+
+
+def test_rows_have_the_moments_and_distances_of_known_laws():
+    rng = np.random.default_rng(0)
+    # Variances 1 and 2, excess kurtosis 0 and 3.
+    draws = np.stack([rng.normal(size=(4, 20_000)), rng.laplace(size=(4, 20_000))], -1)
+    sampled, linear = 2 * rng.normal(size=(50_000, 2)) + [0.5, 0], (np.array([0.5, 0.0]), np.array([1.0, 1e-9]))
+    (nuts, of_sampled, of_linear), marginals = compared(draws, sampled, linear)
+    np.testing.assert_allclose((nuts["kurtosis_median"], nuts["kurtosis_largest"]), (1.5, 3), atol=0.3)
+    np.testing.assert_allclose(nuts["sd"], (1 + np.sqrt(2)) / 2, rtol=0.02)
+    np.testing.assert_allclose((of_sampled["ratio_smallest"], of_sampled["ratio_largest"]), (np.sqrt(2), 2), rtol=0.03)
+    np.testing.assert_allclose(of_linear["apart_largest"], 0.5, atol=0.03)
+    # 2 Phi(1 / 4) - 1 of the shifted normal law, and 1 / 2 of the point mass at the median.
+    np.testing.assert_allclose(of_linear["distance_median"], (0.1974 + 0.5) / 2, atol=0.02)
+    assert [row["laplace_sd"] for row in marginals] == [1e-9, 1e-9]
 
 
 def test_the_tables_on_the_page_are_those_of_the_committed_result(tmp_path):
