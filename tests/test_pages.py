@@ -21,12 +21,14 @@ PAGES = {
     "docs/own_model.md": 3,
     "docs/theory.md": 1,
     "docs/transformer.md": 1,
+    "docs/transformer_posterior.md": 1,
 }
+# These sample, which takes long.
+SLOW = ("docs/inference.md", "docs/transformer_posterior.md")
 
 
-# The page of inference samples, which takes long.
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow) if "inference" in page else page for page in PAGES]
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES]
 )
 def test_the_code_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     # What the code writes goes under the current folder.
