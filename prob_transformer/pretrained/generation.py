@@ -73,7 +73,7 @@ def continue_texts(
     count, given = prompts.shape
     if given >= decoder.context:
         raise ValueError(
-            f"prompts: have {given} tokens, but a context of {decoder.context} with room for a token after them takes "
+            f"prompts: got {given} tokens, but a context of {decoder.context} with room for a token after them takes "
             f"at most {decoder.context - 1}; pass shorter ones."
         )
     for prompt in prompts:
