@@ -134,9 +134,6 @@ def test_the_command_writes_and_prints_the_figures(folder, tmp_path, capsys):
         assert " | ".join(cell for cell in row if cell) in told
     refused = (("--length", "17"), "--length: prompt and text"), (("--temperature", "0"), "--temperature")
     for wrong, message in refused:
-        (("--length", "17"), "--length: prompt and text"),
-        (("--temperature", "0"), "--temperature"),
-    ):
         with pytest.raises(ValueError, match=message):
             main([*asked, *more, *wrong])
 
