@@ -17,6 +17,7 @@ from paper_figures.behaviour.repetition import (
     measure_text,
     onset_of_repetition,
     rows,
+    shown,
     surprise_correlation,
 )
 from prob_transformer import layer_margins
@@ -144,3 +145,11 @@ def test_the_page_shows_the_committed_result():
     found = json.loads((root / "results/reference/smollm2/repetition.json").read_text())
     for row in rows(found["kinds"]):
         assert "| " + " | ".join(row) + " |" in page
+    drawn = [kind["repetition"] for kind in found["kinds"].values() if "repetition" in kind]
+    greedy, warm = (one["lowest"]["onsets"] for one in drawn)
+    assert f"{greedy} onsets of the greedy texts and {warm} of those at temperature 0.7" in page
+    ends = [end for one in drawn for figure in FIGURES for end in one[figure]["interval"]]
+    assert f"which reach from {min(ends):.2f} to {max(ends):.2f}" in page
+    findings = " ".join((root / "docs/findings.md").read_text(encoding="utf-8").split())
+    greedy, warm = (shown(one["lowest"], "concordance") for one in drawn)
+    assert f"{greedy} in greedy text and {warm} at temperature 0.7" in findings
