@@ -1,6 +1,6 @@
-"""The command `prob-transformer`, also `python -m prob_transformer`: see `prob-transformer inspect --help`.
+"""The command `prob-transformer`, also `python -m prob_transformer`: see `prob-transformer --help`.
 
-Its --help and --version work with the core alone. What `inspect` needs beyond it is in the extra `inspect`.
+Its --help and --version work with the core alone. What the commands need beyond it is in the extra `inspect`.
 """
 
 import sys

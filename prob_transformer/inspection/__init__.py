@@ -1,5 +1,7 @@
 """`prob-transformer inspect`: a trained decoder's support tokens on a text, as a table, a page and a netCDF file.
 
+`prob-transformer generate`, text that the decoder draws, is in generate and generated_text.
+
 Read in this order: text_margins (the numbers), explanation, terminal_table, html_page (with page.html, page.css,
 page.js), netcdf, command.
 """
