@@ -14,44 +14,41 @@ import numpy as np
 from rich.console import Console
 
 from models.char_gpt import checkpoint
-from prob_transformer.files import atomic_path, provenance, write_json
+from prob_transformer.files import provenance
+from prob_transformer.inspection.generated_text import (
+    add_options,
+    in_names_of_options,
+    require_options,
+    summary,
+    write_files,
+)
 from prob_transformer.transformer import Generated, stream
 
 _CHUNK = 32
-# The fields of `Generated` as NumPy arrays.
-Margins = dict[str, np.ndarray]
-# What `stream` calls its arguments, and the option that each comes from.
-_OPTIONS = {"temperature": "--temperature", "top_k": "--top-k", "noise_scale": "--noise-scale", "length": "--length"}
+_UNIT = "character"
+# Arguments that are not called as the option that they come from.
+_OPTIONS = {"noise_scale": "--noise-scale", "folder": "--run", "text": "--prompt"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
-    parser.add_argument("--prompt", required=True, help="what the text begins with, at least one character")
-    parser.add_argument("--length", type=int, default=500, help="characters to generate (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest characters (default: all)")
+    add_options(parser, _UNIT, length=500)
     parser.add_argument(
         "--noise-scale", type=float, default=0.0, help="noise on every input embedding (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="a JSON file for text, log-probabilities and margins")
-    parser.add_argument("--figure", type=Path, help="a PNG file for the margins along the text")
 
 
 def main(options: argparse.Namespace, console: Console) -> None:
     """Do what the options ask for. Raises ValueError naming the option."""
-    if options.seed < 0:
-        raise ValueError(f"--seed: got {options.seed}; pass an integer of at least 0.")
+    require_options(options)
     try:
         model, config, vocabulary = checkpoint.load_run(options.run)
         prompt = jnp.asarray(vocabulary.encode(options.prompt))
         given = {name: getattr(options, name) for name in ("temperature", "top_k", "noise_scale")}
         chunks = stream(model, prompt, options.length, key=jax.random.key(options.seed), chunk=_CHUNK, **given)
     except ValueError as error:
-        argument, _, rest = str(error).partition(":")
-        named = _OPTIONS | {"folder": "--run", "text": "--prompt", "prompt": "--prompt"}
-        raise ValueError(f"{named.get(argument, argument)}:{rest}") from None
+        raise in_names_of_options(error, _OPTIONS) from None
     print(options.prompt, end="", flush=True)
     parts = []
     for part in chunks:
@@ -60,52 +57,9 @@ def main(options: argparse.Namespace, console: Console) -> None:
     print()
     arrays = (np.concatenate(of_one, axis=-1) for of_one in zip(*parts, strict=True))
     found = dict(zip(Generated._fields, arrays, strict=True))
-    console.print(_summary(found))
-    if options.json is not None:
-        asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        record = {
-            "provenance": provenance(options.seed, {**asked, "run_configuration": config.as_dict()}),
-            "prompt": options.prompt,
-            "text": vocabulary.decode(found["tokens"]),
-            "margins": "of the strict past, each head alone with identity values; axes: layer, head, character",
-            **{name: values.tolist() for name, values in found.items()},
-        }
-        write_json(options.json, record)
-    if options.figure is not None:
-        _draw(found, vocabulary.decode(found["tokens"]), options.figure)
+    console.print(summary(found, _UNIT))
 
+    def record_of_origin(asked: dict[str, Any]) -> dict[str, Any]:
+        return {"provenance": provenance(options.seed, {**asked, "run_configuration": config.as_dict()})}
 
-def _summary(found: Margins) -> str:
-    """One sentence on the likelihood of the text and one on its margins."""
-    determinant = found["sign"] * np.exp(found["log_det"])
-    layer, head, position = np.unravel_index(np.abs(determinant).argmin(), determinant.shape)
-    return (
-        f"{len(found['tokens'])} characters, on average {-found['log_probs'].mean():.3f} nats each under the model. "
-        f"det J <= 0 at {(determinant <= 0).mean():.2%} of the places; the smallest |det J| is "
-        f"{abs(determinant[layer, head, position]):.3g}, in layer {layer}, head {head}, at character {position}; the "
-        f"smallest sigma_min(J) is {found['conditioning'].min():.3g}."
-    )
-
-
-def _draw(found: Margins, text: str, path: Path) -> None:
-    """The smallest |det J| and sigma_min(J) over heads of every layer along the text, as a PNG file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes: Any = figure.subplots(2, sharex=True)
-    styles = ["-", "--", ":", "-."]
-    for layer, (log_det, sign, conditioning) in enumerate(
-        zip(found["log_det"], found["sign"], found["conditioning"], strict=True)
-    ):
-        line: dict[str, Any] = {"linestyle": styles[layer % 4], "linewidth": 1, "label": f"layer {layer}"}
-        axes[0].semilogy(np.exp(log_det.min(0)), **line)
-        axes[1].semilogy(conditioning.min(0), **line)
-        negative = np.flatnonzero((sign <= 0).any(0))
-        axes[0].plot(negative, np.exp(log_det.min(0))[negative], "k|", markersize=7)
-    axes[0].set(ylabel="smallest |det J| of the heads", title="ticks: det J <= 0 in some head")
-    axes[1].set(ylabel="smallest sigma_min(J)", xlabel="generated character")
-    axes[0].legend(frameon=False)
-    if len(text) <= 100:
-        axes[1].set_xticks(range(len(text)), [repr(c)[1:-1] for c in text], fontsize=6, family="monospace")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    write_files(options, found, vocabulary.decode(found["tokens"]), _UNIT, record_of_origin)

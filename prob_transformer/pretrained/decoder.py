@@ -7,11 +7,13 @@ holds one layer's numbers however deep the model is.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from prob_transformer.attention import Attention
@@ -46,14 +48,26 @@ class GeluMLP(eqx.Module):
         return hidden @ self.down.T + self.down_bias
 
 
+def _visible_logits(
+    layer: Attention, queries: Float[Array, "H r p"], keys: Float[Array, "G n p"], positions: Int[Array, " r"]
+) -> Float[Array, "H r n"]:
+    logits = capped(jnp.einsum("hip,hsp->his", queries, layer.of_heads(keys)), layer.cap)
+    own, others = positions[:, None], jnp.arange(keys.shape[1])[None]
+    return jnp.where(layer.sees(own, others) | (own == others), logits, -jnp.inf)
+
+
 def attention_logits(layer: Attention, inputs: Float[Array, "n d"]) -> Float[Array, "H n n"]:
     """Logits with which each position attends to its past and itself, -inf where it sees nothing."""
     positions = jnp.arange(inputs.shape[0])
     queries = layer.seen_queries(layer.plain_queries(inputs), positions)
-    keys = layer.of_heads(layer.seen_keys(layer.plain_keys(inputs), positions))
-    logits = capped(jnp.einsum("hip,hsp->his", queries, keys), layer.cap)
-    visible = layer.sees(positions[:, None], positions[None]) | jnp.eye(inputs.shape[0], dtype=bool)
-    return jnp.where(visible, logits, -jnp.inf)
+    return _visible_logits(layer, queries, layer.seen_keys(layer.plain_keys(inputs), positions), positions)
+
+
+class Kept(NamedTuple):
+    """Keys and values of one layer at n positions, of the G groups that share them."""
+
+    keys: Float[Array, "G n p"]
+    values: Float[Array, "G n v"]
 
 
 class Block(eqx.Module):
@@ -65,18 +79,47 @@ class Block(eqx.Module):
     mlp_norm: RMSNorm | eqx.nn.LayerNorm
     mlp: SwiGLU | GeluMLP
 
+    def _value(self) -> Float[Array, "G v d"]:
+        if self.attention.value is None or self.attention.output is None:
+            raise ValueError("attention: has no value or no output map; a decoder block needs both.")
+        return self.attention.value
+
+    def nothing_kept(self, count: int, room: int) -> Kept:
+        """Keys and values of `count` texts with a leading axis, with room for `room` positions, none there yet."""
+        matrices = self.attention.key, self._value()
+        return Kept(*(jnp.zeros((count, x.shape[0], room, x.shape[1]), x.dtype) for x in matrices))
+
+    def _kept(self, inputs: Float[Array, "r d"], positions: Int[Array, " r"]) -> Kept:
+        layer = self.attention
+        values = jnp.einsum("gvd,nd->gnv", self._value(), inputs)
+        return Kept(layer.seen_keys(layer.plain_keys(inputs), positions), values)
+
+    def _after(
+        self, stream: Float[Array, "r d"], inputs: Float[Array, "r d"], positions: Int[Array, " r"], kept: Kept
+    ) -> Float[Array, "r d"]:
+        """The stream after the layer at some positions, of which and of whose past the keys and values are kept."""
+        layer = self.attention
+        queries = layer.seen_queries(layer.plain_queries(inputs), positions)
+        weights = jax.nn.softmax(_visible_logits(layer, queries, kept.keys, positions), axis=-1)
+        mixed = weights @ kept.values[layer.group_of_head]
+        stream = stream + jnp.einsum("hdv,hiv->id", layer.output, mixed)
+        if self.output_bias is not None:
+            stream = stream + self.output_bias
+        return stream + self.mlp(jax.vmap(self.mlp_norm)(stream))
+
     @jax.jit
     def __call__(self, stream: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """The stream after the layer, and the normalised inputs that its heads attended over."""
-        layer, inputs = self.attention, jax.vmap(self.attention_norm)(stream)
-        if layer.value is None or layer.output is None:
-            raise ValueError("attention: has no value or no output map; a decoder block needs both.")
-        weights = jax.nn.softmax(attention_logits(layer, inputs), axis=-1)
-        values = jnp.einsum("gvd,nd->gnv", layer.value, inputs)[layer.group_of_head]
-        stream = stream + jnp.einsum("hdv,hiv->id", layer.output, weights @ values)
-        if self.output_bias is not None:
-            stream = stream + self.output_bias
-        return stream + self.mlp(jax.vmap(self.mlp_norm)(stream)), inputs
+        inputs, positions = jax.vmap(self.attention_norm)(stream), jnp.arange(stream.shape[0])
+        return self._after(stream, inputs, positions, self._kept(inputs, positions)), inputs
+
+    @jax.jit
+    def read(self, stream: Float[Array, "r d"], kept: Kept, start: Int[Array, ""]) -> tuple[Float[Array, "r d"], Kept]:
+        """The stream after the layer at r more positions from `start`, and what is kept with theirs written to it."""
+        inputs, positions = jax.vmap(self.attention_norm)(stream), start + jnp.arange(stream.shape[0])
+        new = self._kept(inputs, positions)
+        kept = Kept(*(lax.dynamic_update_slice_in_dim(x, y, start, 1) for x, y in zip(kept, new, strict=True)))
+        return self._after(stream, inputs, positions, kept), kept
 
 
 class Decoder(eqx.Module):
@@ -117,11 +160,15 @@ class Decoder(eqx.Module):
             stream, inputs = block(stream)
             yield block.attention, inputs
 
+    def logits(self, stream: Float[Array, "n d"]) -> Float[Array, "n V"]:
+        """Next-token logits of the stream that leaves the last layer."""
+        return jax.vmap(self.final_norm)(stream) @ self.head.T
+
     def logits_from(self, stream: Float[Array, "n d"]) -> Float[Array, "n V"]:
         """Next-token logits after every position when `stream` enters the first layer instead of embeddings."""
         for block in self.blocks:
             stream, _ = block(stream)
-        return jax.vmap(self.final_norm)(stream) @ self.head.T
+        return self.logits(stream)
 
     def __call__(self, tokens: Tokens) -> Float[Array, "n V"]:
         """Next-token logits after every position. Raises ValueError for tokens that do not fit."""

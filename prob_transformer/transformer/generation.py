@@ -49,7 +49,7 @@ class Generated(NamedTuple):
     conditioning: Float[Array, "L H N"] | None
 
 
-class _Rule(eqx.Module):
+class Rule(eqx.Module):
     """How tokens are drawn: temperature None takes the largest logit, noise_scale None adds no noise."""
 
     temperature: Float[Array, ""] | None
@@ -57,11 +57,25 @@ class _Rule(eqx.Module):
     top_k: int | None = eqx.field(static=True)
 
     @classmethod
-    def of(cls, temperature: Any, top_k: int | None, noise_scale: Any) -> "_Rule":
+    def of(cls, temperature: Any, top_k: int | None, noise_scale: Any) -> "Rule":
         def unless_zero(value: Any) -> Array | None:
             return None if not isinstance(value, Tracer) and not np.asarray(value).any() else jnp.asarray(value)
 
         return cls(unless_zero(temperature), unless_zero(noise_scale), top_k)
+
+    @classmethod
+    def checked(cls, temperature: Any, top_k: int | None, noise_scale: Any, vocabulary: int) -> "Rule":
+        """The rule. Raises ValueError for temperature < 0, noise_scale < 0, and top_k outside 1..`vocabulary`."""
+        for name, value in (("temperature", temperature), ("noise_scale", noise_scale)):
+            number = require_finite(name, value)
+            if number.ndim or (not isinstance(value, Tracer) and float(np.asarray(value)) < 0):
+                raise ValueError(f"{name}: got {value}; pass one number of at least 0.")
+        if top_k is not None:
+            require_count("top_k", top_k, 1, "the number of most probable tokens to draw from")
+            if top_k > vocabulary:
+                raise ValueError(f"top_k: got {top_k}; pass at most {vocabulary}, the size of the vocabulary.")
+            top_k = int(top_k)
+        return cls.of(temperature, top_k, noise_scale)
 
     def noise(self, transformer: Transformer, key: PRNGKeyArray) -> Noise | None:
         """Noise that depends on the key and the number of the token alone, and so neither on windows nor on chunks."""
@@ -86,23 +100,27 @@ class _Rule(eqx.Module):
         largest, tokens = lax.top_k(logits, self.top_k)
         return tokens[jax.random.categorical(key, largest)]
 
+    def next(self, key: PRNGKeyArray, count: Int[Array, ""], logits: Float[Array, " V"]) -> Sampled:
+        """The token after `count` others, () and (), whose draw depends on the key and on that number alone."""
+        token = self.draw(jax.random.fold_in(key, count), logits)
+        return Sampled(token, jax.nn.log_softmax(logits)[token])
+
 
 def _drawn(
-    transformer: Transformer, text: Decoding, key: PRNGKeyArray, length: int, rule: _Rule
+    transformer: Transformer, text: Decoding, key: PRNGKeyArray, length: int, rule: Rule
 ) -> tuple[Decoding, Sampled]:
     """The text with `length` more tokens, and those tokens."""
     draw_key, noise_key = jax.random.split(key)
     noise = rule.noise(transformer, noise_key)
 
     def step(text: Decoding, _: None) -> tuple[Decoding, Sampled]:
-        token = rule.draw(jax.random.fold_in(draw_key, text.length), text.logits)
-        log_prob = jax.nn.log_softmax(text.logits)[token]
-        return text.append(transformer, token, noise), Sampled(token, log_prob)
+        drawn = rule.next(draw_key, text.length, text.logits)
+        return text.append(transformer, drawn.tokens, noise), drawn
 
     return lax.scan(step, text, None, length)
 
 
-def _begun(transformer: Transformer, prompt: Int[Array, " m"], key: PRNGKeyArray, rule: _Rule) -> Decoding:
+def _begun(transformer: Transformer, prompt: Int[Array, " m"], key: PRNGKeyArray, rule: Rule) -> Decoding:
     return Decoding.of(transformer, prompt, rule.noise(transformer, jax.random.split(key)[1]))
 
 
@@ -120,12 +138,12 @@ def sample(
 
     Pure JAX, for use under jit and vmap: m, `length` and `top_k` are static, and so is whether a temperature is 0.
     """
-    rule = _Rule.of(temperature, top_k, noise_scale)
+    rule = Rule.of(temperature, top_k, noise_scale)
     return _drawn(transformer, _begun(transformer, prompt, key, rule), key, length, rule)[1]
 
 
 def _with_margins(
-    transformer: Transformer, text: Decoding, key: PRNGKeyArray, length: int, windows: int, rule: _Rule, margins: bool
+    transformer: Transformer, text: Decoding, key: PRNGKeyArray, length: int, windows: int, rule: Rule, margins: bool
 ) -> tuple[Decoding, Generated]:
     after, sampled = _drawn(transformer, text, key, length, rule)
     if not margins:
@@ -137,7 +155,7 @@ def _with_margins(
 
 @eqx.filter_jit
 def _generated(
-    transformer: Transformer, prompt: Int[Array, " m"], key: PRNGKeyArray, length: int, rule: _Rule, margins: bool
+    transformer: Transformer, prompt: Int[Array, " m"], key: PRNGKeyArray, length: int, rule: Rule, margins: bool
 ) -> Generated:
     context = transformer.context
     count = prompt.shape[0] - window_start(prompt.shape[0], context)
@@ -210,16 +228,6 @@ def stream(
 
 def _checked(
     transformer: Transformer, prompt: Any, temperature: Any, top_k: int | None, noise_scale: Any
-) -> tuple[Int[Array, " m"], _Rule]:
+) -> tuple[Int[Array, " m"], Rule]:
     prompt = require_text("prompt", prompt, transformer)
-    for name, value in (("temperature", temperature), ("noise_scale", noise_scale)):
-        number = require_finite(name, value)
-        if number.ndim or (not isinstance(value, Tracer) and float(np.asarray(value)) < 0):
-            raise ValueError(f"{name}: got {value}; pass one number of at least 0.")
-    if top_k is not None:
-        require_count("top_k", top_k, 1, "the number of most probable tokens to draw from")
-        vocabulary = transformer.token_embedding.shape[0]
-        if top_k > vocabulary:
-            raise ValueError(f"top_k: got {top_k}; pass at most {vocabulary}, the size of the vocabulary.")
-        top_k = int(top_k)
-    return prompt, _Rule.of(temperature, top_k, noise_scale)
+    return prompt, Rule.checked(temperature, top_k, noise_scale, transformer.token_embedding.shape[0])

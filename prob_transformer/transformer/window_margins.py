@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from prob_transformer._dtypes import in_common_type
+from prob_transformer.attention import Attention
 from prob_transformer.kernels.block_triangular import HeadMargins, margins_of_columns, query_basis
 from prob_transformer.self_inclusion import Head, Reading, heads_of, view_from
 from prob_transformer.transformer.decoding import (
@@ -21,16 +22,16 @@ from prob_transformer.transformer.decoding import (
     window_start,
     window_step,
 )
-from prob_transformer.transformer.network import Block, Transformer
+from prob_transformer.transformer.network import Transformer
 
 Basis = tuple[Float[Array, "H d d"], Float[Array, "H r p"]]
 
 
-def _columns(
-    block: Block, basis: Basis, inputs: Float[Array, "n d"], positions: Int[Array, " b"]
+def columns_of_heads(
+    attention: Attention, basis: Basis, inputs: Float[Array, "n d"], positions: Int[Array, " b"]
 ) -> Float[Array, "H b d r"]:
     """Q^T L T^T (kernels/block_triangular.py) of every head of a layer, with L = Cov_alpha(u, k) / sqrt(p)."""
-    attention, inputs = in_common_type((block.attention(), inputs))
+    attention, inputs = in_common_type((attention, inputs))
     reading = Reading(inclusive=False, narrow=str(inputs.dtype))
 
     def of_head(head: Head, basis: Float[Array, "d d"], triangular: Float[Array, "r p"]) -> Float[Array, "b d r"]:
@@ -49,7 +50,9 @@ def _margins_of_block(
     """Margins (L, H, b) at some positions of one window."""
     inputs = transformer.decode(embeddings)[1].inputs
     layers = zip(transformer.blocks, bases, inputs, strict=True)
-    columns = jnp.stack([_columns(block, basis, of_layer, positions) for block, basis, of_layer in layers])
+    columns = jnp.stack(
+        [columns_of_heads(block.attention(), basis, of_layer, positions) for block, basis, of_layer in layers]
+    )
     found = margins_of_columns(columns.reshape(-1, *columns.shape[3:]), number)
     return jax.tree.map(lambda x: x.reshape(columns.shape[:3]).astype(inputs.dtype), found)
 

@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from prob_transformer import layer_margins
 from prob_transformer.transformer import Transformer, TransformerConfig, generate, next_token_logits, sample, stream
 from prob_transformer.transformer.decoding import Decoding
-from prob_transformer.transformer.generation import _Rule
+from prob_transformer.transformer.generation import Rule
 from tests.helpers.plain_decoder import Plain, jacobians
 
 VOCABULARY = 5
@@ -230,7 +230,7 @@ def test_noise_is_on_the_embedding_of_each_token_and_moves_with_the_window():
     model, scale, prompt = made(), 0.4, 3
     found = generate(model, text(prompt), 12, key=KEY, noise_scale=scale)
     whole = np.concatenate([text(prompt), found.tokens])
-    noise = _Rule.of(1.0, None, scale).noise(model, jax.random.split(KEY)[1])(jnp.arange(whole.size))
+    noise = Rule.of(1.0, None, scale).noise(model, jax.random.split(KEY)[1])(jnp.arange(whole.size))
     for step, window in enumerate(windows_one_by_one(whole, model.context)[prompt - 1 : -1]):
         end = prompt + step
         embedded = model.embed(jnp.asarray(window)) + noise[end - len(window) : end]
@@ -242,7 +242,7 @@ def test_noise_is_on_the_embedding_of_each_token_and_moves_with_the_window():
 
 def test_noise_is_normal_and_independent_of_the_draws_of_tokens():
     model = made(width=6)
-    noise = np.asarray(_Rule.of(1.0, None, 0.4).noise(model, KEY)(jnp.arange(4000))) / 0.4
+    noise = np.asarray(Rule.of(1.0, None, 0.4).noise(model, KEY)(jnp.arange(4000))) / 0.4
     # Sums of 24,000 standard normals and of their squares, and of 20,000 products: five standard deviations.
     assert abs(noise.sum()) < 5 * np.sqrt(noise.size)
     assert abs(np.square(noise).sum() - noise.size) < 5 * np.sqrt(2 * noise.size)
