@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from models import wikipedia
 from models.cli import run
 from paper_figures.behaviour.correlations import described, relate
 from paper_figures.behaviour.measure import (
@@ -23,11 +22,12 @@ from paper_figures.behaviour.measure import (
     PAST_SHARE,
     READINGS,
     Passage,
+    documents,
     measure_passage,
     passages,
 )
 from prob_transformer._validation import require_count
-from prob_transformer.files import provenance, read_user_text, write_json
+from prob_transformer.files import provenance, write_json
 from prob_transformer.pretrained.load import load_pretrained
 from prob_transformer.tables import text_table
 
@@ -51,13 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, (default, _, meaning) in _COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)")
     return parser
-
-
-def _documents(text: Path | None) -> list[str]:
-    whole = wikipedia.prepare().read_text(encoding="utf-8") if text is None else read_user_text("--text", text)
-    documents = whole.split(wikipedia.DOCUMENT_SEPARATOR)
-    # The validation articles of models.corpus.
-    return documents[4::10] if text is None else documents
 
 
 def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -93,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         require_count(f"--{name}", getattr(arguments, name), smallest, meaning)
     if not 0 < arguments.noise < np.inf:
         raise ValueError(f"--noise: got {arguments.noise}; pass a number above 0.")
-    texts = _documents(arguments.text)
+    texts = documents(arguments.text)
     model = load_pretrained(arguments.model)
     if arguments.tokens > model.decoder.context:
         raise ValueError(f"--tokens: got {arguments.tokens}; the model's context is {model.decoder.context}.")

@@ -17,6 +17,7 @@ times it is a term of log|det J_i| with the position included (prob_transformer/
 
 from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from models import wikipedia
 from prob_transformer import Attention, layer_margins
+from prob_transformer.files import read_user_text
 from prob_transformer.pretrained.decoder import Decoder, attention_logits
 
 READINGS = ("strict", "inclusive")
@@ -125,6 +128,14 @@ def layer_figures(layer: Attention, inputs: Float[Array, "n d"]) -> dict[str, Fl
         margins = layer_margins(layer, inputs, self_inclusive=reading == "inclusive")
         found |= {f"{reading} sign": np.asarray(margins.sign), f"{reading} log_det": np.asarray(margins.log_det)}
     return found
+
+
+def documents(text: Path | None) -> list[str]:
+    """The validation articles of the Wikipedia sample, or the documents in a UTF-8 file, which form feeds separate."""
+    whole = wikipedia.prepare().read_text(encoding="utf-8") if text is None else read_user_text("--text", text)
+    found = whole.split(wikipedia.DOCUMENT_SEPARATOR)
+    # The validation articles of models.corpus.
+    return found[4::10] if text is None else found
 
 
 def passages(
