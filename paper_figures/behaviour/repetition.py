@@ -198,6 +198,10 @@ def main(argv: list[str] | None = None) -> None:
     if whole > model.decoder.context:
         raise ValueError(f"--length: prompt and text have {whole} tokens; the context is {model.decoder.context}.")
     encoded = [np.asarray(model.tokenizer.encode(text, add_special_tokens=False).ids, np.int32) for text in texts]
+    configuration = {name: getattr(arguments, name) for name in ("model", "temperature", *_COUNTS)}
+    source = "validation articles of the Wikipedia sample" if arguments.text is None else arguments.text.name
+    # Taken before the work, so that a commit made meanwhile is not taken for the one that ran.
+    origin = provenance(arguments.seed, configuration | {"text": source})
     begin = time.monotonic()
     real = np.stack(list(passages(encoded, whole, arguments.texts)))
     prompts, options = real[:, : arguments.prompt], (arguments.length,)
@@ -226,15 +230,13 @@ def main(argv: list[str] | None = None) -> None:
                 figure: concordance(found, figure, arguments.resamples, arguments.seed) for figure in FIGURES
             }
             kinds[kind]["onsets"] = [text.onset for text in found]
-    configuration = {name: getattr(arguments, name) for name in ("model", "temperature", *_COUNTS)}
-    source = "validation articles of the Wikipedia sample" if arguments.text is None else arguments.text.name
     record = {
         "kinds": kinds,
         "run": RUN,
         "before": BEFORE,
         "seconds": time.monotonic() - begin,
         "model_sha256": model.sha256,
-        "provenance": provenance(arguments.seed, configuration | {"text": source}),
+        "provenance": origin,
     }
     write_json(arguments.out, record)
     headings = ("text", "figure", "with surprise", "given the position", "concordance before a repetition")
