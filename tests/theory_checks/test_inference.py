@@ -71,17 +71,17 @@ def test_draws_are_compared_in_the_order_of_the_parameters_of_laplace():
 
 def test_a_gaussian_is_no_distance_from_itself_and_a_shifted_one_is():
     draws = np.random.default_rng(0).normal(2.0, 3.0, size=(2, 20000))
-    same = laplace_against_nuts._row("model", "x", (2.0, 3.0), draws)
+    same = laplace_against_nuts.marginal("model", "x", (2.0, 3.0), draws)
     assert same["mean_difference"] < 0.03
     assert same["sd_difference"] < 0.03
     assert same["distance"] < 0.02
     assert laplace_against_nuts._beyond([same]) == []
-    shifted = laplace_against_nuts._row("model", "x", (2.6, 3.0), draws)
+    shifted = laplace_against_nuts.marginal("model", "x", (2.6, 3.0), draws)
     np.testing.assert_allclose(shifted["mean_difference"], 0.2, atol=0.03)
     # sup |Phi(x) - Phi(x - 0.2)| = 2 Phi(0.1) - 1
     np.testing.assert_allclose(shifted["distance"], 0.0797, atol=0.02)
     assert "model, x (skewness" in laplace_against_nuts._beyond([shifted])[0]
-    narrow = laplace_against_nuts._row("model", "x", (2.0, 2.4), draws)
+    narrow = laplace_against_nuts.marginal("model", "x", (2.0, 2.4), draws)
     np.testing.assert_allclose(narrow["sd_difference"], 0.2, atol=0.03)
     assert len(laplace_against_nuts._beyond([narrow])) == 1
 

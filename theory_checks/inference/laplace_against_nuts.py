@@ -28,9 +28,10 @@ MEAN_BOUND, SD_BOUND = 0.1, 0.15
 _BINS = 40
 
 
-def _row(
+def marginal(
     name: str, coordinate: str, gaussian: tuple[float, float], draws: Float[np.ndarray, "chain draw"]
 ) -> dict[str, Any]:
+    """A row of one coordinate: a Gaussian's (mean, sd) next to the draws of NUTS, their histogram and their shape."""
     mean, sd = gaussian
     flat = draws.ravel()
     true_mean, true_sd = float(flat.mean()), float(flat.std(ddof=1))
@@ -77,7 +78,7 @@ def compare(problem: Problem, sizes: Sizes) -> list[dict[str, Any]]:
         for index in np.ndindex(np.shape(approximation.mean[name]))
     ]
     return [
-        _row(problem.name, name, (float(centre[k]), float(spread[k])), draws[..., k])
+        marginal(problem.name, name, (float(centre[k]), float(spread[k])), draws[..., k])
         | {"status": found.status.name.lower()}
         for k, name in enumerate(names)
     ]
