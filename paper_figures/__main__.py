@@ -27,6 +27,7 @@ from paper_figures.figures import (
     support_passage,
     trade_off,
     training_margins,
+    transformer_posterior,
 )
 from paper_figures.saved_results import load_checks, load_record
 from paper_figures.study.runs import load_runs
@@ -46,10 +47,13 @@ FIGURES: dict[str, tuple[str, Callable[..., Figure], str | None]] = {
     "central_path": (claim_pictures.CENTRAL_PATH_CAPTION, claim_pictures.draw_central_path, "checks"),
     "laplace_nuts": (posterior_checks.LAPLACE_NUTS_CAPTION, posterior_checks.draw_laplace_nuts, "inference"),
     "calibration_ranks": (posterior_checks.CALIBRATION_CAPTION, posterior_checks.draw_calibration, "inference"),
+    "transformer_posterior": (transformer_posterior.CAPTION, transformer_posterior.draw, "transformer"),
     "scaling": (scaling.CAPTION, scaling.draw, "benchmark"),
 }
 _ROOT = Path(__file__).resolve().parent.parent
-INFERENCE, BENCHMARK = _ROOT / "results" / "reference" / "inference.json", _ROOT / "benchmarks" / "results" / "cpu.json"
+_REFERENCE = _ROOT / "results" / "reference"
+INFERENCE, TRANSFORMER = _REFERENCE / "inference.json", _REFERENCE / "transformer_posterior.json"
+BENCHMARK = _ROOT / "benchmarks" / "results" / "cpu.json"
 
 
 def load_sections(path: Path, option: str, command: str) -> dict[str, Any]:
@@ -62,6 +66,9 @@ _LOADERS: dict[str, Callable[[Path], Any]] = {
     "runs": cache(load_runs),
     "checks": cache(load_checks),
     "inference": cache(partial(load_sections, option="--inference", command="theory_checks.inference")),
+    "transformer": cache(
+        partial(load_sections, option="--transformer", command="theory_checks.inference.transformer_posterior")
+    ),
     "benchmark": cache(partial(load_sections, option="--benchmark", command="benchmarks")),
 }
 
@@ -80,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         ("--runs", Path("results/runs/quick"), "sweep (default: %(default)s)"),
         ("--checks", Path("results/theory_checks.json"), "result of theory_checks (default: %(default)s)"),
         ("--inference", INFERENCE, "result of theory_checks.inference"),
+        ("--transformer", TRANSFORMER, "result of theory_checks.inference.transformer_posterior"),
         ("--benchmark", BENCHMARK, "result of benchmarks"),
         ("--out", Path("results/figures"), "folder (default: %(default)s)"),
     ):

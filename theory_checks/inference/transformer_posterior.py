@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
-from scipy.stats import skew
+from scipy.stats import ks_2samp, kurtosis, skew
 
 from benchmarks.result_file import ROOT, command_line, measure
 from benchmarks.result_tables import Column, Section, at_most, chosen, load_published, markdown
@@ -28,6 +28,7 @@ from prob_transformer.inference.laplace.result import LaplaceResult
 from prob_transformer.inference.map import MapResult
 from prob_transformer.inference.nuts_sampler import LARGEST_R_HAT, NutsResult
 from prob_transformer.transformer import Transformer
+from prob_transformer.transformer.weight_sites import PREFIX
 from theory_checks.inference.laplace_against_nuts import marginal
 from theory_checks.inference.small_transformer import (
     KNOWN,
@@ -99,39 +100,60 @@ def fitted(sizes: Sizes) -> Fitted:
     return Fitted(one, modes, fit, gaussian, sampled(one, sizes, sizes.warmup, sizes.draws))
 
 
-def _against(method: str, quantity: str, mean: Any, sd: Any, draws: Float[np.ndarray, "c d k"]) -> dict[str, Any]:
-    """A method's means and standard deviations of the entries of a quantity next to those of the draws of NUTS."""
-    true_mean, true_sd = draws.mean((0, 1)), draws.std((0, 1), ddof=1)
-    apart = np.abs(np.asarray(mean) - true_mean) / true_sd
-    row = {"quantity": quantity, "method": method, "mean_median": np.median(apart), "mean_largest": apart.max()}
-    if sd is not None:
-        ratio = np.asarray(sd) / true_sd
-        row |= {"sd_median": np.median(ratio), "sd_low": ratio.min(), "sd_high": ratio.max()}
-    return {name: value if isinstance(value, str) else float(value) for name, value in row.items()}
+def _spread(name: str, entries: Float[np.ndarray, " k"]) -> dict[str, float]:
+    return {f"{name}_median": float(np.median(entries)), f"{name}_largest": float(entries.max())}
 
 
-def _of_nuts(quantity: str, draws: Float[np.ndarray, "c d k"]) -> dict[str, Any]:
-    skewness = np.abs(skew(draws.reshape(-1, draws.shape[-1])))
+def _of_nuts(draws: Float[np.ndarray, "c d k"]) -> dict[str, Any]:
+    flat = draws.reshape(-1, draws.shape[-1])
     return {
-        "quantity": quantity,
         "method": "NUTS",
         "entries": draws.shape[-1],
         "r_hat": float(np.max(split_gelman_rubin(draws))),
         "ess": float(np.min(effective_sample_size(draws))),
-        "sd": float(draws.std((0, 1), ddof=1).mean()),
-        "skew_median": float(np.median(skewness)),
-        "skew_largest": float(skewness.max()),
+        "sd": float(flat.std(0, ddof=1).mean()),
+        **_spread("skewness", np.abs(skew(flat))),
+        **_spread("kurtosis", kurtosis(flat)),
     }
 
 
-def _marginals(quantity: str, gaussian: tuple[Array, Array], draws: Float[np.ndarray, "c d k"]) -> list[dict[str, Any]]:
-    """The entries of median and of largest skewness, the linearised Gaussian next to the draws."""
-    order = np.argsort(np.abs(skew(draws.reshape(-1, draws.shape[-1]))))
-    picked = {"median skewness": order[len(order) // 2], "largest skewness": order[-1]}
-    return [
-        marginal(quantity, name, (float(gaussian[0][k]), float(gaussian[1][k])), draws[..., k])
-        for name, k in picked.items()
+def _against(
+    method: str, mean: Any, sd: Any, draws: Float[np.ndarray, "c d k"], distances: Float[np.ndarray, " k"]
+) -> dict[str, Any]:
+    """A method's means and standard deviations of the entries of a quantity next to those of the draws of NUTS."""
+    true_mean, true_sd = draws.mean((0, 1)), draws.std((0, 1), ddof=1)
+    ratio = np.asarray(sd) / true_sd
+    return {
+        "method": method,
+        **_spread("apart", np.abs(np.asarray(mean) - true_mean) / true_sd),
+        "ratio_smallest": float(ratio.min()),
+        **_spread("ratio", ratio),
+        **_spread("distance", distances),
+    }
+
+
+def compared(
+    draws: Float[np.ndarray, "c d k"], gaussian: Float[np.ndarray, "D k"], linear: tuple[Any, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row a method for one quantity, and the marginals of two entries, at median and largest distance.
+
+    `linear` are means and standard deviations (k,) of the linearised Gaussian, whose distances these are. MAP has no
+    standard deviation; its mean is that of the linearised Gaussian.
+    """
+    entries = range(draws.shape[-1])
+    marginals = [marginal("", "", (float(linear[0][k]), float(linear[1][k])), draws[..., k]) for k in entries]
+    distances = np.array([row["distance"] for row in marginals])
+    of_sampled = np.array([ks_2samp(draws[..., k].ravel(), gaussian[:, k]).statistic for k in entries])
+    order, kept = np.argsort(distances), []
+    for label, k in (("median distance", order[len(order) // 2]), ("largest distance", order[-1])):
+        counts, _ = np.histogram(gaussian[:, k], marginals[k]["histogram"]["edges"])
+        kept.append(marginals[k] | {"coordinate": label, "sampled": (counts / len(gaussian)).tolist()})
+    rows = [
+        _of_nuts(draws),
+        _against("Laplace, sampled", gaussian.mean(0), gaussian.std(0, ddof=1), draws, of_sampled),
+        _against("Laplace, linearised; MAP its mean", *linear, draws, distances),
     ]
+    return rows, kept
 
 
 def run_functionals(sizes: Sizes) -> dict[str, Any]:
@@ -142,18 +164,15 @@ def run_functionals(sizes: Sizes) -> dict[str, Any]:
     rows, targets, marginals = [], [], []
     linear = linearised(fit, one, texts)
     for name, draws in functionals_of(chains, one, texts).items():
-        found = _of_nuts(name, draws)
-        targets.append(at_most(f"NUTS, {name}: largest R-hat", found["r_hat"], LARGEST_R_HAT))
-        marginals += _marginals(name, linear[name], draws)
-        rows += [
-            found,
-            _against("Laplace, sampled", name, of_gaussian[name].mean(0), of_gaussian[name].std(0), draws),
-            _against("Laplace, linearised", name, *linear[name], draws),
-            _against("MAP", name, linear[name][0], None, draws),
-        ]
+        found, entries = compared(draws, np.asarray(of_gaussian[name]), linear[name])
+        targets.append(at_most(f"NUTS, {name}: largest R-hat", found[0]["r_hat"], LARGEST_R_HAT))
+        rows += [{"quantity": name, **row} for row in found]
+        marginals += [row | {"model": name} for row in entries]
     stats, most = chains.sample_stats, 2**sizes.max_tree_depth - 1
     weights = max(float(np.max(r_hat)) for r_hat in chains.r_hat.values())
     ends = ", ".join(f"{mode.objective:.2f} ({mode.status.name.lower()})" for mode in modes)
+    layers = range(one.given["config"].layers)
+    queries = ", ".join(f"{np.abs(fit.mean[f'{PREFIX}/blocks[{layer}].query']).max():.1e}" for layer in layers)
     return {
         "setting": (
             f"{fit.precision.size} free weights; {sizes.sequences} texts of {one.texts.shape[1]} tokens; "
@@ -169,6 +188,7 @@ def run_functionals(sizes: Sizes) -> dict[str, Any]:
             f"{(stats['num_steps'] >= most).mean():.0%} of the draws took all the steps allowed.",
             f"Negative log joint at the ends of {sizes.starts} searches for the mode, in nats: {ends}. Its mean over "
             f"the draws of NUTS: {stats['potential_energy'].mean():.2f}.",
+            f"Largest entry of W_Q, without its sign, at the lowest mode, by layer: {queries}.",
         ],
     }
 
@@ -247,9 +267,11 @@ def smallest_variance(transformer: Transformer, texts: Int[Array, "N m"]) -> Flo
 FUNCTIONALS = Section(
     "functionals",
     "Logits and det J on held-out texts",
-    "NUTS is the reference. Its skewness is that of an entry, without the sign, and 0 for a Gaussian. The means of the "
-    "other methods differ from its means by so many posterior standard deviations, and their standard deviations are "
-    "divided by those of NUTS, each the median and the extremes over the entries. MAP gives no standard deviation.",
+    "NUTS is the reference. Its skewness, without the sign, and its excess kurtosis are 0 for a Gaussian. The means of "
+    "the other methods differ from its means by so many of its standard deviations, and their standard deviations are "
+    "divided by its own. The distance is the largest between a marginal distribution function and that of NUTS. Each "
+    "is taken over the entries of the quantity. Sampled: the quantity at draws of Laplace's Gaussian of the weights. "
+    "Linearised: the quantity made linear in the weights at the mode; its mean is the value at MAP.",
     (
         Column("quantity", "quantity", "text"),
         Column("method", "method", "text"),
@@ -257,13 +279,17 @@ FUNCTIONALS = Section(
         Column("r_hat", "largest R-hat", "number"),
         Column("ess", "smallest effective sample size", "number"),
         Column("sd", "mean sd", "number"),
-        Column("skew_median", "skewness, median", "number"),
-        Column("skew_largest", "skewness, largest", "number"),
-        Column("mean_median", "means apart in sd, median", "number"),
-        Column("mean_largest", "means apart, largest", "number"),
-        Column("sd_median", "sd over that of NUTS, median", "number"),
-        Column("sd_low", "smallest", "number"),
-        Column("sd_high", "largest", "number"),
+        Column("skewness_median", "skewness, median", "number"),
+        Column("skewness_largest", "skewness, largest", "number"),
+        Column("kurtosis_median", "excess kurtosis, median", "number"),
+        Column("kurtosis_largest", "excess kurtosis, largest", "number"),
+        Column("apart_median", "means apart in sd, median", "number"),
+        Column("apart_largest", "means apart, largest", "number"),
+        Column("ratio_smallest", "sd over that of NUTS, smallest", "error"),
+        Column("ratio_median", "sd ratio, median", "number"),
+        Column("ratio_largest", "sd ratio, largest", "number"),
+        Column("distance_median", "distance, median", "number"),
+        Column("distance_largest", "distance, largest", "number"),
     ),
     run_functionals,
 )
