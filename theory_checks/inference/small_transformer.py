@@ -51,14 +51,14 @@ class Sizes(NamedTuple):
     starts: int = 4
     warmup: int = 400
     draws: int = 1000
-    free_warmup: int = 300
-    free_draws: int = 300
+    free_warmup: int = 200
+    free_draws: int = 200
     chains: int = 4
     max_tree_depth: int = 6
     target_accept: float = 0.9
     laplace_draws: int = 4000
     importance_draws: int = 20_000
-    free_steps: int = 3000
+    free_steps: int = 1000
 
 
 QUICK = Sizes(

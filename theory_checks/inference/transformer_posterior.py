@@ -31,6 +31,7 @@ from prob_transformer.transformer import Transformer
 from prob_transformer.transformer.weight_sites import PREFIX
 from theory_checks.inference.laplace_against_nuts import marginal
 from theory_checks.inference.small_transformer import (
+    CONFIG,
     KNOWN,
     NARROW,
     QUICK,
@@ -221,30 +222,36 @@ def run_predictive(sizes: Sizes) -> dict[str, Any]:
     return {"setting": f"{sizes.held_out} held-out texts", "rows": rows, "targets": [], "notes": []}
 
 
+def _of_width(known: str, one: Task, modes: list[MapResult], chains: NutsResult, compared: int) -> dict[str, Any]:
+    found = functionals_of(chains, one, one.held_out[:compared, :-1])
+    return {
+        "width": one.given["config"].width,
+        "known": known,
+        "weights": sum(np.size(value) for value in modes[0].parameters.values()),
+        "converged": f"{sum(mode.converged for mode in modes)} of {len(modes)}",
+        "gradient": float(min(mode.gradient_norm for mode in modes)),
+        "variance": float(smallest_variance(one.transformer(modes[0].parameters), one.texts)),
+        "step_size": float(np.median(chains.sample_stats["step_size"][:, -1])),
+        "divergences": int(chains.sample_stats["diverging"].sum()),
+        **{name: float(np.max(split_gelman_rubin(draws))) for name, draws in found.items()},
+    }
+
+
 def run_free(sizes: Sizes) -> dict[str, Any]:
-    """Searches and chains of one small model with every weight free, and with embeddings and norms known."""
-    known = task(sizes.seed, sizes.sequences, sizes.held_out, NARROW)
+    """Searches and chains with every weight free, and with embeddings and norms known, at two widths."""
     rows = []
-    for name, one in (
-        ("every weight free", known.with_free(list(known.truth))),
-        (f"known: {', '.join(KNOWN)}", known),
-    ):  # fmt: skip
-        modes = searched(one, sizes, sizes.free_steps)
-        chains = sampled(one, sizes, sizes.free_warmup, sizes.free_draws)
-        found = functionals_of(chains, one, one.held_out[: sizes.compared, :-1])
-        rows.append({
-            "model": name,
-            "weights": sum(np.size(value) for value in modes[0].parameters.values()),
-            "converged": f"{sum(mode.converged for mode in modes)} of {len(modes)}",
-            "gradient": float(min(mode.gradient_norm for mode in modes)),
-            "variance": float(smallest_variance(one.transformer(modes[0].parameters), one.texts)),
-            "divergences": int(chains.sample_stats["diverging"].sum()),
-            **{name: float(np.max(split_gelman_rubin(draws))) for name, draws in found.items()},
-        })  # fmt: skip
+    for config, is_free in ((NARROW, True), (NARROW, False), (CONFIG, True)):
+        one = task(sizes.seed, sizes.sequences, sizes.held_out, config)
+        one = one.with_free(list(one.truth)) if is_free else one
+        modes, chains = searched(one, sizes, sizes.free_steps), sampled(one, sizes, sizes.free_warmup, sizes.free_draws)
+        rows.append(_of_width("none" if is_free else ", ".join(KNOWN), one, modes, chains, sizes.compared))
+    full = fitted(sizes)
+    rows.append(_of_width(", ".join(KNOWN), full.one, full.modes, full.chains, sizes.compared))
     return {
         "setting": (
-            f"width {NARROW.width}, {sizes.starts} searches of at most {sizes.free_steps} steps; NUTS: {sizes.chains} "
-            f"chains of {sizes.free_draws} draws after {sizes.free_warmup} of warm-up"
+            f"{sizes.starts} searches of at most {sizes.free_steps} steps; NUTS: {sizes.chains} chains of "
+            f"{sizes.free_draws} draws after {sizes.free_warmup} of warm-up; the last row is the model of the first "
+            "table, with its searches and chains"
         ),
         "rows": rows,
         "targets": [],
@@ -308,16 +315,18 @@ PREDICTIVE = Section(
 )
 FREE = Section(
     "free",
-    "With every weight free",
+    "With every weight free, and at another width",
     "The smallest variance is that over coordinates of what a norm reads in the texts, where the search of the lowest "
     "potential ended; the norm adds 1e-5 to it.",
     (
-        Column("model", "model", "text"),
+        Column("width", "width", "count"),
+        Column("known", "known", "text"),
         Column("weights", "free weights", "count"),
         Column("converged", "searches that converged", "text"),
         Column("gradient", "smallest gradient norm", "error"),
         Column("variance", "smallest variance", "error"),
-        Column("divergences", "NUTS, divergences", "count"),
+        Column("step_size", "step size of NUTS", "error"),
+        Column("divergences", "divergences", "count"),
         *(Column(name, f"R-hat, {name}", "number") for name in ("attention logits", "output logits", "det J")),
     ),
     run_free,
