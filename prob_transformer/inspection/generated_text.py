@@ -48,7 +48,7 @@ def require_options(options: argparse.Namespace) -> None:
     if options.seed < 0:
         raise ValueError(f"--seed: got {options.seed}; pass an integer of at least 0.")
     if options.figure is not None:
-        require("checkout", "matplotlib")
+        require("inspect", "matplotlib")
 
 
 def in_names_of_options(error: ValueError, others: Mapping[str, str]) -> ValueError:

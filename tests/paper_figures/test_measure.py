@@ -134,7 +134,7 @@ def test_one_window_has_no_standard_error(monkeypatch, tmp_path):
         assert row["standard_error"] is None
         assert row["increase_standard_error"] is None
         np.testing.assert_allclose(row["increase"], row["level"])
-    assert score(np.array([[[0.9, 0.1]]]), np.zeros((1, 1), int))["standard_error"] is None
+    assert score(np.array([[[0.9, 0.1]]]), np.zeros((1, 1), int), losses)["standard_error"] is None
     clean = evaluation.clean_summary(losses, TINY)
     assert json.dumps(clean, allow_nan=False) == '{"nats_per_character": 2.5, "standard_error": null, "characters": 8}'
     console = Console(file=io.StringIO(), width=300)
