@@ -163,3 +163,16 @@ def test_called_twice_alone_it_is_traced_once_and_in_a_compiled_function_it_adds
     lowered = jax.jit(function).lower(attention, embeddings).as_text()
     main = lowered.partition("func.func public @main")[2].partition("func.func private")[0]
     assert "stablehlo.dot_general" in main
+
+
+@pytest.mark.parametrize("function", [residual_and_log_det, attention_mean, jacobian_block])
+def test_arguments_have_names_and_half_precision_is_rounded_once(function):
+    """bfloat16 gives the float64 result of the same inputs to the rounding of bfloat16, 2^-8, and no more."""
+    query, key, _, embeddings = draw(3, (1, 2, 3, 9, False))
+    half = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, embeddings)]
+    wide = [np.asarray(array, np.float64) for array in half]
+    found = function(attention=Attention(*half[:2]), embeddings=half[2])
+    expected = function(Attention(*wide[:2]), wide[2])
+    for array, truth in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert array.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(array, np.float64), truth, rtol=1.01 * 2**-8, atol=1e-5)
