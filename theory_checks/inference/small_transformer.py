@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,15 +96,17 @@ class Task(NamedTuple):
         return self._replace(model=model, known=known)
 
 
+@eqx.filter_jit
+def _drawn_text(transformer: Transformer, key: PRNGKeyArray, first: Int[Array, " 1"]) -> Int[Array, " m"]:
+    return jnp.concatenate([first, TokenProcess(transformer, first, transformer.context).sample(key)])
+
+
 def drawn_texts(transformer: Transformer, key: PRNGKeyArray, count: int) -> Int[Array, "count m"]:
     """Texts of context + 1 tokens from the law of the transformer, the first token uniform."""
     first_key, key = jax.random.split(key)
     first = jax.random.randint(first_key, (count, 1), 0, transformer.head.shape[0])
-
-    def text(key: PRNGKeyArray, first: Int[Array, " 1"]) -> Int[Array, " m"]:
-        return jnp.concatenate([first, TokenProcess(transformer, first, transformer.context).sample(key)])
-
-    return jax.jit(jax.vmap(text))(jax.random.split(key, count), first)
+    # One at a time, so that any number of them takes one compilation.
+    return jnp.stack([_drawn_text(transformer, *of) for of in zip(jax.random.split(key, count), first, strict=True)])
 
 
 def task(seed: int, sequences: int, held_out: int, config: TransformerConfig = CONFIG) -> Task:
