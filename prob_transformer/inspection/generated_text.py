@@ -104,7 +104,9 @@ def summary(found: Found, unit: str) -> str:
 
 def _plain(values: np.ndarray) -> Any:
     """Nested lists, null for log|det J| where det J = 0: JSON has no infinity."""
-    return np.where(np.isneginf(values), None, values).tolist()
+    plain = values.astype(object)
+    plain[np.isneginf(values)] = None
+    return plain.tolist()
 
 
 def write_files(
