@@ -141,3 +141,15 @@ def test_carriers_are_the_shares_of_the_weighted_variance(shape, dtype, size, of
                 shares[:i] += weights * np.sum((values - weights @ values) ** 2, axis=1)
             shares /= shares.sum()
         np.testing.assert_allclose(found.carriers[rank], shares, atol=1e-13 if dtype is float else 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["determinant", "conditioning"])
+def test_margins_of_half_precision_are_rounded_once(kind):
+    """bfloat16 gives the float64 margin of the same inputs to the rounding of bfloat16, 2^-8, and no more."""
+    query, key, _, embeddings = draw(3, (1, 2, 3, 9, False))
+    half = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, 2 * embeddings)]
+    wide = [np.asarray(array, np.float64) for array in half]
+    found = stability_margin(Attention(*half[:2]), half[2], kind)
+    assert found.dtype == jnp.bfloat16
+    expected = stability_margin(Attention(*wide[:2]), wide[2], kind)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.01 * 2**-8, atol=1e-5)
