@@ -98,3 +98,22 @@ def test_equal_logits_share_the_weight_and_rows_that_nobody_sees_change_nothing(
 def test_a_cap_bounds_the_logits_and_keeps_small_ones():
     np.testing.assert_allclose(capped(jnp.array([-1e9, 0.0, 1e-9, 1e9]), 5.0), [-5, 0, 1e-9, 5], rtol=1e-12)
     assert capped(jnp.array([7.0]), None)[0] == 7
+
+
+@pytest.mark.parametrize("queries", [1, QUERIES])
+def test_leading_axes_are_batches_of_batches(queries):
+    rng = np.random.default_rng(5)
+    q, k = rng.normal(size=(2, 3, 3, queries)), rng.normal(size=(2, 3, 3, LENGTH))
+    visible = inputs()[2][:, :queries]
+    found = softmax_weights(q, k, visible)
+    expected = softmax(np.where(visible, np.swapaxes(k, -1, -2) @ q, -np.inf), axis=-2)
+    np.testing.assert_allclose(found.all, expected, rtol=1e-13)
+    np.testing.assert_array_equal(found.is_largest.sum(-2), 1)
+
+
+@pytest.mark.parametrize("queries", [1, QUERIES])
+def test_a_single_query_is_not_compared_with_its_maximum_and_several_need_no_argmax(queries):
+    """Compiled code may round a single query's logits in two ways, and argmax over several takes one at a time."""
+    q, k, visible = np.ones((2, 3, queries)), np.ones((2, 3, LENGTH)), np.ones((LENGTH, queries), bool)
+    traced = str(jax.make_jaxpr(softmax_weights)(q, k, visible))
+    assert (" argmax[" in traced, " ge " in traced) == (queries == 1, queries > 1)
