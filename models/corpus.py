@@ -50,8 +50,8 @@ class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         missing = None if fold else next((character for character in text if character not in index), None)
         if missing is not None:
             raise ValueError(
-                f"text: contains {missing!r}, which the vocabulary lacks; leave it out, or pass fold=True, which reads "
-                "it as the unknown character."
+                f"text: contains {missing!r}, which the vocabulary lacks; leave it out (in Python, "
+                "fold=True reads it as the unknown character)."
             )
         unknown = index[self.unknown]
         return np.fromiter((index.get(character, unknown) for character in text), np.int32, len(text))

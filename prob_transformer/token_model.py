@@ -63,6 +63,10 @@ def sampled_attention(
 def require_objective(objective: str, barrier_weight: Float[Array, ""] | float) -> None:
     if objective not in ("full", "margin"):
         raise ValueError(f"objective: got {objective!r}; pass 'full' or 'margin'.")
+    require_barrier_weight(barrier_weight)
+
+
+def require_barrier_weight(barrier_weight: Float[Array, ""] | float) -> None:
     require_finite("barrier_weight", barrier_weight)
     if not isinstance(barrier_weight, Tracer) and np.asarray(barrier_weight) < 0:
         raise ValueError(f"barrier_weight: got {barrier_weight}; pass 0 or more.")

@@ -21,7 +21,7 @@ from rich.console import Console
 from models.char_gpt import checkpoint
 from models.char_gpt.posterior_draws import drawn_models
 from models.corpus import Vocabulary
-from prob_transformer.files import provenance
+from prob_transformer.files import file_sha256, provenance
 from prob_transformer.inspection.generated_text import (
     Found,
     add_options,
@@ -62,7 +62,9 @@ def main(options: argparse.Namespace, console: Console) -> None:
         model, config, vocabulary = checkpoint.load_run(options.run)
         models, keys = [model], [key]
         if options.posterior is not None:
-            models, keys = drawn_models(options.posterior, model, config, count), list(jax.random.split(key, count))
+            of_weights = file_sha256(options.run / checkpoint.NAME)
+            models = drawn_models(options.posterior, model, of_weights, count)
+            keys = list(jax.random.split(key, count))
         prompt = jnp.asarray(vocabulary.encode(options.prompt))
         given = {name: getattr(options, name) for name in ("temperature", "top_k", "noise_scale")}
         streams = [

@@ -23,7 +23,7 @@ from models.char_gpt.config import Config
 from models.char_gpt.evaluation import evaluation_windows, standard_error
 from models.char_gpt.linear_maps import trained_network
 from models.char_gpt.train import initial_state
-from prob_transformer.files import provenance
+from prob_transformer.files import file_sha256, provenance
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.laplace.kronecker import Positions
 from prob_transformer.inference.laplace.network import NetworkStructure
@@ -117,7 +117,8 @@ def main(options: argparse.Namespace, console: Console) -> None:
         raise ValueError(f"--out: got {options.out}; pass the path of a netCDF file, ending in .nc.")
     model, config, text = run_with_text(options.run, options.corpus)
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    origin = provenance(options.seed, {**asked, "run_configuration": config.as_dict()})
+    of_weights = file_sha256(options.run / checkpoint.NAME)
+    origin = provenance(options.seed, {**asked, "run_configuration": config.as_dict(), "checkpoint_sha256": of_weights})
     network = trained_network(model, jnp.asarray(training_windows(text, config, options.characters)))
 
     started, key = time.perf_counter(), jax.random.key(options.seed)

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from models.char_gpt.config import Config
 from models.char_gpt.linear_maps import with_matrices
 from prob_transformer.inference.result_tree import load
 from prob_transformer.transformer.network import Transformer
 
 
-def drawn_models(path: Path, model: Transformer, config: Config, draws: int) -> list[Transformer]:
+def drawn_models(path: Path, model: Transformer, checkpoint_sha256: str, draws: int) -> list[Transformer]:
     """The trained model `draws` times, each with its maps at one of the first draws in the file; other weights stay.
 
     The weights are those of the draws themselves, not a linearisation. Raises ValueError naming --posterior for a file
-    that is missing, no result of `laplace`, or of another run, and --draws for more draws than the file holds.
+    that is missing, no result of `laplace`, or of other weights than the checkpoint's, and --draws for more draws than
+    the file holds.
     """
     try:
         tree = load(path)
@@ -23,8 +23,10 @@ def drawn_models(path: Path, model: Transformer, config: Config, draws: int) -> 
         raise ValueError(f"--posterior: {error}") from None
     if "laplace" not in tree.attrs or "posterior" not in tree.children:
         raise ValueError(f"--posterior: {path} is no result of laplace; pass a file that laplace wrote.")
-    if json.loads(tree.attrs["configuration"])["run_configuration"] != config.as_dict():
-        raise ValueError(f"--posterior: {path} is of a run with another configuration; run laplace on this one.")
+    if json.loads(tree.attrs["configuration"]).get("checkpoint_sha256") != checkpoint_sha256:
+        raise ValueError(
+            f"--posterior: {path} is of other weights than the run's, which may have been extended; run laplace on it."
+        )
     # One chain.
     drawn = {str(name): jnp.asarray(values.values[0]) for name, values in tree["posterior"].data_vars.items()}
     available = min(len(values) for values in drawn.values())

@@ -97,8 +97,8 @@ def _shares(texts: Sequence[Text], figure: str) -> Float[np.ndarray, "e c"]:
         own = text.margins[figure][there].mean()
         for column, other in enumerate(texts):
             if other.onset is None or other.onset > text.onset:
-                difference = other.margins[figure][there].mean() - own
-                shares[row, column] = (np.sign(difference) + 1) / 2
+                larger = other.margins[figure][there].mean()
+                shares[row, column] = (larger > own) + (larger == own) / 2
     return shares
 
 

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from prob_transformer._extras import require
+from prob_transformer._validation import require_seed
 from prob_transformer.attention import Attention
 from prob_transformer.files import atomic_path, write_json
 from prob_transformer.kernels.block_triangular import margins_of_columns, query_basis
@@ -45,9 +46,10 @@ def add_options(parser: argparse.ArgumentParser, unit: str, length: int) -> None
 
 def require_options(options: argparse.Namespace) -> None:
     """Raises ValueError, or MissingExtraError, for what can be refused before a model is read."""
-    if options.seed < 0:
-        raise ValueError(f"--seed: got {options.seed}; pass an integer of at least 0.")
+    require_seed("--seed", options.seed, "the draws")
     if options.figure is not None:
+        if options.figure == options.json:
+            raise ValueError(f"--figure: got {options.figure}, the file of --json; pass another one.")
         require("inspect", "matplotlib")
 
 
@@ -92,12 +94,12 @@ def margins_of_text(
 
 def summary(found: Found, unit: str) -> str:
     """One sentence on the likelihood of the text and one on its margins."""
-    determinant = found["sign"] * np.exp(found["log_det"])
-    layer, head, position = np.unravel_index(np.abs(determinant).argmin(), determinant.shape)
+    log_det = np.asarray(found["log_det"], np.float64)
+    layer, head, position = np.unravel_index(log_det.argmin(), log_det.shape)
     return (
         f"{len(found['tokens'])} {unit}s, on average {-found['log_probs'].mean():.3f} nats each under the model. "
-        f"det J <= 0 at {(determinant <= 0).mean():.2%} of the places; the smallest |det J| is "
-        f"{abs(determinant[layer, head, position]):.3g}, in layer {layer}, head {head}, at {unit} {position}; the "
+        f"det J <= 0 at {(found['sign'] <= 0).mean():.2%} of the places; the smallest |det J| is "
+        f"{np.exp(log_det[layer, head, position]):.3g}, in layer {layer}, head {head}, at {unit} {position}; the "
         f"smallest sigma_min(J) is {found['conditioning'].min():.3g}."
     )
 

@@ -93,6 +93,8 @@ class Rule(eqx.Module):
         """One token."""
         if self.temperature is None:
             return jnp.argmax(logits).astype(jnp.int32)
+        # Draws compare the logits with noise of their type: half precision has too few values for that.
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         # Relative to the largest first, whose quotient by a tiny temperature would not be finite.
         logits = (logits - logits.max()) / self.temperature.astype(logits.dtype)
         if self.top_k is None:

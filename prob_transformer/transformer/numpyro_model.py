@@ -30,7 +30,7 @@ from numpyro import handlers
 from prob_transformer.attention import Attention
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.kernels.barrier import BarrierPenalty
-from prob_transformer.token_model import is_zero, require_tokens, require_vocabulary
+from prob_transformer.token_model import is_zero, require_barrier_weight, require_tokens, require_vocabulary
 from prob_transformer.training_barrier import Form, Values, barrier_penalty
 from prob_transformer.transformer.network import Attended, Remat, Transformer, TransformerConfig
 from prob_transformer.transformer.token_process import TokenProcess
@@ -54,6 +54,8 @@ def layers_at(
     if site not in get_args(Site):
         raise ValueError(f"site: got {site!r}; pass one of {', '.join(get_args(Site))}.")
     if site == "embedding":
+        if transformer.prior_stage is None:
+            raise ValueError("site: got 'embedding', but a tied process has no stage of its own; pass 'layers'.")
         return [(transformer.prior_stage, embeddings)]
     return list(zip([block.attention(values) for block in transformer.blocks], attended.inputs, strict=True))
 
@@ -89,7 +91,9 @@ def decoded(
     return jax.vmap(lambda u: transformer.decode(u, remat), out_axes=(0, 1))(embeddings)
 
 
-def _require(latents: str, attention: str, tokens: Array | None, prompt: Array | None, length: int | None) -> None:
+def _require(
+    latents: str, attention: str, tokens: Array | None, prompt: Array | None, length: int | None, context: int
+) -> None:
     for name, given, kinds in (("latents", latents, Latents), ("attention", attention, ProcessAttention)):
         if given not in get_args(kinds):
             raise ValueError(f"{name}: got {given!r}; pass one of {', '.join(get_args(kinds))}.")
@@ -102,6 +106,8 @@ def _require(latents: str, attention: str, tokens: Array | None, prompt: Array |
         raise ValueError("prompt: got None without tokens; pass the tokens that the text begins with, at least one.")
     if tokens is None and latents == "process" and prompt is not None:
         raise ValueError("prompt: given with latents from the process, which emit every token; pass a length alone.")
+    if latents == "process" and length is not None and length > context:
+        raise ValueError(f"length: got {length}; pass at most the context, {context}.")
     if tokens is None and length is None:
         raise ValueError("length: got None without tokens; pass the number of tokens to draw.")
 
@@ -154,7 +160,8 @@ def transformer_model(
     deterministic sites "barrier_mean", ... Raises ValueError for arguments that do not fit.
     Source: the module docstring; theory sections 2, 5 and 11.
     """
-    _require(latents, attention, tokens, prompt, length)
+    _require(latents, attention, tokens, prompt, length, config.context)
+    require_barrier_weight(barrier_weight)
     if total_tokens is not None and (tokens is None or subsample_size is not None):
         raise ValueError(
             "total_tokens: given without tokens or with subsample_size; pass it where `tokens` is a minibatch already."

@@ -70,14 +70,26 @@ def template(config: TransformerConfig, dtype: DTypeLike = float) -> Transformer
 def with_weights(weights: Mapping[str, Float[Array, "..."]], config: TransformerConfig) -> Transformer:
     """The transformer of these sizes with the weights of a draw, whose other sites are passed over.
 
-    A leading axis that all weights share is that of draws, to be mapped over. Raises ValueError naming missing sites.
+    A leading axis that all weights share is that of draws, to be mapped over. Raises ValueError naming missing sites,
+    sites of a larger transformer, and arrays of other sizes. A draw with latents from the process has no embeddings
+    of tokens and positions, so that it makes no such transformer.
     """
     shapes = _shapes(config)
     sites = [f"{PREFIX}/{name}" for name in _names(shapes)]
+    surplus = sorted(site for site in weights if site.startswith(f"{PREFIX}/") and site not in sites)
+    if surplus:
+        raise ValueError(f"weights: have {', '.join(surplus)}, which this configuration lacks; pass that of the draw.")
     missing = [site for site in sites if site not in weights]
     if missing:
         raise ValueError(f"weights: lack {', '.join(missing)}; pass a draw of transformer_model of this configuration.")
-    return jax.tree.unflatten(jax.tree.structure(shapes), [jnp.asarray(weights[site]) for site in sites])
+    arrays = [jnp.asarray(weights[site]) for site in sites]
+    leading = arrays[0].shape[: max(0, arrays[0].ndim - jax.tree.leaves(shapes)[0].ndim)]
+    for site, array, expected in zip(sites, arrays, jax.tree.leaves(shapes), strict=True):
+        if array.shape != leading + expected.shape:
+            raise ValueError(
+                f"weights: {site} has shape {array.shape}; this configuration has {leading + expected.shape} there."
+            )
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
 def _prior_by_name(priors: Priors, names: list[str]) -> Callable[[str, tuple[int, ...]], dist.Distribution]:

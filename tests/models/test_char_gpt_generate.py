@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import equinox as eqx
 import jax
@@ -13,7 +14,7 @@ import xarray as xr
 from PIL import Image
 
 from models import cli
-from models.char_gpt import commands
+from models.char_gpt import checkpoint, commands
 from models.char_gpt.checkpoint import load_run
 from models.char_gpt.config import Config
 from models.char_gpt.train import train_model
@@ -99,8 +100,16 @@ def test_bad_draws_are_refused_in_one_line(run, posterior, capsys, changed, mess
 def test_draws_of_another_run_are_refused(text, posterior, tmp_path, capsys):
     other = dataclasses.replace(SMALL, seed=1)
     train_model(other, load(text, other.context + 1), tmp_path)
-    with pytest.raises(ValueError, match=r"--posterior: .* is of a run with another configuration"):
+    with pytest.raises(ValueError, match=r"--posterior: .* is of other weights than the run's"):
         commands.main(["generate", "--run", str(tmp_path), "--prompt", "a", "--posterior", str(posterior)])
+
+
+def test_draws_of_a_run_before_it_was_extended_are_refused(run, text, posterior, tmp_path):
+    extended = shutil.copytree(run, tmp_path / "extended")
+    steps = checkpoint.read_header(extended / checkpoint.NAME).step + 1
+    assert commands.main(["resume", "--steps", str(steps), "--corpus", str(text), "--out", str(extended)]) == 0
+    with pytest.raises(ValueError, match=r"--posterior: .* is of other weights than the run's"):
+        commands.main(["generate", "--run", str(extended), "--prompt", "a", "--posterior", str(posterior)])
 
 
 @pytest.mark.parametrize(
@@ -113,6 +122,8 @@ def test_draws_of_another_run_are_refused(text, posterior, tmp_path, capsys):
         ({"--temperature": "-1"}, "--temperature: got -1.0"),
         ({"--noise-scale": "-1"}, "--noise-scale: got -1.0"),
         ({"--seed": "-1"}, "--seed: got -1"),
+        ({"--seed": "4294967296"}, "--seed: got 4294967296; pass an integer below"),
+        ({"--json": "same", "--figure": "same"}, "--figure: got same, the file of --json"),
         ({"--draws": "2"}, "--draws: got 2 without --posterior"),
         ({"--run": "nowhere"}, "--run: no checkpoint at nowhere"),
     ],

@@ -3,13 +3,22 @@
 import importlib
 import sys
 import types
+from itertools import chain, repeat
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from theory_checks.check import Plan, Result, evaluate
-from theory_checks.claims import CHECKS, certified_radius, change_of_variables, kolmogorov, map_equivalence
+from theory_checks.claims import (
+    CHECKS,
+    certified_radius,
+    change_of_variables,
+    kolmogorov,
+    map_equivalence,
+    token_consistency,
+)
 from theory_checks.drawn_cases import SHAPES
 from theory_checks.mistakes import FINE_MISTAKES, MISTAKES, Mistake
 from theory_checks.sabotage import sabotaged
@@ -143,3 +152,14 @@ def test_optimum_notices_a_wrong_barrier_scaling(applied):
     assert map_equivalence.optimum()["relative_difference"] < map_equivalence.OPTIMUM_TOLERANCE
     applied(NAMED["barrier weight times the mean"])
     assert map_equivalence.optimum()["relative_difference"] > map_equivalence.OPTIMUM_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["prefixes", "truth", "mass", "quadrature_error", "cached_extension"])
+def test_token_consistency_does_not_hold_where_a_figure_is_nan(name, monkeypatch):
+    fine = dict.fromkeys(("mass", "prefixes", "splits", "cached_extension", "truth", "quadrature_error"), 0.0)
+    fine |= {"sees_ahead_prefixes": 1.0, "sees_ahead_mass": 0.0}
+    monkeypatch.setattr(token_consistency, "from_table", lambda *_: fine)
+    for first, holds in ((fine, True), (fine | {name: np.nan}, False)):
+        rows = chain([first], repeat(fine))
+        monkeypatch.setattr(token_consistency, "from_process", lambda *_, rows=rows: next(rows))
+        assert bool(token_consistency.run(Plan(quick=False)).holds) == holds

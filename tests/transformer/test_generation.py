@@ -291,3 +291,13 @@ def test_a_bad_chunk_or_text_is_refused_by_name():
         stream(made(), [0], 3, key=KEY, chunk=0)
     with pytest.raises(ValueError, match=r"tokens: contains tokens outside 0\.\.4"):
         next_token_logits(made(), [0, 7])
+
+
+@pytest.mark.parametrize("top_k", [None, 40])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_draws_of_equal_logits_in_half_precision_are_uniform(dtype, top_k):
+    """Half precision has so few values that noise of that type would prefer the first of equal logits."""
+    rule, logits = Rule.checked(1.0, top_k, 0.0, 40), jnp.zeros(40, dtype)
+    keys = jax.random.split(jax.random.key(0), 40_000)
+    counts = np.bincount(jax.jit(jax.vmap(lambda key: rule.draw(key, logits)))(keys), minlength=40)
+    assert ((counts - 1000) ** 2 / 1000).sum() < chi2.isf(FALSE_ALARM, 39)

@@ -1,5 +1,6 @@
 """The NumPyro model of the transformer against the log joint in plain NumPy, and against enumeration of texts."""
 
+import dataclasses
 import itertools
 from functools import partial
 
@@ -216,6 +217,9 @@ def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_the
         ({"total_tokens": 10, "subsample_size": 1}, "total_tokens: given without"),
         ({"prompt": jnp.zeros(1, int)}, "prompt: given with tokens"),
         ({"length": 3}, "length: given with tokens"),
+        ({"barrier_weight": float("nan")}, "barrier_weight: contains NaN"),
+        ({"barrier_weight": -1.0}, "barrier_weight: got -1.0"),
+        ({"latents": "process", "attention": "tied", "barrier_weight": 0.1}, "site: got 'embedding'"),
     ],
 )
 def test_bad_arguments_are_refused(given, message):
@@ -243,6 +247,7 @@ def test_bad_tokens_are_refused(tokens, message):
         ({}, "prompt: got None"),
         ({"prompt": jnp.zeros(1, int)}, "length: got None"),
         ({"latents": "process"}, "length: got None"),
+        ({"latents": "process", "length": 6}, "length: got 6; pass at most the context, 5"),
         ({"latents": "process", "length": 3, "prompt": jnp.zeros(1, int)}, "prompt: given with latents"),
         ({"prompt": jnp.zeros(1, int), "length": 3, "total_tokens": 6}, "total_tokens: given without"),
     ],
@@ -260,6 +265,20 @@ def test_weights_go_to_sites_and_back_and_missing_ones_are_refused():
     del sites["transformer/head"]
     with pytest.raises(ValueError, match="lack transformer/head"):
         with_weights(sites, TINY)
+
+
+def test_weights_of_other_sizes_are_refused():
+    sites = weights_of(Transformer(jax.random.key(0), TINY))
+    for config, message in (
+        (dataclasses.replace(TINY, layers=1), r"weights: have transformer/blocks\[1\]"),
+        (dataclasses.replace(TINY, vocabulary=4), "weights: transformer/token_embedding has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_weights(sites, config)
+    draws = {name: jnp.stack([value, value]) for name, value in sites.items()}
+    assert with_weights(draws, TINY).head.shape == (2, *sites["transformer/head"].shape)
+    with pytest.raises(ValueError, match=r"transformer/head has shape \(3, 2\); this configuration has \(2, 3, 2\)"):
+        with_weights(draws | {"transformer/head": sites["transformer/head"]}, TINY)
 
 
 def strong(key=0):

@@ -245,7 +245,8 @@ def from_process(vocabulary: int, longest: int, seed: int) -> dict[str, float]:
     for length in range(2, longest + 1):
         coarse, fine = (process_law(transformer, length, step) for step in STEPS)
         laws[length] = fine
-        quadrature = max(quadrature, float(np.abs(coarse / fine - 1).max()))
+        # NumPy's largest of numbers is NaN if one of them is, Python's need not be.
+        quadrature = float(np.maximum(quadrature, np.abs(coarse / fine - 1).max()))
     splits = [(kept, length) for length in laws for kept in laws if kept < length]
     prefixes = np.max([marginal_error(np.log(laws[length]), np.log(laws[kept])) for kept, length in splits])
     # Cached extension of drawn embeddings and texts.
@@ -282,20 +283,16 @@ def run(plan: Plan) -> Outcome:
             table = from_table(vocabulary, plan.pick(LENGTH, 4), seed)
             process = from_process(vocabulary, plan.pick(PROCESS_LENGTH, 2), seed)
             rows.append({"vocabulary": vocabulary, "seed": seed, "table": table, "process": process})
-    rounding = max(
-        max(row["table"][name] for name in ("mass", "prefixes", "splits", "cached_extension", "truth"))
-        + row["process"]["cached_extension"]
-        for row in rows
-    )
-    figure = max(
-        max(row["process"][name] for name in ("prefixes", "truth", "mass")) + row["process"]["quadrature_error"]
-        for row in rows
-    )
-    apart = min(np.median([row[of]["sees_ahead_prefixes"] for row in rows]) for of in ("table", "process"))
-    mass = max(row["process"]["sees_ahead_mass"] for row in rows)
+    names = ("mass", "prefixes", "splits", "cached_extension", "truth")
+    of_table = [[row["table"][name] for name in names] for row in rows]
+    rounding = float(np.max(np.max(of_table, 1) + [row["process"]["cached_extension"] for row in rows]))
+    of_process = [[row["process"][name] for name in ("prefixes", "truth", "mass")] for row in rows]
+    figure = float(np.max(np.max(of_process, 1) + [row["process"]["quadrature_error"] for row in rows]))
+    apart = np.min([np.median([row[of]["sees_ahead_prefixes"] for row in rows]) for of in ("table", "process")])
+    mass = np.max([row["process"]["sees_ahead_mass"] for row in rows])
     return Outcome(
         cases=len(rows) * 2,
-        figure=max(figure, rounding),
+        figure=float(np.maximum(figure, rounding)),
         holds=figure <= TOLERANCE and rounding <= ROUNDING,
         counterexample_figure=float(apart),
         counterexample_fails=bool(apart > 100 * TOLERANCE and mass < TOLERANCE),
