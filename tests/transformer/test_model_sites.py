@@ -103,10 +103,10 @@ def test_sequences_have_at_least_two_positions(latents, shortest, message):
 @pytest.mark.parametrize("attention", ["free", "tied"])
 def test_a_text_drawn_from_the_process_has_the_laws_of_its_embeddings_and_tokens(attention):
     """The drawn embeddings have the density with these two scales, and the decoder reads the embeddings in order."""
-    scales = {"noise_scale": 0.3, "first_scale": 1.7}
+    scales = {"noise_scale": 0.2, "first_scale": 0.8}
     sites = sites_of(
         config=UNEQUAL,
-        priors=dist.Normal(jnp.zeros(()), 0.4),
+        priors=dist.Normal(jnp.zeros(()), 0.25),
         latents="process",
         attention=attention,
         length=5,
