@@ -58,7 +58,7 @@ def residual_and_log_det_at(attention: Attention, past: Past, embedding: Float[A
     weights = weights_of_queries(attention, past, queries)
     residual = embedding - jnp.einsum("hs,hsd->d", weights, past.values)
     low_rank = low_rank_at(attention, past, queries, weights)
-    sign, log_det = jnp.linalg.slogdet(jnp.eye(len(low_rank), dtype=low_rank.dtype) - low_rank)
+    sign, log_det = jnp.linalg.slogdet(jnp.eye(low_rank.shape[0], dtype=low_rank.dtype) - low_rank)
     return ResidualAndLogDet(residual, sign, log_det)
 
 
