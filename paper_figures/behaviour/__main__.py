@@ -4,9 +4,7 @@ Without --text, passages come from the validation articles of the Wikipedia samp
 feeds in it separate documents.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,11 +24,12 @@ from paper_figures.behaviour.measure import (
     measure_passage,
     passages,
 )
-from prob_transformer._validation import require_count
+from paper_figures.behaviour.options import configuration, parsed
 from prob_transformer.files import provenance, write_json
 from prob_transformer.pretrained.load import load_pretrained
 from prob_transformer.tables import text_table
 
+_NOISE = ("noise", 0.1, "noise over embedding RMS")
 _COUNTS = {
     "passages": (20, 2, "passages of text, which the intervals are over"),
     "tokens": (128, 16, "tokens a passage"),
@@ -40,17 +39,6 @@ _COUNTS = {
 }
 # What a correlation is given, one after the other; the verdicts are on the first two.
 COLUMNS = ("alone", "given entropy and log position", "and past share")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m paper_figures.behaviour", description="Margins against behaviour.")
-    parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
-    parser.add_argument("--text", type=Path, help="UTF-8 text (default: validation articles of the Wikipedia sample)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--noise", type=float, default=0.1, help="noise over embedding RMS (default: %(default)s)")
-    for name, (default, _, meaning) in _COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)")
-    return parser
 
 
 def relations(found: list[Passage], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -81,11 +69,7 @@ def _shown(found: dict[str, Any] | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
-    for name, (_, smallest, meaning) in _COUNTS.items():
-        require_count(f"--{name}", getattr(arguments, name), smallest, meaning)
-    if not 0 < arguments.noise < np.inf:
-        raise ValueError(f"--noise: got {arguments.noise}; pass a number above 0.")
+    arguments = parsed("python -m paper_figures.behaviour", "Margins against behaviour.", _NOISE, _COUNTS, argv)
     texts = documents(arguments.text)
     model = load_pretrained(arguments.model)
     if arguments.tokens > model.decoder.context:
@@ -101,8 +85,6 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.monotonic() - begin
     rows = relations(found, arguments.resamples, arguments.seed)
     negative = {reading: np.mean([passage.negative[reading] for passage in found], 0) for reading in READINGS}
-    configuration = {name: getattr(arguments, name) for name in ("model", "noise", *_COUNTS)}
-    text = "validation articles of the Wikipedia sample" if arguments.text is None else arguments.text.name
     write_json(
         arguments.out,
         {
@@ -115,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             "negative_share": {reading: share.tolist() for reading, share in negative.items()},
             "seconds": seconds,
             "model_sha256": model.sha256,
-            "provenance": provenance(arguments.seed, configuration | {"text": text}),
+            "provenance": provenance(arguments.seed, configuration(arguments)),
         },
     )
     print("Spearman correlation over tokens, 95 % bootstrap interval over passages")

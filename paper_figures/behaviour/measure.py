@@ -64,7 +64,8 @@ def attention(layer: Attention, inputs: Float[Array, "n d"]) -> Weights:
 
 
 @jax.jit
-def _loss(logits: Float[Array, "n V"], tokens: Int[Array, " n"]) -> Float[Array, " m"]:
+def token_losses(logits: Float[Array, "n V"], tokens: Int[Array, " n"]) -> Float[Array, " m"]:
+    """-log p(x_{i+1} | x_<=i) in nats of every token but the first."""
     logs = jax.nn.log_softmax(logits[:-1], axis=-1)
     return -jnp.take_along_axis(logs, tokens[1:, None], 1)[:, 0]
 
@@ -106,7 +107,7 @@ def measure_passage(
         "entropy": each["entropy"].mean(0),
         PAST_SHARE: each[PAST_SHARE].mean(0),
         "log position": np.log(np.arange(tokens.size)[kept]),
-        "loss": np.asarray(_loss(logits, jnp.asarray(tokens)))[kept],
+        "loss": np.asarray(token_losses(logits, jnp.asarray(tokens)))[kept],
         "change": logit_change(decoder, tokens, logits, noise, draws, key)[kept],
     }
     for reading in READINGS:

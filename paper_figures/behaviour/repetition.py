@@ -21,22 +21,21 @@ token t was predicted from. A text with its onset at t is compared with those th
 Intervals are 95 % by bootstrap over texts.
 """
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from models.cli import run
 from paper_figures.behaviour.correlations import LEVEL, partial_correlation
-from paper_figures.behaviour.measure import documents, passages
+from paper_figures.behaviour.measure import documents, passages, token_losses
+from paper_figures.behaviour.options import configuration, parsed
 from prob_transformer import layer_margins
-from prob_transformer._validation import require_count
 from prob_transformer.files import provenance, write_json
 from prob_transformer.pretrained.decoder import Decoder
 from prob_transformer.pretrained.generation import continue_texts
@@ -46,6 +45,7 @@ from prob_transformer.tables import text_table
 RUN = 8
 BEFORE = 8
 FIGURES = ("lowest", "mean", "positive")
+_TEMPERATURE = ("temperature", 0.7, "of the drawn texts")
 _COUNTS = {
     "texts": (32, 4, "texts that are continued, which the intervals are over"),
     "prompt": (32, 16, "tokens of a prompt"),
@@ -80,8 +80,7 @@ def measure_text(decoder: Decoder, tokens: Int[np.ndarray, " n"], prompt: int) -
     found = [layer_margins(layer, inputs, positions=positions) for layer, inputs in decoder.layers(tokens)]
     log_det = np.concatenate([np.asarray(layer.log_det, np.float64) for layer in found])
     sign = np.concatenate([np.asarray(layer.sign) for layer in found])
-    logs = jax.nn.log_softmax(decoder(tokens)[prompt - 1 : -1], axis=-1)
-    surprise = -np.take_along_axis(np.asarray(logs, np.float64), tokens[prompt:, None], axis=1)[:, 0]
+    surprise = np.asarray(token_losses(decoder(tokens), jnp.asarray(tokens)), np.float64)[prompt - 1 :]
     margins = {"lowest": log_det.min(0), "mean": log_det.mean(0), "positive": (sign > 0).mean(0)}
     onset = onset_of_repetition(tokens, prompt)
     return Text(margins, surprise, None if onset is None else onset - prompt)
@@ -155,19 +154,6 @@ def continued(
     return np.concatenate([prompts, np.stack(drawn, axis=1)], axis=1)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paper_figures.behaviour.repetition", description="Margins before repetition and errors."
-    )
-    parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
-    parser.add_argument("--text", type=Path, help="UTF-8 text (default: validation articles of the Wikipedia sample)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of the drawn texts (default: %(default)s)")
-    for name, (default, _, meaning) in _COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)")
-    return parser
-
-
 def shown(found: dict[str, Any], name: str) -> str:
     """A figure and its interval, as the page and the terminal give them."""
     value, interval = found[name], found["interval"]
@@ -187,21 +173,21 @@ def rows(kinds: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
-    for name, (_, smallest, meaning) in _COUNTS.items():
-        require_count(f"--{name}", getattr(arguments, name), smallest, meaning)
-    if not 0 < arguments.temperature < np.inf:
-        raise ValueError(f"--temperature: got {arguments.temperature}; pass a number above 0.")
+    arguments = parsed(
+        "python -m paper_figures.behaviour.repetition",
+        "Margins before repetition and errors.",
+        _TEMPERATURE,
+        _COUNTS,
+        argv,
+    )
     texts = documents(arguments.text)
     model = load_pretrained(arguments.model)
     whole = arguments.prompt + arguments.length
     if whole > model.decoder.context:
         raise ValueError(f"--length: prompt and text have {whole} tokens; the context is {model.decoder.context}.")
     encoded = [np.asarray(model.tokenizer.encode(text, add_special_tokens=False).ids, np.int32) for text in texts]
-    configuration = {name: getattr(arguments, name) for name in ("model", "temperature", *_COUNTS)}
-    source = "validation articles of the Wikipedia sample" if arguments.text is None else arguments.text.name
     # Taken before the work, so that a commit made meanwhile is not taken for the one that ran.
-    origin = provenance(arguments.seed, configuration | {"text": source})
+    origin = provenance(arguments.seed, configuration(arguments))
     begin = time.monotonic()
     real = np.stack(list(passages(encoded, whole, arguments.texts)))
     prompts, options = real[:, : arguments.prompt], (arguments.length,)
