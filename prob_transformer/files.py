@@ -115,13 +115,7 @@ def read_user_text(argument: str, path: Path) -> str:
     return text
 
 
-@contextlib.contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` to write to, renamed onto it on success and removed on failure.
-
-    Raises ValueError naming the path if it is a folder, or if its own folder cannot be made or written.
-    """
-    path = Path(path)
+def _temporary_beside(path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; pass the path of a file.")
     try:
@@ -131,6 +125,22 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
+    return temporary
+
+
+def require_writable(path: Path) -> None:
+    """Raises the ValueError of `atomic_path` before any work is done; leaves no file."""
+    _temporary_beside(path).unlink()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` to write to, renamed onto it on success and removed on failure.
+
+    Raises ValueError naming the path if it is a folder, or if its own folder cannot be made or written.
+    """
+    path = Path(path)
+    temporary = _temporary_beside(path)
     try:
         yield temporary
         temporary.replace(path)

@@ -135,8 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens")
         command.add_argument("--processes", type=int, metavar="N", help="how many processes take part")
         command.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    generate.add_arguments(commands.add_parser("generate", help="text of a trained run, with its margins"))
-    laplace.add_arguments(commands.add_parser("laplace", help="uncertainty of a trained run's weights, and evidence"))
+    for name, module, purpose in (
+        ("generate", generate, "text of a trained run, with its margins"),
+        ("laplace", laplace, "uncertainty of a trained run's weights, and evidence"),
+    ):
+        module.add_arguments(commands.add_parser(name, help=purpose, description=purpose))
     return parser
 
 

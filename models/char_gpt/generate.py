@@ -35,7 +35,7 @@ from prob_transformer.transformer import Generated, stream
 _CHUNK = 32
 _UNIT = "character"
 # Arguments that are not called as the option that they come from.
-_OPTIONS = {"noise_scale": "--noise-scale", "folder": "--run", "text": "--prompt"}
+_OPTIONS = {"noise_scale": "--noise-scale", "folder": "--run", "text": "--prompt", "transformer": "--run"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, console: Console) -> None:
     """Do what the options ask for. Raises ValueError naming the option."""
-    require_options(options)
+    require_options(options, _UNIT)
     if options.posterior is None and options.draws is not None:
         raise ValueError(f"--draws: got {options.draws} without --posterior; pass a file that laplace wrote.")
     count = 1 if options.draws is None else options.draws
@@ -91,9 +91,13 @@ def _printed(prompt: str, chunks: Iterator[Generated], vocabulary: Vocabulary) -
     """What a text was generated with, after the text is printed as it is drawn."""
     print(prompt, end="", flush=True)
     parts = []
-    for part in chunks:
-        print(vocabulary.decode(np.asarray(part.tokens)), end="", flush=True)
-        parts.append(part)
-    print()
+    try:
+        for part in chunks:
+            print(vocabulary.decode(np.asarray(part.tokens)), end="", flush=True)
+            parts.append(part)
+    except ValueError as error:
+        raise in_names_of_options(error, _OPTIONS) from None
+    finally:
+        print()
     arrays = (np.concatenate(of_one, axis=-1) for of_one in zip(*parts, strict=True))
     return dict(zip(Generated._fields, arrays, strict=True))

@@ -23,7 +23,8 @@ from models.char_gpt.config import Config
 from models.char_gpt.evaluation import evaluation_windows, standard_error
 from models.char_gpt.linear_maps import trained_network
 from models.char_gpt.train import initial_state
-from prob_transformer.files import file_sha256, provenance
+from prob_transformer._validation import require_count, require_seed
+from prob_transformer.files import file_sha256, provenance, require_writable
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.laplace.kronecker import Positions
 from prob_transformer.inference.laplace.network import NetworkStructure
@@ -107,14 +108,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, console: Console) -> None:
     """Do what the options ask for: print the table and write the DataTree. Raises ValueError for bad options."""
-    for name, smallest in (("draws", 1), ("seed", 0)):
-        if getattr(options, name) < smallest:
-            raise ValueError(f"--{name}: got {getattr(options, name)}; pass an integer of at least {smallest}.")
+    require_count("--draws", options.draws, 1, "the draws of the predictive")
+    require_seed("--seed", options.seed, "signs and draws")
     tau = options.prior_precision
     if tau is not None and not (np.isfinite(tau) and tau > 0):
         raise ValueError(f"--prior-precision: got {tau}; pass a finite number greater than 0.")
     if options.out.suffix != ".nc":
         raise ValueError(f"--out: got {options.out}; pass the path of a netCDF file, ending in .nc.")
+    require_writable(options.out)
     model, config, text = run_with_text(options.run, options.corpus)
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     of_weights = file_sha256(options.run / checkpoint.NAME)

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tokens", type=int, help="look at the first TOKENS tokens only")
     inspect.add_argument("--rows", type=int, default=10, help="heads in the table (default: %(default)s)")
     generated = "text of a trained decoder, and the margins of the positions it was predicted from"
-    generate.add_arguments(commands.add_parser("generate", help=generated), _MODEL_HELP)
+    generate.add_arguments(commands.add_parser("generate", help=generated, description=generated), _MODEL_HELP)
     return parser
 
 

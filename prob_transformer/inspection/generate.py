@@ -40,8 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser, model_help: str) -> None:
 
 def _prompt_tokens(tokenizer: "Tokenizer", prompt: str) -> list[int]:
     """The prompt's tokens, with those that the tokenizer adds before a text and without those that it adds after it."""
-    if not prompt:
-        raise ValueError("--prompt: is empty; pass at least one token.")
     # The library raises plain Exception, as for a character that the vocabulary lacks where no token stands for it.
     try:
         encoding = tokenizer.encode(prompt)
@@ -77,7 +75,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     from prob_transformer.pretrained.generation import continue_texts
     from prob_transformer.pretrained.load import load_pretrained
 
-    require_options(options)
+    require_options(options, _UNIT)
     model = load_pretrained(options.model)
     prompt = _prompt_tokens(model.tokenizer, options.prompt)
     given = {"temperature": options.temperature, "top_k": options.top_k}
@@ -89,10 +87,14 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise in_names_of_options(error, {"prompts": "--prompt", "tokens": "--prompt"}) from None
     written, drawn = _Pieces(model.tokenizer, prompt), []
     print(options.prompt, end="", flush=True)
-    for step in steps:
-        drawn.append((int(step.tokens[0]), float(step.log_probs[0])))
-        print(written.add(drawn[-1][0], len(drawn) == options.length), end="", flush=True)
-    print()
+    try:
+        for step in steps:
+            drawn.append((int(step.tokens[0]), float(step.log_probs[0])))
+            print(written.add(drawn[-1][0], len(drawn) == options.length), end="", flush=True)
+    except ValueError as error:
+        raise in_names_of_options(error, {"decoder": "--model"}) from None
+    finally:
+        print()
     tokens, log_probs = (np.array(column) for column in zip(*drawn, strict=True))
     whole = np.append(prompt, tokens)
     # The bar is for a terminal alone.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from prob_transformer._extras import require
 from prob_transformer._validation import require_seed
 from prob_transformer.attention import Attention
-from prob_transformer.files import atomic_path, write_json
+from prob_transformer.files import atomic_path, require_writable, write_json
 from prob_transformer.kernels.block_triangular import margins_of_columns, query_basis
 from prob_transformer.margins import layer_margins
 from prob_transformer.transformer.window_margins import columns_of_heads
@@ -44,9 +44,13 @@ def add_options(parser: argparse.ArgumentParser, unit: str, length: int) -> None
     parser.add_argument("--figure", type=Path, help="a PNG file for the margins along the text")
 
 
-def require_options(options: argparse.Namespace) -> None:
+def require_options(options: argparse.Namespace, unit: str) -> None:
     """Raises ValueError, or MissingExtraError, for what can be refused before a model is read."""
     require_seed("--seed", options.seed, "the draws")
+    if not options.prompt:
+        raise ValueError(f"--prompt: is empty; pass at least one {unit}.")
+    for path in filter(None, (options.json, options.figure)):
+        require_writable(path)
     if options.figure is not None:
         if options.figure == options.json:
             raise ValueError(f"--figure: got {options.figure}, the file of --json; pass another one.")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count
 from prob_transformer.pretrained.decoder import Decoder, Kept
-from prob_transformer.transformer.generation import Rule, Sampled
+from prob_transformer.transformer.generation import Rule, Sampled, require_finite_logits
 
 
 class _Texts(NamedTuple):
@@ -67,10 +67,15 @@ def continue_texts(
 
     `keys` (B,): one for each text, whose tokens do not depend on the other texts. Temperature 0 takes the most probable
     token; `top_k` draws among the k most probable ones. Raises ValueError at the call for prompts that do not fit the
-    decoder, length < 1, prompts and new tokens that do not fit the context together, temperature < 0, and top_k outside
-    1..V.
+    decoder, keys that are not one for each, length < 1, prompts and new tokens that do not fit the context together,
+    temperature < 0, and top_k outside 1..V; on the way for logits that are not finite.
     """
+    prompts = np.asarray(prompts)
+    if prompts.ndim != 2 or prompts.shape[0] == 0:
+        raise ValueError(f"prompts: has shape {prompts.shape}; pass texts of one length (B, m), one of them as (1, m).")
     count, given = prompts.shape
+    if jnp.shape(keys) != (count,):
+        raise ValueError(f"keys: has shape {jnp.shape(keys)}; pass one key for each of the {count} texts.")
     if given >= decoder.context:
         raise ValueError(
             f"prompts: got {given} tokens, but a context of {decoder.context} with room for a token after them takes "
@@ -92,6 +97,7 @@ def continue_texts(
         texts = _Texts.empty(decoder, count, given + length).append(decoder, jnp.asarray(prompts, jnp.int32))
         for left in reversed(range(length)):
             drawn = _next(rule, keys, texts.length, texts.logits)
+            require_finite_logits("decoder", drawn.log_probs)
             yield drawn
             if left:
                 texts = texts.append(decoder, drawn.tokens[:, None])

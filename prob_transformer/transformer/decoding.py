@@ -143,6 +143,11 @@ def require_text(name: str, tokens: Any, transformer: Transformer) -> Int[Array,
     """The tokens as an integer array (m,) of at least one, all of them in the vocabulary of the transformer."""
     if not isinstance(transformer, Transformer):
         raise ValueError(f"transformer: got {type(transformer).__name__}; pass a Transformer.")
+    if transformer.token_embedding is None:
+        raise ValueError(
+            "transformer: has no embedding of tokens, for it was drawn with latents from the process; pass one with "
+            "latents in a table, or draw texts by transformer_model with a length."
+        )
     if transformer.token_embedding.ndim != 2:
         raise ValueError(
             f"transformer: its token embedding has shape {transformer.token_embedding.shape} instead of (V, d); pass "

@@ -108,6 +108,15 @@ class Rule(eqx.Module):
         return Sampled(token, jax.nn.log_softmax(logits)[token])
 
 
+def require_finite_logits(name: str, log_probs: Float[Array, "..."]) -> None:
+    """Raises ValueError if log-probabilities of drawn tokens are not finite; those of a trace pass."""
+    if not isinstance(log_probs, Tracer) and not np.isfinite(np.asarray(log_probs, np.float32)).all():
+        raise ValueError(
+            f"{name}: its logits are not finite; pass finite weights, without noise that is beyond the largest number "
+            "of their dtype."
+        )
+
+
 def _drawn(
     transformer: Transformer, text: Decoding, key: PRNGKeyArray, length: int, rule: Rule
 ) -> tuple[Decoding, Sampled]:
@@ -183,11 +192,14 @@ def generate(
     standard deviation of noise on every input embedding, that of the prompt's tokens too. A text longer than the
     context is read in the windows of decoding.py. The function works under jax.vmap over transformers (draws of the
     weights), prompts and keys. Raises ValueError for a prompt that is empty, not of integers or out of the vocabulary,
-    length < 1, temperature < 0, noise_scale < 0, and top_k outside 1..V. Equations: the module docstring.
+    length < 1, temperature < 0, noise_scale < 0, top_k outside 1..V, and, where it is not traced, logits that are not
+    finite. Equations: the module docstring.
     """
     prompt, rule = _checked(transformer, prompt, temperature, top_k, noise_scale)
     require_count("length", length, 1, "the number of tokens to generate")
-    return _generated(transformer, prompt, key, int(length), rule, margins)
+    found = _generated(transformer, prompt, key, int(length), rule, margins)
+    require_finite_logits("transformer", found.log_probs)
+    return found
 
 
 _compiled_begun = eqx.filter_jit(_begun)
@@ -209,7 +221,7 @@ def stream(
     """An iterator over what `generate` returns for the same key, `chunk` tokens at a time, each as soon as it is drawn.
 
     Tokens are the same whatever the chunk; log-probabilities and margins are so up to rounding. Raises ValueError at
-    the call as `generate`, and for chunk < 1.
+    the call as `generate`, and for chunk < 1; on the way for logits that are not finite.
     """
     prompt, rule = _checked(transformer, prompt, temperature, top_k, noise_scale)
     require_count("length", length, 1, "the number of tokens to generate")
@@ -222,6 +234,7 @@ def stream(
         text = _compiled_begun(transformer, prompt, key, rule)
         for drawn in range(0, length, chunk):
             text, found = _compiled_chunk(transformer, text, key, chunk, windows, rule, margins)
+            require_finite_logits("transformer", found.log_probs)
             # The last chunk is drawn whole, so that one compiled function serves all.
             yield jax.tree.map(lambda x, left=length - drawn: x[..., :left], found)
 

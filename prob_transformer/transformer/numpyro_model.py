@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
+from prob_transformer._validation import require_count
 from prob_transformer.attention import Attention
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.kernels.barrier import BarrierPenalty
@@ -92,11 +93,22 @@ def decoded(
 
 
 def _require(
-    latents: str, attention: str, tokens: Array | None, prompt: Array | None, length: int | None, context: int
+    latents: str,
+    attention: str,
+    remat: str,
+    tokens: Array | None,
+    prompt: Array | None,
+    length: int | None,
+    context: int,
 ) -> None:
-    for name, given, kinds in (("latents", latents, Latents), ("attention", attention, ProcessAttention)):
+    choices = (("latents", latents, Latents), ("attention", attention, ProcessAttention), ("remat", remat, Remat))
+    for name, given, kinds in choices:
         if given not in get_args(kinds):
             raise ValueError(f"{name}: got {given!r}; pass one of {', '.join(get_args(kinds))}.")
+    if latents == "table" and attention == "tied":
+        raise ValueError(
+            "attention: got 'tied' with latents in a table, which have no process; pass latents='process'."
+        )
     if tokens is not None and (prompt is not None or length is not None):
         raise ValueError(
             f"{'length' if prompt is None else 'prompt'}: given with tokens; pass tokens to condition on them, or a "
@@ -153,14 +165,15 @@ def transformer_model(
     process; "tokens", whose log-likelihood is one number a sequence. Without `tokens` the site "tokens" is drawn: what
     follows the `prompt`, or from the process a text of `length` tokens.
 
-    `priors` is one distribution for every weight, or distributions by name or pattern (`default_priors` unless given).
+    `priors` is one distribution for every weight, or distributions by name or pattern (`default_priors` unless given,
+    in `dtype`; priors of one's own have theirs).
     `subsample_size` sequences are drawn from the N by NumPyro, or are given under the plate's name by `substitute`.
     Where `tokens` is a minibatch that the caller has drawn, `total_tokens` says how many tokens all the data predict.
     `penalty` is the mean that the factor "barrier" weighs; its `mean`, `negative_share` and `variance` are recorded as
     deterministic sites "barrier_mean", ... Raises ValueError for arguments that do not fit.
     Source: the module docstring; theory sections 2, 5 and 11.
     """
-    _require(latents, attention, tokens, prompt, length, config.context)
+    _require(latents, attention, remat, tokens, prompt, length, config.context)
     require_barrier_weight(barrier_weight)
     if total_tokens is not None and (tokens is None or subsample_size is not None):
         raise ValueError(
@@ -186,6 +199,12 @@ def transformer_model(
         raise ValueError(f"tokens: has shape {tokens.shape}; pass sequences (N, m), one of them as (1, m).")
     require_vocabulary(tokens, config.vocabulary)
     count, positions = tokens.shape[0], tokens.shape[1] - is_table
+    if count == 0:
+        raise ValueError(f"tokens: has shape {tokens.shape}; pass at least one sequence.")
+    if subsample_size is not None:
+        require_count("subsample_size", subsample_size, 1, "how many sequences a minibatch has")
+        if subsample_size > count:
+            raise ValueError(f"subsample_size: got {subsample_size}; pass at most {count}, the number of sequences.")
     if not 2 <= positions <= config.context:
         raise ValueError(
             f"tokens: has shape {tokens.shape}; pass {2 + is_table} to {config.context + is_table} a sequence."

@@ -57,6 +57,13 @@ class TokenProcess(dist.Distribution):
         return constraints.independent(constraints.integer_interval(0, largest), 1)
 
     def log_prob(self, value: Int[Array, "*S n"], intermediates: Any = None) -> Float[Array, "*S"]:
+        """Nats of every continuation. Raises ValueError for those of another length, and for what is not integers."""
+        value = jnp.asarray(value)
+        if value.shape[-1:] != (self.length,) or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise ValueError(
+                f"value: has shape {value.shape} and dtype {value.dtype}; pass integers (..., n), n = {self.length}."
+            )
+
         def of_one(continuation: Int[Array, " n"]) -> Float[Array, ""]:
             text = jnp.concatenate([self.prompt, continuation])
             logits = self.transformer(text[:-1])[self.prompt.size - 1 :]

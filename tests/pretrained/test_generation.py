@@ -1,6 +1,8 @@
 """Continued texts against passes over the whole text so far, which keep nothing."""
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
@@ -82,6 +84,12 @@ def test_a_text_depends_on_its_own_key_and_not_on_the_others(decoder):
         assert (drawn(PROMPTS, one) != drawn(PROMPTS, other)).any(axis=1).all()
 
 
+def test_logits_that_are_not_finite_are_refused(decoder):
+    broken = eqx.tree_at(lambda d: d.head, decoder, replace_fn=lambda head: jnp.nan * head)
+    with pytest.raises(ValueError, match="decoder: its logits are not finite"):
+        list(continue_texts(broken, PROMPTS, 2, keys=keys_of(2)))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -91,9 +99,12 @@ def test_a_text_depends_on_its_own_key_and_not_on_the_others(decoder):
         ({"temperature": float("nan")}, "temperature: contains NaN or inf"),
         ({"top_k": 0}, "top_k: got 0"),
         ({"top_k": 261}, "top_k: got 261; pass at most 260"),
-        ({"prompts": np.zeros((1, 32), int)}, "prompts: got 32 tokens, but a context of 32"),
-        ({"prompts": np.zeros((1, 0), int)}, "pass at least one token number"),
-        ({"prompts": np.full((1, 3), 260)}, "260 but the model has 260 embeddings"),
+        ({"prompts": np.zeros((2, 32), int)}, "prompts: got 32 tokens, but a context of 32"),
+        ({"prompts": np.zeros((2, 0), int)}, "pass at least one token number"),
+        ({"prompts": np.full((2, 3), 260)}, "260 but the model has 260 embeddings"),
+        ({"prompts": np.zeros(3, int)}, r"prompts: has shape \(3,\); pass texts of one length"),
+        ({"prompts": np.zeros((0, 3), int)}, r"prompts: has shape \(0, 3\)"),
+        ({"prompts": [[1, 2]]}, r"keys: has shape \(2,\); pass one key for each of the 1 texts"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_the_call(decoder, given, message):

@@ -9,7 +9,15 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import chi2
 
 from prob_transformer import layer_margins
-from prob_transformer.transformer import Transformer, TransformerConfig, generate, next_token_logits, sample, stream
+from prob_transformer.transformer import (
+    TokenProcess,
+    Transformer,
+    TransformerConfig,
+    generate,
+    next_token_logits,
+    sample,
+    stream,
+)
 from prob_transformer.transformer.decoding import Decoding
 from prob_transformer.transformer.generation import Rule
 from tests.helpers.plain_decoder import Plain, jacobians
@@ -291,6 +299,29 @@ def test_a_bad_chunk_or_text_is_refused_by_name():
         stream(made(), [0], 3, key=KEY, chunk=0)
     with pytest.raises(ValueError, match=r"tokens: contains tokens outside 0\.\.4"):
         next_token_logits(made(), [0, 7])
+
+
+@pytest.mark.parametrize("noise_scale", [0.0, 1e39])
+@pytest.mark.parametrize("write", [generate, lambda *given, **asked: list(stream(*given, **asked))])
+def test_logits_that_are_not_finite_are_refused(write, noise_scale):
+    """NaN weights, and noise that is beyond the largest number of float32."""
+    weight = jnp.nan if noise_scale == 0 else 1.0
+    model = eqx.tree_at(lambda t: t.head, made(), replace_fn=lambda head: (weight * head).astype(jnp.float32))
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
+    with pytest.raises(ValueError, match="transformer: its logits are not finite"):
+        write(model, [0, 1], 3, key=KEY, noise_scale=noise_scale)
+
+
+def test_a_transformer_without_embeddings_of_tokens_is_refused():
+    model = eqx.tree_at(lambda t: t.token_embedding, made(), None)
+    with pytest.raises(ValueError, match="transformer: has no embedding of tokens"):
+        generate(model, [0, 1], 3, key=KEY)
+
+
+@pytest.mark.parametrize("value", [np.zeros(3, int), np.zeros(2), np.zeros((), int)])
+def test_the_law_of_tokens_refuses_what_is_no_continuation(value):
+    with pytest.raises(ValueError, match=r"value: has shape .* pass integers .* n = 2"):
+        TokenProcess(made(), [0, 1], 2).log_prob(value)
 
 
 @pytest.mark.parametrize("top_k", [None, 40])

@@ -214,6 +214,11 @@ def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_the
         ({"latents": "tables"}, "latents: got 'tables'"),
         ({"barrier_weight": 0.1, "penalty": HeadBarrier("layer")}, "site: got 'layer'"),
         ({"latents": "process", "attention": "bound"}, "attention: got 'bound'"),
+        ({"attention": "tied"}, "attention: got 'tied' with latents in a table"),
+        ({"remat": "layers"}, "remat: got 'layers'; pass one of none, blocks"),
+        ({"subsample_size": 0}, "subsample_size: got 0; pass an integer of at least 1"),
+        ({"subsample_size": 2.0}, "subsample_size: got 2.0; pass an integer"),
+        ({"subsample_size": 99}, "subsample_size: got 99; pass at most"),
         ({"total_tokens": 10, "subsample_size": 1}, "total_tokens: given without"),
         ({"prompt": jnp.zeros(1, int)}, "prompt: given with tokens"),
         ({"length": 3}, "length: given with tokens"),
@@ -233,6 +238,7 @@ def test_bad_arguments_are_refused(given, message):
         (jnp.full((2, 4), 3), "tokens: hold values outside"),
         (jnp.zeros((2, 7), int), r"tokens: has shape \(2, 7\)"),
         (jnp.zeros(4, int), r"tokens: has shape \(4,\); pass sequences"),
+        (jnp.zeros((0, 4), int), r"tokens: has shape \(0, 4\); pass at least one sequence"),
     ],
 )
 def test_bad_tokens_are_refused(tokens, message):
