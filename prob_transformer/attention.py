@@ -183,7 +183,8 @@ class Attention(eqx.Module):
 
     def seen_queries(self, plain: Float[Array, "H ... p"], positions: Int[Array, "..."]) -> Float[Array, "H ... p"]:
         """scale q^ = scale R_i norm(q), as the logits see them."""
-        return self.scale * self._turned(plain if self.query_norm is None else self.query_norm(plain), positions)
+        seen = plain if self.query_norm is None else self.query_norm(plain)
+        return self.scale * (seen if self.rotary is None else self.rotary.turn(seen, positions))
 
     def plain_keys(self, inputs: Float[Array, "... d"]) -> Float[Array, "G ... p"]:
         """k = W_K u + b of every key group."""
@@ -191,7 +192,8 @@ class Attention(eqx.Module):
 
     def seen_keys(self, plain: Float[Array, "G ... p"], positions: Int[Array, "..."]) -> Float[Array, "G ... p"]:
         """k^ = R_s norm(k), as the logits see them."""
-        return self._turned(plain if self.key_norm is None else self.key_norm(plain), positions)
+        seen = plain if self.key_norm is None else self.key_norm(plain)
+        return seen if self.rotary is None else self.rotary.turn(seen, positions)
 
     def values(self, inputs: Float[Array, "... d"]) -> Float[Array, "H ... d"]:
         """v = V u of every head, or u itself for identity values."""
@@ -212,9 +214,6 @@ class Attention(eqx.Module):
     def sees(self, positions: Int[Array, "..."], past: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Whether a position attends to another one, under this layer's window."""
         return is_past(positions, past, self.window)
-
-    def _turned(self, x: Float[Array, "H ... p"], positions: Int[Array, "..."]) -> Float[Array, "H ... p"]:
-        return x if self.rotary is None else self.rotary.turn(x, positions)
 
 
 def is_past(positions: Int[Array, "..."], past: Int[Array, "..."], window: int | None = None) -> Bool[Array, "..."]:

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._dtypes import cast, in_common_type, in_float32_at_least, ranks_promoted
+from prob_transformer._dtypes import cast, in_float32_at_least, ranks_promoted
 from prob_transformer._implementation import Implementation, is_blocked
 from prob_transformer._validation import require_count, require_embeddings
 from prob_transformer.attention import (
@@ -332,14 +332,14 @@ def layer_margins(
         raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")
     if joint and values == "identity":
         raise ValueError('joint=True needs values="own": heads with identity values cannot be combined.')
-    inputs = in_common_type(require_embeddings("inputs", inputs, layer.width))
+    inputs = require_embeddings("inputs", inputs, layer.width)
     if inputs.ndim != 2:
         raise ValueError(f"inputs: has shape {inputs.shape}; pass one sequence (n, d) at a time.")
     chosen = _positions(positions, inputs.shape[0])
     require_count("k", k, 1, "the number of support tokens of each head")
     if k > chosen.shape[0]:
         raise ValueError(f"k: got {k}; pass at most the number of positions, {chosen.shape[0]}.")
-    reading = Reading(self_inclusive, str(inputs.dtype))
+    reading = Reading(self_inclusive, str(jnp.promote_types(inputs.dtype, jnp.float32)))
     asked = _Asked("determinant" in kinds, "conditioning" in kinds, values == "own", reading, joint)
     with jax.enable_x64(True):
         found = _margins(layer, inputs, chosen, asked, k)

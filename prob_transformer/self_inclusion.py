@@ -50,6 +50,7 @@ appears and nothing overflows at real widths:
 with w^T u_s = g_off . x_s + h_i . W_K u_s, so that w^T C_u and w^T e_i need no vector of width d either.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -168,7 +169,7 @@ def heads_of(layer: Attention, inputs: Float[Array, "n d"], own_values: bool) ->
             output = jnp.broadcast_to(jnp.eye(layer.width, dtype=value.dtype), (layer.heads, *value.shape[1:]))
     plain_queries, plain_keys = layer.plain_queries(inputs), layer.plain_keys(inputs)[group]
     queries = layer.seen_queries(plain_queries, positions)
-    keys, pull_back = jax.vjp(lambda plain: layer.seen_keys(plain, positions), plain_keys)
+    keys, pull_back = jax.vjp(partial(layer.seen_keys, positions=positions), plain_keys)
     unbiased = plain_keys if layer.key_bias is None else plain_keys - layer.key_bias[group][:, None]
     return Head(
         layer.query, layer.key[group], value, output, plain_queries, queries, unbiased, keys, pull_back(queries)[0]
@@ -184,7 +185,7 @@ def pulled_to_query(
 
     def rows(plain: Float[Array, " p"], position: Int[Array, ""], x: Float[Array, "... p"]) -> Float[Array, "... p"]:
         _, pull_back = jax.vjp(lambda plain: layer.seen_queries(plain[None], position)[0], plain)
-        return jax.vmap(lambda row: pull_back(row)[0])(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        return jax.vmap(pull_back)(x.reshape(-1, x.shape[-1]))[0].reshape(x.shape)
 
     return jax.vmap(rows)(head.plain_queries[positions], positions, x)
 

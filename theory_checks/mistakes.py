@@ -30,9 +30,7 @@ MISTAKES: tuple[Mistake, ...] = (
     _mistake("self-inclusion", _ATTENTION, "(distance > 0) & recent", "(distance >= 0) & recent"),
     _mistake("off-by-one mask", _ATTENTION, "(distance > 0) & recent", "(distance > 1) & recent"),
     _mistake("future seen", _ATTENTION, "(distance > 0) & recent", "(distance != 0) & recent"),
-    _mistake(
-        "1/sqrt(p) missing in the logits", _ATTENTION, "return self.scale * self._turned(", "return self._turned("
-    ),
+    _mistake("1/sqrt(p) missing in the logits", _ATTENTION, "return self.scale * (seen if", "return (seen if"),
     _mistake(
         "A transposed: query and key swapped in the logits",
         _ATTENTION,

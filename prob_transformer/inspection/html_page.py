@@ -54,7 +54,7 @@ def inspection_page(inspection: Inspection, title: str, facts: Mapping[str, Any]
         files("prob_transformer.inspection").joinpath(f"page.{part}").read_text(encoding="utf-8")
         for part in ("css", "js", "html")
     ]
-    entries = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items())
+    entries = [f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items()]
     parts = {
         "title": html.escape(title),
         "css": css,

@@ -113,7 +113,7 @@ def read_all_weights(
     Raises ValueError as `read_weights`, and for a weight that is left over.
     """
     whole = read_weights(stored, names, shapes)
-    blocks = tuple(block(read_weights(stored, names, of_layer, layer)) for layer in range(layers))
+    blocks = tuple([block(read_weights(stored, names, of_layer, layer)) for layer in range(layers)])
     if stored:
         raise ValueError(
             f"weights: {min(stored)} is stored, which a model of this configuration does not have; pass the "
