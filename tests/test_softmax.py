@@ -45,6 +45,7 @@ def test_without_a_visible_key_all_weights_are_0_and_so_is_the_gradient():
     visible[:, 1] = False
     found = softmax_weights(q, k, visible)
     assert (found.all[:, 1] == 0).all()
+    assert found.largest[0, 1] == 0
     np.testing.assert_allclose(found.all.sum(0), [1, 0, 1, 1])
     slope = jax.grad(lambda q: softmax_weights(q, k, visible).all[:, 1].sum())(jnp.asarray(q))
     assert (slope == 0).all()
@@ -73,12 +74,23 @@ def test_logits_of_any_size_leave_their_limit(queries, dtype):
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
-def test_huge_and_tiny_factors_leave_the_weights_of_their_product(size):
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_huge_and_tiny_factors_leave_the_weights_of_their_product(size, cap):
     q, k, visible = inputs(6, np.float32)
-    expected = softmax(np.where(visible, k.T.astype(float) @ q, -np.inf), axis=0)
-    np.testing.assert_allclose(
-        softmax_weights(q * np.float32(size), k / np.float32(size), visible).all, expected, rtol=1e-5
-    )
+    logits = k.T.astype(float) @ q
+    expected = softmax(np.where(visible, logits if cap is None else cap * np.tanh(logits / cap), -np.inf), axis=0)
+    found = softmax_weights(q * np.float32(size), k / np.float32(size), visible, cap)
+    np.testing.assert_allclose(found.all, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+@pytest.mark.parametrize("leading", [(), (1,)])
+def test_products_whose_sum_overflows_leave_their_limit(size, leading):
+    """Each product is the largest number or more, and so is any sum of them, whatever the head size."""
+    root = 1.5 * np.float32(np.sqrt(np.finfo(np.float32).max))
+    q, k = np.full((*leading, size, 1), root), np.full((*leading, size, 3), root) * np.float32([1, -1, 0.5])
+    weights = softmax_weights(q, k, np.ones((3, 1), bool)).all
+    np.testing.assert_array_equal(weights, np.broadcast_to([[1.0], [0.0], [0.0]], weights.shape))
 
 
 def test_logits_beyond_the_cap_count_as_the_cap():
