@@ -123,6 +123,44 @@ def test_inside_vmap_jit_and_as_a_pytree():
     np.testing.assert_allclose(jax.jit(jax.vmap(process.sample))(keys)[1], process.sample(keys[1]), atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("mapped", "leading"), [((2,), ()), ((2,), (2,)), ((2,), (3, 2)), ((2, 4), ()), ((2, 4), (3, 2, 1)), ((1,), (3, 1))]
+)
+def test_a_process_made_inside_vmap_is_many_processes_outside(mapped, leading):
+    """As in NumPyro's plates and Predictive: parameters have leading axes; values have or get them."""
+    scales = 0.1 + 0.3 * np.random.default_rng(4).random(mapped)
+
+    def made(scale):
+        return mild_process(noise_scale=scale, first_scale=2 * scale)
+
+    several = made
+    for _ in mapped:
+        several = jax.vmap(several)
+    process = several(scales)
+    value = np.random.default_rng(5).normal(size=(*leading, 5, 3))
+    found = process.log_prob(value)
+    whole = np.broadcast_to(value, (*np.broadcast_shapes(leading, mapped), 5, 3))
+    assert found.shape == whole.shape[:-2]
+    for place in np.ndindex(*found.shape):
+        alone = made(scales[place[-len(mapped) :]]).log_prob(whole[place])
+        np.testing.assert_allclose(found[place], alone, atol=1e-11)
+    key = jax.random.key(0)
+    draws = process.sample(key, (3,))
+    assert draws.shape == (3, *mapped, 5, 3)
+    for place in np.ndindex(*mapped):
+        np.testing.assert_allclose(draws[:, *place], made(scales[place]).sample(key, (3,)), atol=1e-9)
+
+
+def test_half_precision_is_worked_on_in_float32():
+    process, value = mild_process(), np.random.default_rng(6).normal(size=(5, 3))
+    half = EmbeddingProcess(jax.tree.map(lambda x: x.astype(jnp.bfloat16), process.attention), 5, jnp.bfloat16(1.0))
+    found = half.log_prob(jnp.asarray(value, jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    wide = EmbeddingProcess(jax.tree.map(lambda x: x.astype(jnp.float32), half.attention), 5, jnp.float32(1.0))
+    expected = wide.log_prob(jnp.asarray(value, jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_allclose(float(found), float(expected), rtol=2**-7)
+
+
 def test_inside_numpyro_sample_plate_and_predictive():
     process = mild_process(noise_scale=0.5)
 
