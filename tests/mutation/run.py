@@ -34,8 +34,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("softmax", "attention", "change_of_variables", "barrier", "margins", "embedding_process")
 TESTED_BY = (
-    "barrier", "attention", "margins", "change_of_variables", "embedding_process", "sampling", "token_model",
+    "barrier", "attention", "margins", "change_of_variables", "embedding_process", "sampling", "token_model", "softmax",
+    "layers", "layer_margins",
 )  # fmt: skip
+# Files whose own tests stand in more than one file.
+OWN_TESTS = {"attention": ("attention", "layers"), "margins": ("margins", "layer_margins")}
 SHARE = 0.9
 # Seconds that the tests of one mutant may take before it counts as timed out.
 TIMEOUT = 600.0
@@ -217,8 +220,11 @@ def _judge(folder: Path, task: tuple[Path, str, list[tuple[str, ...]]]) -> tuple
 
 def stages_of(module: Path, own_only: bool) -> list[tuple[str, ...]]:
     """The test files that a mutant of the module meets, in this order until one of them kills it."""
-    own = (f"tests/test_{module.stem}.py",)
-    others = tuple(f"tests/test_{name}.py" for name in TESTED_BY if name != module.stem)
+    names = OWN_TESTS.get(module.stem, (module.stem,))
+    own, others = (
+        tuple(f"tests/test_{name}.py" for name in some)
+        for some in (names, [name for name in TESTED_BY if name not in names])
+    )
     return [own] if own_only else [own, ("tests/properties",), others]
 
 
