@@ -32,6 +32,15 @@ def test_conditioning_margin_is_the_smallest_singular_value():
     np.testing.assert_allclose(margin, np.linalg.svd(blocks, compute_uv=False).min(-1), atol=1e-13)
 
 
+def test_the_blocked_conditioning_margin_needs_a_key_and_is_the_smallest_singular_value():
+    attention, embeddings, _ = case(0)
+    expected = stability_margin(attention, embeddings, "conditioning")
+    found = stability_margin(attention, embeddings, "conditioning", key=jax.random.key(0), implementation="blocked")
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="key: got None; pass a JAX random key"):
+        stability_margin(attention, embeddings, "conditioning", implementation="blocked")
+
+
 def test_the_two_margins_can_rank_positions_differently():
     # So a report has to name the one it used. Found among random cases, not built.
     for seed in range(20):
@@ -141,6 +150,28 @@ def test_carriers_are_the_shares_of_the_weighted_variance(shape, dtype, size, of
                 shares[:i] += weights * np.sum((values - weights @ values) ** 2, axis=1)
             shares /= shares.sum()
         np.testing.assert_allclose(found.carriers[rank], shares, atol=1e-13 if dtype is float else 2e-3)
+
+
+def test_a_huge_token_that_is_not_attended_to_leaves_the_shares_of_the_others():
+    query, key, _, embeddings = draw(5, ALONE)
+    attention = Attention(query.astype(np.float32), key.astype(np.float32))
+    usual = support_tokens(attention, embeddings.astype(np.float32), 5)
+    embeddings[-1] *= 1e25
+    found = support_tokens(attention, embeddings.astype(np.float32), 5)
+    for position in range(2, 4):
+        here, before = (np.asarray(x.carriers)[np.asarray(x.positions) == position][0] for x in (found, usual))
+        np.testing.assert_allclose(here, before, rtol=1e-5)
+        np.testing.assert_allclose(here.sum(), 1, rtol=1e-5)
+
+
+def test_support_tokens_of_half_precision_are_worked_on_in_float32():
+    query, key, _, embeddings = draw(3, (1, 2, 3, 9, False))
+    half = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, 2 * embeddings)]
+    found = support_tokens(Attention(*half[:2]), half[2], 9)
+    expected = support_tokens(Attention(*(np.asarray(x, np.float64) for x in half[:2])), np.asarray(half[2], float), 9)
+    assert found.carriers.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.positions, expected.positions)
+    np.testing.assert_allclose(np.asarray(found.carriers, float), expected.carriers, rtol=1.01 * 2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["determinant", "conditioning"])
