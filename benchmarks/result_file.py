@@ -19,8 +19,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.result_tables import Section, markdown
-from prob_transformer.files import provenance, write_json
+from benchmarks.result_tables import Section, chosen, load_published, markdown
+from prob_transformer._validation import require_seed
+from prob_transformer.files import provenance, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("benchmarks", "models", "prob_transformer", "theory_checks")
@@ -163,3 +164,30 @@ def measure(path: Path, sections: Sequence[Section], sizes: Any, quick: bool) ->
     result = resumed(path, names, identity, run, lambda parts: {**record, "sections": parts})
     print(f"{markdown(result, sections)}\n\nresult: {path}")
     return result
+
+
+def measure_or_publish(
+    arguments: Sequence[str] | None,
+    command: str,
+    description: str,
+    sections: Sequence[Section],
+    sizes_of: Callable[[bool, int], Any],
+    committed: Path,
+    page: Callable[[Path, dict[str, Any]], str],
+) -> int:
+    """Exit status of a command that measures sections in float64, or writes the page of one result.
+
+    `sizes_of` (quick, seed); `page` gives the text of the page at a path. Raises ValueError for bad arguments.
+    """
+    options = command_line(command, description).parse_args(arguments)
+    require_seed("--seed", options.seed, "all that is drawn")
+    if options.page:
+        results = options.results or [committed]
+        if len(results) > 1:
+            raise ValueError(f"--results: got {len(results)}; this page shows one result.")
+        write_text(options.page, page(options.page, load_published(results[0], sections, command)))
+        return 0
+    asked = chosen("--only", options.only, {section.name: section for section in sections})
+    jax.config.update("jax_enable_x64", True)
+    measure(options.out, asked, sizes_of(options.quick, options.seed), options.quick)
+    return 0

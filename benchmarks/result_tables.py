@@ -25,13 +25,14 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """What is measured under a heading, and the columns that show its rows."""
+    """What is measured under a heading, and the columns that show its rows; those with `apart` in a first table."""
 
     name: str
     title: str
     about: str
     columns: tuple[Column, ...]
     run: Callable[[Any], dict[str, Any]]
+    apart: str | None = None
 
 
 def at_most(what: str, figure: float | None, bound: float) -> dict[str, Any]:
@@ -105,14 +106,19 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return tabulate(escaped, headings, tablefmt="github", disable_numparse=True)
 
 
-def _section(found: dict[str, Any], columns: Sequence[Column]) -> str:
+def _rows(found: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
     # Columns that no row fills are left out, as memory of a device where there is none.
-    filled = [column for column in columns if any(row.get(column.key) is not None for row in found["rows"])]
-    rows = [[shown(column.kind, row.get(column.key)) for column in filled] for row in found["rows"]]
-    for cells, row in zip(rows, found["rows"], strict=True):
+    filled = [column for column in columns if any(row.get(column.key) is not None for row in found)]
+    rows = [[shown(column.kind, row.get(column.key)) for column in filled] for row in found]
+    for cells, row in zip(rows, found, strict=True):
         if "missing" in row:
             cells[0] += f" ({row['missing']})"
     return _table([column.heading for column in filled], rows)
+
+
+def _tables(found: Sequence[dict[str, Any]], section: Section) -> list[str]:
+    tables = [row for row in found if section.apart in row], [row for row in found if section.apart not in row]
+    return [_rows(rows, section.columns) for rows in tables if rows]
 
 
 def markdown(result: dict[str, Any], sections: Sequence[Section], level: int = 2) -> str:
@@ -126,7 +132,7 @@ def markdown(result: dict[str, Any], sections: Sequence[Section], level: int = 2
         parts.append(_table(TARGET_HEADINGS, targets))
     for section, found in measured:
         parts += [f"{'#' * level} {section.title}", section.about, f"Here: {found['setting']}."]
-        parts += [_section(found, section.columns), *found["notes"]]
+        parts += [*_tables(found["rows"], section), *found["notes"]]
     return "\n\n".join(parts)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.__main__ import SECTIONS
-from benchmarks.result_tables import load_published, markdown, shown
+from benchmarks.result_tables import Column, Section, load_published, markdown, shown
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,17 @@ def test_markdown_shows_rows_targets_notes_and_origin(result):
         "| PyTorch (PyTorch not installed) | - | - | - | - | - |",
     ]
     assert lines[start + 11] == "A note."
+
+
+def test_rows_of_two_kinds_stand_in_two_tables_without_the_columns_of_the_other(result):
+    columns = tuple(Column(name, name, "count") for name in ("alone", "shared", "other"))
+    found = {"setting": "s", "rows": [{"other": 1, "shared": 2}, {"alone": 3, "shared": 4}], "targets": [], "notes": []}
+    result["sections"] = {"two": found}
+    text = markdown(result, [Section("two", "Two", "About.", columns, dict, apart="alone")])
+    shown_rows = re.sub("-{3,}", "---", re.sub(" +", " ", text)).split("Here: s.\n\n")[1].split("\n")
+    assert shown_rows == [
+        "| alone | shared |", "|---|---|", "| 3 | 4 |", "", "| shared | other |", "|---|---|", "| 2 | 1 |",
+    ]  # fmt: skip
 
 
 def test_a_quick_run_is_not_judged(result):

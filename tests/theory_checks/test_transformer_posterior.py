@@ -157,3 +157,16 @@ def test_the_tables_on_the_page_are_those_of_the_committed_result(tmp_path):
     shutil.copy(committed, page)
     command.main(["--page", str(page)])
     assert page.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--out", "x.json", "--seed", "-1"), "--seed: got -1"),
+        (("--out", "x.json", "--only", "free", "fre"), "--only: unknown 'fre'"),
+        (("--page", "x.md", "--results", "a.json", "b.json"), "--results: got 2; this page shows one"),
+    ],
+)
+def test_bad_options_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        command.main(given)

@@ -8,12 +8,9 @@ theory_checks.inference --page docs/inference_benchmark.md` writes the page from
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from benchmarks.result_file import ROOT, command_line, measure
-from benchmarks.result_tables import chosen, load_published, markdown
+from benchmarks.result_file import ROOT, measure_or_publish
+from benchmarks.result_tables import markdown
 from models import cli
-from prob_transformer.files import write_text
 from theory_checks.inference import SECTIONS
 from theory_checks.inference.inferred_models import sizes_for
 
@@ -34,18 +31,10 @@ def page(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status of a run with these command-line arguments; ValueError for bad ones."""
-    parser = command_line("python -m theory_checks.inference", "Inference against the truth.")
-    options = parser.parse_args(arguments)
-    if options.seed < 0:
-        raise ValueError(f"--seed: got {options.seed}; pass an integer of at least 0.")
-    if options.page:
-        (result,) = options.results or (RESULT,)
-        write_text(options.page, page(load_published(result, SECTIONS, parser.prog)))
-        return 0
-    sections = chosen("--only", options.only, {section.name: section for section in SECTIONS})
-    jax.config.update("jax_enable_x64", True)
-    measure(options.out, sections, sizes_for(options.quick, options.seed), options.quick)
-    return 0
+    return measure_or_publish(
+        arguments, "python -m theory_checks.inference", "Inference against the truth.", SECTIONS, sizes_for, RESULT,
+        lambda path, result: page(result),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

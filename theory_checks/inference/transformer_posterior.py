@@ -18,10 +18,9 @@ from jaxtyping import Array, Float, Int
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from scipy.stats import ks_2samp, kurtosis, skew
 
-from benchmarks.result_file import ROOT, command_line, measure
-from benchmarks.result_tables import Column, Section, at_most, chosen, load_published, markdown
+from benchmarks.result_file import ROOT, measure_or_publish
+from benchmarks.result_tables import Column, Section, at_most, markdown
 from models import cli
-from prob_transformer.files import write_text
 from prob_transformer.inference import nuts
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.laplace.result import LaplaceResult
@@ -299,6 +298,7 @@ FUNCTIONALS = Section(
         Column("distance_largest", "distance, largest", "number"),
     ),
     run_functionals,
+    apart="entries",
 )
 PREDICTIVE = Section(
     "predictive",
@@ -336,19 +336,11 @@ SECTIONS = (FUNCTIONALS, PREDICTIVE, EVIDENCE, FREE)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status of a run with these command-line arguments; ValueError for bad ones."""
-    parser = command_line("python -m theory_checks.inference.transformer_posterior", "MAP, Laplace and NUTS.")
-    options = parser.parse_args(arguments)
-    if options.seed < 0:
-        raise ValueError(f"--seed: got {options.seed}; pass an integer of at least 0.")
-    if options.page:
-        (result,) = options.results or (RESULT,)
-        tables = markdown(load_published(result, SECTIONS, parser.prog), SECTIONS)
-        write_text(options.page, fill(options.page.read_text(encoding="utf-8"), tables))
-        return 0
-    sections = chosen("--only", options.only, {section.name: section for section in SECTIONS})
-    jax.config.update("jax_enable_x64", True)
-    measure(options.out, sections, (QUICK if options.quick else Sizes())._replace(seed=options.seed), options.quick)
-    return 0
+    return measure_or_publish(
+        arguments, "python -m theory_checks.inference.transformer_posterior", "MAP, Laplace and NUTS.", SECTIONS,
+        lambda quick, seed: (QUICK if quick else Sizes())._replace(seed=seed), RESULT,
+        lambda path, result: fill(path.read_text(encoding="utf-8"), markdown(result, SECTIONS)),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
