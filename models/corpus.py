@@ -44,14 +44,14 @@ class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The id of every character of the text, in int32.
 
         With `fold`, as a corpus is read, a character that the vocabulary lacks is folded to the unknown; without it
-        such a character is a ValueError that names it.
+        such characters are a ValueError that names the first ten.
         """
         index = {character: i for i, character in enumerate(self.characters)}
-        missing = None if fold else next((character for character in text if character not in index), None)
-        if missing is not None:
+        missing = [] if fold else [character for character in dict.fromkeys(text) if character not in index]
+        if missing:
             raise ValueError(
-                f"text: contains {missing!r}, which the vocabulary lacks; leave it out (in Python, "
-                "fold=True reads it as the unknown character)."
+                f"text: contains {', '.join(map(repr, missing[:10]))}, which the vocabulary lacks; leave that out "
+                "(in Python, fold=True reads it as the unknown character)."
             )
         unknown = index[self.unknown]
         return np.fromiter((index.get(character, unknown) for character in text), np.int32, len(text))

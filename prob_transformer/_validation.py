@@ -44,6 +44,11 @@ def require_seed(name: str, value: Any, purpose: str) -> None:
         raise ValueError(f"{name}: got {value}; pass an integer below 2^32: only so much of it counts for {purpose}.")
 
 
+def require_key(name: str, key: Any) -> None:
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        raise ValueError(f"{name}: got {key!r}; pass a JAX random key, such as jax.random.key(0).")
+
+
 def require_embeddings(name: str, embeddings: Any, width: int) -> jax.Array:
     """The embeddings as a floating array of shape (..., n, d) with n >= 2, d = width and finite values."""
     array = require_finite(name, embeddings)

@@ -115,22 +115,22 @@ def read_user_text(argument: str, path: Path) -> str:
     return text
 
 
-def _temporary_beside(path: Path) -> Path:
+def _temporary_beside(path: Path, name: str) -> Path:
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; pass the path of a file.")
+        raise ValueError(f"{name}: is a folder; pass the path of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
         # Not by tempfile, whose files are private: a result is as readable as any file its owner writes.
         temporary.touch(exist_ok=False)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
+        raise ValueError(f"{name}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
     return temporary
 
 
-def require_writable(path: Path) -> None:
-    """Raises the ValueError of `atomic_path` before any work is done; leaves no file."""
-    _temporary_beside(path).unlink()
+def require_writable(name: str, path: Path) -> None:
+    """Raises the ValueError of `atomic_path`, with the name in place of the path, before any work; leaves no file."""
+    _temporary_beside(path, name).unlink()
 
 
 @contextlib.contextmanager
@@ -140,7 +140,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     Raises ValueError naming the path if it is a folder, or if its own folder cannot be made or written.
     """
     path = Path(path)
-    temporary = _temporary_beside(path)
+    temporary = _temporary_beside(path, str(path))
     try:
         yield temporary
         temporary.replace(path)

@@ -40,11 +40,11 @@ def test_a_failed_write_leaves_the_old_file_whole_and_no_litter(tmp_path, write,
 def test_asking_whether_a_file_can_be_written_leaves_it_and_its_folder_as_they_were(tmp_path):
     target = tmp_path / "result.json"
     write_json(target, {"figure": 1})
-    require_writable(target)
+    require_writable("--out", target)
     assert json.loads(target.read_text()) == {"figure": 1}
     assert os.listdir(tmp_path) == ["result.json"]
-    with pytest.raises(ValueError, match="is a folder; pass the path of a file"):
-        require_writable(tmp_path)
+    with pytest.raises(ValueError, match="--out: is a folder; pass the path of a file"):
+        require_writable("--out", tmp_path)
 
 
 def test_folders_are_made_and_an_unwritable_one_is_named(tmp_path):

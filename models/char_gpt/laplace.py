@@ -115,7 +115,7 @@ def main(options: argparse.Namespace, console: Console) -> None:
         raise ValueError(f"--prior-precision: got {tau}; pass a finite number greater than 0.")
     if options.out.suffix != ".nc":
         raise ValueError(f"--out: got {options.out}; pass the path of a netCDF file, ending in .nc.")
-    require_writable(options.out)
+    require_writable(f"--out: {options.out}", options.out)
     model, config, text = run_with_text(options.run, options.corpus)
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     of_weights = file_sha256(options.run / checkpoint.NAME)

@@ -13,7 +13,8 @@ CAPTION = (
     "on held-out texts: draws of NUTS (grey), the quantity at draws of Laplace's Gaussian of the weights (solid), and "
     "the quantity made linear in the weights at the mode (dashed; a line where its standard deviation is below a tenth "
     "of a bin). Of every quantity, the entries with the median and the largest distance between the linearised Gaussian "
-    "and NUTS. Numbers: excess kurtosis of the draws of NUTS, 0 for a Gaussian, and this distance."
+    "and NUTS. Numbers: excess kurtosis of the draws of NUTS, 0 for a Gaussian, this distance, and the share of the "
+    "solid histogram that lies outside the panel."
 )
 
 
@@ -35,7 +36,10 @@ def draw(sections: dict[str, Any]) -> Figure:
             panel.plot(axis, norm.pdf(axis, mean, sd), **dashed)
         panel.locator_params(axis="x", nbins=6)
         panel.set(title=f"{row['model']}, {row['coordinate']}", xlabel=row["model"])
-        shown = f"excess kurtosis {row['kurtosis']:.2g}\ndistance {row['distance']:.2f}"
-        panel.text(0.97, 0.95, shown, transform=panel.transAxes, ha="right", va="top", fontsize=7, color=BLACK)
+        beyond = 1 - np.sum(row["sampled"])
+        shown = f"NUTS: excess\nkurtosis {row['kurtosis']:.2g}\nlinearised:\ndistance {row['distance']:.2f}"
+        if beyond > 0.005:
+            shown += f"\nsampled:\n{beyond:.0%} outside"
+        panel.text(0.02, 0.95, shown, transform=panel.transAxes, ha="left", va="top", fontsize=7, color=BLACK)
     legend_below(figure, panels[0], 3)
     return figure

@@ -26,6 +26,7 @@ from prob_transformer.files import exit_status, provenance, read_user_text, writ
 from prob_transformer.inference.result_tree import save
 from prob_transformer.inspection import generate
 from prob_transformer.inspection.explanation import quoted
+from prob_transformer.inspection.generated_text import in_names_of_options
 from prob_transformer.inspection.html_page import MOST_TOKENS, inspection_page
 from prob_transformer.inspection.netcdf import inspection_tree
 from prob_transformer.inspection.text_margins import Setting, inspect_text, pieces_of
@@ -156,7 +157,10 @@ def _inspect(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--rows: got {arguments.rows}; pass at least 1.")
     _require_folder(arguments.out)
     text = read_user_text("--text", arguments.text)
-    model = load_pretrained(arguments.model)
+    try:
+        model = load_pretrained(arguments.model)
+    except ValueError as error:
+        raise in_names_of_options(error, {"model": "--model"}) from None
     tokens, pieces, added = _encoded(model, text, arguments.tokens, arguments.special_tokens)
     chosen = parse_layers(arguments.layers, len(model.decoder.blocks))
     setting = Setting(arguments.values, arguments.self_inclusive)

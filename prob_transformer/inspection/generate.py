@@ -76,7 +76,10 @@ def run(options: argparse.Namespace, command: str) -> None:
     from prob_transformer.pretrained.load import load_pretrained
 
     require_options(options, _UNIT)
-    model = load_pretrained(options.model)
+    try:
+        model = load_pretrained(options.model)
+    except ValueError as error:
+        raise in_names_of_options(error, {"model": "--model"}) from None
     prompt = _prompt_tokens(model.tokenizer, options.prompt)
     given = {"temperature": options.temperature, "top_k": options.top_k}
     try:

@@ -49,8 +49,10 @@ def require_options(options: argparse.Namespace, unit: str) -> None:
     require_seed("--seed", options.seed, "the draws")
     if not options.prompt:
         raise ValueError(f"--prompt: is empty; pass at least one {unit}.")
-    for path in filter(None, (options.json, options.figure)):
-        require_writable(path)
+    for name in ("json", "figure"):
+        path = getattr(options, name)
+        if path is not None:
+            require_writable(f"--{name}: {path}", path)
     if options.figure is not None:
         if options.figure == options.json:
             raise ValueError(f"--figure: got {options.figure}, the file of --json; pass another one.")

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._validation import require_count
+from prob_transformer._validation import require_count, require_key
 from prob_transformer.pretrained.decoder import Decoder, Kept
 from prob_transformer.transformer.generation import Rule, Sampled, require_finite_logits
 
@@ -74,8 +74,9 @@ def continue_texts(
     if prompts.ndim != 2 or prompts.shape[0] == 0:
         raise ValueError(f"prompts: has shape {prompts.shape}; pass texts of one length (B, m), one of them as (1, m).")
     count, given = prompts.shape
-    if jnp.shape(keys) != (count,):
-        raise ValueError(f"keys: has shape {jnp.shape(keys)}; pass one key for each of the {count} texts.")
+    require_key("keys", keys)
+    if keys.shape != (count,):
+        raise ValueError(f"keys: has shape {keys.shape}; pass one key for each of the {count} texts.")
     if given >= decoder.context:
         raise ValueError(
             f"prompts: got {given} tokens, but a context of {decoder.context} with room for a token after them takes "

@@ -22,7 +22,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from prob_transformer._validation import require_count, require_finite
+from prob_transformer._validation import require_count, require_finite, require_key
 from prob_transformer.transformer.decoding import Decoding, Noise, require_text, window_number, window_start
 from prob_transformer.transformer.network import Transformer
 from prob_transformer.transformer.window_margins import margins_of_steps
@@ -195,7 +195,7 @@ def generate(
     length < 1, temperature < 0, noise_scale < 0, top_k outside 1..V, and, where it is not traced, logits that are not
     finite. Equations: the module docstring.
     """
-    prompt, rule = _checked(transformer, prompt, temperature, top_k, noise_scale)
+    prompt, rule = _checked(transformer, prompt, key, temperature, top_k, noise_scale)
     require_count("length", length, 1, "the number of tokens to generate")
     found = _generated(transformer, prompt, key, int(length), rule, margins)
     require_finite_logits("transformer", found.log_probs)
@@ -223,7 +223,7 @@ def stream(
     Tokens are the same whatever the chunk; log-probabilities and margins are so up to rounding. Raises ValueError at
     the call as `generate`, and for chunk < 1; on the way for logits that are not finite.
     """
-    prompt, rule = _checked(transformer, prompt, temperature, top_k, noise_scale)
+    prompt, rule = _checked(transformer, prompt, key, temperature, top_k, noise_scale)
     require_count("length", length, 1, "the number of tokens to generate")
     require_count("chunk", chunk, 1, "the number of tokens that come at a time")
     chunk = min(int(chunk), int(length))
@@ -242,7 +242,8 @@ def stream(
 
 
 def _checked(
-    transformer: Transformer, prompt: Any, temperature: Any, top_k: int | None, noise_scale: Any
+    transformer: Transformer, prompt: Any, key: Any, temperature: Any, top_k: int | None, noise_scale: Any
 ) -> tuple[Int[Array, " m"], Rule]:
     prompt = require_text("prompt", prompt, transformer)
+    require_key("key", key)
     return prompt, Rule.checked(temperature, top_k, noise_scale, transformer.token_embedding.shape[0])

@@ -213,6 +213,11 @@ def transformer_model(
     minibatch = 1.0 if total_tokens is None else total_tokens / (count * positions)
     with handlers.scale(scale=minibatch), numpyro.plate("sequences", count, subsample_size=subsample_size) as drawn:
         # Without a subsample all sequences in order, which on a mesh must not be gathered.
+        if subsample_size is not None and len(drawn) != subsample_size:
+            raise ValueError(
+                f"subsample_size: got {subsample_size}, but a guide or a handler gave {len(drawn)} sequences; build "
+                "the guide on the model with this subsample_size."
+            )
         batch = tokens if subsample_size is None else tokens[drawn]
         if is_table:
             embeddings, batch = jax.vmap(transformer.embed)(batch[:, :-1]), batch[:, 1:]

@@ -92,9 +92,25 @@ def with_weights(weights: Mapping[str, Float[Array, "..."]], config: Transformer
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
+def _of_shape(where: str, prior: dist.Distribution, name: str, shape: tuple[int, ...]) -> dist.Distribution:
+    own = prior.batch_shape + prior.event_shape
+    try:
+        fits = jnp.broadcast_shapes(own, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"priors: {name} has shape {shape}, its prior {own}; pass one that fits, or one of shape ().")
+    return prior
+
+
 def _prior_by_name(priors: Priors, names: list[str]) -> Callable[[str, tuple[int, ...]], dist.Distribution]:
     if isinstance(priors, dist.Distribution):
-        return lambda name, shape: priors
+        return lambda name, shape: _of_shape("for all weights", priors, name, shape)
+    if not isinstance(priors, Mapping):
+        raise ValueError(f"priors: got {type(priors).__name__}; pass a distribution, or distributions by name.")
+    for pattern, prior in priors.items():
+        if not isinstance(prior, dist.Distribution):
+            raise ValueError(f"priors: {pattern} has {type(prior).__name__}; pass a NumPyro distribution.")
     dotted = {name: name.replace("[", ".").replace("]", "") for name in names}
     chosen: dict[str, dist.Distribution] = {}
     idle = set(priors)
@@ -106,7 +122,7 @@ def _prior_by_name(priors: Priors, names: list[str]) -> Callable[[str, tuple[int
         chosen[name] = priors[name if name in fitting else fitting[0]]
     if idle:
         raise ValueError(f"priors: {', '.join(sorted(idle))} fits no weight; the weights are {', '.join(names)}.")
-    return lambda name, shape: chosen[name]
+    return lambda name, shape: _of_shape("here", chosen[name], name, shape)
 
 
 def sampled_weights(empty: Transformer, priors: Priors) -> Transformer:

@@ -300,7 +300,7 @@ def test_of_one_window_the_command_says_that_the_standard_error_is_undefined(tmp
         (("--draws", "0"), "--draws: got 0; pass an integer of at least 1"),
         (("--seed", "-1"), "--seed: got -1"),
         (("--seed", "4294967296"), "--seed: got 4294967296; pass an integer below 2^32"),
-        (("--out", "/proc/laplace.nc"), "/proc/laplace.nc: cannot be written"),
+        (("--out", "/proc/laplace.nc"), "--out: /proc/laplace.nc: cannot be written"),
         (("--out", "laplace.json"), "--out: got laplace.json; pass the path of a netCDF file"),
     ],
 )

@@ -283,6 +283,7 @@ def test_another_key_temperature_or_scale_compiles_nothing_new(caplog):
         ({"temperature": np.nan}, "temperature: contains NaN"),
         ({"noise_scale": -1}, "noise_scale: got -1; pass one number of at least 0"),
         ({"top_k": 0}, "top_k: got 0; pass an integer of at least 1"),
+        ({"key": 0}, "key: got 0; pass a JAX random key"),
         ({"top_k": 6}, "top_k: got 6; pass at most 5, the size of the vocabulary"),
         ({"transformer": "gpt"}, "transformer: got str; pass a Transformer"),
     ],

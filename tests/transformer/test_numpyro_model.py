@@ -174,6 +174,26 @@ def test_the_mean_potential_of_all_minibatches_is_that_of_the_data(
     np.testing.assert_allclose(np.mean(pairs, dtype=np.float64), expected, rtol=tolerance)
 
 
+def test_a_guide_of_the_subsampled_model_learns_latents_from_the_process_in_minibatches(windows):  # noqa: F811
+    """The six losses that pairs of four sequences have average to the loss of all; a guide of all is refused."""
+    model = partial(transformer_model, config=SIZES, latents="process")
+    tokens, of_pairs = jnp.asarray(windows[:, 1:]), partial(model, subsample_size=2)
+    whole, part = AutoDelta(model), AutoDelta(of_pairs)
+    start = SVI(model, whole, Adam(0.1), Trace_ELBO())
+    state = start.init(jax.random.key(0), tokens)
+    params, expected = start.get_params(state), float(start.evaluate(state, tokens))
+    subsampled = SVI(of_pairs, part, Adam(0.1), Trace_ELBO())
+    state = subsampled.init(jax.random.key(1), tokens, init_params=params)
+    assert subsampled.get_params(state)["embeddings_auto_loc"].shape[0] == 4
+    loss = jax.jit(lambda key: Trace_ELBO().loss(key, params, of_pairs, part, tokens))
+    found = np.unique(np.round([float(loss(jax.random.key(seed))) for seed in range(60)], 9))
+    assert len(found) == 6
+    np.testing.assert_allclose(found.mean(), expected, rtol=1e-10)
+    refused = pytest.raises(ValueError, match="subsample_size: got 2, but a guide or a handler gave 4 sequences")
+    with refused, pytest.warns(UserWarning, match="subsample_size does not match"):
+        SVI(of_pairs, whole, Adam(0.1), Trace_ELBO()).init(jax.random.key(1), tokens)
+
+
 def test_a_minibatch_that_the_caller_has_drawn_counts_for_all_tokens(weights, windows):  # noqa: F811
     sites = sites_of(weights)
     prior = -dense_transformer.log_prior(weights, priors_of(weights))
@@ -231,6 +251,10 @@ def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_the
     [
         ({"priors": {"head": dist.Normal()}}, "priors: have none for token_embedding"),
         ({"priors": default_priors(TINY) | {"haed": dist.Normal()}}, "priors: haed fits no weight"),
+        ({"priors": 0.1}, "priors: got float; pass a distribution"),
+        ({"priors": {"*": 0.1}}, r"priors: \* has float; pass a NumPyro distribution"),
+        ({"priors": {"*": dist.Normal(jnp.zeros(7), 1.0)}}, r"priors: token_embedding has shape \(3, 2\), its prior"),
+        ({"priors": dist.Normal(jnp.zeros((9, 1)), 1.0)}, r"priors: token_embedding has shape \(3, 2\), its prior"),
         ({"latents": "tables"}, "latents: got 'tables'"),
         ({"barrier_weight": 0.1, "penalty": HeadBarrier("layer")}, "site: got 'layer'"),
         ({"latents": "process", "attention": "bound"}, "attention: got 'bound'"),
