@@ -159,6 +159,18 @@ def write_json(path: Path | str, payload: Any) -> None:
     write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
 
 
+@contextlib.contextmanager
+def writing_to_standard_output(done: str = "") -> Iterator[None]:
+    """What is printed inside is written out; raises ValueError where it cannot be, ending in what is `done`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more at its end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ValueError(f"standard output: cannot be written to ({error.strerror}){done}.") from None
+
+
 def exit_status(command: Callable[[], int | None], *refused: type[Exception], interrupted: str) -> int:
     """Run a command: its own status or 0; 2 and one line for an error of those `refused`; 130 when interrupted.
 

@@ -67,7 +67,8 @@ def require_objective(objective: str, barrier_weight: Float[Array, ""] | float) 
 
 
 def require_barrier_weight(barrier_weight: Float[Array, ""] | float) -> None:
-    require_finite("barrier_weight", barrier_weight)
+    if require_finite("barrier_weight", barrier_weight).ndim:
+        raise ValueError(f"barrier_weight: has shape {jnp.shape(barrier_weight)}; pass one number.")
     if not isinstance(barrier_weight, Tracer) and np.asarray(barrier_weight) < 0:
         raise ValueError(f"barrier_weight: got {barrier_weight}; pass 0 or more.")
 
@@ -87,7 +88,8 @@ def require_tokens(tokens: Int[Array, "... n"]) -> Int[Array, "... n"]:
     tokens = jnp.asarray(tokens)
     if tokens.ndim not in (1, 2) or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens: has shape {tokens.shape} and dtype {tokens.dtype}; pass integers, (n,) or (B, n).")
-    return tokens
+    # Narrow integers do not hold the size of a vocabulary.
+    return tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
 
 
 def token_model(

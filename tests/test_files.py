@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def test_asking_whether_a_file_can_be_written_leaves_it_and_its_folder_as_they_w
     assert os.listdir(tmp_path) == ["result.json"]
     with pytest.raises(ValueError, match="--out: is a folder; pass the path of a file"):
         require_writable("--out", tmp_path)
+
+
+def test_a_standard_output_that_takes_nothing_is_said_in_one_line():
+    code = (
+        "from prob_transformer.files import exit_status, writing_to_standard_output\n"
+        "def command():\n"
+        "    with writing_to_standard_output('; done'):\n"
+        "        print('text')\n"
+        "raise SystemExit(exit_status(command, ValueError, interrupted=''))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr == b"error: standard output: cannot be written to (No space left on device); done.\n"
 
 
 def test_folders_are_made_and_an_unwritable_one_is_named(tmp_path):

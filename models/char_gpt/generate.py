@@ -21,7 +21,7 @@ from rich.console import Console
 from models.char_gpt import checkpoint
 from models.char_gpt.posterior_draws import drawn_models
 from models.corpus import Vocabulary
-from prob_transformer.files import file_sha256, provenance
+from prob_transformer.files import file_sha256, provenance, writing_to_standard_output
 from prob_transformer.inspection.generated_text import (
     Found,
     add_options,
@@ -89,15 +89,15 @@ def main(options: argparse.Namespace, console: Console) -> None:
 
 def _printed(prompt: str, chunks: Iterator[Generated], vocabulary: Vocabulary) -> Found:
     """What a text was generated with, after the text is printed as it is drawn."""
-    print(prompt, end="", flush=True)
     parts = []
     try:
-        for part in chunks:
-            print(vocabulary.decode(np.asarray(part.tokens)), end="", flush=True)
-            parts.append(part)
+        with writing_to_standard_output():
+            print(prompt, end="", flush=True)
+            for part in chunks:
+                print(vocabulary.decode(np.asarray(part.tokens)), end="", flush=True)
+                parts.append(part)
+            print()
     except ValueError as error:
         raise in_names_of_options(error, _OPTIONS) from None
-    finally:
-        print()
     arrays = (np.concatenate(of_one, axis=-1) for of_one in zip(*parts, strict=True))
     return dict(zip(Generated._fields, arrays, strict=True))

@@ -21,7 +21,7 @@ def drawn_models(path: Path, model: Transformer, checkpoint_sha256: str, draws: 
         tree = load(path)
     except ValueError as error:
         raise ValueError(f"--posterior: {error}") from None
-    if "laplace" not in tree.attrs or "posterior" not in tree.children:
+    if not {"laplace", "configuration"} <= tree.attrs.keys() or "posterior" not in tree.children:
         raise ValueError(f"--posterior: {path} is no result of laplace; pass a file that laplace wrote.")
     if json.loads(tree.attrs["configuration"]).get("checkpoint_sha256") != checkpoint_sha256:
         raise ValueError(

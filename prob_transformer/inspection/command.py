@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from prob_transformer import __version__
 from prob_transformer._extras import MissingExtraError, require
-from prob_transformer.files import exit_status, provenance, read_user_text, write_text
+from prob_transformer.files import exit_status, provenance, read_user_text, write_text, writing_to_standard_output
 from prob_transformer.inference.result_tree import save
 from prob_transformer.inspection import generate
 from prob_transformer.inspection.explanation import quoted
@@ -191,13 +191,9 @@ def _inspect(arguments: argparse.Namespace, command: str) -> None:
             save(inspection_tree(inspection, attrs), folder / TREE)
     except OSError as error:
         raise ValueError(f"--out: cannot be written ({error.strerror or error}); free some space there.") from None
-    try:
+    with writing_to_standard_output("; the files are written"):
         print(terminal_tables(inspection, arguments.rows, shutil.get_terminal_size().columns))
-        print(f"{ends}\nwritten: {arguments.out / PAGE}, {arguments.out / TREE}", flush=True)
-    except OSError as error:
-        # Python flushes once more at its end, and would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise ValueError(f"standard output: cannot be written to ({error.strerror}); the files are written.") from None
+        print(f"{ends}\nwritten: {arguments.out / PAGE}, {arguments.out / TREE}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

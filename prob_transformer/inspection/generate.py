@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from prob_transformer._extras import require
-from prob_transformer.files import provenance
+from prob_transformer.files import provenance, writing_to_standard_output
 from prob_transformer.inspection.generated_text import (
     add_options,
     in_names_of_options,
@@ -89,15 +89,15 @@ def run(options: argparse.Namespace, command: str) -> None:
     except ValueError as error:
         raise in_names_of_options(error, {"prompts": "--prompt", "tokens": "--prompt"}) from None
     written, drawn = _Pieces(model.tokenizer, prompt), []
-    print(options.prompt, end="", flush=True)
     try:
-        for step in steps:
-            drawn.append((int(step.tokens[0]), float(step.log_probs[0])))
-            print(written.add(drawn[-1][0], len(drawn) == options.length), end="", flush=True)
+        with writing_to_standard_output():
+            print(options.prompt, end="", flush=True)
+            for step in steps:
+                drawn.append((int(step.tokens[0]), float(step.log_probs[0])))
+                print(written.add(drawn[-1][0], len(drawn) == options.length), end="", flush=True)
+            print()
     except ValueError as error:
         raise in_names_of_options(error, {"decoder": "--model"}) from None
-    finally:
-        print()
     tokens, log_probs = (np.array(column) for column in zip(*drawn, strict=True))
     whole = np.append(prompt, tokens)
     # The bar is for a terminal alone.

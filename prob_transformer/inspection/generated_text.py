@@ -49,13 +49,14 @@ def require_options(options: argparse.Namespace, unit: str) -> None:
     require_seed("--seed", options.seed, "the draws")
     if not options.prompt:
         raise ValueError(f"--prompt: is empty; pass at least one {unit}.")
-    for name in ("json", "figure"):
+    # With endings of their own neither can take the place of the other, nor of a checkpoint.
+    for name, ending in (("json", ".json"), ("figure", ".png")):
         path = getattr(options, name)
         if path is not None:
+            if path.suffix.lower() != ending:
+                raise ValueError(f"--{name}: got {path}; pass a path that ends in {ending}.")
             require_writable(f"--{name}: {path}", path)
     if options.figure is not None:
-        if options.figure == options.json:
-            raise ValueError(f"--figure: got {options.figure}, the file of --json; pass another one.")
         require("inspect", "matplotlib")
 
 

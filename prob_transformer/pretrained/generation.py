@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count, require_key
 from prob_transformer.pretrained.decoder import Decoder, Kept
-from prob_transformer.transformer.generation import Rule, Sampled, require_finite_logits
+from prob_transformer.transformer.generation import Rule, Sampled, require_finite_log_probs
 
 
 class _Texts(NamedTuple):
@@ -68,7 +68,7 @@ def continue_texts(
     `keys` (B,): one for each text, whose tokens do not depend on the other texts. Temperature 0 takes the most probable
     token; `top_k` draws among the k most probable ones. Raises ValueError at the call for prompts that do not fit the
     decoder, keys that are not one for each, length < 1, prompts and new tokens that do not fit the context together,
-    temperature < 0, and top_k outside 1..V; on the way for logits that are not finite.
+    temperature < 0, and top_k outside 1..V; on the way for log-probabilities that are not finite.
     """
     prompts = np.asarray(prompts)
     if prompts.ndim != 2 or prompts.shape[0] == 0:
@@ -98,7 +98,7 @@ def continue_texts(
         texts = _Texts.empty(decoder, count, given + length).append(decoder, jnp.asarray(prompts, jnp.int32))
         for left in reversed(range(length)):
             drawn = _next(rule, keys, texts.length, texts.logits)
-            require_finite_logits("decoder", drawn.log_probs)
+            require_finite_log_probs("decoder", drawn.log_probs)
             yield drawn
             if left:
                 texts = texts.append(decoder, drawn.tokens[:, None])

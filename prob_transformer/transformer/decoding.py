@@ -51,10 +51,9 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(cls, transformer: Transformer) -> "Cache":
-        rooms = tuple(
-            jnp.zeros((*block.key.shape[:2], transformer.context), transformer.head.dtype)
-            for block in transformer.blocks
-        )
+        # Weights with priors of their own may have several dtypes.
+        dtype = jnp.result_type(*jax.tree.leaves(transformer))
+        rooms = tuple(jnp.zeros((*block.key.shape[:2], transformer.context), dtype) for block in transformer.blocks)
         return cls(rooms, rooms)
 
     def read(
@@ -66,7 +65,9 @@ class Cache(NamedTuple):
         visible = jnp.arange(transformer.context) <= positions[:, None]
         for block, *kept in zip(transformer.blocks, self.keys, self.values, strict=True):
             _, queries, *new = block.project(stream)
-            keys, values = (lax.dynamic_update_slice_in_dim(x, y, start, 2) for x, y in zip(kept, new, strict=True))
+            keys, values = (
+                lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, 2) for x, y in zip(kept, new, strict=True)
+            )
             stream = block.attend(stream, queries, keys, values, visible)
             found.append((keys, values))
         return transformer.logits(stream[-1:])[0], Cache(*zip(*found, strict=True))

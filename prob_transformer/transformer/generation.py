@@ -96,7 +96,10 @@ class Rule(eqx.Module):
         # Draws compare the logits with noise of their type: half precision has too few values for that.
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         # Relative to the largest first, whose quotient by a tiny temperature would not be finite.
-        logits = (logits - logits.max()) / self.temperature.astype(logits.dtype)
+        # A temperature that the processor counts as 0 would make 0 / 0 of the largest: the smallest normal one has all
+        # weight on the largest as well.
+        temperature = jnp.maximum(self.temperature.astype(logits.dtype), jnp.finfo(logits.dtype).tiny)
+        logits = (logits - logits.max()) / temperature
         if self.top_k is None:
             return jax.random.categorical(key, logits).astype(jnp.int32)
         largest, tokens = lax.top_k(logits, self.top_k)
@@ -108,13 +111,25 @@ class Rule(eqx.Module):
         return Sampled(token, jax.nn.log_softmax(logits)[token])
 
 
-def require_finite_logits(name: str, log_probs: Float[Array, "..."]) -> None:
+def require_finite_log_probs(name: str, log_probs: Float[Array, "..."]) -> None:
     """Raises ValueError if log-probabilities of drawn tokens are not finite; those of a trace pass."""
     if not isinstance(log_probs, Tracer) and not np.isfinite(np.asarray(log_probs, np.float32)).all():
         raise ValueError(
-            f"{name}: its logits are not finite; pass finite weights, without noise that is beyond the largest number "
-            "of their dtype."
+            f"{name}: gives drawn tokens log-probabilities that are not finite; pass finite weights, without noise "
+            "that is beyond the largest number of their dtype."
         )
+
+
+def _require_numbers(found: Generated) -> Generated:
+    require_finite_log_probs("transformer", found.log_probs)
+    for name in ("log_det", "conditioning"):
+        values = getattr(found, name)
+        if values is not None and not isinstance(values, Tracer) and np.isnan(np.asarray(values, np.float32)).any():
+            raise ValueError(
+                f"transformer: {name} is not a number in {values.dtype}; pass weights in float64, or smaller W_Q and "
+                "W_K, or margins=False."
+            )
+    return found
 
 
 def _drawn(
@@ -192,14 +207,12 @@ def generate(
     standard deviation of noise on every input embedding, that of the prompt's tokens too. A text longer than the
     context is read in the windows of decoding.py. The function works under jax.vmap over transformers (draws of the
     weights), prompts and keys. Raises ValueError for a prompt that is empty, not of integers or out of the vocabulary,
-    length < 1, temperature < 0, noise_scale < 0, top_k outside 1..V, and, where it is not traced, logits that are not
-    finite. Equations: the module docstring.
+    length < 1, temperature < 0, noise_scale < 0, top_k outside 1..V, and, where it is not traced, log-probabilities or
+    margins that are no numbers. Equations: the module docstring.
     """
     prompt, rule = _checked(transformer, prompt, key, temperature, top_k, noise_scale)
     require_count("length", length, 1, "the number of tokens to generate")
-    found = _generated(transformer, prompt, key, int(length), rule, margins)
-    require_finite_logits("transformer", found.log_probs)
-    return found
+    return _require_numbers(_generated(transformer, prompt, key, int(length), rule, margins))
 
 
 _compiled_begun = eqx.filter_jit(_begun)
@@ -221,7 +234,7 @@ def stream(
     """An iterator over what `generate` returns for the same key, `chunk` tokens at a time, each as soon as it is drawn.
 
     Tokens are the same whatever the chunk; log-probabilities and margins are so up to rounding. Raises ValueError at
-    the call as `generate`, and for chunk < 1; on the way for logits that are not finite.
+    the call as `generate`, and for chunk < 1; on the way for log-probabilities and margins that are no numbers.
     """
     prompt, rule = _checked(transformer, prompt, key, temperature, top_k, noise_scale)
     require_count("length", length, 1, "the number of tokens to generate")
@@ -234,7 +247,7 @@ def stream(
         text = _compiled_begun(transformer, prompt, key, rule)
         for drawn in range(0, length, chunk):
             text, found = _compiled_chunk(transformer, text, key, chunk, windows, rule, margins)
-            require_finite_logits("transformer", found.log_probs)
+            _require_numbers(found)
             # The last chunk is drawn whole, so that one compiled function serves all.
             yield jax.tree.map(lambda x, left=length - drawn: x[..., :left], found)
 

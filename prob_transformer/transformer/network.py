@@ -175,11 +175,13 @@ class Block(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """Tokens (n,) to next-token logits (n, V), of the dtype of the weights.
+    """Tokens (n,) to next-token logits (n, V), of the common dtype of the weights.
 
-    The weights are drawn by the key, N(0, 1 / inputs) for the maps. `prior_stage` is one head over the input embeddings
-    with its own W_Q and W_K and identity values: the embedding prior. It shapes training where the barrier's site is
-    "embedding", is the law of latent embeddings (`transformer_model`), and takes no part in prediction.
+    The weights are drawn by the key: W_Q, W_K, W_V, up and head from N(0, 1 / d), output from N(0, 1 / (2 L d)), down
+    from N(0, 1 / (2 L f)), embeddings from N(0, 0.01), with L layers and f units of the mlp. `prior_stage` is one head
+    over the input embeddings with its own W_Q and W_K and identity values: the embedding prior. It shapes training
+    where the barrier's site is "embedding", is the law of latent embeddings (`transformer_model`), and takes no part in
+    prediction.
     """
 
     token_embedding: Float[Array, "V d"]

@@ -21,13 +21,15 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from prob_transformer._validation import require_count
+from prob_transformer._validation import require_count, require_positive
 from prob_transformer.attention import Attention
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.kernels.barrier import BarrierPenalty
@@ -124,6 +126,19 @@ def _require(
         raise ValueError("length: got None without tokens; pass the number of tokens to draw.")
 
 
+def _require_sequences(drawn: Int[Array, " b"], count: int, subsample_size: int | None) -> None:
+    """Raises ValueError for indices of the plate, given by a guide or a handler, that do not fit; traced ones pass."""
+    if len(drawn) != (count if subsample_size is None else subsample_size):
+        raise ValueError(
+            f"subsample_size: got {subsample_size}, but a guide or a handler gave {len(drawn)} sequences; build the "
+            "guide on the model with the same subsample_size, and give as many indices."
+        )
+    if not isinstance(drawn, jax.core.Tracer):
+        given = np.asarray(drawn)
+        if not np.issubdtype(given.dtype, np.integer) or not ((given >= 0) & (given < count)).all():
+            raise ValueError(f"sequences: got the indices {given.tolist()}; pass integers in 0..{count - 1}.")
+
+
 def _drawn_text(
     transformer: Transformer,
     stage: Attention | None,
@@ -175,10 +190,14 @@ def transformer_model(
     """
     _require(latents, attention, remat, tokens, prompt, length, config.context)
     require_barrier_weight(barrier_weight)
-    if total_tokens is not None and (tokens is None or subsample_size is not None):
-        raise ValueError(
-            "total_tokens: given without tokens or with subsample_size; pass it where `tokens` is a minibatch already."
-        )
+    if total_tokens is not None:
+        if tokens is None or subsample_size is not None:
+            raise ValueError(
+                "total_tokens: given without tokens or with subsample_size; pass it where `tokens` is a minibatch "
+                "already."
+            )
+        if require_positive("total_tokens", total_tokens).ndim:
+            raise ValueError(f"total_tokens: has shape {jnp.shape(total_tokens)}; pass one number.")
     empty = template(config, dtype)
     is_table = latents == "table"
     if not is_table:
@@ -212,12 +231,8 @@ def transformer_model(
     total = count * positions if total_tokens is None else total_tokens
     minibatch = 1.0 if total_tokens is None else total_tokens / (count * positions)
     with handlers.scale(scale=minibatch), numpyro.plate("sequences", count, subsample_size=subsample_size) as drawn:
+        _require_sequences(drawn, count, subsample_size)
         # Without a subsample all sequences in order, which on a mesh must not be gathered.
-        if subsample_size is not None and len(drawn) != subsample_size:
-            raise ValueError(
-                f"subsample_size: got {subsample_size}, but a guide or a handler gave {len(drawn)} sequences; build "
-                "the guide on the model with this subsample_size."
-            )
         batch = tokens if subsample_size is None else tokens[drawn]
         if is_table:
             embeddings, batch = jax.vmap(transformer.embed)(batch[:, :-1]), batch[:, 1:]
@@ -229,6 +244,8 @@ def transformer_model(
             # The penalty's sweep before the decoder's backward pass and not beside it, where each slows the other.
             logits, attended = jax.lax.optimization_barrier((logits, attended))
             found = penalty(transformer, embeddings, attended)
+            if not isinstance(found, BarrierPenalty) or jnp.ndim(found.mean):
+                raise ValueError(f"penalty: gave {found!r}; give a BarrierPenalty whose mean is one number, ().")
             logits, found = jax.lax.optimization_barrier((logits, found))
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=batch)
     if not is_zero(barrier_weight):

@@ -86,7 +86,7 @@ def test_a_text_depends_on_its_own_key_and_not_on_the_others(decoder):
 
 def test_logits_that_are_not_finite_are_refused(decoder):
     broken = eqx.tree_at(lambda d: d.head, decoder, replace_fn=lambda head: jnp.nan * head)
-    with pytest.raises(ValueError, match="decoder: its logits are not finite"):
+    with pytest.raises(ValueError, match="decoder: gives drawn tokens log-probabilities that are not finite"):
         list(continue_texts(broken, PROMPTS, 2, keys=keys_of(2)))
 
 

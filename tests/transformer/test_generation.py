@@ -1,4 +1,5 @@
 import math
+from operator import attrgetter
 
 import equinox as eqx
 import jax
@@ -200,22 +201,69 @@ def test_temperature_zero_and_one_of_the_largest_are_greedy():
     greedy = generate(model, text(4), 15, key=KEY, temperature=0.0, margins=False)
     whole = np.concatenate([text(4), greedy.tokens])
     np.testing.assert_array_equal(greedy.tokens, uncached(model, whole).argmax(1)[3:-1])
-    for other in ({"top_k": 1}, {"temperature": 1e-300}):
+    for other in ({"top_k": 1}, {"temperature": 1e-300}, {"temperature": 1e-310, "top_k": 2}):
         np.testing.assert_array_equal(sample(model, jnp.asarray(text(4)), KEY, 15, **other).tokens, greedy.tokens)
 
 
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-46])
+def test_a_temperature_that_float32_counts_as_zero_draws_among_the_largest(temperature, top_k):
+    logits = jnp.asarray([1, 2, 9, 3, 9, 0], jnp.float32)
+    rule = Rule.checked(temperature, top_k, 0.0, 6)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: rule.draw(key, logits)))(jax.random.split(KEY, 200)))
+    assert set(drawn.tolist()) == ({2} if top_k == 1 else {2, 4})
+
+
+@pytest.mark.parametrize("prompt", [2, 6, 11])
+def test_the_margins_of_a_short_text_are_those_of_the_same_places_in_a_longer_one(prompt):
+    whole = generate(made(), text(prompt), 15, key=KEY)
+    for length in range(1, 7):
+        found = generate(made(), text(prompt), length, key=KEY)
+        np.testing.assert_array_equal(found.tokens, whole.tokens[:length])
+        for short, long in zip(found[1:], whole[1:], strict=True):
+            np.testing.assert_allclose(short, long[..., :length], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["head", "token_embedding", "final_norm.scale"])
+def test_weights_of_two_dtypes_generate_what_the_wider_one_does(name):
+    model = made(dtype=jnp.float32)
+    where = attrgetter(name)
+    mixed = eqx.tree_at(where, model, replace_fn=lambda x: x.astype(jnp.float64))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), model)
+    found, expected = (generate(m, text(5), 9, key=KEY, temperature=0) for m in (mixed, wide))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
+
+
+def test_new_weights_have_the_standard_deviations_of_the_docstring():
+    layers, width, hidden = 3, 40, 60
+    model = Transformer(jax.random.key(0), TransformerConfig(50, 30, layers, width, 4, 20, hidden), jnp.float64)
+    deep = 2 * layers
+    expected = {
+        **dict.fromkeys(("query", "key", "value", "up"), width**-0.5),
+        "output": (deep * width) ** -0.5,
+        "down": (deep * hidden) ** -0.5,
+    }
+    for name, sd in expected.items():
+        drawn = np.concatenate([np.ravel(getattr(block, name)) for block in model.blocks])
+        # Six standard errors.
+        np.testing.assert_allclose(drawn.std(), sd, rtol=6 / np.sqrt(2 * drawn.size))
+    for drawn, sd in ((model.head, width**-0.5), (model.token_embedding, 0.1), (model.position_embedding, 0.1)):
+        np.testing.assert_allclose(np.std(drawn), sd, rtol=6 / np.sqrt(2 * drawn.size))
+
+
 @pytest.mark.parametrize("noise_scale", [0.0, 0.3])
-@pytest.mark.parametrize("chunk", [1, 4, 19, 40])
-def test_a_stream_is_the_generated_text_whatever_the_chunk(chunk, noise_scale):
+@pytest.mark.parametrize(("prompt", "chunk"), [(3, 1), (3, 4), (3, 19), (3, 40), (6, 2), (6, 4), (6, 6)])
+def test_a_stream_is_the_generated_text_whatever_the_chunk(prompt, chunk, noise_scale):
     model, asked = made(), {"key": KEY, "top_k": 4, "temperature": 1.5, "noise_scale": noise_scale}
-    whole = generate(model, text(3), 19, **asked)
-    parts = list(stream(model, text(3), 19, chunk=chunk, **asked))
+    whole = generate(model, text(prompt), 19, **asked)
+    parts = list(stream(model, text(prompt), 19, chunk=chunk, **asked))
     assert [part.tokens.size for part in parts[:-1]] == [min(chunk, 19)] * (len(parts) - 1)
     joined = [np.concatenate(field, -1) for field in zip(*parts, strict=True)]
     np.testing.assert_array_equal(joined[0], whole.tokens)
     for found, expected in zip(joined[1:], whole[1:], strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
-    bare = list(stream(model, text(3), 19, chunk=chunk, margins=False, **asked))
+    bare = list(stream(model, text(prompt), 19, chunk=chunk, margins=False, **asked))
     assert bare[0].sign is bare[0].log_det is bare[0].conditioning is None
     np.testing.assert_array_equal(np.concatenate([part.tokens for part in bare]), whole.tokens)
 
@@ -309,8 +357,19 @@ def test_logits_that_are_not_finite_are_refused(write, noise_scale):
     weight = jnp.nan if noise_scale == 0 else 1.0
     model = eqx.tree_at(lambda t: t.head, made(), replace_fn=lambda head: (weight * head).astype(jnp.float32))
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)
-    with pytest.raises(ValueError, match="transformer: its logits are not finite"):
+    with pytest.raises(ValueError, match="transformer: gives drawn tokens log-probabilities that are not finite"):
         write(model, [0, 1], 3, key=KEY, noise_scale=noise_scale)
+
+
+def test_margins_that_are_no_numbers_are_refused():
+    """The logits depend on W_K^T W_Q, which is as before; float32 does not hold the determinant on the way."""
+    model = made(dtype=jnp.float32)
+    queries, keys = (lambda m, name=name: [getattr(b, name) for b in m.blocks] for name in ("query", "key"))
+    model = eqx.tree_at(queries, model, replace_fn=lambda x: x * 1e30)
+    model = eqx.tree_at(keys, model, replace_fn=lambda x: x * 1e-30)
+    with pytest.raises(ValueError, match="transformer: log_det is not a number in float32"):
+        generate(model, text(4), 6, key=KEY)
+    assert np.isfinite(generate(model, text(4), 6, key=KEY, margins=False).log_probs).all()
 
 
 def test_a_transformer_without_embeddings_of_tokens_is_refused():

@@ -18,6 +18,7 @@ from scipy.stats import chi2, norm
 
 from prob_transformer.inference import MapStatus, find_map
 from prob_transformer.inference.laplace import laplace
+from prob_transformer.training_barrier import BarrierPenalty
 from prob_transformer.transformer import (
     HeadBarrier,
     TokenProcess,
@@ -194,6 +195,31 @@ def test_a_guide_of_the_subsampled_model_learns_latents_from_the_process_in_mini
         SVI(of_pairs, whole, Adam(0.1), Trace_ELBO()).init(jax.random.key(1), tokens)
 
 
+@pytest.mark.parametrize(
+    ("indices", "size", "message"),
+    [
+        ([0, 9], 2, r"sequences: got the indices \[0, 9\]; pass integers in 0..1"),
+        ([0, -1], 2, "sequences: got the indices"),
+        ([0.0, 1.0], 2, "sequences: got the indices"),
+        ([0], None, "subsample_size: got None, but a guide or a handler gave 1 sequences"),
+    ],
+)
+def test_indices_of_sequences_that_do_not_fit_are_refused(indices, size, message):
+    model = partial(transformer_model, config=TINY, subsample_size=size)
+    given = handlers.substitute(handlers.seed(model, jax.random.key(0)), data={"sequences": jnp.asarray(indices)})
+    with pytest.raises(ValueError, match=message):
+        given(jnp.zeros((2, 4), int))
+
+
+def test_tokens_in_narrow_integers_count_as_in_wide_ones():
+    """A vocabulary of 200, whose size int8 does not hold."""
+    config = TransformerConfig(vocabulary=200, context=5, layers=1, width=2, heads=1)
+    tokens = np.arange(120, 128).reshape(2, 4)
+    model = handlers.seed(partial(transformer_model, config=config), jax.random.key(0))
+    narrow, wide = (log_density(model, (tokens.astype(dtype),), {}, {})[0] for dtype in (np.int8, np.int64))
+    assert narrow == wide
+
+
 def test_a_minibatch_that_the_caller_has_drawn_counts_for_all_tokens(weights, windows):  # noqa: F811
     sites = sites_of(weights)
     prior = -dense_transformer.log_prior(weights, priors_of(weights))
@@ -264,6 +290,12 @@ def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_the
         ({"subsample_size": 2.0}, "subsample_size: got 2.0; pass an integer"),
         ({"subsample_size": 99}, "subsample_size: got 99; pass at most"),
         ({"total_tokens": 10, "subsample_size": 1}, "total_tokens: given without"),
+        ({"total_tokens": float("nan")}, "total_tokens: contains NaN or inf"),
+        ({"total_tokens": 0}, "total_tokens: got 0; pass a value greater than 0"),
+        ({"total_tokens": "7"}, "total_tokens: got str"),
+        ({"barrier_weight": jnp.ones(2)}, r"barrier_weight: has shape \(2,\)"),
+        ({"barrier_weight": 0.1, "penalty": lambda *_: 2.0}, "penalty: gave 2.0; give a BarrierPenalty"),
+        ({"barrier_weight": 0.1, "penalty": lambda *_: BarrierPenalty(jnp.ones(2), 0, 0)}, "penalty: gave Barrier"),
         ({"prompt": jnp.zeros(1, int)}, "prompt: given with tokens"),
         ({"length": 3}, "length: given with tokens"),
         ({"barrier_weight": float("nan")}, "barrier_weight: contains NaN"),
