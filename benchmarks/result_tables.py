@@ -25,7 +25,10 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """What is measured under a heading, and the columns that show its rows; those with `apart` in a first table."""
+    """What is measured under a heading, and the columns that show its rows.
+
+    Rows that have the entry `apart` stand in a table of their own, before that of the others.
+    """
 
     name: str
     title: str

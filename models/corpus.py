@@ -49,9 +49,10 @@ class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         index = {character: i for i, character in enumerate(self.characters)}
         missing = [] if fold else [character for character in dict.fromkeys(text) if character not in index]
         if missing:
+            named = ", ".join(map(repr, missing[:10])) + (", ..." if missing[10:] else "")
             raise ValueError(
-                f"text: contains {', '.join(map(repr, missing[:10]))}, which the vocabulary lacks; leave that out "
-                "(in Python, fold=True reads it as the unknown character)."
+                f"text: contains {named}, which the vocabulary lacks; leave such characters out (in Python, fold=True "
+                "reads them as the unknown character)."
             )
         unknown = index[self.unknown]
         return np.fromiter((index.get(character, unknown) for character in text), np.int32, len(text))

@@ -129,8 +129,11 @@ def _temporary_beside(path: Path, name: str) -> Path:
 
 
 def require_writable(name: str, path: Path) -> None:
-    """Raises the ValueError of `atomic_path`, with the name in place of the path, before any work; leaves no file."""
+    """Raises the ValueError of `atomic_path`, with the name in place of the path, before any work; leaves nothing."""
+    new = [folder for folder in path.parents if not folder.exists()]
     _temporary_beside(path, name).unlink()
+    for folder in new:
+        folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def require_tokens(tokens: Int[Array, "... n"]) -> Int[Array, "... n"]:
     if tokens.ndim not in (1, 2) or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens: has shape {tokens.shape} and dtype {tokens.dtype}; pass integers, (n,) or (B, n).")
     # Narrow integers do not hold the size of a vocabulary.
-    return tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
+    return tokens.astype(jnp.int32) if tokens.dtype.itemsize < 4 else tokens
 
 
 def token_model(

@@ -43,6 +43,7 @@ def test_asking_whether_a_file_can_be_written_leaves_it_and_its_folder_as_they_w
     write_json(target, {"figure": 1})
     require_writable("--out", target)
     assert json.loads(target.read_text()) == {"figure": 1}
+    require_writable("--out", tmp_path / "new" / "folder" / "result.json")
     assert os.listdir(tmp_path) == ["result.json"]
     with pytest.raises(ValueError, match="--out: is a folder; pass the path of a file"):
         require_writable("--out", tmp_path)

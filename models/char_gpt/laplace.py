@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, console: Console) -> None:
     """Do what the options ask for: print the table and write the DataTree. Raises ValueError for bad options."""
-    require_count("--draws", options.draws, 1, "the draws of the predictive")
+    require_count("--draws", options.draws, 1, "the predictive averages over them")
     require_seed("--seed", options.seed, "signs and draws")
     tau = options.prior_precision
     if tau is not None and not (np.isfinite(tau) and tau > 0):

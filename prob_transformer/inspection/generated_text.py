@@ -49,7 +49,7 @@ def require_options(options: argparse.Namespace, unit: str) -> None:
     require_seed("--seed", options.seed, "the draws")
     if not options.prompt:
         raise ValueError(f"--prompt: is empty; pass at least one {unit}.")
-    # With endings of their own neither can take the place of the other, nor of a checkpoint.
+    # With endings of their own neither can take the place of the other, nor of weights.
     for name, ending in (("json", ".json"), ("figure", ".png")):
         path = getattr(options, name)
         if path is not None:

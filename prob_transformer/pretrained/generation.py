@@ -74,9 +74,7 @@ def continue_texts(
     if prompts.ndim != 2 or prompts.shape[0] == 0:
         raise ValueError(f"prompts: has shape {prompts.shape}; pass texts of one length (B, m), one of them as (1, m).")
     count, given = prompts.shape
-    require_key("keys", keys)
-    if keys.shape != (count,):
-        raise ValueError(f"keys: has shape {keys.shape}; pass one key for each of the {count} texts.")
+    require_key("keys", keys, (count,))
     if given >= decoder.context:
         raise ValueError(
             f"prompts: got {given} tokens, but a context of {decoder.context} with room for a token after them takes "
@@ -98,9 +96,10 @@ def continue_texts(
         texts = _Texts.empty(decoder, count, given + length).append(decoder, jnp.asarray(prompts, jnp.int32))
         for left in reversed(range(length)):
             drawn = _next(rule, keys, texts.length, texts.logits)
+            if left:
+                # Before the check, which waits for what is drawn.
+                texts = texts.append(decoder, drawn.tokens[:, None])
             require_finite_log_probs("decoder", drawn.log_probs)
             yield drawn
-            if left:
-                texts = texts.append(decoder, drawn.tokens[:, None])
 
     return steps()

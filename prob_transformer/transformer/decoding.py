@@ -52,7 +52,8 @@ class Cache(NamedTuple):
     @classmethod
     def empty(cls, transformer: Transformer) -> "Cache":
         # Weights with priors of their own may have several dtypes.
-        dtype = jnp.result_type(*jax.tree.leaves(transformer))
+        read = transformer.token_embedding, transformer.position_embedding, transformer.blocks
+        dtype = jnp.result_type(*jax.tree.leaves(read))
         rooms = tuple(jnp.zeros((*block.key.shape[:2], transformer.context), dtype) for block in transformer.blocks)
         return cls(rooms, rooms)
 

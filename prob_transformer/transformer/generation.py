@@ -115,8 +115,8 @@ def require_finite_log_probs(name: str, log_probs: Float[Array, "..."]) -> None:
     """Raises ValueError if log-probabilities of drawn tokens are not finite; those of a trace pass."""
     if not isinstance(log_probs, Tracer) and not np.isfinite(np.asarray(log_probs, np.float32)).all():
         raise ValueError(
-            f"{name}: gives drawn tokens log-probabilities that are not finite; pass finite weights, without noise "
-            "that is beyond the largest number of their dtype."
+            f"{name}: gives drawn tokens log-probabilities that are not finite; pass finite weights, and less noise if "
+            "there is any."
         )
 
 
@@ -126,8 +126,8 @@ def _require_numbers(found: Generated) -> Generated:
         values = getattr(found, name)
         if values is not None and not isinstance(values, Tracer) and np.isnan(np.asarray(values, np.float32)).any():
             raise ValueError(
-                f"transformer: {name} is not a number in {values.dtype}; pass weights in float64, or smaller W_Q and "
-                "W_K, or margins=False."
+                f"transformer: {name} of some margin is not a number in {values.dtype}; pass weights that are finite "
+                "and neither too large nor too small for it, or margins=False."
             )
     return found
 
@@ -247,9 +247,8 @@ def stream(
         text = _compiled_begun(transformer, prompt, key, rule)
         for drawn in range(0, length, chunk):
             text, found = _compiled_chunk(transformer, text, key, chunk, windows, rule, margins)
-            _require_numbers(found)
             # The last chunk is drawn whole, so that one compiled function serves all.
-            yield jax.tree.map(lambda x, left=length - drawn: x[..., :left], found)
+            yield _require_numbers(jax.tree.map(lambda x, left=length - drawn: x[..., :left], found))
 
     return chunks()
 

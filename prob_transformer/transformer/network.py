@@ -175,7 +175,7 @@ class Block(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """Tokens (n,) to next-token logits (n, V), of the common dtype of the weights.
+    """Tokens (n,) to next-token logits (n, V), of the dtype that the weights promote to.
 
     The weights are drawn by the key: W_Q, W_K, W_V, up and head from N(0, 1 / d), output from N(0, 1 / (2 L d)), down
     from N(0, 1 / (2 L f)), embeddings from N(0, 0.01), with L layers and f units of the mlp. `prior_stage` is one head

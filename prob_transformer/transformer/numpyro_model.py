@@ -128,14 +128,18 @@ def _require(
 
 def _require_sequences(drawn: Int[Array, " b"], count: int, subsample_size: int | None) -> None:
     """Raises ValueError for indices of the plate, given by a guide or a handler, that do not fit; traced ones pass."""
-    if len(drawn) != (count if subsample_size is None else subsample_size):
+    if drawn.shape != (count if subsample_size is None else subsample_size,):
         raise ValueError(
-            f"subsample_size: got {subsample_size}, but a guide or a handler gave {len(drawn)} sequences; build the "
-            "guide on the model with the same subsample_size, and give as many indices."
+            f"subsample_size: got {subsample_size}, but a guide or a handler gave sequences of shape {drawn.shape}; "
+            "build the guide on the model with the same subsample_size, and give as many indices."
         )
+    if not jnp.issubdtype(drawn.dtype, jnp.integer):
+        raise ValueError(f"sequences: has dtype {drawn.dtype}; pass integers.")
     if not isinstance(drawn, jax.core.Tracer):
         given = np.asarray(drawn)
-        if not np.issubdtype(given.dtype, np.integer) or not ((given >= 0) & (given < count)).all():
+        if subsample_size is None and (given != np.arange(count)).any():
+            raise ValueError(f"sequences: got the indices {given.tolist()}; pass subsample_size={count} with them.")
+        if not ((given >= 0) & (given < count)).all():
             raise ValueError(f"sequences: got the indices {given.tolist()}; pass integers in 0..{count - 1}.")
 
 
@@ -181,7 +185,7 @@ def transformer_model(
     follows the `prompt`, or from the process a text of `length` tokens.
 
     `priors` is one distribution for every weight, or distributions by name or pattern (`default_priors` unless given,
-    in `dtype`; priors of one's own have theirs).
+    in `dtype`; weights with other priors have the dtypes of these).
     `subsample_size` sequences are drawn from the N by NumPyro, or are given under the plate's name by `substitute`.
     Where `tokens` is a minibatch that the caller has drawn, `total_tokens` says how many tokens all the data predict.
     `penalty` is the mean that the factor "barrier" weighs; its `mean`, `negative_share` and `variance` are recorded as
@@ -245,7 +249,8 @@ def transformer_model(
             logits, attended = jax.lax.optimization_barrier((logits, attended))
             found = penalty(transformer, embeddings, attended)
             if not isinstance(found, BarrierPenalty) or jnp.ndim(found.mean):
-                raise ValueError(f"penalty: gave {found!r}; give a BarrierPenalty whose mean is one number, ().")
+                shape = f" of shape {jnp.shape(found.mean)}" if isinstance(found, BarrierPenalty) else ""
+                raise ValueError(f"penalty: gave {type(found).__name__}{shape}; give a BarrierPenalty of shape ().")
             logits, found = jax.lax.optimization_barrier((logits, found))
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=batch)
     if not is_zero(barrier_weight):

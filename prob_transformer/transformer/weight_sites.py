@@ -8,6 +8,7 @@ precedence over patterns, and the first fitting pattern over the others.
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TypeAlias
 
 import jax
@@ -92,37 +93,41 @@ def with_weights(weights: Mapping[str, Float[Array, "..."]], config: Transformer
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
-def _of_shape(where: str, prior: dist.Distribution, name: str, shape: tuple[int, ...]) -> dist.Distribution:
-    own = prior.batch_shape + prior.event_shape
+def _fitting(pattern: str, prior: dist.Distribution, name: str, shape: tuple[int, ...]) -> dist.Distribution:
+    """The prior, if NumPyro can expand it to the shape: its event is the last axes, its batch may be broadcast."""
+    batch = shape[: len(shape) - prior.event_dim]
     try:
-        fits = jnp.broadcast_shapes(own, shape) == shape
+        fits = (*batch, *prior.event_shape) == shape and jnp.broadcast_shapes(prior.batch_shape, batch) == batch
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"priors: {name} has shape {shape}, its prior {own}; pass one that fits, or one of shape ().")
+        own = f"batch shape {prior.batch_shape} and event shape {prior.event_shape}"
+        raise ValueError(
+            f"priors: {pattern} has {own}, but {name} has shape {shape}; pass one that can be expanded to it."
+        )
     return prior
 
 
 def _prior_by_name(priors: Priors, names: list[str]) -> Callable[[str, tuple[int, ...]], dist.Distribution]:
     if isinstance(priors, dist.Distribution):
-        return lambda name, shape: _of_shape("for all weights", priors, name, shape)
+        return partial(_fitting, "the prior of all weights", priors)
     if not isinstance(priors, Mapping):
         raise ValueError(f"priors: got {type(priors).__name__}; pass a distribution, or distributions by name.")
     for pattern, prior in priors.items():
         if not isinstance(prior, dist.Distribution):
             raise ValueError(f"priors: {pattern} has {type(prior).__name__}; pass a NumPyro distribution.")
     dotted = {name: name.replace("[", ".").replace("]", "") for name in names}
-    chosen: dict[str, dist.Distribution] = {}
+    chosen: dict[str, str] = {}
     idle = set(priors)
     for name in names:
         fitting = [pattern for pattern in priors if pattern == name or fnmatchcase(dotted[name], pattern)]
         idle -= set(fitting)
         if not fitting:
             raise ValueError(f"priors: have none for {name}; add one for it, or a pattern such as '*'.")
-        chosen[name] = priors[name if name in fitting else fitting[0]]
+        chosen[name] = name if name in fitting else fitting[0]
     if idle:
         raise ValueError(f"priors: {', '.join(sorted(idle))} fits no weight; the weights are {', '.join(names)}.")
-    return lambda name, shape: _of_shape("here", chosen[name], name, shape)
+    return lambda name, shape: _fitting(chosen[name], priors[chosen[name]], name, shape)
 
 
 def sampled_weights(empty: Transformer, priors: Priors) -> Transformer:

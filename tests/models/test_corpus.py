@@ -39,9 +39,11 @@ def test_a_vocabulary_is_read_both_ways_and_names_what_it_lacks():
     assert vocabulary.encode("").shape == (0,)
     assert vocabulary.decode(np.array([], np.int32)) == ""
     with pytest.raises(
-        ValueError, match=r"text: contains 'é', 'c', which the vocabulary lacks; leave that out \(in Python"
+        ValueError, match=r"text: contains 'é', 'c', which the vocabulary lacks; leave such characters out \(in Python"
     ):
         vocabulary.encode("abéc")
+    with pytest.raises(ValueError, match=r"contains 'c', .*, 'l', \.\.\., which"):
+        vocabulary.encode("abcdefghijklm")
     for outside in (-1, 3):
         with pytest.raises(ValueError, match=rf"ids: contain {outside}; pass ids from 0 to 2\."):
             vocabulary.decode([0, outside])

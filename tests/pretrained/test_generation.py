@@ -104,7 +104,7 @@ def test_logits_that_are_not_finite_are_refused(decoder):
         ({"prompts": np.full((2, 3), 260)}, "260 but the model has 260 embeddings"),
         ({"prompts": np.zeros(3, int)}, r"prompts: has shape \(3,\); pass texts of one length"),
         ({"prompts": np.zeros((0, 3), int)}, r"prompts: has shape \(0, 3\)"),
-        ({"prompts": [[1, 2]]}, r"keys: has shape \(2,\); pass one key for each of the 1 texts"),
+        ({"prompts": [[1, 2]]}, r"keys: got shape \(2,\) and dtype .*; pass random keys of shape \(1,\), one each"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_the_call(decoder, given, message):

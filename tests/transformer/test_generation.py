@@ -224,7 +224,20 @@ def test_the_margins_of_a_short_text_are_those_of_the_same_places_in_a_longer_on
             np.testing.assert_allclose(short, long[..., :length], rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["head", "token_embedding", "final_norm.scale"])
+def test_a_key_of_the_old_kind_counts_as_its_new_form():
+    old = jax.random.PRNGKey(7)
+    found, expected = (generate(made(), text(3), 5, key=k).tokens for k in (old, jax.random.wrap_key_data(old)))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_stream_judges_no_token_that_is_not_asked_for():
+    """The last chunk is drawn whole; what comes after the length may be no number."""
+    model = eqx.tree_at(lambda m: m.position_embedding, made(), replace_fn=lambda x: x.at[3].set(jnp.nan))
+    parts = list(stream(model, [0], 3, key=KEY, chunk=2, margins=False))
+    assert sum(part.tokens.size for part in parts) == 3
+
+
+@pytest.mark.parametrize("name", ["head", "token_embedding", "final_norm.scale", "prior_stage.query"])
 def test_weights_of_two_dtypes_generate_what_the_wider_one_does(name):
     model = made(dtype=jnp.float32)
     where = attrgetter(name)
@@ -233,6 +246,7 @@ def test_weights_of_two_dtypes_generate_what_the_wider_one_does(name):
     found, expected = (generate(m, text(5), 9, key=KEY, temperature=0) for m in (mixed, wide))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
+    assert found.log_probs.dtype == (jnp.float32 if name == "prior_stage.query" else jnp.float64)
 
 
 def test_new_weights_have_the_standard_deviations_of_the_docstring():
@@ -331,7 +345,9 @@ def test_another_key_temperature_or_scale_compiles_nothing_new(caplog):
         ({"temperature": np.nan}, "temperature: contains NaN"),
         ({"noise_scale": -1}, "noise_scale: got -1; pass one number of at least 0"),
         ({"top_k": 0}, "top_k: got 0; pass an integer of at least 1"),
-        ({"key": 0}, "key: got 0; pass a JAX random key"),
+        ({"key": 0}, "key: got 0; pass one JAX random key"),
+        ({"key": jnp.zeros(3)}, r"key: got shape \(3,\) and dtype float64; pass one JAX random key"),
+        ({"key": jax.random.split(KEY, 2)}, r"key: got shape \(2,\) and dtype key.*; pass one JAX random key"),
         ({"top_k": 6}, "top_k: got 6; pass at most 5, the size of the vocabulary"),
         ({"transformer": "gpt"}, "transformer: got str; pass a Transformer"),
     ],
@@ -367,7 +383,7 @@ def test_margins_that_are_no_numbers_are_refused():
     queries, keys = (lambda m, name=name: [getattr(b, name) for b in m.blocks] for name in ("query", "key"))
     model = eqx.tree_at(queries, model, replace_fn=lambda x: x * 1e30)
     model = eqx.tree_at(keys, model, replace_fn=lambda x: x * 1e-30)
-    with pytest.raises(ValueError, match="transformer: log_det is not a number in float32"):
+    with pytest.raises(ValueError, match="transformer: log_det of some margin is not a number in float32"):
         generate(model, text(4), 6, key=KEY)
     assert np.isfinite(generate(model, text(4), 6, key=KEY, margins=False).log_probs).all()
 

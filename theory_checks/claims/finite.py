@@ -147,7 +147,7 @@ def run(plan: Plan) -> Outcome:
 
 CHECK = Check(
     id="finite",
-    claim="no NaN for finite arguments off the boundary, gradients included",
+    claim="finite values and gradients for logits up to a thousand, off the boundary",
     statement=(
         "For finite arguments the residual, log|det J_i|, barrier, margins, log density, both objectives and their "
         "gradients are finite, with logits of up to a thousand in every geometry drawn and of up to 1e18 between "
