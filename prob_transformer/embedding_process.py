@@ -21,7 +21,7 @@ from numpyro.distributions.util import validate_sample
 
 from prob_transformer._dtypes import in_float32_at_least
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._validation import require_count, require_finite, require_floating, require_positive
+from prob_transformer._validation import require_count, require_finite, require_floating, require_key, require_positive
 from prob_transformer.attention import Attention, Past, require_attention
 from prob_transformer.change_of_variables import residual_and_log_det_at, residual_and_log_det_unchecked
 from prob_transformer.sampling import CausalAttentionTransform, Solution, raise_unless_converged
@@ -110,8 +110,7 @@ class EmbeddingProcess(dist.Distribution):
         Raises `ImplicitSolveError` where the solver found no root or found det J <= 0 on its path. A narrow crossing
         can be missed (docs/limits.md).
         """
-        if key is None:
-            raise ValueError("key: got None; pass a JAX random key.")
+        require_key("key", key)
         return raise_unless_converged(self.solve_sample(key, sample_shape))
 
     def empty_past(self) -> Past:

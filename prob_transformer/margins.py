@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._dtypes import cast, in_float32_at_least, ranks_promoted
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._validation import require_count, require_embeddings
+from prob_transformer._validation import require_count, require_embeddings, require_key
 from prob_transformer.attention import (
     Attention,
     Past,
@@ -88,8 +88,7 @@ def stability_margin(
     if kind == "conditioning" and not is_blocked(implementation):
         return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
     if kind == "conditioning":
-        if key is None:
-            raise ValueError("key: got None; pass a JAX random key, from which the iterations start.")
+        require_key("key", key)
         return conditioning_margin(attention, embeddings, key).upper
     raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._dtypes import in_common_type
-from prob_transformer._validation import require_positive
+from prob_transformer._validation import require_key, require_positive
 from prob_transformer.attention import Attention, Past, require_layer
 from prob_transformer.barrier import one_sided_penalty
 from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
@@ -139,8 +139,8 @@ def barrier_penalty(
         raise ValueError(f"share: got {share}; pass a share of the heads and sequences greater than 0 and at most 1.")
     if share < 1 and form == "one-sided":
         raise ValueError(f"share: got {share}; the one-sided penalty is taken over all heads and sequences.")
-    if share < 1 and key is None:
-        raise ValueError("key: got None; pass a JAX random key, which draws the share.")
+    if share < 1:
+        require_key("key", key)
     # `jax.make_mesh` types its axes "explicit", which asks for inputs that are spread already; the sweep spreads them.
     mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
     asked = _Asked(form, threshold, share, mesh, tiling)

@@ -37,7 +37,7 @@ def test_the_blocked_conditioning_margin_needs_a_key_and_is_the_smallest_singula
     expected = stability_margin(attention, embeddings, "conditioning")
     found = stability_margin(attention, embeddings, "conditioning", key=jax.random.key(0), implementation="blocked")
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="key: got None; pass a JAX random key"):
+    with pytest.raises(ValueError, match="key: got None; pass one JAX random key"):
         stability_margin(attention, embeddings, "conditioning", implementation="blocked")
 
 

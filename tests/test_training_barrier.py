@@ -161,7 +161,7 @@ def test_a_share_is_unbiased_and_its_variance_that_of_the_draws():
     [
         ({"form": "both"}, "form: got 'both'; pass one of two-sided, one-sided"),
         ({"share": 0.0}, "share: got 0.0; pass a share"),
-        ({"share": 0.5}, "key: got None; pass a JAX random key"),
+        ({"share": 0.5}, "key: got None; pass one JAX random key"),
         ({"share": 0.5, "form": "one-sided"}, "share: got 0.5; the one-sided penalty"),
         ({"threshold": 0.0}, "threshold: got 0.0"),
     ],

@@ -18,7 +18,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import constrain_fn, log_density, potential_energy
 
-from prob_transformer._validation import require_finite, require_floating, require_seed
+from prob_transformer._validation import require_finite, require_floating, require_key, require_seed
 
 Space = Literal["constrained", "unconstrained"]
 Sites = Mapping[str, Float[Array, "..."]]
@@ -60,6 +60,7 @@ def log_likelihood(trace: Mapping[str, dict[str, Any]]) -> dict[str, Float[Array
 def key_and_seed(key: PRNGKeyArray | int | None, purpose: str) -> tuple[PRNGKeyArray, int | None]:
     """The random key and None, or the key of an integer and that integer. Raises ValueError for anything else."""
     if isinstance(key, (jax.Array, np.ndarray)):
+        require_key("key", key)
         return key, None
     if key is None:
         raise ValueError(f"key: got None; pass a JAX random key or an integer of at least 0, the seed of {purpose}.")

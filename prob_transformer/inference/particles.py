@@ -23,7 +23,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._extras import require
-from prob_transformer._validation import require_count
+from prob_transformer._validation import require_count, require_key
 from prob_transformer.attention import Attention, Past
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.files import provenance
@@ -347,6 +347,5 @@ def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array
     require_count("draws", draws, 1, "the number of paths")
     if not isinstance(result.log_evidence, jax.core.Tracer) and not (result.log_evidence > -jnp.inf).all():
         raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
-    if key is None:
-        raise ValueError("key: got None; pass a JAX random key.")
+    require_key("key", key)
     return result._draw("smoothed", key, draws)[0]["embeddings"][0]

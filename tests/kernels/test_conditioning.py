@@ -122,7 +122,7 @@ def test_tokens_that_coincide_far_from_the_origin_have_margin_one(place):
     ("call", "message"),
     [
         (lambda *x: MARGIN(*x, "other"), "kind: got 'other'; pass one of determinant, conditioning"),
-        (lambda *x: MARGIN(*x, "conditioning"), "key: got None; pass a JAX random key"),
+        (lambda *x: MARGIN(*x, "conditioning"), "key: got None; pass one JAX random key"),
         (lambda *x: conditioning_margin(*x, KEY, 0), "steps: got 0; pass an integer of at least 1"),
         (
             lambda *x: conditioning_margin(*x, KEY, failure=1.0),
