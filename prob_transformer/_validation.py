@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 
 def require_floating(name: str, array: Any, *, finite: bool = False, positive: bool = False) -> jax.Array:
@@ -44,7 +45,7 @@ def require_seed(name: str, value: Any, purpose: str) -> None:
         raise ValueError(f"{name}: got {value}; pass an integer below 2^32: only so much of it counts for {purpose}.")
 
 
-def require_key(name: str, key: Any, shape: tuple[int, ...] = ()) -> None:
+def require_key(name: str, key: Any, shape: tuple[int, ...] = ()) -> PRNGKeyArray:
     """A JAX random key, or keys of that shape; a key of the old kind, in uint32, has one more axis."""
     is_new = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     is_old = getattr(key, "dtype", None) == np.uint32 and key.ndim == len(shape) + 1
@@ -52,6 +53,7 @@ def require_key(name: str, key: Any, shape: tuple[int, ...] = ()) -> None:
         given = f"shape {key.shape} and dtype {key.dtype}" if hasattr(key, "dtype") else f"{key!r}"
         remedy = f"random keys of shape {shape}, one each" if shape else "one JAX random key, such as jax.random.key(0)"
         raise ValueError(f"{name}: got {given}; pass {remedy}.")
+    return key
 
 
 def require_embeddings(name: str, embeddings: Any, width: int) -> jax.Array:

@@ -110,8 +110,7 @@ class EmbeddingProcess(dist.Distribution):
         Raises `ImplicitSolveError` where the solver found no root or found det J <= 0 on its path. A narrow crossing
         can be missed (docs/limits.md).
         """
-        require_key("key", key)
-        return raise_unless_converged(self.solve_sample(key, sample_shape))
+        return raise_unless_converged(self.solve_sample(require_key("key", key), sample_shape))
 
     def empty_past(self) -> Past:
         """The cache before the first position, with room for `length` of them, in float32 at least."""

@@ -88,8 +88,7 @@ def stability_margin(
     if kind == "conditioning" and not is_blocked(implementation):
         return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
     if kind == "conditioning":
-        require_key("key", key)
-        return conditioning_margin(attention, embeddings, key).upper
+        return conditioning_margin(attention, embeddings, require_key("key", key)).upper
     raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
 
 

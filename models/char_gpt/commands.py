@@ -125,9 +125,9 @@ def configuration_in(arguments: argparse.Namespace) -> Config:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.char_gpt", description="A small character-level GPT.")
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train one model and measure it")
+    purposes = {"train": "train one model and measure it", "resume": "go on with a run from its checkpoint"}
+    training, resumed = (commands.add_parser(name, help=what, description=what) for name, what in purposes.items())
     add_configuration(training)
-    resumed = commands.add_parser("resume", help="go on with a run from its checkpoint")
     resumed.add_argument("--steps", type=int, metavar="N", help="go on to N steps in all, at the final learning rate")
     for command in (training, resumed):
         add_text_and_folder(command)

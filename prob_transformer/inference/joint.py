@@ -60,8 +60,7 @@ def log_likelihood(trace: Mapping[str, dict[str, Any]]) -> dict[str, Float[Array
 def key_and_seed(key: PRNGKeyArray | int | None, purpose: str) -> tuple[PRNGKeyArray, int | None]:
     """The random key and None, or the key of an integer and that integer. Raises ValueError for anything else."""
     if isinstance(key, (jax.Array, np.ndarray)):
-        require_key("key", key)
-        return key, None
+        return require_key("key", key), None
     if key is None:
         raise ValueError(f"key: got None; pass a JAX random key or an integer of at least 0, the seed of {purpose}.")
     require_seed("key", key, purpose)

@@ -347,5 +347,4 @@ def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array
     require_count("draws", draws, 1, "the number of paths")
     if not isinstance(result.log_evidence, jax.core.Tracer) and not (result.log_evidence > -jnp.inf).all():
         raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
-    require_key("key", key)
-    return result._draw("smoothed", key, draws)[0]["embeddings"][0]
+    return result._draw("smoothed", require_key("key", key), draws)[0]["embeddings"][0]
