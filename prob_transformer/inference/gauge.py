@@ -5,7 +5,8 @@
 and with it the likelihood; a normal prior that is the same for every row is left as it is too. So p (p - 1) / 2
 directions a head are flat, the posterior is constant along them, and W_Q and W_K are not identified, while A is. Such
 pairs are recognised by the density itself, not by their names: two sites of one shape (..., p, d) whose potential is
-the same after random rotations of both, one for every head.
+the same after random rotations of both, one for every head. That is tried a little away from the mode, because a weight
+that is 0 there is left alone by every rotation.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 _ROTATIONS = 2
+# How far away, in standard deviations of the normal numbers added: the farthest at which the potential is finite.
+_MOVES = (0.3, 0.03, 0.0)
 
 
 class Gauge(NamedTuple):
@@ -45,8 +48,8 @@ def _directions(query: Float[np.ndarray, "... p d"], key: Float[np.ndarray, "...
     """
     stacked = np.concatenate([query, key], -1).astype(float)
     size, largest = stacked.shape[-2], np.abs(stacked).max((-2, -1))
-    # Single precision at most is what an optimiser's zeros are worth.
-    kept = size - np.linalg.matrix_rank(stacked, tol=1e-4 * np.maximum(1e-30, largest))
+    # Single precision at most is what an optimiser's zeros are worth, beside other weights and where all are 0.
+    kept = size - np.linalg.matrix_rank(stacked, tol=1e-4 * np.maximum(1e-2, largest))
     return int((size * (size - 1) // 2 - kept * (kept - 1) // 2).sum())
 
 
@@ -60,16 +63,22 @@ def gauges(
     pairs = [pair for pair in combinations(candidates, 2) if point[pair[0]].shape == point[pair[1]].shape]
     if not pairs:
         return ()
-    here = float(potential(point))
+    rng = np.random.default_rng(0)
+    directions = {name: rng.normal(size=jnp.shape(value)) for name, value in point.items()}
+    for size in _MOVES:
+        moved = {name: jnp.asarray(value + size * directions[name], value.dtype) for name, value in point.items()}
+        here = float(potential(moved))
+        if np.isfinite(here):
+            break
 
     def rotate_together(pair: tuple[str, str]) -> bool:
-        allowed = float(jnp.finfo(point[pair[0]].dtype).eps) ** 0.75 * (1 + abs(here))
-        *batch, size, _ = point[pair[0]].shape
+        allowed = float(jnp.finfo(moved[pair[0]].dtype).eps) ** 0.75 * (1 + abs(here))
+        *batch, size, _ = moved[pair[0]].shape
         drawn = [np.random.default_rng(seed).normal(size=(*batch, size, size)) for seed in range(_ROTATIONS)]
         # Random orthogonal matrices for every head: reflections where p is 1.
         turns = [np.linalg.qr(each).Q if size > 1 else -np.ones_like(each) for each in drawn]
-        turned = [{name: jnp.asarray(turn @ point[name], point[name].dtype) for name in pair} for turn in turns]
-        return all(abs(float(potential({**point, **sites})) - here) <= allowed for sites in turned)
+        turned = [{name: jnp.asarray(turn @ moved[name], moved[name].dtype) for name in pair} for turn in turns]
+        return all(abs(float(potential({**moved, **sites})) - here) <= allowed for sites in turned)
 
     together = filter(rotate_together, pairs)
     return tuple(Gauge(pair, _directions(*(np.asarray(point[name]) for name in pair))) for pair in together)

@@ -90,6 +90,19 @@ def test_directions_are_counted_in_every_head_and_are_fewer_where_a_head_has_a_l
     assert found.directions == 5 + 3
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_weights_that_are_0_at_the_mode_are_not_taken_for_rotations(size):
+    # Every rotation leaves a 0 alone, but no direction is flat there: the Hessian is that of the prior, the identity.
+    small = {name: jnp.asarray(size * RNG.normal(size=(1, 2, 3))) for name in ("key", "query", "value")}
+
+    def potential(point):
+        attended = jnp.einsum("hpa,hpb->ab", point["key"], point["query"])
+        return jnp.sin(attended).sum() + jnp.exp(point["value"]).sum() + sum((x**2).sum() / 2 for x in point.values())
+
+    (found,) = gauges(potential, small, tuple(small))
+    assert found == (("key", "query"), 0)
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_so_it_is_for_the_query_and_key_of_a_process(curvature):
     walk = np.random.default_rng(1).normal(size=(5, 2))
