@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 
 def require_floating(name: str, array: Any, *, finite: bool = False, positive: bool = False) -> jax.Array:
@@ -54,6 +54,28 @@ def require_key(name: str, key: Any, shape: tuple[int, ...] = ()) -> PRNGKeyArra
         remedy = f"random keys of shape {shape}, one each" if shape else "one JAX random key, such as jax.random.key(0)"
         raise ValueError(f"{name}: got {given}; pass {remedy}.")
     return key
+
+
+def require_integers(name: str, array: Any) -> jax.Array:
+    """The argument as an integer array of 32 bits or more, in which no vocabulary overflows; none of them wraps."""
+    if not isinstance(array, jax.Array):
+        try:
+            array = np.asarray(array)
+        except ValueError:
+            raise ValueError(f"{name}: got sequences of different lengths; pass an array of integers.") from None
+        # An empty list has no dtype of its own.
+        array = array if array.size else array.astype(np.int32)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name}: has shape {array.shape} and dtype {array.dtype}; pass integers.")
+    if isinstance(array, np.ndarray) and (array != array.astype(np.int32)).any():
+        raise ValueError(f"{name}: contains integers that 32 bits do not hold; pass indices into the vocabulary.")
+    return array.astype(jnp.int32) if array.dtype.itemsize < 4 else jnp.asarray(array)
+
+
+def require_vocabulary(name: str, tokens: Int[Array, "..."], size: int) -> None:
+    # NumPy, because inside a trace JAX would trace even this comparison of known values.
+    if not isinstance(tokens, jax.core.Tracer) and not ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < size)).all():
+        raise ValueError(f"{name}: contains tokens outside 0..{size - 1}; pass indices into the vocabulary of {size}.")
 
 
 def require_embeddings(name: str, embeddings: Any, width: int) -> jax.Array:

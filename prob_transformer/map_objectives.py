@@ -18,17 +18,10 @@ import jax.scipy.stats as jstats
 from jaxtyping import Array, Float, Int, PyTree
 
 from prob_transformer._dtypes import in_float32_at_least
-from prob_transformer._validation import require_positive
+from prob_transformer._validation import require_positive, require_vocabulary
 from prob_transformer.attention import Attention, require_joint
 from prob_transformer.change_of_variables import residual_and_log_det
-from prob_transformer.token_model import (
-    Decoder,
-    Objective,
-    is_zero,
-    require_objective,
-    require_tokens,
-    require_vocabulary,
-)
+from prob_transformer.token_model import Decoder, Objective, is_zero, require_objective, require_tokens
 
 
 def weight_prior(parameters: PyTree[Float[Array, "..."]], scale: Float[Array, ""] | float) -> Float[Array, ""]:
@@ -64,7 +57,7 @@ def map_objective(
         raise ValueError(f"tokens: has shape {tokens.shape}; pass {embeddings.shape[:-1]}, one token a position.")
     residual, _, log_det = residual_and_log_det(attention, embeddings)
     log_probabilities = jax.nn.log_softmax(decoder(embeddings), axis=-1)
-    require_vocabulary(tokens, log_probabilities.shape[-1])
+    require_vocabulary("tokens", tokens, log_probabilities.shape[-1])
     cross_entropy = -jnp.take_along_axis(log_probabilities, tokens[..., None], axis=-1).sum()
     total = cross_entropy if is_zero(barrier_weight) else cross_entropy - barrier_weight * log_det.sum()
     if objective == "full":

@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import constraints
 
-from prob_transformer._validation import require_count, require_finite
+from prob_transformer._validation import require_count, require_finite, require_integers, require_vocabulary
 from prob_transformer.attention import Attention
 from prob_transformer.barrier import barrier
 from prob_transformer.embedding_process import EmbeddingProcess
@@ -78,18 +78,11 @@ def is_zero(barrier_weight: Float[Array, ""] | float) -> bool:
     return not isinstance(barrier_weight, Tracer) and bool(np.asarray(barrier_weight) == 0)
 
 
-def require_vocabulary(tokens: Int[Array, "... n"], size: int) -> None:
-    # NumPy, because inside a trace JAX would trace even this comparison of known values.
-    if not isinstance(tokens, Tracer) and not ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < size)).all():
-        raise ValueError(f"tokens: hold values outside 0..{size - 1}; pass indices into the decoder's {size} tokens.")
-
-
 def require_tokens(tokens: Int[Array, "... n"]) -> Int[Array, "... n"]:
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim not in (1, 2) or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens: has shape {tokens.shape} and dtype {tokens.dtype}; pass integers, (n,) or (B, n).")
-    # Narrow integers do not hold the size of a vocabulary.
-    return tokens.astype(jnp.int32) if tokens.dtype.itemsize < 4 else tokens
+    tokens = require_integers("tokens", tokens)
+    if tokens.ndim not in (1, 2):
+        raise ValueError(f"tokens: has shape {tokens.shape}; pass one text (n,) or several of one length, (B, n).")
+    return tokens
 
 
 def token_model(
@@ -131,6 +124,6 @@ def token_model(
             numpyro.factor("barrier", -barrier_weight * barrier(attention, embeddings).sum(-1))
         logits = decoder(embeddings)
         if tokens is not None:
-            require_vocabulary(tokens, logits.shape[-1])
+            require_vocabulary("tokens", tokens, logits.shape[-1])
         numpyro.sample("tokens", dist.Categorical(logits=logits).to_event(1), obs=tokens)
     return embeddings

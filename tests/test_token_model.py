@@ -130,8 +130,8 @@ def test_nuts_runs_over_parameters_and_embeddings_and_arviz_reads_it():
         ({"barrier_weight": np.nan}, "barrier_weight: contains NaN or inf"),
         ({"noise_scale": 0.0}, "noise_scale: got 0.0"),
         ({"first_scale": -2.0}, "first_scale: got -2.0"),
-        ({"tokens": np.array([0, 1, 2, 9])}, "tokens: hold values outside 0..4"),
-        ({"tokens": np.array([0, -1, 2, 3])}, "tokens: hold values outside 0..4"),
+        ({"tokens": np.array([0, 1, 2, 9])}, "tokens: contains tokens outside 0..4"),
+        ({"tokens": np.array([0, -1, 2, 3])}, "tokens: contains tokens outside 0..4"),
         ({"tokens": np.ones(4)}, r"tokens: has shape \(4,\) and dtype float64"),
     ],
 )

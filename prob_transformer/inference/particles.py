@@ -23,7 +23,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._extras import require
-from prob_transformer._validation import require_count, require_key
+from prob_transformer._validation import require_count, require_key, require_vocabulary
 from prob_transformer.attention import Attention, Past
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.files import provenance
@@ -33,7 +33,7 @@ from prob_transformer.inference.proposals import PROPOSALS, ProposalName
 from prob_transformer.inference.result_tree import Allow, DataTree, Dims, datatree, require_allowed
 from prob_transformer.inference.smoothing import ancestral_indices, genealogy, smoothing_indices
 from prob_transformer.root_finder import SolveStatus
-from prob_transformer.token_model import Decoder, require_tokens, require_vocabulary
+from prob_transformer.token_model import Decoder, require_tokens
 
 Paths = Literal["smoothed", "ancestral"]
 _PATHS = 1000
@@ -332,7 +332,7 @@ def particle_filter(
     process = EmbeddingProcess(
         attention, tokens.shape[0], process.noise_scale.astype(dtype), process.first_scale.astype(dtype)
     )
-    require_vocabulary(tokens, _require_decoder(decoder, attention.width, dtype))
+    require_vocabulary("tokens", tokens, _require_decoder(decoder, attention.width, dtype))
     found = _filter(process, decoder, tokens, random_key, jnp.asarray(threshold, dtype), particles, proposal)
     return found._replace(seed=seed)
 

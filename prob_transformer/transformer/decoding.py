@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from prob_transformer._validation import require_integers, require_vocabulary
 from prob_transformer.transformer.network import Transformer
 
 # Noise (r, d) on the embeddings of tokens, by their numbers (r,) in the text.
@@ -155,12 +154,8 @@ def require_text(name: str, tokens: Any, transformer: Transformer) -> Int[Array,
             f"transformer: its token embedding has shape {transformer.token_embedding.shape} instead of (V, d); pass "
             "one transformer, or call under jax.vmap for weights with a leading axis."
         )
-    given = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    given = require_integers(name, tokens)
     if given.ndim != 1 or given.size == 0:
         raise ValueError(f"{name}: has shape {given.shape}; pass one text (m,) of at least one token.")
-    if not jnp.issubdtype(given.dtype, jnp.integer):
-        raise ValueError(f"{name}: has dtype {given.dtype}; pass integers.")
-    vocabulary = transformer.token_embedding.shape[0]
-    if not isinstance(given, Tracer) and not 0 <= np.asarray(given).min() <= np.asarray(given).max() < vocabulary:
-        raise ValueError(f"{name}: contains tokens outside 0..{vocabulary - 1}; pass tokens of the vocabulary.")
-    return jnp.asarray(given, jnp.int32)
+    require_vocabulary(name, given, transformer.token_embedding.shape[0])
+    return given.astype(jnp.int32)

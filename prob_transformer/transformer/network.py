@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from prob_transformer._validation import require_count
+from prob_transformer._validation import require_count, require_integers, require_vocabulary
 from prob_transformer.attention import Attention
 from prob_transformer.training_barrier import Values
 
@@ -232,6 +232,8 @@ class Transformer(eqx.Module):
         return hook("head", normalised, normalised @ self.head.T)
 
     def __call__(self, tokens: Int[Array, " n"]) -> Float[Array, "n V"]:
+        tokens = require_integers("tokens", tokens)
+        require_vocabulary("tokens", tokens, self.head.shape[0])
         return self.decode(self.embed(tokens))[0]
 
 

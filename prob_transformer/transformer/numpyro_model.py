@@ -29,11 +29,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from prob_transformer._validation import require_count, require_positive
+from prob_transformer._validation import require_count, require_integers, require_positive, require_vocabulary
 from prob_transformer.attention import Attention
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.kernels.barrier import BarrierPenalty
-from prob_transformer.token_model import is_zero, require_barrier_weight, require_tokens, require_vocabulary
+from prob_transformer.token_model import is_zero, require_barrier_weight
 from prob_transformer.training_barrier import Form, Values, barrier_penalty
 from prob_transformer.transformer.network import Attended, Remat, Transformer, TransformerConfig
 from prob_transformer.transformer.token_process import TokenProcess
@@ -186,12 +186,17 @@ def transformer_model(
 
     `priors` is one distribution for every weight, or distributions by name or pattern (`default_priors` unless given,
     in `dtype`; weights with other priors have the dtypes of these).
-    `subsample_size` sequences are drawn from the N by NumPyro, or are given under the plate's name by `substitute`.
+    `subsample_size` sequences are drawn from the N by NumPyro, as SVI does, or are given as a `jax.Array` under the
+    plate's name by `substitute`; `find_map`, `laplace` and `nuts` are of all the data.
     Where `tokens` is a minibatch that the caller has drawn, `total_tokens` says how many tokens all the data predict.
     `penalty` is the mean that the factor "barrier" weighs; its `mean`, `negative_share` and `variance` are recorded as
     deterministic sites "barrier_mean", ... Raises ValueError for arguments that do not fit.
     Source: the module docstring; theory sections 2, 5 and 11.
     """
+    if not isinstance(config, TransformerConfig):
+        raise ValueError(f"config: got {type(config).__name__}; pass a TransformerConfig.")
+    if not callable(penalty):
+        raise ValueError(f"penalty: got {penalty!r}; pass a callable such as HeadBarrier(site='layers').")
     _require(latents, attention, remat, tokens, prompt, length, config.context)
     require_barrier_weight(barrier_weight)
     if total_tokens is not None:
@@ -217,10 +222,10 @@ def transformer_model(
     if tokens is None:
         _drawn_text(transformer, None if is_table else stage, prompt, length, (noise_scale, first_scale))
         return transformer
-    tokens = require_tokens(tokens)
+    tokens = require_integers("tokens", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens: has shape {tokens.shape}; pass sequences (N, m), one of them as (1, m).")
-    require_vocabulary(tokens, config.vocabulary)
+    require_vocabulary("tokens", tokens, config.vocabulary)
     count, positions = tokens.shape[0], tokens.shape[1] - is_table
     if count == 0:
         raise ValueError(f"tokens: has shape {tokens.shape}; pass at least one sequence.")

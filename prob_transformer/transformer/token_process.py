@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro.distributions import constraints
 
-from prob_transformer._validation import require_count
+from prob_transformer._validation import require_count, require_integers
 from prob_transformer.transformer.decoding import require_text
 from prob_transformer.transformer.generation import require_finite_log_probs, sample
 from prob_transformer.transformer.network import Transformer
@@ -58,11 +58,9 @@ class TokenProcess(dist.Distribution):
 
     def log_prob(self, value: Int[Array, "*S n"], intermediates: Any = None) -> Float[Array, "*S"]:
         """Nats of every continuation. Raises ValueError for those of another length, and for what is not integers."""
-        value = jnp.asarray(value)
-        if value.shape[-1:] != (self.length,) or not jnp.issubdtype(value.dtype, jnp.integer):
-            raise ValueError(
-                f"value: has shape {value.shape} and dtype {value.dtype}; pass integers (..., n), n = {self.length}."
-            )
+        value = require_integers("value", value)
+        if value.shape[-1:] != (self.length,):
+            raise ValueError(f"value: has shape {value.shape}; pass (..., n), n = {self.length}.")
 
         def of_one(continuation: Int[Array, " n"]) -> Float[Array, ""]:
             text = jnp.concatenate([self.prompt, continuation])

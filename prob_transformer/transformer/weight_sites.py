@@ -116,6 +116,8 @@ def _prior_by_name(priors: Priors, names: list[str]) -> Callable[[str, tuple[int
     for pattern, prior in priors.items():
         if not isinstance(prior, dist.Distribution):
             raise ValueError(f"priors: {pattern} has {type(prior).__name__}; pass a NumPyro distribution.")
+        if prior.is_discrete:
+            raise ValueError(f"priors: {pattern} has {type(prior).__name__}, which is discrete; weights are real.")
     dotted = {name: name.replace("[", ".").replace("]", "") for name in names}
     chosen: dict[str, str] = {}
     idle = set(priors)

@@ -334,8 +334,8 @@ def test_another_key_temperature_or_scale_compiles_nothing_new(caplog):
     [
         ({"prompt": []}, "prompt: has shape .* at least one token"),
         ({"prompt": [[0, 1]]}, r"prompt: has shape \(1, 2\)"),
-        ({"prompt": [0.0, 1.0]}, "prompt: has dtype float64; pass integers"),
-        ({"prompt": [True, False]}, "prompt: has dtype bool; pass integers"),
+        ({"prompt": [0.0, 1.0]}, "prompt: has shape .* and dtype float64; pass integers"),
+        ({"prompt": [True, False]}, "prompt: has shape .* and dtype bool; pass integers"),
         ({"prompt": [0, 5]}, r"prompt: contains tokens outside 0\.\.4"),
         ({"prompt": [-1, 2]}, r"prompt: contains tokens outside 0\.\.4"),
         ({"length": 0}, "length: got 0; pass an integer of at least 1"),
@@ -396,8 +396,18 @@ def test_a_transformer_without_embeddings_of_tokens_is_refused():
 
 @pytest.mark.parametrize("value", [np.zeros(3, int), np.zeros(2), np.zeros((), int)])
 def test_the_law_of_tokens_refuses_what_is_no_continuation(value):
-    with pytest.raises(ValueError, match=r"value: has shape .* pass integers .* n = 2"):
+    with pytest.raises(ValueError, match=r"value: has shape .*; pass (integers|.* n = 2)"):
         TokenProcess(made(), [0, 1], 2).log_prob(value)
+
+
+def test_the_law_of_tokens_takes_integers_too_narrow_for_the_vocabulary():
+    model = Transformer(jax.random.key(1), TransformerConfig(300, 4, layers=1, width=4, heads=1))
+    law = TokenProcess(model, [1, 2], 3)
+    exact = jax.nn.log_softmax(model([1, 2, 7, 2])[1:])[jnp.arange(3), jnp.array([7, 2, 100])].sum()
+    for dtype in (np.int8, np.uint8, np.int64):
+        np.testing.assert_allclose(law.log_prob(np.array([7, 2, 100], dtype)), exact, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"tokens: contains tokens outside 0\.\.299"):
+        model([0, 300])
 
 
 @pytest.mark.parametrize("top_k", [None, 40])

@@ -234,7 +234,7 @@ def test_a_minibatch_that_the_caller_has_drawn_counts_for_all_tokens(weights, wi
 
 
 def trace_of(**given):
-    model = handlers.seed(partial(transformer_model, config=TINY, **given), jax.random.key(0))
+    model = handlers.seed(partial(transformer_model, **{"config": TINY} | given), jax.random.key(0))
     return handlers.trace(model).get_trace(jnp.zeros((2, 4), int))
 
 
@@ -304,6 +304,12 @@ def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_the
             {"barrier_weight": 0.1, "penalty": lambda *_: BarrierPenalty(jnp.ones(2), 0, 0)},
             "penalty: gave BarrierPenalty of shape",
         ),
+        ({"barrier_weight": 0.1, "penalty": "layers"}, "penalty: got 'layers'; pass a callable"),
+        ({"config": {"vocabulary": 3}}, "config: got dict; pass a TransformerConfig"),
+        (
+            {"priors": {"head": dist.Bernoulli(0.5), "*": dist.Normal()}},
+            "priors: head has .*, which is discrete",
+        ),
         ({"prompt": jnp.zeros(1, int)}, "prompt: given with tokens"),
         ({"length": 3}, "length: given with tokens"),
         ({"barrier_weight": float("nan")}, "barrier_weight: contains NaN"),
@@ -326,10 +332,15 @@ def test_a_prior_over_whole_rows_is_one_of_a_weight():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (jnp.full((2, 4), 3), "tokens: hold values outside"),
+        (jnp.full((2, 4), 3), "tokens: contains tokens outside"),
         (jnp.zeros((2, 7), int), r"tokens: has shape \(2, 7\)"),
         (jnp.zeros(4, int), r"tokens: has shape \(4,\); pass sequences"),
         (jnp.zeros((0, 4), int), r"tokens: has shape \(0, 4\); pass at least one sequence"),
+        ([[0, 1, 2], [1, 2]], "tokens: got sequences of different lengths"),
+        (["abc"], "tokens: has shape .* and dtype <U3; pass integers"),
+        # Where JAX has no 64 bits they would wrap around to tokens of the vocabulary.
+        (np.array([[0, 1, 2, 0]]) + 2**32, "tokens: contains integers that 32 bits do not hold"),
+        (np.array([[0, 1, 2, 0]], np.uint64) + 2**40, "tokens: contains integers that 32 bits do not hold"),
     ],
 )
 def test_bad_tokens_are_refused(tokens, message):
