@@ -1,5 +1,6 @@
 """Checks at the public boundary; each raises a ValueError naming the argument, what was given and the remedy."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,7 @@ def require_seed(name: str, value: Any, purpose: str) -> None:
 
 
 def require_key(name: str, key: Any, shape: tuple[int, ...] = ()) -> PRNGKeyArray:
-    """A JAX random key, or keys of that shape; a key of the old kind, in uint32, has one more axis."""
+    """The argument, one JAX random key or keys of that shape; a key of the old kind, in uint32, has one more axis."""
     is_new = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     is_old = getattr(key, "dtype", None) == np.uint32 and key.ndim == len(shape) + 1
     if (not is_new and not is_old) or (key.shape if is_new else key.shape[:-1]) != shape:
@@ -57,22 +58,26 @@ def require_key(name: str, key: Any, shape: tuple[int, ...] = ()) -> PRNGKeyArra
 
 
 def require_integers(name: str, array: Any) -> jax.Array:
-    """The argument as an integer array of 32 bits or more, in which no vocabulary overflows; none of them wraps."""
-    if not isinstance(array, jax.Array):
-        try:
-            array = np.asarray(array)
-        except ValueError:
-            raise ValueError(f"{name}: got sequences of different lengths; pass an array of integers.") from None
+    """The argument as an integer JAX array of 32 bits or more. Known values stay known inside a trace, and are refused
+    where 32 bits do not hold them."""
+    is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(array))
+    try:
+        given = array if isinstance(array, jax.Array) else (np if is_known else jnp).asarray(array)
+    except ValueError:
+        raise ValueError(f"{name}: got sequences of different lengths; pass an array of integers.") from None
+    if isinstance(array, (list, tuple)) and not given.size:
         # An empty list has no dtype of its own.
-        array = array if array.size else array.astype(np.int32)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name}: has shape {array.shape} and dtype {array.dtype}; pass integers.")
-    if isinstance(array, np.ndarray) and (array != array.astype(np.int32)).any():
+        given = given.astype(np.int32)
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"{name}: has shape {given.shape} and dtype {given.dtype}; pass integers.")
+    if is_known and (np.asarray(given) != np.asarray(given).astype(np.int32)).any():
         raise ValueError(f"{name}: contains integers that 32 bits do not hold; pass indices into the vocabulary.")
-    return array.astype(jnp.int32) if array.dtype.itemsize < 4 else jnp.asarray(array)
+    with jax.ensure_compile_time_eval() if is_known else nullcontext():
+        return jnp.asarray(given, jnp.int32 if given.dtype.itemsize < 4 else None)
 
 
 def require_vocabulary(name: str, tokens: Int[Array, "..."], size: int) -> None:
+    """Nothing: known tokens are indices into a vocabulary of this size."""
     # NumPy, because inside a trace JAX would trace even this comparison of known values.
     if not isinstance(tokens, jax.core.Tracer) and not ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < size)).all():
         raise ValueError(f"{name}: contains tokens outside 0..{size - 1}; pass indices into the vocabulary of {size}.")

@@ -125,8 +125,10 @@ def configuration_in(arguments: argparse.Namespace) -> Config:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.char_gpt", description="A small character-level GPT.")
     commands = parser.add_subparsers(dest="command", required=True)
-    purposes = {"train": "train one model and measure it", "resume": "go on with a run from its checkpoint"}
-    training, resumed = (commands.add_parser(name, help=what, description=what) for name, what in purposes.items())
+    purposes = {"train": "train one model and measure it", "resume": "continue a run from its checkpoint"}
+    training, resumed = (
+        commands.add_parser(name, help=purpose, description=purpose) for name, purpose in purposes.items()
+    )
     add_configuration(training)
     resumed.add_argument("--steps", type=int, metavar="N", help="go on to N steps in all, at the final learning rate")
     for command in (training, resumed):

@@ -5,8 +5,8 @@
 and with it the likelihood; a normal prior that is the same for every row is left as it is too. So p (p - 1) / 2
 directions a head are flat, the posterior is constant along them, and W_Q and W_K are not identified, while A is. Such
 pairs are recognised by the density itself, not by their names: two sites of one shape (..., p, d) whose potential is
-the same after random rotations of both, one for every head. That is tried a little away from the mode, because a weight
-that is 0 there is left alone by every rotation.
+the same after random rotations of both, one for every head. The rotations are tried a little away from the mode,
+because every rotation leaves a weight alone that is 0 there.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 _ROTATIONS = 2
-# How far away, in standard deviations of the normal numbers added: the farthest at which the potential is finite.
+# Standard deviations of the noise added to every site, tried in order until the potential is finite.
 _MOVES = (0.3, 0.03, 0.0)
 
 
@@ -48,8 +48,10 @@ def _directions(query: Float[np.ndarray, "... p d"], key: Float[np.ndarray, "...
     """
     stacked = np.concatenate([query, key], -1).astype(float)
     size, largest = stacked.shape[-2], np.abs(stacked).max((-2, -1))
-    # Single precision at most is what an optimiser's zeros are worth, beside other weights and where all are 0.
-    kept = size - np.linalg.matrix_rank(stacked, tol=1e-4 * np.maximum(1e-2, largest))
+    # What an optimiser leaves of a 0: beside larger weights single precision at most, and where all are 0 the root of a
+    # rounding, because the potential is flat to second order there.
+    zero = max(1e-6, float(jnp.finfo(query.dtype).eps) ** 0.5)
+    kept = size - np.linalg.matrix_rank(stacked, tol=np.maximum(1e-4 * largest, zero))
     return int((size * (size - 1) // 2 - kept * (kept - 1) // 2).sum())
 
 
@@ -64,9 +66,9 @@ def gauges(
     if not pairs:
         return ()
     rng = np.random.default_rng(0)
-    directions = {name: rng.normal(size=jnp.shape(value)) for name, value in point.items()}
+    noise = {name: rng.normal(size=jnp.shape(value)) for name, value in point.items()}
     for size in _MOVES:
-        moved = {name: jnp.asarray(value + size * directions[name], value.dtype) for name, value in point.items()}
+        moved = {name: jnp.asarray(value + size * noise[name], value.dtype) for name, value in point.items()}
         here = float(potential(moved))
         if np.isfinite(here):
             break

@@ -187,7 +187,7 @@ def transformer_model(
     `priors` is one distribution for every weight, or distributions by name or pattern (`default_priors` unless given,
     in `dtype`; weights with other priors have the dtypes of these).
     `subsample_size` sequences are drawn from the N by NumPyro, as SVI does, or are given as a `jax.Array` under the
-    plate's name by `substitute`; `find_map`, `laplace` and `nuts` are of all the data.
+    plate's name by `substitute`; `find_map`, `laplace` and `nuts` need all the data, so leave it out for them.
     Where `tokens` is a minibatch that the caller has drawn, `total_tokens` says how many tokens all the data predict.
     `penalty` is the mean that the factor "barrier" weighs; its `mean`, `negative_share` and `variance` are recorded as
     deterministic sites "barrier_mean", ... Raises ValueError for arguments that do not fit.
@@ -195,10 +195,10 @@ def transformer_model(
     """
     if not isinstance(config, TransformerConfig):
         raise ValueError(f"config: got {type(config).__name__}; pass a TransformerConfig.")
-    if not callable(penalty):
-        raise ValueError(f"penalty: got {penalty!r}; pass a callable such as HeadBarrier(site='layers').")
     _require(latents, attention, remat, tokens, prompt, length, config.context)
     require_barrier_weight(barrier_weight)
+    if not is_zero(barrier_weight) and not callable(penalty):
+        raise ValueError(f"penalty: got {penalty!r}; pass a callable such as HeadBarrier(site='layers').")
     if total_tokens is not None:
         if tokens is None or subsample_size is not None:
             raise ValueError(

@@ -95,6 +95,8 @@ def with_weights(weights: Mapping[str, Float[Array, "..."]], config: Transformer
 
 def _fitting(pattern: str, prior: dist.Distribution, name: str, shape: tuple[int, ...]) -> dist.Distribution:
     """The prior, if NumPyro can expand it to the shape: its event is the last axes, its batch may be broadcast."""
+    if prior.is_discrete:
+        raise ValueError(f"priors: {pattern} is {type(prior).__name__}, which is discrete; weights are real.")
     batch = shape[: len(shape) - prior.event_dim]
     try:
         fits = (*batch, *prior.event_shape) == shape and jnp.broadcast_shapes(prior.batch_shape, batch) == batch
@@ -116,8 +118,6 @@ def _prior_by_name(priors: Priors, names: list[str]) -> Callable[[str, tuple[int
     for pattern, prior in priors.items():
         if not isinstance(prior, dist.Distribution):
             raise ValueError(f"priors: {pattern} has {type(prior).__name__}; pass a NumPyro distribution.")
-        if prior.is_discrete:
-            raise ValueError(f"priors: {pattern} has {type(prior).__name__}, which is discrete; weights are real.")
     dotted = {name: name.replace("[", ".").replace("]", "") for name in names}
     chosen: dict[str, str] = {}
     idle = set(priors)

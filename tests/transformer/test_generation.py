@@ -394,9 +394,17 @@ def test_a_transformer_without_embeddings_of_tokens_is_refused():
         generate(model, [0, 1], 3, key=KEY)
 
 
-@pytest.mark.parametrize("value", [np.zeros(3, int), np.zeros(2), np.zeros((), int)])
-def test_the_law_of_tokens_refuses_what_is_no_continuation(value):
-    with pytest.raises(ValueError, match=r"value: has shape .*; pass (integers|.* n = 2)"):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.zeros(3, int), r"value: has shape \(3,\); pass \(..., n\), n = 2"),
+        (np.zeros((), int), r"value: has shape \(\); pass \(..., n\), n = 2"),
+        (np.zeros(2), r"value: has shape \(2,\) and dtype float64; pass integers"),
+        (np.zeros((0, 2)), r"value: has shape \(0, 2\) and dtype float64; pass integers"),
+    ],
+)
+def test_the_law_of_tokens_refuses_what_is_no_continuation(value, message):
+    with pytest.raises(ValueError, match=message):
         TokenProcess(made(), [0, 1], 2).log_prob(value)
 
 
@@ -406,8 +414,17 @@ def test_the_law_of_tokens_takes_integers_too_narrow_for_the_vocabulary():
     exact = jax.nn.log_softmax(model([1, 2, 7, 2])[1:])[jnp.arange(3), jnp.array([7, 2, 100])].sum()
     for dtype in (np.int8, np.uint8, np.int64):
         np.testing.assert_allclose(law.log_prob(np.array([7, 2, 100], dtype)), exact, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"tokens: contains tokens outside 0\.\.299"):
-        model([0, 300])
+
+
+@pytest.mark.parametrize("traced", [lambda function: function, jax.jit], ids=["plain", "jit"])
+def test_known_tokens_outside_the_vocabulary_are_refused_inside_a_trace_too(traced):
+    model = made()
+    with pytest.raises(ValueError, match=r"tokens: contains tokens outside 0\.\.4"):
+        traced(lambda: model(np.array([0, 9], np.uint8)))()
+    with pytest.raises(ValueError, match=r"prompt: contains tokens outside 0\.\.4"):
+        traced(lambda key: TokenProcess(model, [0, 9], 2).sample(key))(KEY)
+    # Tokens that a trace computes are not known.
+    assert jax.jit(lambda a, b: model([a, b]))(0, 1).shape == (2, 5)
 
 
 @pytest.mark.parametrize("top_k", [None, 40])

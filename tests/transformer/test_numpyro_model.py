@@ -308,8 +308,9 @@ def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_the
         ({"config": {"vocabulary": 3}}, "config: got dict; pass a TransformerConfig"),
         (
             {"priors": {"head": dist.Bernoulli(0.5), "*": dist.Normal()}},
-            "priors: head has .*, which is discrete",
+            "priors: head is .*, which is discrete",
         ),
+        ({"priors": dist.Poisson(1.0)}, "priors: the prior of all weights is Poisson, which is discrete"),
         ({"prompt": jnp.zeros(1, int)}, "prompt: given with tokens"),
         ({"length": 3}, "length: given with tokens"),
         ({"barrier_weight": float("nan")}, "barrier_weight: contains NaN"),
