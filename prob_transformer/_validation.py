@@ -58,13 +58,13 @@ def require_key(name: str, key: Any, shape: tuple[int, ...] = ()) -> PRNGKeyArra
 
 
 def require_integers(name: str, array: Any) -> jax.Array:
-    """The argument as an integer JAX array of 32 bits or more. Known values stay known inside a trace, and are refused
-    where 32 bits do not hold them."""
+    """The argument as an integer JAX array, int32 where its values are known; these stay known inside a trace, and are
+    refused where 32 bits do not hold them."""
     is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(array))
     try:
         given = array if isinstance(array, jax.Array) else (np if is_known else jnp).asarray(array)
-    except ValueError:
-        raise ValueError(f"{name}: got sequences of different lengths; pass an array of integers.") from None
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name}: got a {type(array).__name__} that forms no array; pass integers.") from None
     if isinstance(array, (list, tuple)) and not given.size:
         # An empty list has no dtype of its own.
         given = given.astype(np.int32)
@@ -73,7 +73,7 @@ def require_integers(name: str, array: Any) -> jax.Array:
     if is_known and (np.asarray(given) != np.asarray(given).astype(np.int32)).any():
         raise ValueError(f"{name}: contains integers that 32 bits do not hold; pass indices into the vocabulary.")
     with jax.ensure_compile_time_eval() if is_known else nullcontext():
-        return jnp.asarray(given, jnp.int32 if given.dtype.itemsize < 4 else None)
+        return jnp.asarray(given, jnp.int32 if is_known or given.dtype.itemsize < 4 else None)
 
 
 def require_vocabulary(name: str, tokens: Int[Array, "..."], size: int) -> None:

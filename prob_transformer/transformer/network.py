@@ -233,6 +233,11 @@ class Transformer(eqx.Module):
 
     def __call__(self, tokens: Int[Array, " n"]) -> Float[Array, "n V"]:
         tokens = require_integers("tokens", tokens)
+        if tokens.ndim != 1 or not 1 <= tokens.size <= self.context:
+            raise ValueError(
+                f"tokens: has shape {tokens.shape}; pass one text (n,), n from 1 to the context, {self.context}; "
+                "several by jax.vmap."
+            )
         require_vocabulary("tokens", tokens, self.head.shape[0])
         return self.decode(self.embed(tokens))[0]
 

@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro.distributions import constraints
 
-from prob_transformer._validation import require_count, require_integers
+from prob_transformer._validation import require_count, require_integers, require_key
 from prob_transformer.transformer.decoding import require_text
 from prob_transformer.transformer.generation import require_finite_log_probs, sample
 from prob_transformer.transformer.network import Transformer
@@ -71,8 +71,8 @@ class TokenProcess(dist.Distribution):
         return flat.reshape(value.shape[:-1])
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Int[Array, "*S n"]:
-        """Draws of shape (*sample_shape, n), token by token. Raises ValueError for log-probabilities not finite."""
-        keys = jax.random.split(key, math.prod(sample_shape))
+        """Draws of shape (*sample_shape, n), token by token. Raises ValueError for a bad key or logits not finite."""
+        keys = jax.random.split(require_key("key", key), math.prod(sample_shape))
         drawn = jax.vmap(lambda key: sample(self.transformer, self.prompt, key, self.length))(keys)
         require_finite_log_probs("transformer", drawn.log_probs)
         return drawn.tokens.reshape(*sample_shape, self.length)

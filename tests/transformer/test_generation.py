@@ -412,8 +412,22 @@ def test_the_law_of_tokens_takes_integers_too_narrow_for_the_vocabulary():
     model = Transformer(jax.random.key(1), TransformerConfig(300, 4, layers=1, width=4, heads=1))
     law = TokenProcess(model, [1, 2], 3)
     exact = jax.nn.log_softmax(model([1, 2, 7, 2])[1:])[jnp.arange(3), jnp.array([7, 2, 100])].sum()
-    for dtype in (np.int8, np.uint8, np.int64):
+    for dtype in (np.int8, np.uint8, np.int64, np.uint64):
         np.testing.assert_allclose(law.log_prob(np.array([7, 2, 100], dtype)), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [[], 3, [[0, 1], [2, 3]], [0] * 31])
+def test_a_transformer_refuses_what_is_not_one_text_within_its_context(tokens):
+    model = Transformer(jax.random.key(1), TransformerConfig(5, 30, layers=1, width=4, heads=1))
+    with pytest.raises(ValueError, match=r"tokens: has shape \(.*\); pass one text \(n,\), n from 1 to .* 30"):
+        model(tokens)
+    assert model([0] * 30).shape == (30, 5)
+
+
+@pytest.mark.parametrize("key", [None, 0, jax.random.split(KEY, 3)])
+def test_the_law_of_tokens_refuses_what_is_no_key(key):
+    with pytest.raises(ValueError, match=r"key: got .*; pass one JAX random key"):
+        TokenProcess(made(), [0, 1], 2).sample(key)
 
 
 @pytest.mark.parametrize("traced", [lambda function: function, jax.jit], ids=["plain", "jit"])
@@ -423,6 +437,8 @@ def test_known_tokens_outside_the_vocabulary_are_refused_inside_a_trace_too(trac
         traced(lambda: model(np.array([0, 9], np.uint8)))()
     with pytest.raises(ValueError, match=r"prompt: contains tokens outside 0\.\.4"):
         traced(lambda key: TokenProcess(model, [0, 9], 2).sample(key))(KEY)
+    with pytest.raises(ValueError, match="tokens: got a list that forms no array"):
+        traced(lambda a: model([[a, 1], [2]]))(jnp.asarray(0))
     # Tokens that a trace computes are not known.
     assert jax.jit(lambda a, b: model([a, b]))(0, 1).shape == (2, 5)
 

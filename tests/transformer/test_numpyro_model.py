@@ -337,7 +337,7 @@ def test_a_prior_over_whole_rows_is_one_of_a_weight():
         (jnp.zeros((2, 7), int), r"tokens: has shape \(2, 7\)"),
         (jnp.zeros(4, int), r"tokens: has shape \(4,\); pass sequences"),
         (jnp.zeros((0, 4), int), r"tokens: has shape \(0, 4\); pass at least one sequence"),
-        ([[0, 1, 2], [1, 2]], "tokens: got sequences of different lengths"),
+        ([[0, 1, 2], [1, 2]], "tokens: got a list that forms no array; pass integers"),
         (["abc"], "tokens: has shape .* and dtype <U3; pass integers"),
         # Where JAX has no 64 bits they would wrap around to tokens of the vocabulary.
         (np.array([[0, 1, 2, 0]]) + 2**32, "tokens: contains integers that 32 bits do not hold"),
