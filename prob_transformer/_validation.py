@@ -77,7 +77,7 @@ def require_integers(name: str, array: Any) -> jax.Array:
 
 
 def require_vocabulary(name: str, tokens: Int[Array, "..."], size: int) -> None:
-    """Nothing: known tokens are indices into a vocabulary of this size."""
+    """Refuse known tokens that are no indices into a vocabulary of this size."""
     # NumPy, because inside a trace JAX would trace even this comparison of known values.
     if not isinstance(tokens, jax.core.Tracer) and not ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < size)).all():
         raise ValueError(f"{name}: contains tokens outside 0..{size - 1}; pass indices into the vocabulary of {size}.")
