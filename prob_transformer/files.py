@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -126,6 +126,12 @@ def _temporary_beside(path: Path, name: str) -> Path:
     except OSError as error:
         raise ValueError(f"{name}: cannot be written ({error.strerror}); pass a path in a writable folder.") from None
     return temporary
+
+
+def require_ending(name: str, path: Path, endings: Collection[str]) -> None:
+    """Raises ValueError, naming the argument, for a path that ends in none of these, such as ".nc"; case is ignored."""
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{name}: ends in {path.suffix!r}; pass a path ending in {' or '.join(endings)}.")
 
 
 def require_writable(name: str, path: Path) -> None:

@@ -24,7 +24,7 @@ from models.char_gpt.evaluation import evaluation_windows, standard_error
 from models.char_gpt.linear_maps import trained_network
 from models.char_gpt.train import initial_state
 from prob_transformer._validation import require_count, require_seed
-from prob_transformer.files import file_sha256, provenance, require_writable
+from prob_transformer.files import file_sha256, provenance, require_ending, require_writable
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.laplace.kronecker import Positions
 from prob_transformer.inference.laplace.network import NetworkStructure
@@ -113,8 +113,7 @@ def main(options: argparse.Namespace, console: Console) -> None:
     tau = options.prior_precision
     if tau is not None and not (np.isfinite(tau) and tau > 0):
         raise ValueError(f"--prior-precision: got {tau}; pass a finite number greater than 0.")
-    if options.out.suffix != ".nc":
-        raise ValueError(f"--out: got {options.out}; pass the path of a netCDF file, ending in .nc.")
+    require_ending(f"--out: {options.out}", options.out, (".nc",))
     require_writable(f"--out: {options.out}", options.out)
     model, config, text = run_with_text(options.run, options.corpus)
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}

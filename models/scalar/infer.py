@@ -20,10 +20,12 @@ from rich.table import Table
 
 from models.scalar.dataset import Dataset, decoder, generate, parameter_model
 from prob_transformer._validation import require_count, require_seed
+from prob_transformer.files import require_ending
 from prob_transformer.inference import find_map, nuts, particle_filter, save
 from prob_transformer.inference.joint import Space
 from prob_transformer.inference.laplace import laplace
 from prob_transformer.inference.map import MapResult
+from prob_transformer.inference.result_tree import ENGINES
 
 INTERVAL = (0.025, 0.975)
 
@@ -159,8 +161,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         require_count("--" + name.replace("_", "-"), getattr(options, name), smallest, why)
     require_seed("--seed", options.seed, "data and method")
     options.out = options.out or Path(f"results/scalar-{options.method}.nc")
-    if options.out.suffix not in (".nc", ".zarr"):
-        raise ValueError(f"--out: {options.out} ends in {options.out.suffix!r}; pass a path ending in .nc or .zarr.")
+    require_ending(f"--out: {options.out}", options.out, ENGINES)
     return options
 
 

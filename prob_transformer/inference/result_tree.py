@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Num, Shaped
 
 from prob_transformer._extras import require
-from prob_transformer.files import atomic_path
+from prob_transformer.files import atomic_path, require_ending
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
@@ -41,7 +41,7 @@ _SITE_DIMS = {
 _REQUIRED_ATTRS = ("version", "seed", "objective")
 # What both formats hold without conversion; bfloat16, float16 and complex numbers are refused rather than cast.
 _DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
-_ENGINES: dict[str, Literal["h5netcdf", "zarr"]] = {".nc": "h5netcdf", ".zarr": "zarr"}
+ENGINES: dict[str, Literal["h5netcdf", "zarr"]] = {".nc": "h5netcdf", ".zarr": "zarr"}
 _MODULES = {"h5netcdf": ("xarray", "h5netcdf", "h5py"), "zarr": ("xarray", "zarr")}
 
 
@@ -172,9 +172,8 @@ def for_arviz(tree: DataTree) -> Any:
 
 
 def _engine(path: Path) -> Literal["h5netcdf", "zarr"]:
-    if path.suffix not in _ENGINES:
-        raise ValueError(f"{path}: ends in {path.suffix!r}; pass a path ending in {' or '.join(_ENGINES)}.")
-    engine = _ENGINES[path.suffix]
+    require_ending(str(path), path, ENGINES)
+    engine = ENGINES[path.suffix.lower()]
     require("inference", *_MODULES[engine])
     return engine
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from prob_transformer._extras import require
 from prob_transformer._validation import require_seed
 from prob_transformer.attention import Attention
-from prob_transformer.files import atomic_path, require_writable, write_json
+from prob_transformer.files import atomic_path, require_ending, require_writable, write_json
 from prob_transformer.kernels.block_triangular import margins_of_columns, query_basis
 from prob_transformer.margins import layer_margins
 from prob_transformer.transformer.window_margins import columns_of_heads
@@ -53,8 +53,7 @@ def require_options(options: argparse.Namespace, unit: str) -> None:
     for name, ending in (("json", ".json"), ("figure", ".png")):
         path = getattr(options, name)
         if path is not None:
-            if path.suffix.lower() != ending:
-                raise ValueError(f"--{name}: got {path}; pass a path that ends in {ending}.")
+            require_ending(f"--{name}: {path}", path, (ending,))
             require_writable(f"--{name}: {path}", path)
     if options.figure is not None:
         require("inspect", "matplotlib")

@@ -301,7 +301,7 @@ def test_of_one_window_the_command_says_that_the_standard_error_is_undefined(tmp
         (("--seed", "-1"), "--seed: got -1"),
         (("--seed", "4294967296"), "--seed: got 4294967296; pass an integer below 2^32"),
         (("--out", "/proc/laplace.nc"), "--out: /proc/laplace.nc: cannot be written"),
-        (("--out", "laplace.json"), "--out: got laplace.json; pass the path of a netCDF file"),
+        (("--out", "laplace.json"), "--out: laplace.json: ends in '.json'; pass a path ending in .nc"),
     ],
 )
 def test_bad_arguments_are_named(run_folder, arguments, message, capsys):

@@ -310,7 +310,7 @@ def test_a_method_that_fails_says_how_and_writes_nothing(method, tmp_path, capsy
         (["--seed", "-1"], "--seed: got -1"),
         (["--seed", str(2**32)], f"--seed: got {2**32}; pass an integer below 2^32"),
         (["--noise-scale", "1e30"], "not_converged at position"),
-        (["--out", "result.csv"], "--out: result.csv ends in '.csv'"),
+        (["--out", "result.csv"], "--out: result.csv: ends in '.csv'"),
     ],
 )
 def test_bad_arguments_end_with_one_line_and_status_2(options, message, capsys):
