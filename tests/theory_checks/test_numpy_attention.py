@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import kstest, multivariate_normal, norm
 
 from models.scalar import PAST, scalar_attention
-from tests.helpers.dense import dense_map, dense_truth
+from tests.helpers.dense import dense_map
 from theory_checks.claims import (
     boundedness,
     certified_radius,
@@ -19,7 +19,7 @@ from theory_checks.claims import (
     support_tokens,
 )
 from theory_checks.drawn_cases import SHAPES, Shape, make_case
-from theory_checks.truth.numpy_attention import determinants, jacobians, log_density, residuals
+from theory_checks.truth.numpy_attention import determinants, jacobians, residuals
 
 
 @pytest.mark.parametrize("shape", SHAPES[::4])
@@ -35,13 +35,6 @@ def test_residuals_and_jacobians_against_autodiff_of_loops(shape):
     np.testing.assert_allclose(residuals(case, points), expected, atol=1e-12)
     np.testing.assert_allclose(jacobians(case, points), truth, atol=1e-12)
     np.testing.assert_allclose(determinants(case, points), np.linalg.det(truth), atol=1e-12)
-
-
-def test_the_log_density_is_that_of_the_whole_noise_with_the_autodiff_jacobian():
-    case = make_case(Shape(2, 1, 2, 3, True), "gaussian", 3)
-    noise, _, (_, log_det) = dense_truth(*case.arrays)
-    expected = norm.logpdf(noise, 0, np.array([1.3, 0.6, 0.6])[:, None]).sum() + log_det
-    assert log_density(case, 0.6, 1.3) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_the_nearest_crossing_on_a_line_is_found():
