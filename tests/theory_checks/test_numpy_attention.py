@@ -71,15 +71,14 @@ def test_integral_transforms_of_a_normal_law():
     # Without interaction the next embedding is normal around the mean of its past.
     past, rng = np.array(PAST)[:, None], np.random.default_rng(0)
     last = past.mean() + 0.5 * rng.normal(size=(500, 1))
-    ((transformed,),) = sampler_law.next_transforms(
-        scalar_attention(0.0), past, last, {"right": sampler_law.DENSITIES["right"]}
-    ).values()
+    (transformed,) = sampler_law.next_transform(scalar_attention(0.0), past, last, *sampler_law.DENSITIES["right"])
     np.testing.assert_allclose(transformed, norm.cdf(last[:, 0], past.mean(), 0.5), atol=1e-5)
 
 
 def test_integral_transforms_of_sequences_without_interaction():
     sequences = np.random.default_rng(0).normal(size=(20, 3, 1))
-    found = sampler_law.sequence_transforms(scalar_attention(0.0), jnp.asarray(sequences))["right"]
+    right = sampler_law.DENSITIES["right"]
+    found = sampler_law.sequence_transform(scalar_attention(0.0), jnp.asarray(sequences), *right)
     u = sequences[..., 0]
     expected = [norm.cdf(u[:, 0] / 1.3), norm.cdf((u[:, 1] - u[:, 0]) / 0.5)]
     expected.append(norm.cdf((u[:, 2] - u[:, :2].mean(axis=1)) / 0.5))
