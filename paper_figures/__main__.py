@@ -27,7 +27,6 @@ from paper_figures.figures import (
     support_passage,
     trade_off,
     training_margins,
-    transformer_posterior,
 )
 from paper_figures.saved_results import load_checks, load_record
 from paper_figures.study.runs import load_runs
@@ -47,7 +46,7 @@ FIGURES: dict[str, tuple[str, Callable[..., Figure], str | None]] = {
     "central_path": (claim_pictures.CENTRAL_PATH_CAPTION, claim_pictures.draw_central_path, "checks"),
     "laplace_nuts": (posterior_checks.LAPLACE_NUTS_CAPTION, posterior_checks.draw_laplace_nuts, "inference"),
     "calibration_ranks": (posterior_checks.CALIBRATION_CAPTION, posterior_checks.draw_calibration, "inference"),
-    "transformer_posterior": (transformer_posterior.CAPTION, transformer_posterior.draw, "transformer"),
+    "transformer_posterior": (posterior_checks.TRANSFORMER_CAPTION, posterior_checks.draw_transformer, "transformer"),
     "scaling": (scaling.CAPTION, scaling.draw, "benchmark"),
 }
 _ROOT = Path(__file__).resolve().parent.parent

@@ -46,21 +46,14 @@ class Passage(NamedTuple):
     negative: dict[str, Float[np.ndarray, "L H"]]
 
 
-class Weights(NamedTuple):
-    """Of each head and position (H, n): entropy of its weights in nats, and log(1 - alpha_ii), -inf at the first."""
-
-    entropy: Float[Array, "H n"]
-    past_share: Float[Array, "H n"]
-
-
 @jax.jit
-def attention(layer: Attention, inputs: Float[Array, "n d"]) -> Weights:
-    """How each position attends to its past and itself, as the model computes it."""
+def attention(layer: Attention, inputs: Float[Array, "n d"]) -> tuple[Float[Array, "H n"], Float[Array, "H n"]]:
+    """Entropy of the weights in nats, as the model computes them, and log(1 - alpha_ii), -inf at the first position."""
     logs = jax.nn.log_softmax(attention_logits(layer, inputs), axis=-1)
     visible = logs > -jnp.inf
     entropy = -jnp.where(visible, jnp.exp(logs) * jnp.where(visible, logs, 0), 0).sum(-1)
     # Not log(1 - alpha_ii), which has no digits left where a position attends to itself alone.
-    return Weights(entropy, jax.nn.logsumexp(logs, axis=-1, where=~jnp.eye(logs.shape[-1], dtype=bool)))
+    return entropy, jax.nn.logsumexp(logs, axis=-1, where=~jnp.eye(logs.shape[-1], dtype=bool))
 
 
 @jax.jit
@@ -123,8 +116,7 @@ def measure_passage(
 
 def layer_figures(layer: Attention, inputs: Float[Array, "n d"]) -> dict[str, Float[np.ndarray, "H n"]]:
     """Sign, log|det J_i| in nats under both readings, entropy and past share, of every head and position."""
-    attended = attention(layer, inputs)
-    found = {"entropy": np.asarray(attended.entropy), PAST_SHARE: np.asarray(attended.past_share)}
+    found = dict(zip(("entropy", PAST_SHARE), map(np.asarray, attention(layer, inputs)), strict=True))
     for reading in READINGS:
         margins = layer_margins(layer, inputs, self_inclusive=reading == "inclusive")
         found |= {f"{reading} sign": np.asarray(margins.sign), f"{reading} log_det": np.asarray(margins.log_det)}

@@ -1,6 +1,7 @@
 """Determinant margins at the end of training: how many positions lie below a margin, site by site."""
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -23,30 +24,26 @@ _TICKS = (-100, -1, 0, 1, 10, 100, 10000)
 
 def draw(sweep: Runs) -> Figure:
     shown = selected(sweep, (BASELINE, *BARRIERS))
-    layers = len(shown[0].runs[0]["margins"]["layers"]["determinant_levels"])
-    figure, panels = plt.subplots(1, 1 + layers, figsize=(7.2, 3.4), sharey=True)
-    for layer, panel in enumerate(panels, start=-1):
-        for selection in shown:
-            levels = mean_levels(selection, None if layer < 0 else layer)
+    found = np.array([mean_levels(selection) for selection in shown])
+    figure, panels = plt.subplots(1, len(found[0]), figsize=(7.2, 3.4), sharey=True)
+    for site, panel in enumerate(panels):
+        for selection, levels in zip(shown, found[:, site], strict=True):
             panel.plot(levels, np.linspace(0, 1, len(levels)), label=selection.method, **line_style(selection.method))
         panel.axvline(0.0, **DOTTED)
         panel.set_xscale("symlog", linthresh=1.0)
         signed_ticks(panel.xaxis, _TICKS)
-        title = "embedding-prior stage" if layer < 0 else f"layer {layer + 1}, every head"
+        title = f"layer {site}, every head" if site else "embedding-prior stage"
         panel.set(xlabel="det J_i (dimensionless)", title=title)
     panels[0].set_ylabel("share of positions at or below")
     legend_below(figure, panels[0], 4)
     return figure
 
 
-def mean_levels(selection: Selection, layer: int | None) -> np.ndarray:
-    """Quantiles of det J of a layer, or of the embedding-prior stage, mean over seeds.
+def mean_levels(selection: Selection) -> Float[np.ndarray, "1+L q"]:
+    """Quantiles of det J at the embedding-prior stage and then at every layer, mean over seeds.
 
     NaN, which is not drawn, where one was not finite on some seed.
     """
     margins = [run["margins"] for run in selection.runs]
-    if layer is None:
-        levels = [found["embedding"]["determinant_levels"] for found in margins]
-    else:
-        levels = [found["layers"]["determinant_levels"][layer] for found in margins]
-    return np.array(levels, dtype=float).mean(axis=0)
+    sites = [[of["embedding"]["determinant_levels"], *of["layers"]["determinant_levels"]] for of in margins]
+    return np.array(sites, dtype=float).mean(axis=0)

@@ -160,11 +160,7 @@ def _change(own: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     if mean <= 0:
         return {"change_percent": None, "change_interval": None}
     paired = Paired.of(100 * (own - reference) / mean)
-    return {"change_percent": paired.mean, "change_interval": _as_list(paired.t_interval)}
-
-
-def _as_list(values: tuple[float, ...] | None) -> list[float] | None:
-    return None if values is None else list(values)
+    return {"change_percent": paired.mean, "change_interval": paired.t_interval}
 
 
 def _findings(selections: dict[str, Selection], priced: dict[str, EqualCost | str]) -> list[dict[str, Any]]:
@@ -202,9 +198,9 @@ def _as_dict(one: Judged) -> dict[str, Any]:
     return {
         **{name: getattr(one.comparison, name) for name in of_comparison},
         "untested": one.untested,
-        "gains": _as_list(gain["values"]),
+        "gains": gain["values"],
         "mean_gain": gain["mean"],
-        "t_interval": _as_list(gain["t_interval"]),
+        "t_interval": gain["t_interval"],
         "effect_size": gain["effect_size"],
         **{name: getattr(one, name) for name in of_judged},
     }

@@ -89,7 +89,7 @@ def test_verdicts_are_made_by_the_intervals():
 
 def test_entropy_and_past_share_are_of_the_weights_with_the_position_included(decoder):
     layer, inputs = next(decoder.layers(TOKENS))
-    found = attention(layer, inputs)
+    entropy, past_share = attention(layer, inputs)
     u = np.asarray(inputs, np.float64)
     frequencies = np.asarray(layer.rotary.frequencies, np.float64)
 
@@ -101,9 +101,9 @@ def test_entropy_and_past_share_are_of_the_weights_with_the_position_included(de
         query = turned(np.asarray(layer.query[head]) @ u[i], i)
         keys = [turned(np.asarray(layer.key[head // 2]) @ u[s], s) for s in range(i + 1)]
         weights = softmax(np.array(keys) @ query / 2)
-        np.testing.assert_allclose(found.entropy[head, i], -(weights * np.log(weights)).sum(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(entropy[head, i], -(weights * np.log(weights)).sum(), rtol=1e-4, atol=1e-6)
         with np.errstate(divide="ignore"):
-            np.testing.assert_allclose(found.past_share[head, i], np.log(weights[:-1].sum()), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(past_share[head, i], np.log(weights[:-1].sum()), rtol=1e-4, atol=1e-6)
 
 
 def test_figures_of_a_passage(decoder):
@@ -111,7 +111,7 @@ def test_figures_of_a_passage(decoder):
     kept = slice(SHORTEST_PAST, TOKENS.size - 1)
     logs = log_softmax(np.asarray(decoder(TOKENS), np.float64), axis=-1)
     np.testing.assert_allclose(found.figures["loss"], -logs[np.arange(15), TOKENS[1:]][kept], rtol=1e-4)
-    attended = [attention(*pair).past_share for pair in decoder.layers(TOKENS)]
+    attended = [attention(*pair)[1] for pair in decoder.layers(TOKENS)]
     np.testing.assert_allclose(found.figures[PAST_SHARE], np.concatenate(attended).mean(0)[kept], rtol=1e-5)
     for reading, inclusive in (("strict", False), ("inclusive", True)):
         margins = [layer_margins(*pair, self_inclusive=inclusive) for pair in decoder.layers(TOKENS)]

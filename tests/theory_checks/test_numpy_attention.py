@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import kstest, multivariate_normal, norm
 
 from models.scalar import PAST, scalar_attention
-from tests.helpers.dense import dense_map, dense_truth
+from tests.helpers.dense import dense_map
 from theory_checks.claims import (
     boundedness,
     certified_radius,
@@ -19,7 +19,7 @@ from theory_checks.claims import (
     support_tokens,
 )
 from theory_checks.drawn_cases import SHAPES, Shape, make_case
-from theory_checks.truth.numpy_attention import determinants, jacobians, log_density, residuals
+from theory_checks.truth.numpy_attention import determinants, jacobians, residuals
 
 
 @pytest.mark.parametrize("shape", SHAPES[::4])
@@ -35,13 +35,6 @@ def test_residuals_and_jacobians_against_autodiff_of_loops(shape):
     np.testing.assert_allclose(residuals(case, points), expected, atol=1e-12)
     np.testing.assert_allclose(jacobians(case, points), truth, atol=1e-12)
     np.testing.assert_allclose(determinants(case, points), np.linalg.det(truth), atol=1e-12)
-
-
-def test_the_log_density_is_that_of_the_whole_noise_with_the_autodiff_jacobian():
-    case = make_case(Shape(2, 1, 2, 3, True), "gaussian", 3)
-    noise, _, (_, log_det) = dense_truth(*case.arrays)
-    expected = norm.logpdf(noise, 0, np.array([1.3, 0.6, 0.6])[:, None]).sum() + log_det
-    assert log_density(case, 0.6, 1.3) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_the_nearest_crossing_on_a_line_is_found():
@@ -78,15 +71,14 @@ def test_integral_transforms_of_a_normal_law():
     # Without interaction the next embedding is normal around the mean of its past.
     past, rng = np.array(PAST)[:, None], np.random.default_rng(0)
     last = past.mean() + 0.5 * rng.normal(size=(500, 1))
-    ((transformed,),) = sampler_law.next_transforms(
-        scalar_attention(0.0), past, last, {"right": sampler_law.DENSITIES["right"]}
-    ).values()
+    (transformed,) = sampler_law.next_transform(scalar_attention(0.0), past, last, *sampler_law.DENSITIES["right"])
     np.testing.assert_allclose(transformed, norm.cdf(last[:, 0], past.mean(), 0.5), atol=1e-5)
 
 
 def test_integral_transforms_of_sequences_without_interaction():
     sequences = np.random.default_rng(0).normal(size=(20, 3, 1))
-    found = sampler_law.sequence_transforms(scalar_attention(0.0), jnp.asarray(sequences))["right"]
+    right = sampler_law.DENSITIES["right"]
+    found = sampler_law.sequence_transform(scalar_attention(0.0), jnp.asarray(sequences), *right)
     u = sequences[..., 0]
     expected = [norm.cdf(u[:, 0] / 1.3), norm.cdf((u[:, 1] - u[:, 0]) / 0.5)]
     expected.append(norm.cdf((u[:, 2] - u[:, :2].mean(axis=1)) / 0.5))

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 
 from models.scalar import scalar_attention
-from theory_checks.claims.normalisation import masses, scalar_residual
+from theory_checks.claims.normalisation import masses, next_residual
 from theory_checks.truth.quadrature import expected_roots, expected_roots_plane, integrate
 
 
@@ -87,12 +87,15 @@ def test_monotone_and_cubic_residuals_have_the_roots_of_their_closed_forms(resid
 
 @pytest.mark.parametrize("strength", [1.5, 4.0])
 def test_expected_roots_against_counting_sign_changes(strength):
-    past, scale = (-1.0, 1.0, 0.3), 0.5
-    points = np.linspace(-6.0, 6.0, 40_001)
-    values = scalar_residual(strength, past, points)
+    scale = 0.5
+
+    def residual(u):
+        return next_residual(scalar_attention(strength), np.array([[-1.0], [1.0], [0.3]]), u[:, None])[:, 0]
+
+    values = residual(np.linspace(-6.0, 6.0, 40_001))
     noise = norm.ppf((np.arange(2000) + 0.5) / 2000, scale=scale)
     brute_force = np.mean([np.count_nonzero(np.diff(np.sign(values - eps))) for eps in noise])
-    counted = expected_roots(lambda u: scalar_residual(strength, past, u), scale, -6.0, 6.0)
+    counted = expected_roots(residual, scale, -6.0, 6.0)
     assert counted == pytest.approx(brute_force, abs=2e-3)
 
 

@@ -108,14 +108,11 @@ def run(plan: Plan) -> Outcome:
         smallest = min(smallest, value)
         below.see((bound - value) / (1 + abs(bound)), (seed, exponent))
 
-    def value_and_gradient(flat: Array) -> tuple[Array, Array]:
-        return jax.tree.map(np.asarray, _value_and_gradient(flat, embeddings, decoder, tokens))
-
     minima = []
     rng = np.random.default_rng(plan.seed)
     for _ in range(plan.pick(8, 2)):
         start = 2.0 * rng.normal(size=2 * HEAD_SIZE * WIDTH)
-        found = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B")
+        found = minimize(_value_and_gradient, start, (embeddings, decoder, tokens), jac=True, method="L-BFGS-B")
         minima.append(float(found.fun))
         below.see((bound - found.fun) / (1 + abs(bound)), ("L-BFGS-B from", start.tolist()))
 

@@ -97,15 +97,13 @@ def _library(attention: Attention, embeddings: Any) -> tuple[ResidualAndLogDet, 
     return residual_and_log_det(attention, embeddings), noise_to_embeddings
 
 
-@quick_jit
-def _expected(query: Any, key: Any, value: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
-    jacobian = jax.jacfwd(dense_residual, argnums=3)(query, key, value, embeddings)
-    return dense_residual(query, key, value, embeddings), jacobian
-
-
-@quick_jit
-def _self_inclusive_jacobian(query: Any, key: Any, embeddings: Any) -> jax.Array:
-    return jax.jacfwd(lambda u: dense_residual(query, key, None, u, offset=0))(embeddings)
+@functools.partial(quick_jit, static_argnames="offset")
+def dense_residual_and_jacobian(
+    query: Any, key: Any, value: Any, embeddings: Any, offset: int = -1
+) -> tuple[jax.Array, jax.Array]:
+    """`dense_residual` e (n, d) and its Jacobian (n, d, n, d) in the embeddings by autodiff."""
+    residual = functools.partial(dense_residual, query, key, value, offset=offset)
+    return residual(embeddings), jax.jacfwd(residual)(embeddings)
 
 
 def _self_inclusion() -> float:
@@ -114,8 +112,8 @@ def _self_inclusion() -> float:
     shape = next(shape for shape in SHAPES if not shape.with_values and shape.length == 5)
     for seed in range(20):
         case = make_case(shape, "gaussian", seed)
-        jacobian = np.asarray(_self_inclusive_jacobian(case.query, case.key, case.embeddings))
-        whole = jacobian.reshape((case.embeddings.size,) * 2)
+        _, jacobian = dense_residual_and_jacobian(*case.arrays, offset=0)
+        whole = np.asarray(jacobian).reshape((case.embeddings.size,) * 2)
         singular = np.linalg.svd(whole, compute_uv=False)
         largest = max(largest, float(singular[-1] / singular[0]))
     return largest
@@ -129,7 +127,7 @@ def run(plan: Plan) -> Outcome:
     for precision, tally in tallies.items():
         for case in drawn(draw_case, cases, plan.seed, dtype=np.dtype(precision), shapes=shapes):
             precise = [None if array is None else array.astype(np.float64) for array in case.arrays]
-            tally.see(case, precision, _expected(*precise), _library(case.attention, case.embeddings))
+            tally.see(case, precision, dense_residual_and_jacobian(*precise), _library(case.attention, case.embeddings))
 
     log_dets = tallies["float64"].counted_log_dets
     dropped = float(np.median(log_dets)) if log_dets else 0.0

@@ -107,12 +107,10 @@ def run(plan: Plan) -> Outcome:
             determinant = abs(float(determinants(case, case.embeddings[-1:])[0]))
             by_determinant.append(abs(amplification * determinant - 1))
     for problem in drawn(draw_problem, cases // 2, plan.seed, shapes=shapes, kinds=MODERATE_KINDS, low=0.01, high=0.99):
-        shape, kind, seed, _ = problem
-        attention, past, reached = contraction(*problem)
-        rng = np.random.default_rng(seed)
-        embeddings = np.concatenate([past, rng.normal(size=(1, past.shape[1]))])
-        query, key, value = (jax.tree.map(np.asarray, getattr(attention, name)) for name in ("query", "key", "value"))
-        case = Case(shape, kind, seed, 1.0, 0.5, query, key, value, embeddings)
+        shape, _, seed, _ = problem
+        case, reached = contraction(*problem)
+        last = np.random.default_rng(seed).normal(size=(1, shape.width))
+        case = replace(case, embeddings=np.concatenate([case.embeddings[:-1], last]))
         bound.see(measured_amplification(case, 1 - reached) * (1 - reached) - 1, problem)
     rows = approach(plan.seed)
     near = max(abs(row["amplification"] * row["margin"] - 1) for row in rows)

@@ -10,7 +10,7 @@ from scipy.stats import multivariate_normal
 
 from prob_transformer import Attention, CausalAttentionTransform, EmbeddingProcess
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
-from theory_checks.claims.change_of_variables import dense_residual
+from theory_checks.claims.change_of_variables import dense_residual_and_jacobian
 from theory_checks.drawn_cases import (
     FEW_SHAPES,
     MODERATE_KINDS,
@@ -44,14 +44,6 @@ def _log_prob(query: Any, key: Any, value: Any, embeddings: Any, scales: Any) ->
     )
 
 
-@quick_jit
-def _dense_residual_and_jacobian(query: Any, key: Any, embeddings: Any) -> tuple[jax.Array, jax.Array]:
-    def residual(u: Any) -> jax.Array:
-        return dense_residual(query, key, None, u)
-
-    return residual(embeddings), jax.jacfwd(residual)(embeddings)
-
-
 def vanishing_noise(seed: int) -> dict[str, Any]:
     """How fast embeddings tend to deterministic attention as sigma -> 0, and to the linear law around it."""
     case = make_case(FEW_SHAPES[0], "gaussian", seed)
@@ -67,9 +59,8 @@ def vanishing_noise(seed: int) -> dict[str, Any]:
     solved = np.asarray(CausalAttentionTransform(attention)(jnp.asarray(noise)))
     limit, moved = solved[0], solved[1:]
 
-    residual, jacobian = (np.asarray(part) for part in _dense_residual_and_jacobian(-case.query, case.query, limit))
-    jacobian = jacobian.reshape(limit.size, limit.size)
-    linear = np.linalg.solve(jacobian, directions.ravel()).reshape(directions.shape)
+    residual, jacobian = jax.device_get(dense_residual_and_jacobian(-case.query, case.query, None, limit))
+    linear = np.linalg.solve(jacobian.reshape(limit.size, limit.size), directions.ravel()).reshape(directions.shape)
     distances = [float(np.abs(u - limit).max()) for u in moved]
     remainders = [float(np.abs(u - limit - scale * linear).max()) for u, scale in zip(moved, SCALES, strict=True)]
     # Rounding of the solver ends the second line: only remainders well above it count.

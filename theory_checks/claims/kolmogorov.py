@@ -191,8 +191,8 @@ def run(plan: Plan) -> Outcome:
         extended, whole = map(float, _by_extension_and_whole(case.attention, case.embeddings))
         extension.see(abs(extended - whole) / (1 + abs(whole)), case)
     past = np.array(PAST)[:, None]
-    factor = marginal_ratio(scalar_attention(4.0), past, 1)
-    expected = roots(4.0, PAST, NOISE_SCALE)
+    beyond = scalar_attention(4.0)
+    factor, expected = marginal_ratio(beyond, past, 1), roots(beyond, past, NOISE_SCALE)
     # Noise reaches every past, so with a > 0 some past of two tokens is wide enough: the excess is small, never zero.
     drift = float(marginal_ratio(scalar_attention(1.5), np.full((1, 1), 0.5), 2).value[0] - 1)
     mass = float(factor.value[0])

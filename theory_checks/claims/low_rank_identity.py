@@ -10,6 +10,7 @@ from prob_transformer.change_of_variables import ResidualAndLogDet
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.drawn_cases import FEW_SHAPES, SHAPES, Array, Case, draw_case, drawn
 from theory_checks.truth.numpy_attention import LARGEST_KAPPA, amplification, is_undecidable
+from theory_checks.truth.transformer import attention_weights
 
 TOLERANCE = 1e-9
 # For the entries of J itself against I - L R, over kappa: rounding of a few products.
@@ -25,9 +26,7 @@ def factors(case: Case, position: int) -> tuple[Array, Array]:
     for head in range(heads):
         keys = past @ case.key[head].T
         values = past if case.value is None else past @ case.value[head].T
-        logits = keys @ (case.query[head] @ case.embeddings[position]) / np.sqrt(head_size)
-        weights = np.exp(logits - logits.max())
-        weights /= weights.sum()
+        weights = attention_weights(case.query[head], case.key[head], past, case.embeddings[position])
         covariance = (weights[:, None] * (values - weights @ values)).T @ (keys - weights @ keys)
         left[:, head * head_size : (head + 1) * head_size] = covariance / np.sqrt(head_size)
     return left, case.query.reshape(heads * head_size, width)

@@ -173,13 +173,8 @@ def optimum(steps: int = 6000) -> dict[str, float]:
     value_and_grad = jax.jit(
         jax.value_and_grad(lambda flat: by_hand(unravel(flat), tokens, scales, setting.objective, setting.with_barrier))
     )
-
-    def with_gradient(point: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = value_and_grad(point)
-        return float(value), np.asarray(gradient)
-
     found = minimize(
-        with_gradient,
+        value_and_grad,
         np.asarray(flat),
         jac=True,
         method="L-BFGS-B",

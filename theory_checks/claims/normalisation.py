@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 from models.scalar import NOISE_SCALE, PAST, scalar_attention
 from prob_transformer import Attention, EmbeddingProcess, residual_and_log_det
 from theory_checks.check import Check, Outcome, Plan, quick_jit
-from theory_checks.drawn_cases import Array
+from theory_checks.drawn_cases import Array, Case
+from theory_checks.truth.numpy_attention import residuals
 from theory_checks.truth.quadrature import Integral, expected_roots, expected_roots_plane, integrate
 
 TOLERANCE = 1e-6
@@ -53,26 +54,35 @@ def signed_density(attention: Attention, past: Any, noise_scale: Any, last: Any)
     return jax.vmap(one)(last)
 
 
+def _attended(attention: Attention, past: Array) -> Array:
+    """The values (m, d) of a past (m, d) under one head."""
+    return past if attention.value is None else past @ np.asarray(attention.value[0]).T
+
+
+def _box(attention: Attention, past: Array, noise_scale: float) -> tuple[Array, Array]:
+    """Corners (d,) of a box outside of which |e| exceeds TAIL standard deviations, since mu is a mean of the values."""
+    values = _attended(attention, past)
+    return values.min(axis=0) - TAIL * noise_scale, values.max(axis=0) + TAIL * noise_scale
+
+
 def masses(attention: Attention, past: ArrayLike, noise_scale: float, tolerance: float = QUADRATURE_1D) -> Integral:
-    """Mass and signed mass of the next position given the past (m, d), identity values."""
+    """Mass and signed mass of the next position given the past (m, d), one head."""
     past = np.asarray(past, float)
-    # mu is a mean of the past, so |e| exceeds TAIL standard deviations outside this box.
-    low, high = past.min(axis=0) - TAIL * noise_scale, past.max(axis=0) + TAIL * noise_scale
-    return integrate(functools.partial(signed_density, attention, past, noise_scale), low, high, tolerance=tolerance)
+    density = functools.partial(signed_density, attention, past, noise_scale)
+    return integrate(density, *_box(attention, past, noise_scale), tolerance=tolerance)
 
 
-def scalar_residual(strength: float, past: ArrayLike, u: Array) -> Array:
-    """e(u) = u - sum_s softmax_s(strength u_s u) u_s for d = 1 in plain NumPy, no library code."""
-    past = np.asarray(past, float)
-    logits = strength * np.outer(u, past)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return u - (weights @ past) / weights.sum(axis=1)
+def next_residual(attention: Attention, past: Array, u: Array) -> Array:
+    """e(u) (k, d) of the position after a past (m, d) for embeddings u (k, d) of it in plain NumPy, no library code."""
+    # The embedding of the last position of a case is not looked at.
+    case = Case.given(attention.query, attention.key, attention.value, np.concatenate([past, past[:1]]))
+    return residuals(case, u)
 
 
-def roots(strength: float, past: ArrayLike, noise_scale: float) -> float:
-    """Expected number of roots of the next position for d = 1."""
-    low, high = float(np.min(past)) - TAIL * noise_scale, float(np.max(past)) + TAIL * noise_scale
-    return expected_roots(lambda u: scalar_residual(strength, past, u), noise_scale, low, high)
+def roots(attention: Attention, past: Array, noise_scale: float) -> float:
+    """Expected number of roots of the next position given the past (m, 1)."""
+    (low,), (high,) = _box(attention, past, noise_scale)
+    return expected_roots(lambda u: next_residual(attention, past, u[:, None])[:, 0], noise_scale, low, high)
 
 
 def _one_dimension(plan: Plan) -> tuple[list[dict[str, Any]], float]:
@@ -80,9 +90,9 @@ def _one_dimension(plan: Plan) -> tuple[list[dict[str, Any]], float]:
     for noise_scale in plan.pick((NOISE_SCALE, 0.2), (NOISE_SCALE,)):
         for past in plan.pick((PAST, *OTHER_PASTS), (PAST,)):
             for strength in plan.pick(STRENGTHS, (-1.0, *WORKED_EXAMPLE)):
-                column = np.array(past)[:, None]
-                (mass, signed), error, _ = masses(scalar_attention(strength), column, noise_scale)
-                expected = roots(strength, past, noise_scale)
+                given = scalar_attention(strength), np.array(past)[:, None], noise_scale
+                (mass, signed), error, _ = masses(*given)
+                expected = roots(*given)
                 worst = max(worst, abs(mass - expected), abs(signed - 1), float(error.max()))
                 rows.append(
                     {
@@ -104,18 +114,6 @@ def plane_attention(head_size: int, with_values: bool, strength: float) -> Atten
     return Attention(jnp.asarray(query), jnp.asarray(query), jnp.asarray(PLANE_VALUES)[None] if with_values else None)
 
 
-def _attended(attention: Attention) -> Array:
-    return PLANE_PAST if attention.value is None else PLANE_PAST @ np.asarray(attention.value[0]).T
-
-
-def plane_residual(attention: Attention, u: Array) -> Array:
-    """e(u) (m, 2) of the position after PLANE_PAST in plain NumPy, no library code."""
-    query, key = np.asarray(attention.query[0]), np.asarray(attention.key[0])
-    logits = (u @ query.T) @ (PLANE_PAST @ key.T).T / np.sqrt(len(query))
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return u - (weights @ _attended(attention)) / weights.sum(axis=1, keepdims=True)
-
-
 def _rank_one_roots(attention: Attention) -> float:
     """Expected number of roots where the query is one number w = q . u: they are those of w - q . mu(w) = q . eps."""
     query = np.asarray(attention.query[0, 0])
@@ -123,9 +121,9 @@ def _rank_one_roots(attention: Attention) -> float:
 
     def along(w: Array) -> Array:
         # Any u with q . u = w serves: mu depends on u through w alone.
-        return plane_residual(attention, w[:, None] * query / length**2) @ query
+        return next_residual(attention, PLANE_PAST, w[:, None] * query / length**2) @ query
 
-    reach = float(np.abs(_attended(attention) @ query).max()) + TAIL * NOISE_SCALE * length
+    reach = float(np.abs(_attended(attention, PLANE_PAST) @ query).max()) + TAIL * NOISE_SCALE * length
     return expected_roots(along, NOISE_SCALE * length, -reach, reach)
 
 
@@ -134,15 +132,7 @@ def _two_dimensions(plan: Plan) -> tuple[list[dict[str, Any]], float, float]:
     rows, line, plane = [], 0.0, 0.0
     for head_size, with_values, strength in plan.pick(PLANE_PROBLEMS, PLANE_PROBLEMS[1:2]):
         attention = plane_attention(head_size, with_values, strength)
-        # mu is a mean of the values, so |e| exceeds TAIL standard deviations outside this box.
-        values = _attended(attention)
-        low, high = values.min(axis=0) - TAIL * NOISE_SCALE, values.max(axis=0) + TAIL * NOISE_SCALE
-        (mass, signed), error, points = integrate(
-            functools.partial(signed_density, attention, PLANE_PAST, NOISE_SCALE),
-            low,
-            high,
-            tolerance=QUADRATURE_2D,
-        )
+        (mass, signed), error, points = masses(attention, PLANE_PAST, NOISE_SCALE, QUADRATURE_2D)
         row = {
             "head_size": head_size,
             "values": with_values,
@@ -157,7 +147,9 @@ def _two_dimensions(plan: Plan) -> tuple[list[dict[str, Any]], float, float]:
             line = max(line, abs(mass - row["expected_roots"]))
         else:
             row["expected_roots"], row["expected_roots_error"], row["degree"] = expected_roots_plane(
-                functools.partial(plane_residual, attention), NOISE_SCALE, low, high
+                functools.partial(next_residual, attention, PLANE_PAST),
+                NOISE_SCALE,
+                *_box(attention, PLANE_PAST, NOISE_SCALE),
             )
             plane = max(plane, abs(mass - row["expected_roots"]), abs(row["degree"] - 1))
         line, plane = max(line, abs(signed - 1)), max(plane, float(error.max()))

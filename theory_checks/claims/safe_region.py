@@ -13,6 +13,7 @@ from theory_checks.claims.normalisation import PAST, interaction_attention, scal
 from theory_checks.drawn_cases import (
     MODERATE_KINDS,
     Array,
+    Case,
     Shape,
     draw_problem,
     drawn,
@@ -75,8 +76,8 @@ def negative_semidefinite(shape: Shape, kind: str, seed: int, strength: float) -
     return interaction_attention(interaction), past
 
 
-def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[Attention, Array, float]:
-    """Any attention scaled so that sum_h |V_h| |A_h| diam^2 / 4 is `constant`, a past (n - 1, d), and what it is."""
+def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[Case, float]:
+    """Any attention scaled so that sum_h |V_h| |A_h| diam^2 / 4 of its past is `constant`, and what this sum is."""
     case = make_case(shape, kind, seed)
     past = case.embeddings[:-1]
     diameter = max(float(np.linalg.norm(one - other)) for one in past for other in past)
@@ -85,8 +86,8 @@ def contraction(shape: Shape, kind: str, seed: int, constant: float) -> tuple[At
     reached = float(norms.sum()) * diameter**2 / 4
     if reached == 0:
         # A past of identical tokens has no covariance: any attention satisfies the condition with constant 0.
-        return case.attention, past, 0.0
-    return replace(case, query=case.query * (constant / reached)).attention, past, constant
+        return case, 0.0
+    return replace(case, query=case.query * (constant / reached)), constant
 
 
 def run(plan: Plan) -> Outcome:
@@ -103,8 +104,8 @@ def run(plan: Plan) -> Outcome:
         semidefinite.see(1 - float(found), problem)
     for problem in drawn(draw_problem, cases, plan.seed, shapes=general, kinds=MODERATE_KINDS, low=0.01, high=0.99):
         shape, _, seed, _ = problem
-        attention, past, reached = contraction(*problem)
-        found, _ = smallest_determinant(attention, past, jax.random.key(seed))
+        case, reached = contraction(*problem)
+        found, _ = smallest_determinant(case.attention, case.embeddings[:-1], jax.random.key(seed))
         slack = float(found) / (1 - reached) ** shape.width - 1
         if reached > 0:
             slacks.setdefault(shape.width, []).append(slack)

@@ -43,15 +43,9 @@ def log_density(attention: Attention, embeddings: Any, weight: Any, stretch: Any
     return right + (weight - 1) * residual_and_log_det(attention, embeddings).log_det
 
 
-def sequence_transforms(attention: Attention, sequences: Any) -> dict[str, Array]:
-    """F(u_i | u_<i) (N, n) at every position of sequences (N, n, 1) under each density, by Gauss-Legendre rules."""
-    return {
-        name: np.asarray(_sequence_transform(attention, sequences, *settings)) for name, settings in DENSITIES.items()
-    }
-
-
 @jax.jit
-def _sequence_transform(attention: Attention, sequences: Any, weight: Any, stretch: Any) -> jax.Array:
+def sequence_transform(attention: Attention, sequences: Any, weight: Any, stretch: Any) -> jax.Array:
+    """F(u_i | u_<i) (N, n) at every position of sequences (N, n, 1) under one density, by Gauss-Legendre rules."""
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
 
     def mass(sequence: jax.Array, position: int, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -86,25 +80,21 @@ def _next_density(attention: Attention, past: Any, points: Any, weight: Any, str
     return jax.lax.map(at, points, batch_size=4096)
 
 
-def next_transforms(
-    attention: Attention, past: Array, last: Array, densities: Any = DENSITIES
-) -> dict[str, list[Array]]:
-    """F(x), and for d = 2 F(y | x), of next embeddings (N, d) after a past, from each density tabulated on a grid."""
+def next_transform(attention: Attention, past: Array, last: Array, weight: Any, stretch: Any) -> list[Array]:
+    """F(x), and for d = 2 F(y | x), of next embeddings (N, d) after a past, from one density tabulated on a grid."""
     width = past.shape[1]
     values = past if attention.value is None else np.einsum("hab,sb->hsa", np.asarray(attention.value), past)
     reach = np.abs(values).reshape(-1, past.shape[0], width).max(axis=1).sum(axis=0) + EXTENT * NOISE_SCALE
     axes = [np.linspace(-edge, edge, GRID[width]) for edge in reach]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, width)
-    found = {}
-    for name, settings in densities.items():
-        # The density vanishes at the edges, so the trapezoid rule is as good as any.
-        table = np.asarray(_next_density(attention, past, grid, *settings)).reshape([len(axis) for axis in axes])
-        rows = table if width == 1 else table.sum(axis=1)
-        found[name] = [np.interp(last[:, 0], axes[0], (np.cumsum(rows) - 0.5 * rows) / rows.sum())]
-        if width == 2:
-            conditional = (np.cumsum(table, axis=1) - 0.5 * table) / np.maximum(rows[:, None], 1e-300)
-            found[name].append(np.clip(RegularGridInterpolator(axes, conditional)(last), 0.0, 1.0))
-    return found
+    # The density vanishes at the edges, so the trapezoid rule is as good as any.
+    table = np.asarray(_next_density(attention, past, grid, weight, stretch)).reshape([len(axis) for axis in axes])
+    rows = table if width == 1 else table.sum(axis=1)
+    first = np.interp(last[:, 0], axes[0], (np.cumsum(rows) - 0.5 * rows) / rows.sum())
+    if width == 1:
+        return [first]
+    conditional = (np.cumsum(table, axis=1) - 0.5 * table) / np.maximum(rows[:, None], 1e-300)
+    return [first, np.clip(RegularGridInterpolator(axes, conditional)(last), 0.0, 1.0)]
 
 
 def draw_next(attention: Attention, past: Array, key: Any, draws: int) -> tuple[Array, np.ndarray]:
@@ -148,13 +138,15 @@ def run(plan: Plan) -> Outcome:
         last, solved = draw_next(attention, past, key, draws)
         if not solved.all():
             raise RuntimeError(f"{problem}: {draws - solved.sum()} of {draws} draws were not solved.")
-        for name, parts in next_transforms(attention, past, last).items():
+        for name, density in DENSITIES.items():
+            parts = next_transform(attention, past, last, *density)
             for coordinate, values in zip(("x", "y given x"), parts, strict=False):
                 transformed[name][f"{problem}: {coordinate}"] = values
     # Whole sequences: noise spreads the past by its own scale, so it takes a strong attention to see the determinant.
     whole = scalar_attention(-6.0 / NOISE_SCALE**2)
     drawn = EmbeddingProcess(whole, LENGTH, NOISE_SCALE, FIRST_SCALE).sample(keys[3], (sequences,))
-    for name, values in sequence_transforms(whole, drawn).items():
+    for name, density in DENSITIES.items():
+        values = np.asarray(sequence_transform(whole, drawn, *density))
         # The first two positions have no determinant: there is nothing to tell apart.
         for position in range(LENGTH) if name == "right" else range(2, LENGTH):
             transformed[name][f"sequences: position {position + 1}"] = values[:, position]
@@ -196,7 +188,7 @@ def _past_the_boundary(key: Any, draws: int) -> dict[str, Any]:
     """The root chosen by continuation after PAST at a = 4, against the |det J| density divided by its mass."""
     attention, past = scalar_attention(4.0), np.array(PAST)[:, None]
     last, solved = draw_next(attention, past, key, draws)
-    ((values,),) = next_transforms(attention, past, last, {"right": DENSITIES["right"]}).values()
+    (values,) = next_transform(attention, past, last, *DENSITIES["right"])
     return {
         "converged_share": float(solved.mean()),
         "ratio": ratio(values, 1),

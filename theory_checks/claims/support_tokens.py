@@ -10,6 +10,7 @@ from scipy.optimize import approx_fprime, minimize, nnls
 from prob_transformer import Attention, barrier, stability_margin, support_tokens
 from theory_checks.check import Check, Outcome, Plan, Worst, quick_jit
 from theory_checks.drawn_cases import Array
+from theory_checks.truth.transformer import jacobian_blocks
 
 TOLERANCE = 1e-3
 LENGTH, WIDTH = 8, 2
@@ -22,16 +23,9 @@ CONCENTRATED = 0.999
 
 def margins(interaction: Array, embeddings: Array) -> Array:
     """det J_i (n - 2,) from the third position on, for identity values, in plain NumPy."""
-    found = []
-    for i in range(2, len(embeddings)):
-        past = embeddings[:i]
-        slopes = past @ interaction
-        logits = slopes @ embeddings[i]
-        weights = np.exp(logits - logits.max())
-        weights /= weights.sum()
-        covariance = (weights[:, None] * (past - weights @ past)).T @ (slopes - weights @ slopes)
-        found.append(np.linalg.det(np.eye(len(past[0])) - covariance))
-    return np.array(found)
+    width = embeddings.shape[1]
+    query, key = np.sqrt(width) * interaction[None], np.eye(width)[None]
+    return np.linalg.det(jacobian_blocks(query, key, None, embeddings)[2:])
 
 
 def problem(seed: int) -> tuple[Array, Array]:
@@ -59,9 +53,10 @@ def _objective(flat: Any, embeddings: Any, target: Any, weight: Any) -> jax.Arra
 
 
 @quick_jit
-def _objective_and_feasible(flat: Any, embeddings: Any, target: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
-    feasible = (stability_margin(_attention(flat), embeddings) > 0).all()
-    return _objective(flat, embeddings, target, weight), feasible
+def _feasible_objective(flat: Any, embeddings: Any, target: Any, weight: Any) -> jax.Array:
+    # The barrier itself is finite past the wall: infeasible points are refused here.
+    is_feasible = (stability_margin(_attention(flat), embeddings) > 0).all()
+    return jnp.where(is_feasible, _objective(flat, embeddings, target, weight), jnp.inf)
 
 
 _gradient = quick_jit(jax.grad(_objective))
@@ -74,17 +69,12 @@ def central_path(embeddings: Array, target: Array) -> tuple[Array, list[Array]]:
     """Minimisers of |A - target|^2 / 2 + lambda sum_i b_i for falling lambda: the last A, and each one's margins."""
     interaction, path = np.zeros_like(target), []
     for weight in LAMBDAS:
-
-        def objective(flat: Array, weight: float = weight) -> float:
-            # The barrier itself is finite past the wall: infeasible points are refused here.
-            value, feasible = _objective_and_feasible(flat, embeddings, target, weight)
-            return float(value) if feasible else np.inf
-
         found = minimize(
-            objective,
+            _feasible_objective,
             interaction.ravel(),
-            jac=lambda flat, weight=weight: np.asarray(_gradient(flat, embeddings, target, weight)),
-            hess=lambda flat, weight=weight: np.asarray(_hessian(flat, embeddings, target, weight)),
+            (embeddings, target, weight),
+            jac=_gradient,
+            hess=_hessian,
             method="trust-exact",
             options={"gtol": 1e-11, "initial_trust_radius": 1e-2, "maxiter": 2000},
         )

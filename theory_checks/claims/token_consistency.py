@@ -113,24 +113,21 @@ def from_table(vocabulary: int, length: int, seed: int) -> dict[str, float]:
     texts = all_texts(vocabulary, length)
     whole = np.asarray(table_law(transformer, texts, 1))
     extended, steps = np.asarray(table_extension(transformer, texts)), true_steps(weights, texts)
-    mass, prefixes, splits, see_ahead = Worst(), Worst(), Worst(), Worst()
-    mass.see(marginal_error(whole, np.zeros(vocabulary)), 1)
+    wrong = table_law(ahead, texts, 1)
+    prefixes, splits = Worst(), Worst()
     for kept in range(2, length):
         prefix = np.asarray(table_law(transformer, all_texts(vocabulary, kept), 1))
         prefixes.see(marginal_error(whole, prefix), kept)
         rest = np.asarray(table_law(transformer, texts, kept))
         splits.see(np.abs(np.repeat(prefix, len(rest) // len(prefix)) + rest - whole).max(), kept)
-        if kept == 2:
-            wrong = table_law(ahead, texts, 1), table_law(ahead, all_texts(vocabulary, kept), 1)
-            see_ahead.see(marginal_error(*wrong), kept)
     return {
-        "mass": mass.figure,
+        "mass": marginal_error(whole, np.zeros(vocabulary)),
         "prefixes": prefixes.figure,
         "splits": splits.figure,
         "cached_extension": float(np.abs(extended - steps).max()),
         "truth": float(np.abs(whole - steps.sum(axis=1)).max()),
-        "sees_ahead_prefixes": see_ahead.figure,
-        "sees_ahead_mass": marginal_error(table_law(ahead, texts, 1), np.zeros(vocabulary)),
+        "sees_ahead_prefixes": marginal_error(wrong, table_law(ahead, all_texts(vocabulary, 2), 1)),
+        "sees_ahead_mass": marginal_error(wrong, np.zeros(vocabulary)),
     }
 
 

@@ -9,10 +9,8 @@ of the products whose sum is a logit, and log det has the derivative J_i^-1. Spe
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
-from scipy.stats import norm
 
 from theory_checks.drawn_cases import Array, Case
 
@@ -53,17 +51,6 @@ def jacobians(case: Case, u: Array) -> Array:
 def determinants(case: Case, u: Array) -> Array:
     """det J(u) (m,) of the last position for embeddings u (m, d) of it."""
     return np.linalg.det(jacobians(case, u))
-
-
-def log_density(case: Case, noise_scale: float, first_scale: float) -> float:
-    """log p(u_1..n) in nats of all embeddings of the case, each position given those before it."""
-    total = norm.logpdf(case.embeddings[0], 0, first_scale).sum()
-    for end in range(2, len(case.embeddings) + 1):
-        shorter = replace(case, embeddings=case.embeddings[:end])
-        last = shorter.embeddings[-1:]
-        total += norm.logpdf(residuals(shorter, last), 0, noise_scale).sum()
-        total += np.log(np.abs(determinants(shorter, last))).item()
-    return float(total)
 
 
 def amplification(case: Case, blocks: Array) -> float:
