@@ -6,7 +6,7 @@ centred at their own mean, as in the reference, and differentiated by JAX, which
 clusters and all positions are such, the sweep takes sixteen to twenty times as long.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,6 @@ def small_matrix_at(rows: Projections, position: Int[Array, ""]) -> Float[Array,
     return jnp.eye(rank, dtype=joined.dtype) - joined
 
 
-class Repaired(NamedTuple):
-    """Inverse, sign and log|det J_i| of a block, and the gradient in the rows, if asked for."""
-
-    found: Eliminated
-    gradient: Any
-
-
 def repaired(
     failed: Bool[Array, "c b"],
     rows: Projections,
@@ -58,11 +51,11 @@ def repaired(
     found: Eliminated,
     scale: Float[Array, "c b"] | None = None,
     gradient: Projections | None = None,
-) -> Repaired:
-    """What was found of a block with the failed positions put right, and their part added to the gradient."""
+) -> tuple[Eliminated, Any]:
+    """Inverse, sign and log|det J_i| of a block with the failed positions put right; the gradient with their part."""
     count, batch = min(AT_ONCE, failed.size), failed.shape[1]
 
-    def some(carry: tuple[Array, Repaired]) -> tuple[Array, Repaired]:
+    def some(carry: tuple[Array, tuple[Eliminated, Any]]) -> tuple[Array, tuple[Eliminated, Any]]:
         failed, (found, gradient) = carry
         order = jnp.argsort(~failed.ravel(), stable=True)[:count]
         cell, index = jnp.divmod(order, batch)
@@ -87,6 +80,6 @@ def repaired(
             return old.at[cell, ..., index].set(jnp.where(asked, jnp.moveaxis(new, -1, 0), kept))
 
         found = jax.tree.map(put, found, new)
-        return failed.at[cell, index].set(False), Repaired(found, gradient)
+        return failed.at[cell, index].set(False), (found, gradient)
 
-    return lax.while_loop(lambda carry: carry[0].any(), some, (failed, Repaired(found, gradient)))[1]
+    return lax.while_loop(lambda carry: carry[0].any(), some, (failed, (found, gradient)))[1]
