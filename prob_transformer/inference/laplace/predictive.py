@@ -17,29 +17,21 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Num, PRNGKeyArray
+from numpyro import handlers
 from numpyro.infer import Predictive
-from numpyro.primitives import Messenger
 
-from prob_transformer.inference.joint import log_likelihood, observed_data
+from prob_transformer.inference.embedding_sites import unwrapped
+from prob_transformer.inference.joint import log_likelihood
 from prob_transformer.inference.laplace.curvature import Potential, Trace
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.law import statistics
 
-_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 # The parameter that is linearised, for each distribution of the data.
 _OUTPUT: dict[type[dist.Distribution], str] = {
     dist.Normal: "loc",
     dist.CategoricalLogits: "logits",
     dist.BernoulliLogits: "logits",
 }
-
-
-class _Unobserved(Messenger):
-    """The same model with its data drawn rather than given."""
-
-    def process_message(self, msg: Any) -> None:
-        if observed_data({"": msg}):
-            msg["is_observed"], msg["value"] = False, None
 
 
 class SampledPredictive(NamedTuple):
@@ -131,7 +123,7 @@ def sampled(
     latent = at_draws(sites_at, potential, precision, key, draws)
     data_key = jax.random.fold_in(key, 1)
     names = _data_names(potential, potential.trace(potential.centre(), (args, kwargs)))
-    predict = Predictive(_Unobserved(potential.model), latent, return_sites=names, parallel=True)
+    predict = Predictive(handlers.uncondition(potential.model), latent, return_sites=names, parallel=True)
     drawn = predict(data_key, *args, **kwargs)
 
     z = potential.centre() + precision.sample(key, draws)
@@ -156,10 +148,7 @@ def linearised(
         names = _data_names(potential, trace)
         if site not in names:
             raise ValueError(f"site: got {site!r}; pass one of the model's sites of data, {', '.join(names)}.")
-        whole = base = trace[site]["fn"]
-        while isinstance(base, _WRAPPERS):
-            base = base.base_dist
-        return whole, base
+        return trace[site]["fn"], unwrapped(trace[site]["fn"])
 
     z = potential.centre()
     whole, base = distribution(z)
