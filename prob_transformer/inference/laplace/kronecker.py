@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from prob_transformer._validation import require_count, require_finite
+from prob_transformer._validation import require_choice, require_count, require_finite
 from prob_transformer.inference.laplace.curvature import (
     Curvature,
     Potential,
@@ -180,8 +180,7 @@ def softmax_root(logits: Float[Array, "n V"]) -> Float[Array, "n V V"]:
 
 def combinations(positions: Positions, key: PRNGKeyArray, examples: int, length: int) -> Float[Array, "W R n"]:
     """The rows E of the module docstring for every example. Raises ValueError for an unknown name or an empty shape."""
-    if positions not in get_args(Positions):
-        raise ValueError(f"positions: got {positions!r}; pass one of {', '.join(get_args(Positions))}.")
+    require_choice("positions", positions, get_args(Positions))
     require_count("examples", examples, 1, "the factors are sums over examples")
     require_count("length", length, 1, "the factors are sums over positions")
     if positions == "apart":
