@@ -29,9 +29,6 @@ from prob_transformer.kernels.moments import block_small_inverse
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling, in_groups, padded
 
-DEFAULT_STEPS = 16
-DEFAULT_FAILURE = 1e-6
-
 
 class ConditioningMargin(NamedTuple):
     """Two ends between which sigma_min(J_i) lies (..., n): `upper` up to rounding, `lower` up to the failure asked for.
@@ -152,8 +149,8 @@ def conditioning_margin(
     attention: Attention,
     embeddings: Float[Array, "... n d"],
     key: PRNGKeyArray,
-    steps: int = DEFAULT_STEPS,
-    failure: float = DEFAULT_FAILURE,
+    steps: int = 16,
+    failure: float = 1e-6,
     tiling: Tiling = DEFAULT_TILING,
 ) -> ConditioningMargin:
     """sigma_min(J_i) at every position of embeddings (..., n, d), between two ends, after a few Lanczos steps.
