@@ -32,6 +32,7 @@ the factors, and another tau needs no other factorisation.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -190,6 +191,19 @@ def combinations(positions: Positions, key: PRNGKeyArray, examples: int, length:
     return jax.random.rademacher(key, (examples, 1, length), jnp.float32)
 
 
+def logits_and_inputs(
+    network: Network, parameters: PyTree, example: PyTree, added: Mapping[str, Float[Array, "n o"]] = {}
+) -> tuple[Float[Array, "n V"], dict[str, Float[Array, "n i"]]]:
+    """The logits, with what is `added` to the outputs of linear maps, and the inputs of every map, by its name."""
+    seen: dict[str, Array] = {}
+
+    def hook(name: str, inputs: Array, outputs: Array) -> Array:
+        seen[name] = inputs
+        return outputs + added[name] if name in added else outputs
+
+    return network(hook, parameters, example), seen
+
+
 def _hooked(network: Network, parameters: PyTree, example: PyTree) -> dict[str, tuple[Any, Any]]:
     """Shapes and types of the inputs and outputs of every linear map, by its name."""
     found: dict[str, tuple[Any, Any]] = {}
@@ -233,16 +247,7 @@ def kronecker_factors(
 
     def one_example(sums: Sums, item: tuple[PyTree, Float[Array, "R n"]]) -> tuple[Sums, None]:
         example, rows_here = item
-
-        def perturbed(perturbations: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-            seen: dict[str, Array] = {}
-
-            def hook(name: str, inputs: Array, outputs: Array) -> Array:
-                seen[name] = inputs
-                return outputs + perturbations[name]
-
-            return network(hook, parameters, example), seen
-
+        perturbed = partial(logits_and_inputs, network, parameters, example)
         logits, sent_back, seen = jax.vjp(perturbed, zeros, has_aux=True)
         columns = jnp.moveaxis(root(logits), -1, 0)
 

@@ -36,6 +36,7 @@ from prob_transformer.inference.laplace.kronecker import (
     Positions,
     combinations,
     kronecker_factors,
+    logits_and_inputs,
 )
 from prob_transformer.inference.laplace.last_layer import (
     CholeskyPrecision,
@@ -94,10 +95,6 @@ class NetworkPredictive(NamedTuple):
     log_likelihood: Float[Array, "S W n"]
 
 
-def _unhooked(name: str, inputs: Float[Array, "n i"], outputs: Float[Array, "n o"]) -> Float[Array, "n o"]:
-    return outputs
-
-
 @eqx.filter_jit
 def head_inputs(
     network: TrainedNetwork, examples: Int[Array, "W n"]
@@ -105,13 +102,7 @@ def head_inputs(
     """What the head multiplies at every position of the examples, and the logits, N = W n."""
 
     def seen_by_head(example: Int[Array, " n"]) -> tuple[Array, Array]:
-        seen: dict[str, Array] = {}
-
-        def hook(name: str, inputs: Array, outputs: Array) -> Array:
-            seen[name] = inputs
-            return outputs
-
-        logits = network.logits(hook, network.parameters, example)
+        logits, seen = logits_and_inputs(network.logits, network.parameters, example)
         return seen[network.head], logits
 
     inputs, logits = jax.lax.map(seen_by_head, examples, batch_size=_SIDE_BY_SIDE)
@@ -126,7 +117,7 @@ def _linearised(
         example, target = pair
 
         def outputs(maps: Matrices) -> Float[Array, "n V"]:
-            return network.logits(_unhooked, network.replaced(network.parameters, maps), example)
+            return logits_and_inputs(network.logits, network.replaced(network.parameters, maps), example)[0]
 
         logits, change = jax.linearize(outputs, mean)
 
@@ -200,7 +191,7 @@ def logit_jacobian(
     """Derivative of the logits at one position of an example in the maps `mean`, flat."""
 
     def logits(maps: Matrices) -> Float[Array, " V"]:
-        return network.logits(_unhooked, network.replaced(network.parameters, maps), example)[position]
+        return logits_and_inputs(network.logits, network.replaced(network.parameters, maps), example)[0][position]
 
     found, sent_back = jax.vjp(logits, mean)
     return jax.vmap(lambda row: ravel_pytree(sent_back(row)[0])[0])(jnp.eye(found.shape[0], dtype=found.dtype))
