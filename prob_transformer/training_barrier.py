@@ -36,9 +36,9 @@ from prob_transformer.kernels.sharding import (
     sharded_subsampled_barrier,
 )
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
+from prob_transformer.margins import Values
 
 Form = Literal["two-sided", "one-sided"]
-Values = Literal["identity", "own"]
 # Positions a step of the reference.
 _BLOCK = 32
 

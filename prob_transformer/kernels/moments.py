@@ -199,12 +199,9 @@ def _mapped(
     return seen, lambda pull: apart(start, lambda: here.pull_back(covariance, pull))
 
 
-def _small_matrix(
-    covariance: Float[Array, "c H Hp p b"], left_out: Bool[Array, "c b"] | bool
-) -> Float[Array, "c Hp Hp b"]:
+def _small_matrix(covariance: Float[Array, "c H Hp p b"], left_out: Bool[Array, "c b"]) -> Float[Array, "c Hp Hp b"]:
     """I - [Cov(x^h, k^h) B^h_i]_h, heads side by side, and I alone where a position is left out."""
-    if not isinstance(left_out, bool):
-        covariance = jnp.where(left_out[:, None, None, None], 0, covariance)
+    covariance = jnp.where(left_out[:, None, None, None], 0, covariance)
     groups, _, rank, _, count = covariance.shape
     joined = jnp.moveaxis(covariance, 1, 2).reshape(groups, rank, rank, count)
     return jnp.eye(rank, dtype=joined.dtype)[None, :, :, None] - joined

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count, require_integers, require_vocabulary
 from prob_transformer.attention import Attention
-from prob_transformer.training_barrier import Values
+from prob_transformer.margins import Values
 
 Remat = Literal["none", "blocks"]
 

@@ -39,8 +39,9 @@ from prob_transformer._validation import (
 from prob_transformer.attention import Attention
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.kernels.barrier import BarrierPenalty
+from prob_transformer.margins import Values
 from prob_transformer.token_model import is_zero, require_barrier_weight
-from prob_transformer.training_barrier import Form, Values, barrier_penalty
+from prob_transformer.training_barrier import Form, barrier_penalty
 from prob_transformer.transformer.network import Attended, Remat, Transformer, TransformerConfig
 from prob_transformer.transformer.token_process import TokenProcess
 from prob_transformer.transformer.weight_sites import Priors, default_priors, sampled_weights, template
