@@ -96,9 +96,6 @@ def _block_projection(
         scores = scores - jnp.take_along_axis(scores, softmax.key, axis=2, mode="promise_in_bounds")
         return weights * (scores - (weights * scores).sum(-2, keepdims=True))
 
-    def through_values(y: Float[Array, "c b d"]) -> Float[Array, "c H b d"]:
-        return y[:, None] if values is None else jnp.einsum("hde,cbd->chbe", values, y)
-
     def solve(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
         """J^{-1} y."""
         small = jnp.einsum("cxyb,cby->cbx", inverse, jnp.einsum("rd,cbd->cbr", stacked_query, y))
@@ -111,7 +108,8 @@ def _block_projection(
 
     def solve_transposed(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
         """J^{-T} y."""
-        scores = centred(jnp.einsum("chbd,cnd->chnb", through_values(y), embeddings))
+        through_values = y[:, None] if values is None else jnp.einsum("hde,cbd->chbe", values, y)
+        scores = centred(jnp.einsum("chbd,cnd->chnb", through_values, embeddings))
         small = jnp.einsum("chnb,chpn->cbhp", scores, keys)
         small = jnp.einsum("cxyb,cbx->cby", inverse, small.reshape(*small.shape[:2], heads * size))
         return y + small @ stacked_query

@@ -63,13 +63,8 @@ def _batched_over_cells(function: Callable) -> Callable:
 
 
 @lru_cache
-def _values(tiling: Tiling) -> Callable:
-    return _batched_over_cells(lambda rows: in_groups(sweep_log_det, tiling, rows))
-
-
-@lru_cache
-def _gradient(tiling: Tiling) -> Callable:
-    return _batched_over_cells(lambda rows, scale: in_groups(sweep_log_det_gradient, tiling, rows, scale))
+def _in_batches(sweep: Callable, tiling: Tiling) -> Callable:
+    return _batched_over_cells(partial(in_groups, sweep, tiling))
 
 
 def _cut(length: int, tree: Tree) -> Tree:
@@ -78,14 +73,14 @@ def _cut(length: int, tree: Tree) -> Tree:
 
 def _sweep_values(cells: Projections, tiling: Tiling) -> LogDet:
     tiling = tiling.fitted(cells.length)
-    return _cut(cells.length, _values(tiling)(padded(tiling, cells)))
+    return _cut(cells.length, _in_batches(sweep_log_det, tiling)(padded(tiling, cells)))
 
 
 def _sweep_gradient(cells: Projections, scale: Float[Array, "c n"], tiling: Tiling) -> tuple[LogDet, Projections]:
     tiling = tiling.fitted(cells.length)
     rows = padded(tiling, cells)
     scale = jnp.pad(scale, [(0, 0), (0, rows.length - cells.length)])
-    return _cut(cells.length, _gradient(tiling)(rows, scale))
+    return _cut(cells.length, _in_batches(sweep_log_det_gradient, tiling)(rows, scale))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -163,8 +163,7 @@ class KroneckerCurvature:
 
     def precision(self, tau: float) -> BlockPrecision:
         """B (x) A + tau I, with tau > 0. Raises ValueError for no maps."""
-        one = jnp.ones(())
-        return BlockPrecision([KroneckerPrecision(one.astype(c.dtype), u, v, c + tau) for u, v, c in self._blocks])
+        return BlockPrecision([KroneckerPrecision(jnp.ones((), c.dtype), u, v, c + tau) for u, v, c in self._blocks])
 
     def log_det_ratio(self, tau: float) -> float:
         """log det(B (x) A + tau I) - k log tau, in float64."""

@@ -111,7 +111,7 @@ def at_draws(
     key: PRNGKeyArray,
     draws: int,
 ) -> Any:
-    """What a function of the module gives at draws from the Gaussian, the same draws for the same key."""
+    """What a function gives at draws from the Gaussian, the same draws for the same key."""
     return jax.vmap(lambda z: function(potential, z))(potential.centre() + precision.sample(key, draws))
 
 
@@ -126,8 +126,9 @@ def sampled(
     predict = Predictive(handlers.uncondition(potential.model), latent, return_sites=names, parallel=True)
     drawn = predict(data_key, *args, **kwargs)
 
-    z = potential.centre() + precision.sample(key, draws)
-    densities = jax.vmap(lambda z: log_likelihood(potential.trace(z, (args, kwargs))))(z)
+    densities = at_draws(
+        lambda potential, z: log_likelihood(potential.trace(z, (args, kwargs))), potential, precision, key, draws
+    )
     return SampledPredictive(
         posterior={name: latent[name] for name in potential.sites},
         posterior_predictive=drawn,
