@@ -14,19 +14,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer.attention import is_past, weighted_covariance
-from prob_transformer.kernels.elimination import PERMITTED_GROWTH, Eliminated, eliminate_with_exchanges
+from prob_transformer.kernels.elimination import Eliminated, eliminate_with_exchanges
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.softmax import softmax_weights
 
 AT_ONCE = 8
-# A covariance so small that its rounding does not show beside the identity, PERMITTED_GROWTH taken into account.
-_NEGLIGIBLE = 1e-2
-
-
-def has_cancelled(size: Float[Array, "*S"], left: Float[Array, "*S"]) -> Bool[Array, "*S"]:
-    """Where terms of one size leave a covariance bounded by another, so much smaller that rounding shows beside it."""
-    # Written so that a NaN counts as cancelled.
-    return ~(size <= PERMITTED_GROWTH * (_NEGLIGIBLE + left))
 
 
 def small_matrix_at(rows: Projections, position: Int[Array, ""]) -> Float[Array, "Hp Hp"]:

@@ -37,12 +37,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer.attention import is_past
-from prob_transformer.kernels.cancellation import has_cancelled, repaired
-from prob_transformer.kernels.elimination import Eliminated, apart, inverse_and_log_det, written_out
+from prob_transformer.kernels.cancellation import repaired
+from prob_transformer.kernels.elimination import PERMITTED_GROWTH, Eliminated, apart, inverse_and_log_det, written_out
 from prob_transformer.kernels.projections import Projections, QueryMap
 from prob_transformer.kernels.tiling import Tiling
 from prob_transformer.softmax import SoftmaxWeights, softmax_weights
 
+# A covariance so small that its rounding does not show beside the identity, PERMITTED_GROWTH taken into account.
+_NEGLIGIBLE = 1e-2
 # How many lengths of the past are compiled apart.
 _PREFIXES = 4
 
@@ -184,7 +186,8 @@ def _cancelled(block: _Block, rows: Projections, start: Int[Array, ""]) -> Bool[
     if gain is not None:
         factor = jnp.abs(_at(gain, start, size.shape[-1])).max(2)
         size, left = size * factor, left * factor
-    return has_cancelled(size, left).any(1)
+    # Written so that a NaN counts as cancelled.
+    return (~(size <= PERMITTED_GROWTH * (_NEGLIGIBLE + left))).any(1)
 
 
 def _mapped(
