@@ -64,7 +64,7 @@ class Rotary(eqx.Module):
 
     @ranks_promoted
     def turn(self, x: Float[Array, "... p"], positions: Int[Array, "..."]) -> Float[Array, "... p"]:
-        """R_s x_s for the position s of each row."""
+        """R_s x_s for the position s of each row; R_s^T is R_{-s}."""
         count = self.frequencies.shape[0]
         # Half precision does not count beyond a few hundred positions.
         wide = jnp.promote_types(x.dtype, jnp.float32)
