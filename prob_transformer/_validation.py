@@ -1,5 +1,6 @@
 """Checks at the public boundary; each raises a ValueError naming the argument, what was given and the remedy."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -38,6 +39,11 @@ require_positive = partial(require_floating, finite=True, positive=True)
 def require_count(name: str, value: Any, smallest: int, why: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < smallest:
         raise ValueError(f"{name}: got {value!r}; pass an integer of at least {smallest}: {why}.")
+
+
+def require_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; pass one of {', '.join(allowed)}.")
 
 
 def require_seed(name: str, value: Any, purpose: str) -> None:

@@ -63,17 +63,13 @@ class Rotary(eqx.Module):
         return jnp.concatenate([x[..., 0:end:2], x[..., 1:end:2], x[..., end:]], -1)
 
     @ranks_promoted
-    def turn(
-        self, x: Float[Array, "... p"], positions: Int[Array, "..."], backwards: bool = False
-    ) -> Float[Array, "... p"]:
-        """R_s x_s for the position s of each row, or R_s^T x_s when turned backwards."""
+    def turn(self, x: Float[Array, "... p"], positions: Int[Array, "..."]) -> Float[Array, "... p"]:
+        """R_s x_s for the position s of each row; R_s^T is R_{-s}."""
         count = self.frequencies.shape[0]
         # Half precision does not count beyond a few hundred positions.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         angles = positions.astype(wide)[..., None] * self.frequencies.astype(wide)
         cosine, sine = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-        if backwards:
-            sine = -sine
         turned, rest = x[..., : 2 * count], x[..., 2 * count :]
         if self.interleaved:
             first, second = turned[..., ::2], turned[..., 1::2]

@@ -157,15 +157,6 @@ def _over_sequences(function: Callable, attention: Attention, *batched: Any) -> 
     return jax.vmap(partial(function, attention))(*batched)
 
 
-def _slope_of_mean(
-    attention: Attention, past: Past, queries: Float[Array, "b H p"], weights: Float[Array, "b H n"]
-) -> Float[Array, "d Hp b"]:
-    """L = dmu/dy = [Cov(v^h, g^h)]_h."""
-    slopes = _over_sequences(logit_slopes, attention, past, queries)
-    blocks = jax.vmap(jax.vmap(weighted_covariance))(weights, past.values, slopes)
-    return jnp.moveaxis(blocks, (0, 1), (-1, 1)).reshape(attention.width, -1, blocks.shape[0])
-
-
 def _seen_residual(past: Past, weights: Float[Array, "b H n"], y: Float[Array, "Hp b"]) -> Float[Array, "Hp b"]:
     return y - jnp.einsum("bhs,bhsr->rb", weights, past.query_values)
 
@@ -273,9 +264,12 @@ def _apply_inverse(attention: Attention, past: Past, point: _Point, v: Float[Arr
     """J^{-1} v."""
     queries = _queries(attention, point.y)
     weights = _over_sequences(weights_of_queries, attention, past, queries)
-    slope = _slope_of_mean(attention, past, queries, weights)
+    slopes = _over_sequences(logit_slopes, attention, past, queries)
+    # L = dmu/dy = [Cov(v^h, g^h)]_h, (d, Hp, b).
+    blocks = jax.vmap(jax.vmap(weighted_covariance))(weights, past.values, slopes)
+    low_rank = jnp.moveaxis(blocks, (0, 1), (-1, 1)).reshape(attention.width, -1, blocks.shape[0])
     seen = attention.query.reshape(-1, attention.width) @ v.T
-    return v + jnp.einsum("dxb,xyb,yb->bd", slope, point.inverse, seen)
+    return v + jnp.einsum("dxb,xyb,yb->bd", low_rank, point.inverse, seen)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -327,11 +321,11 @@ def _(
 
 
 def solve_position(
-    attention: Attention, past: Past, noise: Float[Array, " d"], continuation_steps: int = CONTINUATION_STEPS
+    attention: Attention, past: Past, noise: Float[Array, " d"]
 ) -> tuple[Float[Array, " d"], Int[Array, ""]]:
     """The root u_i of e_i(u_i; past) = noise reached by continuation from the noise, and its `SolveStatus`."""
     alone = jax.tree.map(lambda leaf: leaf[None], past)
-    root, status = _solve_position(attention, alone, noise[None], continuation_steps)
+    root, status = _solve_position(attention, alone, noise[None], CONTINUATION_STEPS)
     return root[0], status[0]
 
 

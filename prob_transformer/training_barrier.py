@@ -13,7 +13,7 @@ position by position, whose weights and covariances are made again in the backwa
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._dtypes import in_common_type
-from prob_transformer._validation import require_key, require_positive
+from prob_transformer._validation import require_choice, require_key, require_positive
 from prob_transformer.attention import Attention, Past, require_layer
 from prob_transformer.barrier import one_sided_penalty
 from prob_transformer.change_of_variables import residual_and_log_det, residual_and_log_det_at
@@ -36,21 +36,11 @@ from prob_transformer.kernels.sharding import (
     sharded_subsampled_barrier,
 )
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
+from prob_transformer.margins import Values
 
 Form = Literal["two-sided", "one-sided"]
-Values = Literal["identity", "own"]
 # Positions a step of the reference.
 _BLOCK = 32
-
-
-class _Asked(NamedTuple):
-    """How the penalty is taken; hashable but for the threshold."""
-
-    form: Form
-    threshold: Float[Array, ""] | float
-    share: float
-    mesh: Mesh | None
-    tiling: Tiling
 
 
 @partial(jax.jit, inline=True)
@@ -74,8 +64,8 @@ def _reference(layer: Attention, inputs: Float[Array, "... n d"]) -> LogDet:
     return jax.lax.map(of_sequence, inputs.reshape(-1, *inputs.shape[-2:]))
 
 
-def _penalty(values: LogDet, asked: _Asked) -> BarrierPenalty:
-    each = -values.log_det if asked.form == "two-sided" else one_sided_penalty(*values, asked.threshold)
+def _penalty(form: Form, threshold: Float[Array, ""] | float, values: LogDet) -> BarrierPenalty:
+    each = -values.log_det if form == "two-sided" else one_sided_penalty(*values, threshold)
     mean = each.mean()
     return BarrierPenalty(mean, (values.sign <= 0).mean(dtype=mean.dtype), jnp.zeros_like(mean))
 
@@ -86,24 +76,32 @@ def _spec(leading: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec("data", heads) if len(leading) > 1 else PartitionSpec(heads)
 
 
-def _of_cells(cells: Projections, asked: _Asked, key: PRNGKeyArray | None) -> BarrierPenalty:
+def _of_cells(
+    cells: Projections,
+    form: Form,
+    threshold: Float[Array, ""] | float,
+    share: float,
+    mesh: Mesh | None,
+    tiling: Tiling,
+    key: PRNGKeyArray | None,
+) -> BarrierPenalty:
     """Over cells (L, [b,] H, 1, p, n) of layers that are alike."""
     spec = PartitionSpec(None, *_spec(cells.queries.shape[1:-3]))
-    if asked.form == "one-sided":
+    if form == "one-sided":
 
         def values(cells: Projections) -> LogDet:
-            found = log_det(cells.flat(), asked.tiling)
+            found = log_det(cells.flat(), tiling)
             return LogDet(*(x.reshape(*cells.queries.shape[:-3], -1) for x in found))
 
-        return _penalty((values if asked.mesh is None else over_mesh(values, asked.mesh, spec, spec))(cells), asked)
-    if asked.share < 1:
+        return _penalty(form, threshold, (values if mesh is None else over_mesh(values, mesh, spec, spec))(cells))
+    if share < 1:
         assert key is not None
-        if asked.mesh is None:
-            return subsampled_barrier(key, cells, asked.share, asked.tiling)
-        return sharded_subsampled_barrier(key, cells, asked.share, asked.mesh, spec, asked.tiling)
-    if asked.mesh is None:
-        return mean_barrier(cells, asked.tiling)
-    return sharded_mean_barrier(cells, asked.mesh, spec, asked.tiling)
+        if mesh is None:
+            return subsampled_barrier(key, cells, share, tiling)
+        return sharded_subsampled_barrier(key, cells, share, mesh, spec, tiling)
+    if mesh is None:
+        return mean_barrier(cells, tiling)
+    return sharded_mean_barrier(cells, mesh, spec, tiling)
 
 
 def barrier_penalty(
@@ -128,10 +126,8 @@ def barrier_penalty(
     not fit, naming the layer, for no layers, and for arguments that do not go together.
     Equation: the module docstring; docs/own_model.md.
     """
-    if form not in get_args(Form):
-        raise ValueError(f"form: got {form!r}; pass one of {', '.join(get_args(Form))}.")
-    if values not in get_args(Values):
-        raise ValueError(f"values: got {values!r}; pass one of {', '.join(get_args(Values))}.")
+    require_choice("form", form, get_args(Form))
+    require_choice("values", values, get_args(Values))
     if values == "own" and (share < 1 or mesh is not None):
         raise ValueError("values: 'own' has no share and no mesh; leave share and mesh out.")
     require_positive("threshold", threshold)
@@ -143,7 +139,6 @@ def barrier_penalty(
         require_key("key", key)
     # `jax.make_mesh` types its axes "explicit", which asks for inputs that are spread already; the sweep spreads them.
     mesh = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
-    asked = _Asked(form, threshold, share, mesh, tiling)
     alike = defaultdict[Any, list[Projections]](list)
     found: list[tuple[int, BarrierPenalty]] = []
     for index, pair in enumerate(layers):
@@ -163,10 +158,10 @@ def barrier_penalty(
             raise ValueError(f"layer {index}: {error}") from None
         if values == "own":
             density = residual_and_log_det(layer, inputs, implementation="reference" if layer.cap else "blocked")
-            found.append((inputs[..., 0].size, _penalty(LogDet(density.sign, density.log_det), asked)))
+            found.append((inputs[..., 0].size, _penalty(form, threshold, LogDet(density.sign, density.log_det))))
             continue
         if layer.cap is not None:
-            found.append((inputs[..., 0].size * layer.heads, _penalty(_reference(layer, inputs), asked)))
+            found.append((inputs[..., 0].size * layer.heads, _penalty(form, threshold, _reference(layer, inputs))))
             continue
         cells = Projections.of_heads_alone(layer, inputs)
         shapes = tuple(x.shape for x in jax.tree.leaves(cells))
@@ -175,7 +170,7 @@ def barrier_penalty(
     for number, several in enumerate(alike.values()):
         cells = jax.tree.map(lambda *x: jnp.stack(x), *several)
         own = None if key is None else jax.random.fold_in(key, number)
-        found.append((cells.queries[..., 0, 0, :].size, _of_cells(cells, asked, own)))
+        found.append((cells.queries[..., 0, 0, :].size, _of_cells(cells, form, threshold, share, mesh, tiling, own)))
     if not found:
         raise ValueError("layers: got none; pass at least one attention layer with its inputs.")
     places = sum(count for count, _ in found)

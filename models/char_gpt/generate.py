@@ -58,7 +58,7 @@ def main(options: argparse.Namespace, console: Console) -> None:
     if options.figure is not None and count > 1:
         raise ValueError(f"--figure: shows one text, got --draws {count}; leave one of them out.")
     key = jax.random.key(options.seed)
-    try:
+    with in_names_of_options(_OPTIONS):
         model, config, vocabulary = checkpoint.load_run(options.run)
         models, keys = [model], [key]
         if options.posterior is not None:
@@ -71,8 +71,6 @@ def main(options: argparse.Namespace, console: Console) -> None:
             stream(model, prompt, options.length, key=key, chunk=_CHUNK, **given)
             for model, key in zip(models, keys, strict=True)
         ]
-    except ValueError as error:
-        raise in_names_of_options(error, _OPTIONS) from None
     texts = []
     for number, chunks in enumerate(streams):
         if number:
@@ -90,14 +88,11 @@ def main(options: argparse.Namespace, console: Console) -> None:
 def _printed(prompt: str, chunks: Iterator[Generated], vocabulary: Vocabulary) -> Found:
     """What a text was generated with, after the text is printed as it is drawn."""
     parts = []
-    try:
-        with writing_to_standard_output():
-            print(prompt, end="", flush=True)
-            for part in chunks:
-                print(vocabulary.decode(np.asarray(part.tokens)), end="", flush=True)
-                parts.append(part)
-            print()
-    except ValueError as error:
-        raise in_names_of_options(error, _OPTIONS) from None
+    with in_names_of_options(_OPTIONS), writing_to_standard_output():
+        print(prompt, end="", flush=True)
+        for part in chunks:
+            print(vocabulary.decode(np.asarray(part.tokens)), end="", flush=True)
+            parts.append(part)
+        print()
     arrays = (np.concatenate(of_one, axis=-1) for of_one in zip(*parts, strict=True))
     return dict(zip(Generated._fields, arrays, strict=True))

@@ -124,17 +124,6 @@ def _run(
     starts, found = jax.vmap(find_start)(jax.random.split(start_key, chains))
     begin, transition = hmc(potential, algo="NUTS")
 
-    def begin_chain(point: ParamInfo, key: PRNGKeyArray) -> HMCState:
-        return begin(
-            point,
-            num_warmup=warmup,
-            step_size=1.0,
-            target_accept_prob=target_accept,
-            dense_mass=dense_mass,
-            max_tree_depth=max_tree_depth,
-            rng_key=key,
-        )
-
     def step(states: HMCState, i: Int[Array, ""]) -> tuple[HMCState, tuple[Sites, dict[str, Array]]]:
         states = jax.vmap(transition)(states)
         if reports:
@@ -146,7 +135,10 @@ def _run(
         }
         return states, (states.z, stats | {"step_size": states.adapt_state.step_size})
 
-    states = jax.vmap(begin_chain)(starts, jax.random.split(chain_key, chains))
+    settings = {"target_accept_prob": target_accept, "dense_mass": dense_mass, "max_tree_depth": max_tree_depth}
+    states = jax.vmap(lambda point, key: begin(point, warmup, step_size=1.0, rng_key=key, **settings))(
+        starts, jax.random.split(chain_key, chains)
+    )
     _, kept = jax.lax.scan(step, states, jnp.arange(warmup + draws))
     unconstrained, stats = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[warmup:], 0, 1), kept)
 

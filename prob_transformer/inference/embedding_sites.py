@@ -28,11 +28,16 @@ NOISE, STATUS = "_noise", "_solve_status"
 Processes = dict[str, tuple[EmbeddingProcess, Float[Array, "... n d"]]]
 
 
-def embedding_process(site: dict[str, Any]) -> EmbeddingProcess | None:
-    """The process that a site of a trace is drawn from, behind expansion or masks; None for any other site."""
-    fn = site.get("fn")
+def unwrapped(fn: Any) -> Any:
+    """The distribution behind expansion and masks; anything else as it is."""
     while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
         fn = fn.base_dist
+    return fn
+
+
+def embedding_process(site: dict[str, Any]) -> EmbeddingProcess | None:
+    """The process that a site of a trace is drawn from, behind expansion or masks; None for any other site."""
+    fn = unwrapped(site.get("fn"))
     return fn if isinstance(fn, EmbeddingProcess) else None
 
 
@@ -70,13 +75,12 @@ class NoiseReparam(Reparam):
         return None, embeddings
 
 
-def _noise_of(site: dict[str, Any]) -> Reparam | None:
-    return NoiseReparam() if embedding_process(site) is not None and site["value"] is None else None
-
-
 def through_noise(model: Callable) -> Callable:
     """The model with every unobserved EmbeddingProcess site sampled through its noise by `NoiseReparam`."""
-    return handlers.reparam(model, config=_noise_of)
+    reparam = NoiseReparam()
+    return handlers.reparam(
+        model, config=lambda site: reparam if site["value"] is None and embedding_process(site) is not None else None
+    )
 
 
 class Predictive(numpyro.infer.Predictive):

@@ -23,7 +23,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._extras import require
-from prob_transformer._validation import require_count, require_key, require_vocabulary
+from prob_transformer._validation import require_choice, require_count, require_key, require_vocabulary
 from prob_transformer.attention import Attention, Past
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.files import provenance
@@ -153,8 +153,7 @@ class ParticleResult(NamedTuple):
                 "jax.tree.map(lambda leaf: leaf[0], result)."
             )
         require_count("draws", draws, 1, "the number of paths")
-        if paths not in get_args(Paths):
-            raise ValueError(f"paths: got {paths!r}; pass one of {', '.join(get_args(Paths))}.")
+        require_choice("paths", paths, get_args(Paths))
         status = ParticleStatus(int(self.status))
         if status:
             where = f"(unsolved by position {np.asarray(self.unsolved).tolist()})"
@@ -320,8 +319,7 @@ def particle_filter(
     if tokens.shape[0] < 2:
         raise ValueError(f"tokens: has n = {tokens.shape[0]} positions; pass at least 2, or there is no attention.")
     require_count("particles", particles, 2, "one particle has no weights to compare")
-    if proposal not in get_args(ProposalName):
-        raise ValueError(f"proposal: got {proposal!r}; pass one of {', '.join(get_args(ProposalName))}.")
+    require_choice("proposal", proposal, get_args(ProposalName))
     if not isinstance(threshold, jax.core.Tracer) and not 0 <= float(threshold) <= 1:
         raise ValueError(f"threshold: got {threshold}; pass a share of the particles from 0 (never) to 1 (always).")
     random_key, seed = key_and_seed(key, "the particles")

@@ -157,10 +157,8 @@ def _inspect(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError(f"--rows: got {arguments.rows}; pass at least 1.")
     _require_folder(arguments.out)
     text = read_user_text("--text", arguments.text)
-    try:
+    with in_names_of_options({"model": "--model"}):
         model = load_pretrained(arguments.model)
-    except ValueError as error:
-        raise in_names_of_options(error, {"model": "--model"}) from None
     tokens, pieces, added = _encoded(model, text, arguments.tokens, arguments.special_tokens)
     chosen = parse_layers(arguments.layers, len(model.decoder.blocks))
     setting = Setting(arguments.values, arguments.self_inclusive)

@@ -76,28 +76,21 @@ def run(options: argparse.Namespace, command: str) -> None:
     from prob_transformer.pretrained.load import load_pretrained
 
     require_options(options, _UNIT)
-    try:
+    with in_names_of_options({"model": "--model"}):
         model = load_pretrained(options.model)
-    except ValueError as error:
-        raise in_names_of_options(error, {"model": "--model"}) from None
     prompt = _prompt_tokens(model.tokenizer, options.prompt)
     given = {"temperature": options.temperature, "top_k": options.top_k}
-    try:
+    with in_names_of_options({"prompts": "--prompt", "tokens": "--prompt"}):
         steps = continue_texts(
             model.decoder, np.array([prompt]), options.length, keys=jax.random.key(options.seed)[None], **given
         )
-    except ValueError as error:
-        raise in_names_of_options(error, {"prompts": "--prompt", "tokens": "--prompt"}) from None
     written, drawn = _Pieces(model.tokenizer, prompt), []
-    try:
-        with writing_to_standard_output():
-            print(options.prompt, end="", flush=True)
-            for step in steps:
-                drawn.append((int(step.tokens[0]), float(step.log_probs[0])))
-                print(written.add(drawn[-1][0], len(drawn) == options.length), end="", flush=True)
-            print()
-    except ValueError as error:
-        raise in_names_of_options(error, {"decoder": "--model"}) from None
+    with in_names_of_options({"decoder": "--model"}), writing_to_standard_output():
+        print(options.prompt, end="", flush=True)
+        for step in steps:
+            drawn.append((int(step.tokens[0]), float(step.log_probs[0])))
+            print(written.add(drawn[-1][0], len(drawn) == options.length), end="", flush=True)
+        print()
     tokens, log_probs = (np.array(column) for column in zip(*drawn, strict=True))
     whole = np.append(prompt, tokens)
     # The bar is for a terminal alone.

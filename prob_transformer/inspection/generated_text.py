@@ -7,7 +7,8 @@ identity values. A position sees nothing that comes after it, so `margins_of_tex
 
 import argparse
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,15 @@ def require_options(options: argparse.Namespace, unit: str) -> None:
         require("inspect", "matplotlib")
 
 
-def in_names_of_options(error: ValueError, others: Mapping[str, str]) -> ValueError:
-    """The error with the option in place of the argument; `others` are options that are not called as the argument."""
-    argument, _, rest = str(error).partition(":")
-    options = {name: "--" + name.replace("_", "-") for name in ("temperature", "top_k", "length", "prompt")}
-    return ValueError(f"{(options | dict(others)).get(argument, argument)}:{rest}")
+@contextmanager
+def in_names_of_options(others: Mapping[str, str]) -> Iterator[None]:
+    """A ValueError inside gets the option in place of the argument; `others` are options with names of their own."""
+    try:
+        yield
+    except ValueError as error:
+        argument, _, rest = str(error).partition(":")
+        options = {name: "--" + name.replace("_", "-") for name in ("temperature", "top_k", "length", "prompt")}
+        raise ValueError(f"{(options | dict(others)).get(argument, argument)}:{rest}") from None
 
 
 @jax.jit

@@ -59,10 +59,12 @@ def inspection_tree(inspection: Inspection, attrs: Mapping[str, Any]) -> "xr.Dat
     }
     sizes = zip((*_PLACES, "rank"), inspection.carriers.shape, strict=True)
     coords = {name: np.arange(size) for name, size in sizes} | {"layer": inspection.layers, "quantile": QUANTILES}
-    tree = xr.DataTree()
-    for group, variables in groups.items():
-        used = {name for dims, *_ in variables.values() for name in dims}
-        tree[group] = xr.Dataset(variables, {name: list(coords[name]) for name in coords if name in used})
+    tree = xr.DataTree.from_dict(
+        {
+            group: xr.Dataset(variables, {dim: list(coords[dim]) for dims, *_ in variables.values() for dim in dims})
+            for group, variables in groups.items()
+        }
+    )
     given = {**attrs, "setting": inspection.setting._asdict()}
     tree.attrs = {
         name: value if isinstance(value, str) else json.dumps(value, allow_nan=False) for name, value in given.items()

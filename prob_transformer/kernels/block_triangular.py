@@ -39,7 +39,12 @@ class HeadMargins(NamedTuple):
 
 
 @partial(jnp.vectorize, signature="(p,d)->(d,d),(r,p)")
-def _query_basis(query: Float[Array, "p d"]) -> tuple[Float[Array, "d d"], Float[Array, "r p"]]:
+def query_basis(query: Float[Array, "p d"]) -> tuple[Float[Array, "d d"], Float[Array, "r p"]]:
+    """Q and T of the module docstring, by Householder reflections; further axes of `query` come first in both.
+
+    They are written out because batched calls of LAPACK block a thread each: in JAX 0.10 two of them at once, as for
+    two layers, wait for each other for ever where the pool has two threads.
+    """
     size, width = query.shape
     rows = jnp.arange(width)
 
@@ -56,15 +61,6 @@ def _query_basis(query: Float[Array, "p d"]) -> tuple[Float[Array, "d d"], Float
     identity = jnp.eye(width, dtype=query.dtype)
     reduced, basis = lax.fori_loop(0, min(size, width), reflect, (query.T, identity))
     return basis, reduced[: min(size, width)]
-
-
-def query_basis(query: Float[Array, "... p d"]) -> tuple[Float[Array, "... d d"], Float[Array, "... r p"]]:
-    """Q and T of the module docstring, by Householder reflections.
-
-    They are written out because batched calls of LAPACK block a thread each: in JAX 0.10 two of them at once, as for
-    two layers, wait for each other for ever where the pool has two threads.
-    """
-    return _query_basis(query)
 
 
 def is_positive_definite(matrices: Float[Array, "r r b"]) -> Bool[Array, " b"]:

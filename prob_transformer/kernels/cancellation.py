@@ -6,7 +6,7 @@ centred at their own mean, as in the reference, and differentiated by JAX, which
 clusters and all positions are such, the sweep takes sixteen to twenty times as long.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer.attention import is_past, weighted_covariance
-from prob_transformer.kernels.elimination import PERMITTED_GROWTH, Eliminated, eliminate_with_exchanges
+from prob_transformer.kernels.elimination import Eliminated, eliminate_with_exchanges
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.softmax import softmax_weights
 
 AT_ONCE = 8
-# A covariance so small that its rounding does not show beside the identity, PERMITTED_GROWTH taken into account.
-_NEGLIGIBLE = 1e-2
-
-
-def has_cancelled(size: Float[Array, "*S"], left: Float[Array, "*S"]) -> Bool[Array, "*S"]:
-    """Where terms of one size leave a covariance bounded by another, so much smaller that rounding shows beside it."""
-    # Written so that a NaN counts as cancelled.
-    return ~(size <= PERMITTED_GROWTH * (_NEGLIGIBLE + left))
 
 
 def small_matrix_at(rows: Projections, position: Int[Array, ""]) -> Float[Array, "Hp Hp"]:
@@ -44,13 +36,6 @@ def small_matrix_at(rows: Projections, position: Int[Array, ""]) -> Float[Array,
     return jnp.eye(rank, dtype=joined.dtype) - joined
 
 
-class Repaired(NamedTuple):
-    """Inverse, sign and log|det J_i| of a block, and the gradient in the rows, if asked for."""
-
-    found: Eliminated
-    gradient: Any
-
-
 def repaired(
     failed: Bool[Array, "c b"],
     rows: Projections,
@@ -58,11 +43,11 @@ def repaired(
     found: Eliminated,
     scale: Float[Array, "c b"] | None = None,
     gradient: Projections | None = None,
-) -> Repaired:
-    """What was found of a block with the failed positions put right, and their part added to the gradient."""
+) -> tuple[Eliminated, Any]:
+    """Inverse, sign and log|det J_i| of a block with the failed positions put right; the gradient with their part."""
     count, batch = min(AT_ONCE, failed.size), failed.shape[1]
 
-    def some(carry: tuple[Array, Repaired]) -> tuple[Array, Repaired]:
+    def some(carry: tuple[Array, tuple[Eliminated, Any]]) -> tuple[Array, tuple[Eliminated, Any]]:
         failed, (found, gradient) = carry
         order = jnp.argsort(~failed.ravel(), stable=True)[:count]
         cell, index = jnp.divmod(order, batch)
@@ -87,6 +72,6 @@ def repaired(
             return old.at[cell, ..., index].set(jnp.where(asked, jnp.moveaxis(new, -1, 0), kept))
 
         found = jax.tree.map(put, found, new)
-        return failed.at[cell, index].set(False), Repaired(found, gradient)
+        return failed.at[cell, index].set(False), (found, gradient)
 
-    return lax.while_loop(lambda carry: carry[0].any(), some, (failed, Repaired(found, gradient)))[1]
+    return lax.while_loop(lambda carry: carry[0].any(), some, (failed, (found, gradient)))[1]

@@ -29,9 +29,6 @@ from prob_transformer.kernels.moments import block_small_inverse
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling, in_groups, padded
 
-DEFAULT_STEPS = 16
-DEFAULT_FAILURE = 1e-6
-
 
 class ConditioningMargin(NamedTuple):
     """Two ends between which sigma_min(J_i) lies (..., n): `upper` up to rounding, `lower` up to the failure asked for.
@@ -99,9 +96,6 @@ def _block_projection(
         scores = scores - jnp.take_along_axis(scores, softmax.key, axis=2, mode="promise_in_bounds")
         return weights * (scores - (weights * scores).sum(-2, keepdims=True))
 
-    def through_values(y: Float[Array, "c b d"]) -> Float[Array, "c H b d"]:
-        return y[:, None] if values is None else jnp.einsum("hde,cbd->chbe", values, y)
-
     def solve(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
         """J^{-1} y."""
         small = jnp.einsum("cxyb,cby->cbx", inverse, jnp.einsum("rd,cbd->cbr", stacked_query, y))
@@ -114,7 +108,8 @@ def _block_projection(
 
     def solve_transposed(y: Float[Array, "c b d"]) -> Float[Array, "c b d"]:
         """J^{-T} y."""
-        scores = centred(jnp.einsum("chbd,cnd->chnb", through_values(y), embeddings))
+        through_values = y[:, None] if values is None else jnp.einsum("hde,cbd->chbe", values, y)
+        scores = centred(jnp.einsum("chbd,cnd->chnb", through_values, embeddings))
         small = jnp.einsum("chnb,chpn->cbhp", scores, keys)
         small = jnp.einsum("cxyb,cbx->cby", inverse, small.reshape(*small.shape[:2], heads * size))
         return y + small @ stacked_query
@@ -152,8 +147,8 @@ def conditioning_margin(
     attention: Attention,
     embeddings: Float[Array, "... n d"],
     key: PRNGKeyArray,
-    steps: int = DEFAULT_STEPS,
-    failure: float = DEFAULT_FAILURE,
+    steps: int = 16,
+    failure: float = 1e-6,
     tiling: Tiling = DEFAULT_TILING,
 ) -> ConditioningMargin:
     """sigma_min(J_i) at every position of embeddings (..., n, d), between two ends, after a few Lanczos steps.

@@ -8,7 +8,6 @@ Reverse mode only.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from prob_transformer._dtypes import ranks_promoted
+from prob_transformer._dtypes import Tree, ranks_promoted
 from prob_transformer.kernels.moments import (
     LogDet,
-    LogDetGradient,
     block_log_det,
     block_log_det_gradient,
     sweep_log_det,
@@ -28,18 +26,8 @@ from prob_transformer.kernels.moments import (
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.tiling import Tiling, in_groups, padded
 
-Tree = TypeVar("Tree")
-
-
-class SubsampledTotal(NamedTuple):
-    """Unbiased estimate of the total (), an unbiased estimate of its variance (), and the share of det J_i <= 0 seen.
-
-    The variance is that of the draw of cells, for the cells given, and NaN where a stratum has one draw out of several.
-    """
-
-    total: Float[Array, ""]
-    variance: Float[Array, ""]
-    negative_share: Float[Array, ""]
+# Unbiased estimates of a total () and of the variance () of that estimate, and the share () of det J_i <= 0 seen.
+Estimate = tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]
 
 
 def _batched_over_cells(function: Callable) -> Callable:
@@ -75,13 +63,8 @@ def _batched_over_cells(function: Callable) -> Callable:
 
 
 @lru_cache
-def _values(tiling: Tiling) -> Callable:
-    return _batched_over_cells(lambda rows: in_groups(sweep_log_det, tiling, rows))
-
-
-@lru_cache
-def _gradient(tiling: Tiling) -> Callable:
-    return _batched_over_cells(lambda rows, scale: in_groups(sweep_log_det_gradient, tiling, rows, scale))
+def _in_batches(sweep: Callable, tiling: Tiling) -> Callable:
+    return _batched_over_cells(partial(in_groups, sweep, tiling))
 
 
 def _cut(length: int, tree: Tree) -> Tree:
@@ -90,15 +73,14 @@ def _cut(length: int, tree: Tree) -> Tree:
 
 def _sweep_values(cells: Projections, tiling: Tiling) -> LogDet:
     tiling = tiling.fitted(cells.length)
-    return _cut(cells.length, _values(tiling)(padded(tiling, cells)))
+    return _cut(cells.length, _in_batches(sweep_log_det, tiling)(padded(tiling, cells)))
 
 
 def _sweep_gradient(cells: Projections, scale: Float[Array, "c n"], tiling: Tiling) -> tuple[LogDet, Projections]:
     tiling = tiling.fitted(cells.length)
     rows = padded(tiling, cells)
     scale = jnp.pad(scale, [(0, 0), (0, rows.length - cells.length)])
-    found = _cut(cells.length, _gradient(tiling)(rows, scale))
-    return LogDet(found.sign, found.log_det), found.rows
+    return _cut(cells.length, _in_batches(sweep_log_det_gradient, tiling)(rows, scale))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -136,7 +118,7 @@ log_det_total.defvjp(_total_forward, lambda tiling, kept, cotangent: jax.tree.ma
 @ranks_promoted
 def _draw(
     cells: Projections, key: PRNGKeyArray, share: float, tiling: Tiling, differentiate: bool
-) -> tuple[SubsampledTotal, Projections | None]:
+) -> tuple[Estimate, Projections | None]:
     """The estimate from cells drawn without replacement for every block of queries, and its gradient if asked for."""
     length, count = cells.length, cells.queries.shape[0]
     # Two at least, if there are two, so that a variance can be given.
@@ -158,11 +140,13 @@ def _draw(
         else:
             scale = jnp.broadcast_to(is_real, (drawn, tiling.block))
 
-            def with_gradient(tiling: Tiling, group: Projections, scale: Float[Array, "c b"]) -> LogDetGradient:
+            def with_gradient(
+                tiling: Tiling, group: Projections, scale: Float[Array, "c b"]
+            ) -> tuple[LogDet, Projections]:
                 nothing = jax.tree.map(jnp.zeros_like, group)
                 return block_log_det_gradient(tiling, group, scale, start, nothing)
 
-            sign, log_det, change = in_groups(with_gradient, tiling, part, scale)
+            (sign, log_det), change = in_groups(with_gradient, tiling, part, scale)
             gradient = jax.tree.map(lambda x, more: x.at[chosen].add(factor * more), gradient, change)
         sums = jnp.where(is_real > 0, log_det, 0).sum(1)
         negative = ((sign <= 0) & (is_real > 0)).sum()
@@ -178,16 +162,19 @@ def _draw(
     gradient, parts = lax.scan(one_block, start_gradient, (starts, jax.random.split(key, starts.size)))
     total, variance, negative = (x.sum() for x in parts)
     found = None if gradient is None else _cut(length, gradient)
-    return SubsampledTotal(total, variance, negative / (drawn * length)), found
+    return (total, variance, negative / (drawn * length)), found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def subsampled_log_det_total(cells: Projections, key: PRNGKeyArray, share: float, tiling: Tiling) -> SubsampledTotal:
-    """Unbiased estimate of the sum of log|det J_i| from a share of the cells, drawn anew for every block of queries."""
+def subsampled_log_det_total(cells: Projections, key: PRNGKeyArray, share: float, tiling: Tiling) -> Estimate:
+    """Unbiased estimate of the sum of log|det J_i| from a share of the cells, drawn anew for every block of queries.
+
+    The variance is that of the draw of cells, for the cells given, and NaN where a stratum has one draw out of several.
+    """
     return _draw(cells, key, share, tiling, differentiate=False)[0]
 
 
 subsampled_log_det_total.defvjp(
     lambda cells, key, share, tiling: _draw(cells, key, share, tiling, differentiate=True),
-    lambda share, tiling, gradient, cotangent: (jax.tree.map(lambda x: cotangent.total * x, gradient), None),
+    lambda share, tiling, gradient, cotangent: (jax.tree.map(lambda x: cotangent[0] * x, gradient), None),
 )

@@ -37,12 +37,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from prob_transformer.attention import is_past
-from prob_transformer.kernels.cancellation import has_cancelled, repaired
-from prob_transformer.kernels.elimination import Eliminated, apart, inverse_and_log_det, written_out
+from prob_transformer.kernels.cancellation import repaired
+from prob_transformer.kernels.elimination import PERMITTED_GROWTH, Eliminated, apart, inverse_and_log_det, written_out
 from prob_transformer.kernels.projections import Projections, QueryMap
 from prob_transformer.kernels.tiling import Tiling
 from prob_transformer.softmax import SoftmaxWeights, softmax_weights
 
+# A covariance so small that its rounding does not show beside the identity, PERMITTED_GROWTH taken into account.
+_NEGLIGIBLE = 1e-2
 # How many lengths of the past are compiled apart.
 _PREFIXES = 4
 
@@ -52,18 +54,6 @@ class LogDet(NamedTuple):
 
     sign: Float[Array, "... n"]
     log_det: Float[Array, "... n"]
-
-
-class LogDetGradient(NamedTuple):
-    """Sign and log|det J_i|, and the gradient of sum_i scale_i log|det J_i| in the rows."""
-
-    sign: Float[Array, "... n"]
-    log_det: Float[Array, "... n"]
-    rows: Projections
-
-
-def _transposed(x: Float[Array, "... a b"]) -> Float[Array, "... b a"]:
-    return jnp.swapaxes(x, -1, -2)
 
 
 def _at(x: Float[Array, "... n"], start: Int[Array, ""] | int, size: int) -> Float[Array, "... size"]:
@@ -133,7 +123,7 @@ class _Block(NamedTuple):
         others, largest, key = block_weights(queries, attended[:, :, rank:], start, rows.window)
         top = jnp.take_along_axis(attended, key, axis=-1, mode="promise_in_bounds")
         total = largest.sum(-1, keepdims=True)
-        centre = top @ _transposed(largest / jnp.where(total > 0, total, 1))
+        centre = top @ (largest / jnp.where(total > 0, total, 1)).mT
         top, centred = top - centre, attended - centre
         rest = centred @ others
         lengths = [jnp.square(x).sum(2, keepdims=True) for x in (centred[:, :, :rank], centred[:, :, rank:])]
@@ -196,7 +186,8 @@ def _cancelled(block: _Block, rows: Projections, start: Int[Array, ""]) -> Bool[
     if gain is not None:
         factor = jnp.abs(_at(gain, start, size.shape[-1])).max(2)
         size, left = size * factor, left * factor
-    return has_cancelled(size, left).any(1)
+    # Written so that a NaN counts as cancelled.
+    return (~(size <= PERMITTED_GROWTH * (_NEGLIGIBLE + left))).any(1)
 
 
 def _mapped(
@@ -211,12 +202,9 @@ def _mapped(
     return seen, lambda pull: apart(start, lambda: here.pull_back(covariance, pull))
 
 
-def _small_matrix(
-    covariance: Float[Array, "c H Hp p b"], left_out: Bool[Array, "c b"] | bool
-) -> Float[Array, "c Hp Hp b"]:
+def _small_matrix(covariance: Float[Array, "c H Hp p b"], left_out: Bool[Array, "c b"]) -> Float[Array, "c Hp Hp b"]:
     """I - [Cov(x^h, k^h) B^h_i]_h, heads side by side, and I alone where a position is left out."""
-    if not isinstance(left_out, bool):
-        covariance = jnp.where(left_out[:, None, None, None], 0, covariance)
+    covariance = jnp.where(left_out[:, None, None, None], 0, covariance)
     groups, _, rank, _, count = covariance.shape
     joined = jnp.moveaxis(covariance, 1, 2).reshape(groups, rank, rank, count)
     return jnp.eye(rank, dtype=joined.dtype)[None, :, :, None] - joined
@@ -244,15 +232,16 @@ def block_small_inverse(tiling: Tiling, rows: Projections, start: Int[Array, ""]
     moments = _moments(tiling, rows, block, queries, start)
     seen, _ = _mapped(rows, start, tiling.block, _covariance(block, moments))
     found = inverse_and_log_det(_small_matrix(seen, failed), start)
-    return block.weights, repaired(failed, rows, start, found).found
+    return block.weights, repaired(failed, rows, start, found)[0]
 
 
 def block_log_det_gradient(
     tiling: Tiling, rows: Projections, scale: Float[Array, "c b"], start: Int[Array, ""], gradient: Projections
-) -> LogDetGradient:
+) -> tuple[LogDet, Projections]:
     """Sign and log|det J_i| (c, block) of one block of queries, and `gradient` with the block's part added.
 
-    Positions of scale 0 add nothing, whether they have an inverse or not.
+    That is the gradient of sum_i scale_i log|det J_i| in the rows. Positions of scale 0 add nothing, whether they have
+    an inverse or not.
     """
     queries = _at(rows.queries, start, tiling.block)
     groups, heads, size, count = queries.shape
@@ -291,15 +280,15 @@ def block_log_det_gradient(
         attended, weights = block.chunk(tiling, rows, begin)
         weights = weights * factor
         # Positions first: the product runs at half speed when it has to turn its left side around.
-        turned = apart(step, lambda: _transposed(attended))
+        turned = apart(step, lambda: attended.mT)
         outer = turned[..., rank:, None] * turned[..., None, :rank]
         products = _product(tiling, outer.reshape(groups, heads, tiling.chunk, -1), pull), turned @ pull_mean
         slopes = apart(step, lambda: weights * (products[0] - products[1] - average))
         # One large product after the other: run at once, they take the cache from each other.
-        slopes, weights = lax.optimization_barrier((slopes, _transposed(weights)))
+        slopes, weights = lax.optimization_barrier((slopes, weights.mT))
         pushed = _product(tiling, pull, weights).reshape(groups, heads, size, rank, tiling.chunk)
         part = apart(step, lambda: _pulled(pushed, attended)) - pull_mean @ weights
-        part = part.at[:, :, rank:].add(queries @ _transposed(slopes))
+        part = part.at[:, :, rank:].add(queries @ slopes.mT)
         # Keys without their centre would do too: the slopes of a query sum to zero.
         query_part = query_part + attended[:, :, rank:] @ slopes
         return query_part, total + slopes.sum(-2, keepdims=True), _added(found, begin, part)
@@ -312,10 +301,10 @@ def block_log_det_gradient(
     of_top = pull_offset * (block.weights.largest * factor)
     of_top = of_top.at[:, :, rank:].add(queries * total)
     is_top = block.weights.is_largest.astype(of_top.dtype)
-    attended = attended - of_top @ _transposed(is_top)
+    attended = attended - of_top @ is_top.mT
     found = Projections(_added(gradient.queries, start, query_part), attended, query_map, rows.window)
     (_, sign, log_det), found = repaired(failed, rows, start, eliminated, scale, found)
-    return LogDetGradient(sign, log_det, found)
+    return LogDet(sign, log_det), found
 
 
 def _joined(blocks: Float[Array, "blocks c b"]) -> Float[Array, "c n"]:
@@ -325,17 +314,16 @@ def _joined(blocks: Float[Array, "blocks c b"]) -> Float[Array, "c n"]:
 def sweep_log_det(tiling: Tiling, rows: Projections) -> LogDet:
     """Sign and log|det J_i| (c, n) of a group of cells, block by block; n is a multiple of the chunk."""
     starts = jnp.arange(0, rows.length, tiling.block)
-    sign, log_det = lax.map(lambda start: block_log_det(tiling, rows, start), starts)
-    return LogDet(_joined(sign), _joined(log_det))
+    return jax.tree.map(_joined, lax.map(lambda start: block_log_det(tiling, rows, start), starts))
 
 
-def sweep_log_det_gradient(tiling: Tiling, rows: Projections, scale: Float[Array, "c n"]) -> LogDetGradient:
-    """The same with the gradient, in one pass."""
+def sweep_log_det_gradient(tiling: Tiling, rows: Projections, scale: Float[Array, "c n"]) -> tuple[LogDet, Projections]:
+    """The same, and the gradient of sum_i scale_i log|det J_i| in the rows, in one pass."""
 
-    def one_block(gradient: Projections, start: Int[Array, ""]) -> tuple[Projections, tuple[Array, Array]]:
-        here = block_log_det_gradient(tiling, rows, _at(scale, start, tiling.block), start, gradient)
-        return here.rows, (here.sign, here.log_det)
+    def one_block(gradient: Projections, start: Int[Array, ""]) -> tuple[Projections, LogDet]:
+        found, gradient = block_log_det_gradient(tiling, rows, _at(scale, start, tiling.block), start, gradient)
+        return gradient, found
 
     starts = jnp.arange(0, rows.length, tiling.block)
-    gradient, (sign, log_det) = lax.scan(one_block, jax.tree.map(jnp.zeros_like, rows), starts)
-    return LogDetGradient(_joined(sign), _joined(log_det), gradient)
+    gradient, blocks = lax.scan(one_block, jax.tree.map(jnp.zeros_like, rows), starts)
+    return jax.tree.map(_joined, blocks), gradient

@@ -23,10 +23,11 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from prob_transformer._dtypes import Result
 from prob_transformer._validation import require_count
 from prob_transformer.kernels.barrier import BarrierPenalty, mean_barrier, subsampled_barrier
 from prob_transformer.kernels.projections import Projections
-from prob_transformer.kernels.tiling import DEFAULT_TILING, Result, Tiling
+from prob_transformer.kernels.tiling import DEFAULT_TILING, Tiling
 
 
 def mesh(data: int, heads: int) -> Mesh:

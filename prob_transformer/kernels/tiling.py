@@ -1,17 +1,15 @@
 """How a sweep over the cells is cut: into blocks of queries, chunks of keys, and groups of cells."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from prob_transformer._dtypes import Result, Tree
 from prob_transformer._validation import require_count
 from prob_transformer.kernels.projections import Projections
-
-Result = TypeVar("Result")
-Tree = TypeVar("Tree")
 
 
 class Tiling(NamedTuple):

@@ -8,7 +8,7 @@ uncertain. Fields and their defaults are those of llama.cpp; a field or tensor t
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gguf
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from prob_transformer.logits import Rotary
-from prob_transformer.pretrained.config_fields import Count, Positive, require_supported
+from prob_transformer.pretrained.config_fields import Count, Positive, Schema, require_supported
 from prob_transformer.pretrained.decoder import Decoder
 from prob_transformer.pretrained.gguf_tokenizer import GgufTokenizer, tokenizer_of
 from prob_transformer.pretrained.llama import LlamaConfig, llama_decoder, rotary_frequencies
@@ -52,7 +52,6 @@ _WITHOUT_EFFECT = {
     "llama.expert_used_count",
     "llama.tensor_data_layout",
 }
-Schema = TypeVar("Schema")
 
 
 class _Llama(msgspec.Struct, forbid_unknown_fields=True, rename=lambda name: name.replace("__", ".")):

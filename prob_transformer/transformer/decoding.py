@@ -64,11 +64,12 @@ class Cache(NamedTuple):
         positions = start + jnp.arange(embeddings.shape[0])
         visible = jnp.arange(transformer.context) <= positions[:, None]
         for block, *kept in zip(transformer.blocks, self.keys, self.values, strict=True):
-            _, queries, *new = block.project(stream)
+            new, values = block.project(stream)
             keys, values = (
-                lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, 2) for x, y in zip(kept, new, strict=True)
+                lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, 2)
+                for x, y in zip(kept, (new.keys, values), strict=True)
             )
-            stream = block.attend(stream, queries, keys, values, visible)
+            stream = block.attend(stream, new.queries, keys, values, visible)
             found.append((keys, values))
         return transformer.logits(stream[-1:])[0], Cache(*zip(*found, strict=True))
 

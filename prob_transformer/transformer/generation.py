@@ -210,8 +210,7 @@ def generate(
     length < 1, temperature < 0, noise_scale < 0, top_k outside 1..V, and, where it is not traced, log-probabilities or
     margins that are no numbers. Equations: the module docstring.
     """
-    prompt, rule = _checked(transformer, prompt, key, temperature, top_k, noise_scale)
-    require_count("length", length, 1, "the number of tokens to generate")
+    prompt, rule = _checked(transformer, prompt, key, length, temperature, top_k, noise_scale)
     return _require_numbers(_generated(transformer, prompt, key, int(length), rule, margins))
 
 
@@ -236,8 +235,7 @@ def stream(
     Tokens are the same whatever the chunk; log-probabilities and margins are so up to rounding. Raises ValueError at
     the call as `generate`, and for chunk < 1; on the way for log-probabilities and margins that are no numbers.
     """
-    prompt, rule = _checked(transformer, prompt, key, temperature, top_k, noise_scale)
-    require_count("length", length, 1, "the number of tokens to generate")
+    prompt, rule = _checked(transformer, prompt, key, length, temperature, top_k, noise_scale)
     require_count("chunk", chunk, 1, "the number of tokens that come at a time")
     chunk = min(int(chunk), int(length))
     # A window that is full already leaves the most windows to a chunk.
@@ -254,8 +252,15 @@ def stream(
 
 
 def _checked(
-    transformer: Transformer, prompt: Any, key: Any, temperature: Any, top_k: int | None, noise_scale: Any
+    transformer: Transformer,
+    prompt: Any,
+    key: Any,
+    length: Any,
+    temperature: Any,
+    top_k: int | None,
+    noise_scale: Any,
 ) -> tuple[Int[Array, " m"], Rule]:
     prompt = require_text("prompt", prompt, transformer)
     require_key("key", key)
+    require_count("length", length, 1, "the number of tokens to generate")
     return prompt, Rule.checked(temperature, top_k, noise_scale, transformer.token_embedding.shape[0])

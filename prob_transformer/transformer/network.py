@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._validation import require_count, require_integers, require_vocabulary
 from prob_transformer.attention import Attention
-from prob_transformer.training_barrier import Values
+from prob_transformer.margins import Values
 
 Remat = Literal["none", "blocks"]
 
@@ -95,15 +95,6 @@ class Attended(NamedTuple):
     keys: Float[Array, "H p n"]
 
 
-class Projected(NamedTuple):
-    """Normalised inputs (n, d) of a layer, and their queries, keys and values (H, p, n)."""
-
-    inputs: Float[Array, "n d"]
-    queries: Float[Array, "H p n"]
-    keys: Float[Array, "H p n"]
-    values: Float[Array, "H p n"]
-
-
 class Block(eqx.Module):
     """Multi-head causal attention and a GELU mlp, each on normalised inputs and added to the stream."""
 
@@ -134,16 +125,14 @@ class Block(eqx.Module):
         own = (self.value, self.output) if values == "own" else ()
         return Attention(self.query, self.key, *own)
 
-    def project(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> Projected:
-        """The normalised inputs of the layer, and their queries, keys and values."""
+    def project(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> tuple[Attended, Float[Array, "H p n"]]:
+        """What the heads attend over, and the values."""
         inputs = self.attention_norm(stream)
-        return Projected(
-            inputs,
-            *(
-                hook(name, inputs, jnp.einsum("hpd,nd->hpn", weight, inputs))
-                for name, weight in (("query", self.query), ("key", self.key), ("value", self.value))
-            ),
+        queries, keys, values = (
+            hook(name, inputs, jnp.einsum("hpd,nd->hpn", weight, inputs))
+            for name, weight in (("query", self.query), ("key", self.key), ("value", self.value))
         )
+        return Attended(inputs, queries, keys), values
 
     def attend(
         self,
@@ -167,11 +156,11 @@ class Block(eqx.Module):
     def __call__(self, stream: Float[Array, "n d"], hook: Hook = _unchanged) -> tuple[Float[Array, "n d"], Attended]:
         """The stream after the block, and what its heads attended over."""
         stream = hook("stream", stream, stream)
-        inputs, queries, keys, values = self.project(stream, hook)
+        attended, values = self.project(stream, hook)
         length = stream.shape[0]
         # As real decoders do, and unlike the process: a position attends to itself too.
         visible = jnp.tril(jnp.ones((length, length), bool))
-        return self.attend(stream, queries, keys, values, visible, hook), Attended(inputs, queries, keys)
+        return self.attend(stream, attended.queries, attended.keys, values, visible, hook), attended
 
 
 class Transformer(eqx.Module):

@@ -29,12 +29,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from prob_transformer._validation import require_count, require_integers, require_positive, require_vocabulary
+from prob_transformer._validation import (
+    require_choice,
+    require_count,
+    require_integers,
+    require_positive,
+    require_vocabulary,
+)
 from prob_transformer.attention import Attention
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.kernels.barrier import BarrierPenalty
+from prob_transformer.margins import Values
 from prob_transformer.token_model import is_zero, require_barrier_weight
-from prob_transformer.training_barrier import Form, Values, barrier_penalty
+from prob_transformer.training_barrier import Form, barrier_penalty
 from prob_transformer.transformer.network import Attended, Remat, Transformer, TransformerConfig
 from prob_transformer.transformer.token_process import TokenProcess
 from prob_transformer.transformer.weight_sites import Priors, default_priors, sampled_weights, template
@@ -54,8 +61,7 @@ def layers_at(
     values: Values = "identity",
 ) -> list[tuple[Attention, Float[Array, "B n d"]]]:
     """The attentions of a site with what they attend over: the prior stage, or every layer. ValueError for others."""
-    if site not in get_args(Site):
-        raise ValueError(f"site: got {site!r}; pass one of {', '.join(get_args(Site))}.")
+    require_choice("site", site, get_args(Site))
     if site == "embedding":
         if transformer.prior_stage is None:
             raise ValueError("site: got 'embedding', but a tied process has no stage of its own; pass 'layers'.")
@@ -103,10 +109,9 @@ def _require(
     length: int | None,
     context: int,
 ) -> None:
-    choices = (("latents", latents, Latents), ("attention", attention, ProcessAttention), ("remat", remat, Remat))
-    for name, given, kinds in choices:
-        if given not in get_args(kinds):
-            raise ValueError(f"{name}: got {given!r}; pass one of {', '.join(get_args(kinds))}.")
+    require_choice("latents", latents, get_args(Latents))
+    require_choice("attention", attention, get_args(ProcessAttention))
+    require_choice("remat", remat, get_args(Remat))
     if latents == "table" and attention == "tied":
         raise ValueError(
             "attention: got 'tied' with latents in a table, which have no process; pass latents='process'."

@@ -33,7 +33,6 @@ from prob_transformer.inference.joint import joint_and_trace, observed_data
 from prob_transformer.inference.laplace.precision import Precision
 
 Parameters = list[Float[Array, "..."]]
-Arguments = tuple[tuple, dict[str, Any]]
 Trace = dict[str, dict[str, Any]]
 Curvature = Literal["hessian", "ggn"]
 Product = Callable[[Float[Array, " k"]], Float[Array, " k"]]
@@ -91,7 +90,7 @@ class Potential(eqx.Module):
         model, point = _Model(self.model, likelihood=likelihood), {**self.held, **self.site_values(z)}
         return joint_and_trace(model, self.args, self.kwargs, "unconstrained", point)[0]
 
-    def trace(self, z: Float[Array, " k"], arguments: Arguments | None = None) -> Trace:
+    def trace(self, z: Float[Array, " k"], arguments: tuple[tuple, dict[str, Any]] | None = None) -> Trace:
         """NumPyro's trace of the model at z, also when called with other arguments, which may leave out the data."""
         args, kwargs = arguments or (self.args, self.kwargs)
         # The seed is for these; nothing here depends on what is drawn for them.

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from prob_transformer._validation import require_count
+from prob_transformer._validation import require_choice, require_count
 from prob_transformer.inference.gauge import REMEDY, gauges
 from prob_transformer.inference.joint import key_and_seed
 from prob_transformer.inference.laplace.curvature import (
@@ -171,11 +171,8 @@ def laplace(
     for option, given in foreign.items():
         if given is not None:
             raise ValueError(f"{option}: is no option for a {type(mode).__name__}; leave it out.")
-    structures = get_args(NetworkStructure) if of_network else _OF_A_MODEL
-    choices = (("structure", structure, structures), ("curvature", curvature, get_args(Curvature)))
-    for option, chosen, allowed in choices:
-        if chosen not in allowed:
-            raise ValueError(f"{option}: got {chosen!r}; pass one of {', '.join(allowed)}.")
+    require_choice("structure", structure, get_args(NetworkStructure) if of_network else _OF_A_MODEL)
+    require_choice("curvature", curvature, get_args(Curvature))
     if isinstance(mode, TrainedNetwork):
         random_key, _ = key_and_seed(0 if key is None else key, "the signs")
         return network_laplace(mode, structure, positions, prior_precision, random_key)

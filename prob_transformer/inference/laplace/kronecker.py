@@ -32,6 +32,7 @@ the factors, and another tau needs no other factorisation.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
@@ -40,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from prob_transformer._validation import require_count, require_finite
+from prob_transformer._validation import require_choice, require_count, require_finite
 from prob_transformer.inference.laplace.curvature import (
     Curvature,
     Potential,
@@ -162,8 +163,7 @@ class KroneckerCurvature:
 
     def precision(self, tau: float) -> BlockPrecision:
         """B (x) A + tau I, with tau > 0. Raises ValueError for no maps."""
-        one = jnp.ones(())
-        return BlockPrecision([KroneckerPrecision(one.astype(c.dtype), u, v, c + tau) for u, v, c in self._blocks])
+        return BlockPrecision([KroneckerPrecision(jnp.ones((), c.dtype), u, v, c + tau) for u, v, c in self._blocks])
 
     def log_det_ratio(self, tau: float) -> float:
         """log det(B (x) A + tau I) - k log tau, in float64."""
@@ -180,8 +180,7 @@ def softmax_root(logits: Float[Array, "n V"]) -> Float[Array, "n V V"]:
 
 def combinations(positions: Positions, key: PRNGKeyArray, examples: int, length: int) -> Float[Array, "W R n"]:
     """The rows E of the module docstring for every example. Raises ValueError for an unknown name or an empty shape."""
-    if positions not in get_args(Positions):
-        raise ValueError(f"positions: got {positions!r}; pass one of {', '.join(get_args(Positions))}.")
+    require_choice("positions", positions, get_args(Positions))
     require_count("examples", examples, 1, "the factors are sums over examples")
     require_count("length", length, 1, "the factors are sums over positions")
     if positions == "apart":
@@ -189,6 +188,19 @@ def combinations(positions: Positions, key: PRNGKeyArray, examples: int, length:
     if positions == "together":
         return jnp.ones((examples, 1, length), jnp.float32)
     return jax.random.rademacher(key, (examples, 1, length), jnp.float32)
+
+
+def logits_and_inputs(
+    network: Network, parameters: PyTree, example: PyTree, added: Mapping[str, Float[Array, "n o"]] = {}
+) -> tuple[Float[Array, "n V"], dict[str, Float[Array, "n i"]]]:
+    """The logits, with what is `added` to the outputs of linear maps, and the inputs of every map, by its name."""
+    seen: dict[str, Array] = {}
+
+    def hook(name: str, inputs: Array, outputs: Array) -> Array:
+        seen[name] = inputs
+        return outputs + added[name] if name in added else outputs
+
+    return network(hook, parameters, example), seen
 
 
 def _hooked(network: Network, parameters: PyTree, example: PyTree) -> dict[str, tuple[Any, Any]]:
@@ -234,16 +246,7 @@ def kronecker_factors(
 
     def one_example(sums: Sums, item: tuple[PyTree, Float[Array, "R n"]]) -> tuple[Sums, None]:
         example, rows_here = item
-
-        def perturbed(perturbations: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-            seen: dict[str, Array] = {}
-
-            def hook(name: str, inputs: Array, outputs: Array) -> Array:
-                seen[name] = inputs
-                return outputs + perturbations[name]
-
-            return network(hook, parameters, example), seen
-
+        perturbed = partial(logits_and_inputs, network, parameters, example)
         logits, sent_back, seen = jax.vjp(perturbed, zeros, has_aux=True)
         columns = jnp.moveaxis(root(logits), -1, 0)
 

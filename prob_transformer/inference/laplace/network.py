@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 
 from prob_transformer._validation import require_count, require_positive
 from prob_transformer.inference.laplace.kronecker import (
@@ -36,6 +36,7 @@ from prob_transformer.inference.laplace.kronecker import (
     Positions,
     combinations,
     kronecker_factors,
+    logits_and_inputs,
 )
 from prob_transformer.inference.laplace.last_layer import (
     CholeskyPrecision,
@@ -94,19 +95,6 @@ class NetworkPredictive(NamedTuple):
     log_likelihood: Float[Array, "S W n"]
 
 
-def _unhooked(name: str, inputs: Float[Array, "n i"], outputs: Float[Array, "n o"]) -> Float[Array, "n o"]:
-    return outputs
-
-
-@eqx.filter_jit
-def _losses(network: TrainedNetwork) -> Float[Array, " W"]:
-    def loss(pair: tuple[Int[Array, " n"], Int[Array, " n"]]) -> Float[Array, ""]:
-        log_p = jax.nn.log_softmax(network.logits(_unhooked, network.parameters, pair[0]))
-        return -jnp.take_along_axis(log_p, pair[1][:, None], -1).sum()
-
-    return jax.lax.map(loss, (network.examples, network.targets), batch_size=_SIDE_BY_SIDE)
-
-
 @eqx.filter_jit
 def head_inputs(
     network: TrainedNetwork, examples: Int[Array, "W n"]
@@ -114,13 +102,7 @@ def head_inputs(
     """What the head multiplies at every position of the examples, and the logits, N = W n."""
 
     def seen_by_head(example: Int[Array, " n"]) -> tuple[Array, Array]:
-        seen: dict[str, Array] = {}
-
-        def hook(name: str, inputs: Array, outputs: Array) -> Array:
-            seen[name] = inputs
-            return outputs
-
-        logits = network.logits(hook, network.parameters, example)
+        logits, seen = logits_and_inputs(network.logits, network.parameters, example)
         return seen[network.head], logits
 
     inputs, logits = jax.lax.map(seen_by_head, examples, batch_size=_SIDE_BY_SIDE)
@@ -135,7 +117,7 @@ def _linearised(
         example, target = pair
 
         def outputs(maps: Matrices) -> Float[Array, "n V"]:
-            return network.logits(_unhooked, network.replaced(network.parameters, maps), example)
+            return logits_and_inputs(network.logits, network.replaced(network.parameters, maps), example)[0]
 
         logits, change = jax.linearize(outputs, mean)
 
@@ -209,7 +191,7 @@ def logit_jacobian(
     """Derivative of the logits at one position of an example in the maps `mean`, flat."""
 
     def logits(maps: Matrices) -> Float[Array, " V"]:
-        return network.logits(_unhooked, network.replaced(network.parameters, maps), example)[position]
+        return logits_and_inputs(network.logits, network.replaced(network.parameters, maps), example)[0][position]
 
     found, sent_back = jax.vjp(logits, mean)
     return jax.vmap(lambda row: ravel_pytree(sent_back(row)[0])[0])(jnp.eye(found.shape[0], dtype=found.dtype))
@@ -260,7 +242,8 @@ def network_laplace(
     last_layer = structure == "last-layer"
     at, ratio, rough = _last_layer(network) if last_layer else _kronecker(network, positions, key)
     mean = {name: network.maps[name] for name in ([network.head] if last_layer else sorted(network.maps))}
-    log_likelihood = -float(np.asarray(_losses(network), np.float64).sum())
+    log_p = log_softmax(np.asarray(head_inputs(network, network.examples)[1], np.float64), axis=-1)
+    log_likelihood = float(np.take_along_axis(log_p, np.reshape(network.targets, (-1, 1)), -1).sum())
     square = float(np.square(np.asarray(ravel_pytree(mean)[0], np.float64)).sum())
 
     def evidence(tau: float, log_det_ratio: Ratio = ratio) -> Evidence:

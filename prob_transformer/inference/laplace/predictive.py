@@ -17,29 +17,21 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Num, PRNGKeyArray
+from numpyro import handlers
 from numpyro.infer import Predictive
-from numpyro.primitives import Messenger
 
-from prob_transformer.inference.joint import log_likelihood, observed_data
+from prob_transformer.inference.embedding_sites import unwrapped
+from prob_transformer.inference.joint import log_likelihood
 from prob_transformer.inference.laplace.curvature import Potential, Trace
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.law import statistics
 
-_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 # The parameter that is linearised, for each distribution of the data.
 _OUTPUT: dict[type[dist.Distribution], str] = {
     dist.Normal: "loc",
     dist.CategoricalLogits: "logits",
     dist.BernoulliLogits: "logits",
 }
-
-
-class _Unobserved(Messenger):
-    """The same model with its data drawn rather than given."""
-
-    def process_message(self, msg: Any) -> None:
-        if observed_data({"": msg}):
-            msg["is_observed"], msg["value"] = False, None
 
 
 class SampledPredictive(NamedTuple):
@@ -119,7 +111,7 @@ def at_draws(
     key: PRNGKeyArray,
     draws: int,
 ) -> Any:
-    """What a function of the module gives at draws from the Gaussian, the same draws for the same key."""
+    """What a function gives at draws from the Gaussian, the same draws for the same key."""
     return jax.vmap(lambda z: function(potential, z))(potential.centre() + precision.sample(key, draws))
 
 
@@ -131,11 +123,12 @@ def sampled(
     latent = at_draws(sites_at, potential, precision, key, draws)
     data_key = jax.random.fold_in(key, 1)
     names = _data_names(potential, potential.trace(potential.centre(), (args, kwargs)))
-    predict = Predictive(_Unobserved(potential.model), latent, return_sites=names, parallel=True)
+    predict = Predictive(handlers.uncondition(potential.model), latent, return_sites=names, parallel=True)
     drawn = predict(data_key, *args, **kwargs)
 
-    z = potential.centre() + precision.sample(key, draws)
-    densities = jax.vmap(lambda z: log_likelihood(potential.trace(z, (args, kwargs))))(z)
+    densities = at_draws(
+        lambda potential, z: log_likelihood(potential.trace(z, (args, kwargs))), potential, precision, key, draws
+    )
     return SampledPredictive(
         posterior={name: latent[name] for name in potential.sites},
         posterior_predictive=drawn,
@@ -156,10 +149,7 @@ def linearised(
         names = _data_names(potential, trace)
         if site not in names:
             raise ValueError(f"site: got {site!r}; pass one of the model's sites of data, {', '.join(names)}.")
-        whole = base = trace[site]["fn"]
-        while isinstance(base, _WRAPPERS):
-            base = base.base_dist
-        return whole, base
+        return trace[site]["fn"], unwrapped(trace[site]["fn"])
 
     z = potential.centre()
     whole, base = distribution(z)
