@@ -157,18 +157,6 @@ def test_a_threshold_that_is_not_positive_is_refused():
         one_sided(0.4, threshold=0.0)
 
 
-@pytest.mark.parametrize("function", [barrier, one_sided_barrier])
-def test_arguments_have_names_and_half_precision_is_rounded_once(function):
-    """bfloat16 gives the float64 result of the same inputs to the rounding of bfloat16, 2^-8, and no more."""
-    query, key, _, embeddings = draw(3, (1, 2, 3, 9, False))
-    half = [jnp.asarray(array, jnp.bfloat16) for array in (query, key, embeddings)]
-    wide = [np.asarray(array, np.float64) for array in half]
-    found = function(attention=Attention(*half[:2]), embeddings=half[2])
-    assert found.dtype == jnp.bfloat16
-    expected = function(Attention(*wide[:2]), wide[2])
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1.01 * 2**-8, atol=1e-5)
-
-
 def test_the_penalty_of_half_precision_is_rounded_once():
     log_dets = jnp.asarray(np.linspace(-3, -0.75, 40), jnp.bfloat16)
     found = one_sided_penalty(jnp.ones_like(log_dets), log_dets)

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prob_transformer import Attention, attention_mean, jacobian_block, residual_and_log_det
+from prob_transformer import (
+    Attention,
+    attention_mean,
+    barrier,
+    jacobian_block,
+    one_sided_barrier,
+    residual_and_log_det,
+)
 from prob_transformer import change_of_variables as module
 from prob_transformer.change_of_variables import over_positions
 from tests.helpers.dense import SHAPES, dense_truth, draw
@@ -165,7 +172,7 @@ def test_called_twice_alone_it_is_traced_once_and_in_a_compiled_function_it_adds
     assert "stablehlo.dot_general" in main
 
 
-@pytest.mark.parametrize("function", [residual_and_log_det, attention_mean, jacobian_block])
+@pytest.mark.parametrize("function", [residual_and_log_det, attention_mean, jacobian_block, barrier, one_sided_barrier])
 def test_arguments_have_names_and_half_precision_is_rounded_once(function):
     """bfloat16 gives the float64 result of the same inputs to the rounding of bfloat16, 2^-8, and no more."""
     query, key, _, embeddings = draw(3, (1, 2, 3, 9, False))

@@ -37,6 +37,11 @@ def weights_of(plain, dtype=np.float64):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), weights)
 
 
+def mean_penalty(plain):
+    """The penalty of the layer as a function of its weights and inputs."""
+    return lambda given: barrier_penalty([(layer_of(given[0], plain), given[1])]).mean
+
+
 def determinants(plain, sequences):
     """Sign and log|det J_i| by the autodiff Jacobian of every head and position."""
     return np.linalg.slogdet(np.stack([np.eye(WIDTH) - jacobians(plain, inputs, False, False) for inputs in sequences]))
@@ -68,11 +73,7 @@ def test_half_precision_is_worked_on_as_the_numbers_it_is(name, dtype):
     plain, sequences = problem(name)
     untrained = {"frequencies": plain.frequencies, "key_gain": plain.key_gain}
     plain = plain._replace(**jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype), float), untrained))
-
-    def penalty(given):
-        weights, inputs = given
-        return barrier_penalty([(layer_of(weights, plain), inputs)]).mean
-
+    penalty = mean_penalty(plain)
     # Weights half as large keep every position away from the boundary, near which float32 itself loses digits.
     weights = jax.tree.map(lambda x: x / 2, weights_of(plain))
     narrow = jax.tree.map(lambda x: x.astype(dtype), (weights, jnp.asarray(sequences)))
@@ -94,12 +95,7 @@ def test_half_precision_is_worked_on_as_the_numbers_it_is(name, dtype):
 def test_gradient_in_weights_and_inputs_equals_finite_differences(name):
     plain, sequences = problem(name)
     given = (weights_of(plain), jnp.asarray(sequences))
-
-    @jax.jit
-    def penalty(given):
-        weights, inputs = given
-        return barrier_penalty([(layer_of(weights, plain), inputs)]).mean
-
+    penalty = jax.jit(mean_penalty(plain))
     gradient = jax.grad(penalty)(given)
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), given)
@@ -172,19 +168,21 @@ def test_arguments_that_do_not_go_together_are_refused_by_name(asked, message):
         barrier_penalty([(layer_of(weights_of(plain), plain), sequences)], **asked)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_a_position_on_the_boundary_itself_is_counted(window):
-    # The past -1 and 1 attended evenly has variance 1, so det J = 1 - 1 at the third of three positions.
-    layer = Attention(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), window=window)
-    found = barrier_penalty([(layer, jnp.array([[-1.0], [1.0], [0.0]]))])
-    np.testing.assert_allclose(found[:2], (np.inf, 1 / 3), rtol=1e-12)
-
-
-def test_a_plain_layer_is_read_by_its_own_weights():
-    # det(I - A Cov) by hand: one head, d = 1, past (0, 2), the third token at 0 attends evenly.
-    layer = Attention(jnp.array([[[1.5]]]), jnp.array([[[1.0]]]))
-    found = barrier_penalty([(layer, jnp.array([[0.0], [2.0], [0.0]]))])
-    np.testing.assert_allclose(found[:2], (-np.log(abs(1 - 1.5 * 1.0)) / 3, 1 / 3), rtol=1e-12)
+@pytest.mark.parametrize(
+    ("query", "window", "past", "expected"),
+    [
+        # The past -1 and 1 attended evenly has variance 1, so det J = 1 - 1 at the third of three positions.
+        (1.0, None, (-1.0, 1.0), (np.inf, 1 / 3)),
+        (1.0, 3, (-1.0, 1.0), (np.inf, 1 / 3)),
+        # det(I - A Cov) by hand: one head, d = 1, past (0, 2), the third token at 0 attends evenly.
+        (1.5, None, (0.0, 2.0), (-np.log(abs(1 - 1.5 * 1.0)) / 3, 1 / 3)),
+    ],
+    ids=["on the boundary", "on the boundary in a window", "past it"],
+)
+def test_a_plain_layer_is_read_by_its_own_weights_and_a_position_on_the_boundary_counts(query, window, past, expected):
+    layer = Attention(jnp.full((1, 1, 1), query), jnp.ones((1, 1, 1)), window=window)
+    found = barrier_penalty([(layer, jnp.array([*past, 0.0])[:, None])])
+    np.testing.assert_allclose(found[:2], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["two-sided", "one-sided"])

@@ -108,12 +108,11 @@ def test_a_partial_file_of_something_else_is_refused_and_left(counted, tmp_path,
     assert counted.runs == []
 
 
-def test_an_unwritable_path_is_refused_before_anything_runs(counted, tmp_path):
+@pytest.mark.parametrize(("place", "message"), [("", "is a folder"), ("file/r.json", "cannot be written")])
+def test_an_unwritable_path_is_refused_before_anything_runs(counted, tmp_path, place, message):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(ValueError, match="is a folder"):
-        measure(tmp_path, counted.sections)
-    with pytest.raises(ValueError, match="cannot be written"):
-        measure(tmp_path / "file" / "r.json", counted.sections)
+    with pytest.raises(ValueError, match=message):
+        measure(tmp_path / place, counted.sections)
     assert counted.runs == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 

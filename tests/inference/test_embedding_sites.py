@@ -59,12 +59,17 @@ def test_observed_embeddings_are_left_alone():
     assert set(trace) == {"embeddings"}
 
 
-def test_other_sites_are_refused_by_name():
-    with pytest.raises(ValueError, match="x: is drawn from Normal; NoiseReparam takes an EmbeddingProcess"):
-        NoiseReparam()("x", dist.Normal(), None)
-    process = EmbeddingProcess(Attention(np.zeros((1, 1, 1)), np.zeros((1, 1, 1))), 3)
-    with pytest.raises(ValueError, match="embeddings: is observed"):
-        NoiseReparam()("embeddings", process, np.zeros((3, 1)))
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (("x", dist.Normal(), None), "x: is drawn from Normal; NoiseReparam takes an EmbeddingProcess"),
+        (("embeddings", EmbeddingProcess(scalar_attention(0.0), 3), np.zeros((3, 1))), "embeddings: is observed"),
+    ],
+    ids=["of another law", "observed"],
+)
+def test_other_sites_are_refused_by_name(site, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseReparam()(*site)
 
 
 def embeddings(a):

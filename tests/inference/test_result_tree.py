@@ -3,7 +3,6 @@
 import io
 import os
 import sys
-import warnings
 from importlib.metadata import version
 
 import arviz
@@ -211,30 +210,34 @@ def test_bad_input_is_refused_by_name(groups, dims, attrs, message):
         datatree(groups, dims, attrs)
 
 
-def test_bad_paths_are_refused_by_name(tmp_path):
-    tree = datatree(GROUPS, None, ATTRS)
-    with pytest.raises(ValueError, match=r"result\.pkl: ends in '.pkl'; pass a path ending in .nc or .zarr"):
-        save(tree, tmp_path / "result.pkl")
-    with pytest.raises(ValueError, match=r"result\.pkl: ends in '.pkl'"):
-        load(tmp_path / "result.pkl")
-    for ending in ENDINGS:
-        with pytest.raises(ValueError, match=rf"gone\{ending}: is not there"):
-            load(tmp_path / f"gone{ending}")
-        (tmp_path / "file").write_text("text")
-        with pytest.raises(ValueError, match=rf"x\{ending}: cannot be written"):
-            save(tree, tmp_path / "file" / f"x{ending}")
+def save_groups(path):
+    save(datatree(GROUPS, None, ATTRS), path)
+
+
+# xarray first tells that there is no consolidated metadata.
+UNCONSOLIDATED = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize(
+    ("use", "name", "message"),
+    [
+        (save_groups, "result.pkl", r"result\.pkl: ends in '.pkl'; pass a path ending in .nc or .zarr"),
+        (load, "result.pkl", r"result\.pkl: ends in '.pkl'"),
+        *((load, f"gone{ending}", rf"gone\{ending}: is not there") for ending in ENDINGS),
+        *((save_groups, f"file/x{ending}", rf"x\{ending}: cannot be written") for ending in ENDINGS),
+        (save_groups, "own.zarr", r"own\.zarr: is there and is not a zarr store"),
+        pytest.param(load, "broken.nc", "broken.nc: cannot be read with", marks=UNCONSOLIDATED),
+        pytest.param(load, "own.zarr", "own.zarr: cannot be read with", marks=UNCONSOLIDATED),
+    ],
+)
+def test_bad_paths_are_refused_by_name(tmp_path, use, name, message):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "broken.nc").write_text("not HDF5")
     (tmp_path / "own.zarr").mkdir()
     (tmp_path / "own.zarr" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"own\.zarr: is there and is not a zarr store"):
-        save(tree, tmp_path / "own.zarr")
+    with pytest.raises(ValueError, match=message):
+        use(tmp_path / name)
     assert (tmp_path / "own.zarr" / "notes.txt").read_text() == "mine"
-    (tmp_path / "broken.nc").write_text("not HDF5")
-    for name in ("broken.nc", "own.zarr"):
-        with warnings.catch_warnings():
-            # xarray first tells that there is no consolidated metadata.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            with pytest.raises(ValueError, match=f"{name}: cannot be read with"):
-                load(tmp_path / name)
 
 
 mpl.use("Agg")

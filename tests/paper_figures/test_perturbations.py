@@ -259,9 +259,13 @@ def test_all_is_in_float32_for_a_float32_model(model):
         assert result.dtype == jnp.float32, kind
 
 
-def test_bad_arguments_are_named(model):
-    with pytest.raises(ValueError, match=r"windows: hold 13 characters; pass at least 20 for deletion"):
-        perturbed_losses(model, WINDOWS[:, : N + 1], "deletion", (0.1,), ONES)
-    single = Transformer(jax.random.key(0), CONFIG.transformer(2))
-    with pytest.raises(ValueError, match=r"model: has a vocabulary with no second character"):
-        perturbed_losses(single, WINDOWS % 2, "substitution", (0.1,), ONES)
+@pytest.mark.parametrize(
+    ("vocabulary", "windows", "kind", "message"),
+    [
+        (V, WINDOWS[:, : N + 1], "deletion", r"windows: hold 13 characters; pass at least 20 for deletion"),
+        (2, WINDOWS % 2, "substitution", r"model: has a vocabulary with no second character"),
+    ],
+)
+def test_bad_arguments_are_named(vocabulary, windows, kind, message):
+    with pytest.raises(ValueError, match=message):
+        perturbed_losses(Transformer(jax.random.key(0), CONFIG.transformer(vocabulary)), windows, kind, (0.1,), ONES)

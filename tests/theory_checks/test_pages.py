@@ -49,9 +49,14 @@ def test_a_page_without_its_markers_is_refused(page):
         pages.fill(page, "new")
 
 
-def test_missing_results_and_pages_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--json: no results at"):
-        pages.main(["--json", str(tmp_path / "none.json")])
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    with pytest.raises(ValueError, match="--docs: no page at"):
-        pages.pages(report, tmp_path)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda folder: pages.main(["--json", str(folder / "none.json")]), "--json: no results at"),
+        (lambda folder: pages.pages(json.loads(RESULTS.read_text(encoding="utf-8")), folder), "--docs: no page at"),
+    ],
+    ids=["results", "pages"],
+)
+def test_missing_results_and_pages_are_named(tmp_path, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path)

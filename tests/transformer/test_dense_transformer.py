@@ -1,6 +1,8 @@
 """The log joint in plain NumPy is compared with finite differences, autodiff, the library and the training loss."""
 
 import ast
+import itertools
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -35,7 +37,7 @@ from theory_checks.truth.transformer import (
 SIZES = TransformerConfig(vocabulary=7, context=8, layers=2, width=4, heads=3, head_size=2, hidden=6)
 SEQUENCES, LENGTH = 4, 5
 PRIOR_SCALE, THRESHOLD, WEIGHT = 1.3, 0.7, 0.4
-SITE_AND_FORM = [(site, form) for site in ("embedding", "layers") for form in ("two-sided", "one-sided")]
+PENALTIES = [(None, "two-sided"), *itertools.product(("embedding", "layers"), ("two-sided", "one-sided"))]
 
 
 def site_of(path):
@@ -305,31 +307,23 @@ def test_the_cases_cover_both_sides_of_the_wall_and_of_the_threshold(weights, wi
         assert (found > THRESHOLD).any()
 
 
-@pytest.mark.parametrize(("site", "form"), [(None, "two-sided"), *SITE_AND_FORM])
-def test_the_training_loss_is_the_negative_log_joint(weights, windows, site, form):
-    value, gradient = training_loss(weights, windows, site, form)
-    value_error, gradient_error = errors(truth_of(windows, site, form), weights, value, gradient)
-    assert value_error < 1e-12
-    assert gradient_error < 1e-9
+LOSSES = [
+    *((*penalty, dtype, "reference") for dtype in ("float64", "float32") for penalty in PENALTIES),
+    *((site, "two-sided", "float32", "blocked") for site in ("embedding", "layers")),
+]
 
 
-@pytest.mark.parametrize(("site", "form"), [(None, "two-sided"), *SITE_AND_FORM])
-def test_the_training_loss_is_the_negative_log_joint_in_float32(weights, windows, site, form):
-    near = rounded(weights)
-    value, gradient = training_loss(near, windows, site, form, jnp.float32)
-    assert value.dtype == jnp.float32
-    value_error, gradient_error = errors(truth_of(windows, site, form, smallest=2.0**-149), near, value, gradient)
-    assert value_error < 1e-5
-    assert gradient_error < 3e-5
-
-
-@pytest.mark.parametrize("site", ["embedding", "layers"])
-def test_the_blocked_sweep_is_the_negative_log_joint_in_float32(weights, windows, site):
-    near = rounded(weights)
-    value, gradient = training_loss(near, windows, site, dtype=jnp.float32, implementation="blocked")
-    value_error, gradient_error = errors(truth_of(windows, site), near, value, gradient)
-    assert value_error < 1e-5
-    assert gradient_error < 3e-5
+@pytest.mark.parametrize(("site", "form", "dtype", "implementation"), LOSSES)
+def test_the_training_loss_is_the_negative_log_joint(weights, windows, site, form, dtype, implementation):
+    given, smallest, of_value, of_gradient = {
+        "float64": (weights, 2.0**-1074, 1e-12, 1e-9),
+        "float32": (rounded(weights), 2.0**-149, 1e-5, 3e-5),
+    }[dtype]
+    value, gradient = training_loss(given, windows, site, form, dtype, implementation)
+    assert value.dtype == dtype
+    value_error, gradient_error = errors(truth_of(windows, site, form, smallest), given, value, gradient)
+    assert value_error < of_value
+    assert gradient_error < of_gradient
 
 
 def drop_the_last_barrier(monkeypatch):
@@ -342,33 +336,19 @@ def drop_the_last_barrier(monkeypatch):
     monkeypatch.setattr(loss, "residual_and_log_det", without_last)
 
 
-def stop_the_gradient_of_the_decoder(monkeypatch):
+def change_what_is_decoded(changed, monkeypatch):
     original = numpyro_model.decoded
-
-    def stopped(*args):
-        logits, attended = original(*args)
-        return jax.lax.stop_gradient(logits), attended
-
-    monkeypatch.setattr(numpyro_model, "decoded", stopped)
-
-
-def stop_the_gradient_of_the_layer_inputs(monkeypatch):
-    original = numpyro_model.decoded
-
-    def stopped(*args):
-        logits, attended = original(*args)
-        return logits, jax.lax.stop_gradient(attended)
-
-    monkeypatch.setattr(numpyro_model, "decoded", stopped)
+    monkeypatch.setattr(numpyro_model, "decoded", lambda *args: changed(*original(*args)))
 
 
 @pytest.mark.parametrize(
     ("mistake", "changes_the_value"),
     [
         (drop_the_last_barrier, True),
-        (stop_the_gradient_of_the_decoder, False),
-        (stop_the_gradient_of_the_layer_inputs, False),
+        (partial(change_what_is_decoded, lambda logits, inputs: (jax.lax.stop_gradient(logits), inputs)), False),
+        (partial(change_what_is_decoded, lambda logits, inputs: (logits, jax.lax.stop_gradient(inputs))), False),
     ],
+    ids=["last barrier dropped", "no gradient of the logits", "no gradient of the layer inputs"],
 )
 def test_a_mistake_in_the_training_loss_is_noticed(weights, windows, mistake, changes_the_value, monkeypatch):
     mistake(monkeypatch)

@@ -359,11 +359,24 @@ def test_bad_arguments_are_refused_by_name(function, asked, message):
         function(**given)
 
 
-def test_a_bad_chunk_or_text_is_refused_by_name():
-    with pytest.raises(ValueError, match="chunk: got 0; pass an integer of at least 1"):
-        stream(made(), [0], 3, key=KEY, chunk=0)
-    with pytest.raises(ValueError, match=r"tokens: contains tokens outside 0\.\.4"):
-        next_token_logits(made(), [0, 7])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda model: stream(model, [0], 3, key=KEY, chunk=0),
+            "chunk: got 0; pass an integer of at least 1",
+        ),
+        (lambda model: next_token_logits(model, [0, 7]), r"tokens: contains tokens outside 0\.\.4"),
+        (
+            lambda model: generate(eqx.tree_at(lambda t: t.token_embedding, model, None), [0, 1], 3, key=KEY),
+            "transformer: has no embedding of tokens",
+        ),
+    ],
+    ids=["chunk", "text", "no embedding of tokens"],
+)
+def test_a_bad_chunk_text_or_transformer_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(made())
 
 
 @pytest.mark.parametrize("noise_scale", [0.0, 1e39])
@@ -386,12 +399,6 @@ def test_margins_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match="transformer: log_det of some margin is not a number in float32"):
         generate(model, text(4), 6, key=KEY)
     assert np.isfinite(generate(model, text(4), 6, key=KEY, margins=False).log_probs).all()
-
-
-def test_a_transformer_without_embeddings_of_tokens_is_refused():
-    model = eqx.tree_at(lambda t: t.token_embedding, made(), None)
-    with pytest.raises(ValueError, match="transformer: has no embedding of tokens"):
-        generate(model, [0, 1], 3, key=KEY)
 
 
 @pytest.mark.parametrize(

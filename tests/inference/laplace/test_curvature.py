@@ -133,16 +133,12 @@ def saddle(y):
     numpyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
 
 
-def test_conjugate_gradients_see_the_negative_direction_that_the_diagonal_does_not():
-    y = np.zeros(())
-    result = laplace(mode_at({"w": np.zeros(2)}, saddle, y), structure="diagonal")
-    np.testing.assert_allclose(result.precision.diagonal, [3.0, 3.0])
-    with pytest.raises(IndefiniteCurvatureError, match=r"v\^T P\^-1 v is -2"):
-        result.covariance_product(np.array([1.0, -1.0]))
-    with pytest.raises(IndefiniteCurvatureError, match="smallest eigenvalue is -1 "):
-        laplace(mode_at({"w": np.zeros(2)}, saddle, y))
-    with pytest.raises(IndefiniteCurvatureError, match="smallest eigenvalue at site 'w' is -1 "):
-        laplace(mode_at({"w": np.zeros(2)}, saddle, y), structure="kronecker")
+def at_saddle(structure):
+    return laplace(mode_at({"w": np.zeros(2)}, saddle, np.zeros(())), structure=structure)
+
+
+def test_the_diagonal_of_a_saddle_can_be_positive():
+    np.testing.assert_allclose(at_saddle("diagonal").precision.diagonal, [3.0, 3.0])
 
 
 def spread(y):
@@ -186,7 +182,25 @@ def rooted(y):
     numpyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
 
 
-def test_a_curvature_that_is_not_finite_is_named():
-    y = np.zeros(())
-    with pytest.raises(ValueError, match="curvature: is NaN or inf at the mode"):
-        laplace(mode_at({"w": np.array(0.0)}, rooted, y))
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        # Conjugate gradients meet the negative direction that the diagonal does not show.
+        (
+            lambda: at_saddle("diagonal").covariance_product(np.array([1.0, -1.0])),
+            IndefiniteCurvatureError,
+            r"v\^T P\^-1 v is -2",
+        ),
+        (lambda: at_saddle("full"), IndefiniteCurvatureError, "smallest eigenvalue is -1 "),
+        (lambda: at_saddle("kronecker"), IndefiniteCurvatureError, "smallest eigenvalue at site 'w' is -1 "),
+        (
+            lambda: laplace(mode_at({"w": np.array(0.0)}, rooted, np.zeros(()))),
+            ValueError,
+            "curvature: is NaN or inf at the mode",
+        ),
+    ],
+    ids=["conjugate gradients at a saddle", "full at a saddle", "kronecker at a saddle", "not finite"],
+)
+def test_a_curvature_that_is_not_positive_or_not_finite_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -226,13 +226,6 @@ def test_the_token_models_precision_is_the_hessian_of_the_hand_written_objective
     np.testing.assert_allclose(result.log_evidence, evidence, rtol=1e-12)
 
 
-def test_the_blocked_implementation_is_refused_by_name():
-    y = np.zeros((2, 2))
-    found = mode_at({"embeddings": y}, observed_process, ZERO, y, implementation="blocked")
-    with pytest.raises(ValueError, match=r"site .embeddings. has implementation=.blocked., .* pass implementation"):
-        laplace(found)
-
-
 @pytest.mark.parametrize(("structure", "rank"), [("full", None), ("low-rank", 2)])
 def test_float32_stays_float32(structure, rank):
     x, y = X.astype(np.float32), Y.astype(np.float32)
@@ -331,6 +324,14 @@ def test_bad_input_is_refused_by_name(linear_mode, change, options, message):
         (lambda mode: laplace(mode.parameters), "mode: got dict; pass the result of find_map"),
         (lambda mode: laplace(mode).sample(jax.random.key(0), 0), "draws: got 0"),
         (lambda mode: laplace(mode).to_datatree(), "key: got None"),
+        (
+            lambda _: laplace(
+                mode_at(
+                    {"embeddings": np.zeros((2, 2))}, observed_process, ZERO, np.zeros((2, 2)), implementation="blocked"
+                )
+            ),
+            r"site .embeddings. has implementation=.blocked., .* pass implementation",
+        ),
     ],
 )
 def test_what_is_no_mode_and_what_cannot_be_drawn_are_refused(linear_mode, call, message):

@@ -125,24 +125,27 @@ def test_another_prior_precision_is_added_exactly_and_a_compiled_function_takes_
     np.testing.assert_allclose(compiled, np.linalg.solve(matrix, np.ones(6)), rtol=1e-10)
 
 
-@pytest.mark.parametrize(("smallest", "text"), [(-0.3, "-0.3"), (0.0, "smallest eigenvalue")])
-def test_an_indefinite_matrix_is_refused_with_its_smallest_eigenvalue_and_a_remedy(smallest, text):
+def with_smallest(eigenvalue):
     basis = np.linalg.qr(FACTOR)[0]
-    matrix = (basis * np.array([smallest, 1.0, 2.0, 3.0, 4.0, 5.0])) @ basis.T
+    return (basis * np.array([eigenvalue, 1.0, 2.0, 3.0, 4.0, 5.0])) @ basis.T
+
+
+@pytest.mark.parametrize(
+    ("structure", "entries", "text"),
+    [
+        (DensePrecision, with_smallest(-0.3), "-0.3"),
+        (DensePrecision, with_smallest(0.0), "smallest eigenvalue"),
+        (DiagonalPrecision, np.array([1.0, -1e-9, 1e9]), "smallest entry is"),
+        (DiagonalPrecision, np.array([1.0, 0.0, 1e9]), "smallest entry is"),
+    ],
+    ids=["dense, negative", "dense, zero", "diagonal, negative", "diagonal, zero"],
+)
+def test_an_indefinite_matrix_is_refused_with_its_smallest_eigenvalue_and_a_remedy(structure, entries, text):
     with pytest.raises(IndefiniteCurvatureError, match=text) as refusal:
-        DensePrecision(matrix)
+        structure(jnp.asarray(entries))
     assert "curvature='ggn'" in str(refusal.value)
     with pytest.raises(RuntimeError, match="not positive definite"):
-        jax.jit(lambda m: DensePrecision(m).log_det)(matrix)
-
-
-@pytest.mark.parametrize("entry", [-1e-9, 0.0])
-def test_a_diagonal_entry_that_is_not_positive_is_refused(entry):
-    entries = jnp.array([1.0, entry, 1e9])
-    with pytest.raises(IndefiniteCurvatureError, match="smallest entry is"):
-        DiagonalPrecision(entries)
-    with pytest.raises(RuntimeError, match="not positive definite"):
-        jax.jit(lambda p: DiagonalPrecision(p).log_det)(entries)
+        jax.jit(lambda p: structure(p).log_det)(entries)
 
 
 def test_a_small_positive_entry_next_to_a_large_one_is_kept():
