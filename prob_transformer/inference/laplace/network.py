@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 
 from prob_transformer._validation import require_count, require_positive
 from prob_transformer.inference.laplace.kronecker import (
@@ -93,6 +93,15 @@ class NetworkPredictive(NamedTuple):
     posterior: Matrices
     probabilities: Float[Array, "W n V"]
     log_likelihood: Float[Array, "S W n"]
+
+
+@eqx.filter_jit
+def _losses(network: TrainedNetwork) -> Float[Array, " W"]:
+    def loss(pair: tuple[Int[Array, " n"], Int[Array, " n"]]) -> Float[Array, ""]:
+        log_p = jax.nn.log_softmax(network.logits(_unhooked, network.parameters, pair[0]))
+        return -jnp.take_along_axis(log_p, pair[1][:, None], -1).sum()
+
+    return jax.lax.map(loss, (network.examples, network.targets), batch_size=_SIDE_BY_SIDE)
 
 
 @eqx.filter_jit
@@ -242,8 +251,7 @@ def network_laplace(
     last_layer = structure == "last-layer"
     at, ratio, rough = _last_layer(network) if last_layer else _kronecker(network, positions, key)
     mean = {name: network.maps[name] for name in ([network.head] if last_layer else sorted(network.maps))}
-    log_p = log_softmax(np.asarray(head_inputs(network, network.examples)[1], np.float64), axis=-1)
-    log_likelihood = float(np.take_along_axis(log_p, np.reshape(network.targets, (-1, 1)), -1).sum())
+    log_likelihood = -float(np.asarray(_losses(network), np.float64).sum())
     square = float(np.square(np.asarray(ravel_pytree(mean)[0], np.float64)).sum())
 
     def evidence(tau: float, log_det_ratio: Ratio = ratio) -> Evidence:
