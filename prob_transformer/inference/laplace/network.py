@@ -98,7 +98,7 @@ class NetworkPredictive(NamedTuple):
 @eqx.filter_jit
 def _losses(network: TrainedNetwork) -> Float[Array, " W"]:
     def loss(pair: tuple[Int[Array, " n"], Int[Array, " n"]]) -> Float[Array, ""]:
-        log_p = jax.nn.log_softmax(network.logits(_unhooked, network.parameters, pair[0]))
+        log_p = jax.nn.log_softmax(logits_and_inputs(network.logits, network.parameters, pair[0])[0])
         return -jnp.take_along_axis(log_p, pair[1][:, None], -1).sum()
 
     return jax.lax.map(loss, (network.examples, network.targets), batch_size=_SIDE_BY_SIDE)
