@@ -7,6 +7,9 @@ _NEW_NAMES = {
     "accelerated": "kernels, by implementation='blocked' of the public functions",
     "decoder": "attention",
     "decoder_models": "pretrained",
+    "inference.laplace.blockwise": "inference.laplace.kronecker",
+    "inference.laplace.kfac": "inference.laplace.kronecker",
+    "inference.laplace.matrix_free": "inference.laplace.curvature",
     "inference.laplace.potential": "inference.laplace.curvature",
     "inference.nuts": "inference.nuts_sampler",
     "inference.nuts_result": "inference.nuts_sampler",
@@ -15,12 +18,14 @@ _NEW_NAMES = {
     "inference.reparam": "inference.embedding_sites",
     "inference.results": "inference.result_tree",
     "inspect": "inspection",
+    "margin": "margins",
     "objective": "map_objectives",
+    "output": "files",
     "penalty": "training_barrier",
     "process": "embedding_process",
     "provenance": "files",
     "query_key": "logits",
-    "transform": "sampling",
+    "transform": "sampling (the transform) and prob_transformer.root_finder (the solver)",
 }
 
 

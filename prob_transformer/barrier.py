@@ -49,7 +49,7 @@ def one_sided_barrier(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "... n"]:
-    """phi_i of the module docstring at every position: 0 where det J_i >= threshold, +inf where det J_i <= 0.
+    """The one-sided barrier phi_i in nats (module docstring): 0 where det J_i >= threshold, +inf where det J_i <= 0.
 
     Raises ValueError unless threshold > 0, and as `residual_and_log_det`. Source: ours, theory section 5.
     """
@@ -61,7 +61,7 @@ def one_sided_barrier(
 def one_sided_penalty(
     sign: Float[Array, "*S"], log_det: Float[Array, "*S"], threshold: Float[Array, ""] | float = 0.5
 ) -> Float[Array, "*S"]:
-    """phi_i of the module docstring from sign and log|det J_i|: finite everywhere, and at least K where sign <= 0.
+    """The penalty phi_i (module docstring) from sign and log|det J_i|: finite everywhere, at least K where sign <= 0.
 
     A determinant smaller than s counts as s. For training, where a step may have crossed the wall: watch the signs
     beside it. Raises ValueError unless threshold > 0. Source: ours, theory section 5.

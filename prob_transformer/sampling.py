@@ -47,7 +47,7 @@ def _inside_jit(failure: SolveStatus) -> str:
 
 @contextlib.contextmanager
 def named_solve_errors() -> Iterator[None]:
-    """Raise what went wrong inside jit as the `ImplicitSolveError` that it is, whose first line names the status.
+    """A context that raises what went wrong inside jit as the `ImplicitSolveError` that it is; it names the status.
 
     JAX reports an error of compiled code as a traceback of its callback, whose last lines say what it was. What runs
     inside has to end inside, by jax.block_until_ready for one.

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from prob_transformer.transformer import Transformer, TransformerConfig, weights_of, with_weights
-from prob_transformer.transformer.weight_sites import PREFIX, template
+from prob_transformer.transformer import Transformer, TransformerConfig, with_weights
+from prob_transformer.transformer.weight_sites import PREFIX, template, weights_of
 
 Weights = dict[str, Float[np.ndarray, "..."]]
 

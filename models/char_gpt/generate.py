@@ -30,7 +30,8 @@ from prob_transformer.inspection.generated_text import (
     summary,
     write_files,
 )
-from prob_transformer.transformer import Generated, stream
+from prob_transformer.transformer import stream
+from prob_transformer.transformer.generation import Generated
 
 _CHUNK = 32
 _UNIT = "character"

@@ -37,9 +37,10 @@ from prob_transformer._implementation import Implementation
 from prob_transformer.change_of_variables import ResidualAndLogDet
 from prob_transformer.kernels.tiling import DEFAULT_TILING
 from prob_transformer.training_barrier import BarrierPenalty
-from prob_transformer.transformer import transformer_model, weights_of
+from prob_transformer.transformer import transformer_model
 from prob_transformer.transformer.network import Attended, Transformer
 from prob_transformer.transformer.numpyro_model import decoded, layers_at
+from prob_transformer.transformer.weight_sites import weights_of
 
 Strength = Float[Array, ""] | float
 

@@ -10,7 +10,7 @@ from prob_transformer.inference.map import find_map
 from prob_transformer.inference.minimise import MapStatus
 from prob_transformer.inference.nuts_sampler import NutsStatus, nuts
 from prob_transformer.inference.particles import ParticleStatus, particle_filter, smooth
-from prob_transformer.inference.result_tree import datatree, for_arviz, load, save
+from prob_transformer.inference.result_tree import for_arviz, load, save
 
 __all__ = [
     "MapStatus",
@@ -18,7 +18,6 @@ __all__ = [
     "NutsStatus",
     "ParticleStatus",
     "Predictive",
-    "datatree",
     "find_map",
     "for_arviz",
     "load",

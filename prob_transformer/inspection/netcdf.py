@@ -26,7 +26,7 @@ _PLACES = (*_HEADS, "position")
 
 
 def inspection_tree(inspection: Inspection, attrs: Mapping[str, Any]) -> "xr.DataTree":
-    """The tree, with `attrs` (text, or what JSON holds) and the setting as its attributes.
+    """The inspection as an xarray.DataTree, with `attrs` (text, or what JSON holds) and the setting as its attributes.
 
     Raises MissingExtraError without xarray.
     """

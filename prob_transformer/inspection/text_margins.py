@@ -103,7 +103,7 @@ def inspect_text(
     chosen: Sequence[int],
     after_layer: Callable[[], object] = lambda: None,
 ) -> Inspection:
-    """Inspects the layers numbered `chosen` among `layers`, pairs of a layer and its normalised inputs (n, d).
+    """The margins of the layers numbered `chosen`; `layers` are pairs of a layer and its normalised inputs (n, d).
 
     `layers` is read no further than needed, and one layer's matrices are alive at a time. Raises ValueError, naming the
     layer, as `layer_margins` does, and for tokens and pieces of different numbers.

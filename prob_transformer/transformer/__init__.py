@@ -5,14 +5,13 @@ numpyro_model.
 """
 
 from prob_transformer.transformer.decoding import next_token_logits
-from prob_transformer.transformer.generation import Generated, generate, sample, stream
+from prob_transformer.transformer.generation import generate, sample, stream
 from prob_transformer.transformer.network import Transformer, TransformerConfig
 from prob_transformer.transformer.numpyro_model import HeadBarrier, transformer_model
 from prob_transformer.transformer.token_process import TokenProcess
-from prob_transformer.transformer.weight_sites import default_priors, weights_of, with_weights
+from prob_transformer.transformer.weight_sites import default_priors, with_weights
 
 __all__ = [
-    "Generated",
     "HeadBarrier",
     "TokenProcess",
     "Transformer",
@@ -23,6 +22,5 @@ __all__ = [
     "sample",
     "stream",
     "transformer_model",
-    "weights_of",
     "with_weights",
 ]

@@ -20,7 +20,6 @@ from prob_transformer.inference import (
     MapStatus,
     NutsStatus,
     ParticleStatus,
-    datatree,
     find_map,
     for_arviz,
     load,
@@ -29,7 +28,7 @@ from prob_transformer.inference import (
     save,
 )
 from prob_transformer.inference.laplace import laplace
-from prob_transformer.inference.result_tree import Result
+from prob_transformer.inference.result_tree import Result, datatree
 
 ATTRS = provenance(7, {"steps": 5, "rate": 0.1}, "python -m x") | {"objective": "negative log joint"}
 ENDINGS = [".nc", ".zarr"]
@@ -108,7 +107,7 @@ def test_sites_of_modules_are_stored_with_a_dot_for_the_slash_that_separates_gro
     assert found.observed_data["net.y"].dims == ("case", "feature")
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [*ENDINGS, ".NC"])
 def test_a_saved_tree_comes_back_with_every_value_dtype_dimension_and_attribute(tmp_path, ending):
     path = saved(tmp_path, ending)
     assert os.listdir(tmp_path) == [path.name]

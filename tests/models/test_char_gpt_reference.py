@@ -9,8 +9,7 @@ from scipy.special import log_softmax
 from models import corpus, wikipedia
 from models.char_gpt.checkpoint import NAME, load_run, read_header
 from models.char_gpt.commands import METRICS
-from prob_transformer.transformer import weights_of
-from prob_transformer.transformer.weight_sites import PREFIX
+from prob_transformer.transformer.weight_sites import PREFIX, weights_of
 from theory_checks.truth.transformer import embed, forward
 
 ROOT = Path(__file__).parents[2]

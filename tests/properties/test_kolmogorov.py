@@ -22,6 +22,7 @@ from theory_checks.claims.normalisation import TAIL, roots, signed_density
 from theory_checks.drawn_cases import Case, Shape
 from theory_checks.truth import numpy_attention
 from theory_checks.truth.quadrature import integrate
+from theory_checks.truth.transformer import process_log_density
 
 # Between tokens many deviations of the noise apart the density is a narrow peak, which the first nodes of a quadrature
 # would miss: embeddings and values are therefore at most one deviation from 0.
@@ -93,7 +94,7 @@ def marginal(function, case: Case, integrated: int, shorter: float):
 @example(split=(Case.given([[[-9.0]]], ONE, None, [[-1.0], [1.0], [0.25]]), 1))
 def test_integrating_out_the_last_embeddings_leaves_the_density_of_the_first(split):
     case, integrated = split
-    shorter = numpy_attention.log_density(case, NOISE_SCALE, FIRST_SCALE)
+    shorter = process_log_density(case.query, case.key, case.embeddings, NOISE_SCALE, FIRST_SCALE, case.value)
     mass, error = marginal(functools.partial(density, case.attention), case, integrated, shorter)
     assert abs(mass - 1) + error < TOLERANCE
 
@@ -108,7 +109,7 @@ def test_summing_out_the_last_tokens_with_their_embeddings_leaves_the_joint_law_
     tokens = [first_token] * len(case.embeddings)
     tails = itertools.product(range(VOCABULARY), repeat=integrated)
     sequences = np.array([[*tokens, *tail] for tail in tails])
-    shorter = numpy_attention.log_density(case, NOISE_SCALE, FIRST_SCALE)
+    shorter = process_log_density(case.query, case.key, case.embeddings, NOISE_SCALE, FIRST_SCALE, case.value)
     shorter += log_softmax(case.embeddings @ weight.T, axis=-1)[:, first_token].sum()
     mass, error = marginal(functools.partial(joint, case.attention, weight, sequences), case, integrated, shorter)
     assert abs(mass - 1) + error < TOLERANCE
@@ -164,5 +165,5 @@ def test_at_every_strength_the_mass_is_the_expected_number_of_roots_and_the_sign
     found = [integrate(next_density, *piece, tolerance=QUADRATURE, confirm=False) for piece in itertools.pairwise(ends)]
     mass, signed = sum(integral.value for integral in found)
     error = sum(integral.error.max() for integral in found)
-    assert abs(mass - roots(strength, past, LAST_NOISE)) + error < TOLERANCE
+    assert abs(mass - roots(case.attention, case.embeddings[:-1], LAST_NOISE)) + error < TOLERANCE
     assert abs(signed - 1) + error < TOLERANCE

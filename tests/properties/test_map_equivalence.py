@@ -22,8 +22,8 @@ from tests.helpers.shrinking_cases import SIMPLE_NUMBERS, shrinking_cases
 from theory_checks.check import quick_jit
 from theory_checks.claims.map_equivalence import Setting, bayesian_model, by_hand, relative_difference
 from theory_checks.drawn_cases import MODERATE_KINDS, Case, Shape
-from theory_checks.truth import numpy_attention
 from theory_checks.truth.numpy_attention import amplification
+from theory_checks.truth.transformer import process_log_density
 
 VOCABULARY = 2
 SMALL, LARGE = Shape(1, 1, 1, 3, False), Shape(2, 1, 2, 3, True)
@@ -226,7 +226,7 @@ def test_over_all_subsamples_the_mean_potential_is_that_of_all_sequences(problem
     total = -norm.logpdf(parameters["query"], 0.0, weight_scale).sum()
     for sequence, of_sequence in zip(embeddings, tokens, strict=True):
         cross_entropy, barrier = per_position(parameters | {"embeddings": sequence}, of_sequence)
-        case = Case.given(parameters["query"], parameters["key"], None, sequence)
-        total += cross_entropy.sum() + barrier_weight * barrier.sum() - numpy_attention.log_density(case, *scales[:2])
+        total += cross_entropy.sum() + barrier_weight * barrier.sum()
+        total -= process_log_density(parameters["query"], parameters["key"], sequence, *scales[:2])
     found = [subsampled(parameters, embeddings, tokens, np.array(index), scales) for index in range(3)]
     assert relative_difference(np.mean(found), total) <= TOLERANCE

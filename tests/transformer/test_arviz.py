@@ -13,7 +13,8 @@ from scipy.special import logsumexp
 
 from prob_transformer.inference import find_map, for_arviz, nuts
 from prob_transformer.inference.laplace import laplace
-from prob_transformer.transformer import TokenProcess, TransformerConfig, transformer_model, weights_of, with_weights
+from prob_transformer.transformer import TokenProcess, TransformerConfig, transformer_model, with_weights
+from prob_transformer.transformer.weight_sites import weights_of
 
 mpl.use("Agg")
 CONFIG = TransformerConfig(vocabulary=2, context=3, layers=1, width=3, heads=1, head_size=1, hidden=1)

@@ -26,9 +26,9 @@ from prob_transformer.transformer import (
     TransformerConfig,
     default_priors,
     transformer_model,
-    weights_of,
     with_weights,
 )
+from prob_transformer.transformer.weight_sites import weights_of
 from tests.transformer.test_dense_transformer import (
     PRIOR_SCALE,
     SIZES,

@@ -28,9 +28,9 @@ from prob_transformer.transformer import (
     Transformer,
     TransformerConfig,
     transformer_model,
-    weights_of,
     with_weights,
 )
+from prob_transformer.transformer.weight_sites import weights_of
 
 # 216 free weights where embeddings, norms and the prior stage are known.
 CONFIG = TransformerConfig(vocabulary=3, context=5, layers=2, width=8, heads=1, head_size=1, hidden=4)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Num, PRNGKeyArray
-from numpyro import handlers
 from numpyro.infer import Predictive
+from numpyro.primitives import Messenger
 
 from prob_transformer.inference.embedding_sites import unwrapped
-from prob_transformer.inference.joint import log_likelihood
+from prob_transformer.inference.joint import log_likelihood, observed_data
 from prob_transformer.inference.laplace.curvature import Potential, Trace
 from prob_transformer.inference.laplace.precision import Precision
 from prob_transformer.inference.law import statistics
@@ -32,6 +32,15 @@ _OUTPUT: dict[type[dist.Distribution], str] = {
     dist.CategoricalLogits: "logits",
     dist.BernoulliLogits: "logits",
 }
+
+
+class _Unobserved(Messenger):
+    """The same model with its data drawn rather than given."""
+
+    # NumPyro's `uncondition` takes the key of a `seed` inside the model, so that all draws would have the same noise.
+    def process_message(self, msg: Any) -> None:
+        if observed_data({"": msg}):
+            msg["is_observed"], msg["value"] = False, None
 
 
 class SampledPredictive(NamedTuple):
@@ -123,7 +132,7 @@ def sampled(
     latent = at_draws(sites_at, potential, precision, key, draws)
     data_key = jax.random.fold_in(key, 1)
     names = _data_names(potential, potential.trace(potential.centre(), (args, kwargs)))
-    predict = Predictive(handlers.uncondition(potential.model), latent, return_sites=names, parallel=True)
+    predict = Predictive(_Unobserved(potential.model), latent, return_sites=names, parallel=True)
     drawn = predict(data_key, *args, **kwargs)
 
     densities = at_draws(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from prob_transformer._validation import require_count, require_finite, require_floating, require_positive
+from prob_transformer._validation import require_count, require_finite, require_floating, require_key, require_positive
 from prob_transformer.files import provenance
 from prob_transformer.inference.embedding_sites import processes
 from prob_transformer.inference.joint import key_and_seed
@@ -31,6 +31,7 @@ from prob_transformer.sampling import named_solve_errors
 
 # A square matrix of this many rows takes 800 MB in float64.
 _LARGEST_DENSE = 10_000
+_DRAWS = "the draws, as in laplace(mode, key=0)"
 
 
 def require_small(name: str, size: int) -> None:
@@ -123,6 +124,7 @@ class LaplaceResult(NamedTuple):
 
     def sample(self, key: PRNGKeyArray, draws: int) -> dict[str, Float[Array, "draws ..."]]:
         """Draws of the approximated sites in their supports. Raises ValueError if some overflow there."""
+        require_key("key", key)
         require_count("draws", draws, 1, "the number of draws")
         return _finite_draws(at_draws(sites_at, self.potential, self.precision, key, draws), self.sites)
 
@@ -145,6 +147,7 @@ class LaplaceResult(NamedTuple):
         Without any, the arguments of the fit are used. Data that the call has are drawn anew, and judged by their log
         density. Held sites stay at the mode. Raises ValueError as `sample`.
         """
+        require_key("key", key)
         require_count("draws", draws, 1, "the number of draws")
         arguments = self._arguments(model_args, model_kwargs)
         with named_solve_errors():
@@ -172,13 +175,14 @@ class LaplaceResult(NamedTuple):
 
     def law(self, key: PRNGKeyArray, draws: int) -> Law:
         """In which share of the draws that `sample` has for this key the likelihood is certified to be a law."""
+        require_key("key", key)
         require_count("draws", draws, 1, "the number of draws")
         return self._log_joint_and_law(key, draws)[1]
 
     @property
     def posterior(self) -> dict[str, Float[Array, "1 draws ..."]]:
         """One chain of draws by site. Raises ValueError without a key, and as `sample`."""
-        drawn = self.sample(key_and_seed(self.key, "the draws")[0], self.draws)
+        drawn = self.sample(key_and_seed(self.key, _DRAWS)[0], self.draws)
         return {name: values[None] for name, values in drawn.items()}
 
     def to_datatree(self, dims: Dims | None = None, *, allow: Allow = ()) -> DataTree:
@@ -187,7 +191,7 @@ class LaplaceResult(NamedTuple):
         `sample_stats` has the log joint density of each draw in nats, in unconstrained coordinates. There is no status
         to `allow`. Raises ValueError without a key, as `sample`, and as `datatree` for `dims`.
         """
-        key, seed = key_and_seed(self.key, "the draws")
+        key, seed = key_and_seed(self.key, _DRAWS)
         predicted = self.predictive(key, self.draws)
         log_joint, law = self._log_joint_and_law(key, self.draws)
         groups = {

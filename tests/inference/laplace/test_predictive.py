@@ -121,6 +121,18 @@ def test_linearised_logits_of_two_classes():
     )
 
 
+def one_weight(y):
+    numpyro.sample("y", dist.Normal(numpyro.sample("w", dist.Normal()), 1), obs=y)
+
+
+def test_a_seed_inside_the_model_leaves_the_noise_of_new_data_random():
+    fit = laplace(mode_at({"w": np.array(0.0)}, numpyro.handlers.seed(one_weight, 0), np.array(0.0)))
+    found = fit.predictive(jax.random.key(0), 1000)
+    noise = np.asarray(found.posterior_predictive["y"] - found.posterior["w"])
+    # Standard normal: the standard error of the variance of 1,000 draws is 0.045.
+    np.testing.assert_allclose(noise.var(), 1, atol=0.3)
+
+
 def counts(y):
     t = numpyro.sample("t", dist.Normal(0, 1.0))
     numpyro.sample("y", dist.Poisson(jnp.exp(t)), obs=y)
