@@ -63,6 +63,11 @@ def require_key(name: str, key: Any, shape: tuple[int, ...] = ()) -> PRNGKeyArra
     return key
 
 
+def require_draws(key: Any, draws: Any) -> None:
+    require_key("key", key)
+    require_count("draws", draws, 1, "the number of draws")
+
+
 def require_integers(name: str, array: Any) -> jax.Array:
     """The argument as an integer JAX array, int32 where its values are known; these stay known inside a trace, and are
     refused where 32 bits do not hold them."""

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from prob_transformer._dtypes import cast, in_float32_at_least, ranks_promoted
 from prob_transformer._implementation import Implementation, is_blocked
-from prob_transformer._validation import require_count, require_embeddings, require_key
+from prob_transformer._validation import require_choice, require_count, require_embeddings, require_key
 from prob_transformer.attention import (
     Attention,
     Past,
@@ -82,14 +82,13 @@ def stability_margin(
     ValueError for an unknown kind, for a key that is missing, and as `residual_and_log_det`. Source: theory section 4,
     our definition.
     """
+    require_choice("kind", kind, get_args(MarginKind))
     if kind == "determinant":
         _, sign, log_det = residual_and_log_det(attention, embeddings, implementation=implementation)
         return sign * jnp.exp(log_det)
-    if kind == "conditioning" and not is_blocked(implementation):
-        return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
-    if kind == "conditioning":
+    if is_blocked(implementation):
         return conditioning_margin(attention, embeddings, require_key("key", key)).upper
-    raise ValueError(f"kind: got {kind!r}; pass one of {', '.join(get_args(MarginKind))}.")
+    return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
 
 
 def _variance_share(weights: Float[Array, "H n"], values: Float[Array, "H n d"]) -> Float[Array, " n"]:

@@ -5,11 +5,13 @@ import pytest
 from jax.experimental import checkify
 from scipy.special import softmax
 
-from prob_transformer import CausalAttentionTransform, EmbeddingProcess, residual_and_log_det
+from prob_transformer import CausalAttentionTransform, EmbeddingProcess, RMSNorm, Rotary, residual_and_log_det
 from prob_transformer.attention import (
     Attention,
     Past,
     attention_weights,
+    logit_slopes,
+    require_layer,
     weighted_covariance,
     weighted_mean,
 )
@@ -140,7 +142,103 @@ def test_writing_indexes_nothing_out_of_bounds():
     assert "out-of-bounds" in error.get()
 
 
+def general_attention(rng, **options):
+    """Four heads of size 4 on two key groups and width 5, with biases."""
+    query, key = rng.normal(size=(4, 4, 5)), rng.normal(size=(2, 4, 5))
+    biases = {"query_bias": rng.normal(size=(4, 4)), "key_bias": rng.normal(size=(2, 4))}
+    return Attention(query, key, **biases | options)
+
+
+BETWEEN = {
+    "nothing": {},
+    "query norm": {"query_norm": RMSNorm(np.arange(1.0, 5), 1e-5)},
+    "key norm": {"key_norm": RMSNorm(np.arange(1.0, 5), 1e-5)},
+    "rotary": {"rotary": Rotary(np.array([1.0, 0.1]))},
+    "cap": {"cap": 1.5},
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_slopes_of_the_logits_are_their_derivatives_by_central_differences(between):
+    rng = np.random.default_rng(10)
+    attention = general_attention(rng, scale=0.7, **BETWEEN[between])
+    past, queries = Past.of(attention, jnp.asarray(rng.normal(size=(3, 5)))), rng.normal(size=(4, 4))
+
+    def logits(queries):
+        seen = np.asarray(attention.seen_queries(jnp.asarray(queries), past.position))
+        raw = np.einsum("hnp,hp->hn", past.keys, seen)
+        return raw if attention.cap is None else attention.cap * np.tanh(raw / attention.cap)
+
+    steps = 1e-5 * np.eye(4)
+    expected = np.stack([(logits(queries + step) - logits(queries - step)) / 2e-5 for step in steps], -1)
+    np.testing.assert_allclose(logit_slopes(attention, past, jnp.asarray(queries)), expected, atol=1e-8)
+    assert attention.is_bilinear == (between in ("nothing", "key norm"))
+
+
+def test_a_head_alone_has_its_own_query_and_the_keys_of_its_group():
+    everything = {name: part for parts in BETWEEN.values() for name, part in parts.items()}
+    whole = general_attention(np.random.default_rng(11), window=3, scale=0.7, **everything)
+    assert (whole.heads, whole.head_size, whole.width) == (4, 4, 5)
+    for head in range(4):
+        alone = whole.head_alone(head)
+        own, group = slice(head, head + 1), slice(head // 2, head // 2 + 1)
+        expected = Attention(
+            whole.query[own], whole.key[group], query_bias=whole.query_bias[own], key_bias=whole.key_bias[group],
+            window=3, scale=0.7, **everything,
+        )  # fmt: skip
+        assert jax.tree.structure(alone) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, alone, expected)
+    for outside in (-1, 4):
+        with pytest.raises(ValueError, match=f"head: got {outside}; pass 0 to 3"):
+            whole.head_alone(outside)
+
+
+def test_a_cache_is_read_before_any_position_as_if_it_ended_there():
+    rng = np.random.default_rng(12)
+    attention, embeddings = general_attention(rng, window=2), jnp.asarray(rng.normal(size=(5, 5)))
+    whole, query = Past.of(attention, embeddings), jnp.asarray(rng.normal(size=5))
+    for position in range(6):
+        before, built = whole.before(attention, position), Past.of(attention, embeddings, position)
+        assert before.position == built.position == position
+        np.testing.assert_array_equal(
+            attention_weights(attention, before, query), attention_weights(attention, built, query)
+        )
+
+
+def test_rotary_positions_may_turn_all_coordinates_of_a_head():
+    assert Attention(np.ones((1, 6, 2)), np.ones((1, 6, 2)), rotary=Rotary(np.ones(3))).head_size == 6
+
+
+def test_value_maps_of_the_heads_are_those_of_their_groups_after_the_output():
+    rng = np.random.default_rng(13)
+    value, output, left = rng.normal(size=(2, 3, 5)), rng.normal(size=(4, 5, 3)), rng.normal(size=(6, 5))
+    attention = general_attention(rng, value=value, output=output)
+    maps = [output[head] @ value[head // 2] for head in range(4)]
+    np.testing.assert_allclose(attention.value_maps(jnp.asarray(left)), [left @ each for each in maps], atol=1e-13)
+    np.testing.assert_allclose(attention.values(jnp.asarray(left)), [left @ each.T for each in maps], atol=1e-13)
+    with pytest.raises(ValueError, match="value: is None; identity values need no maps"):
+        general_attention(rng).value_maps(jnp.asarray(left))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        [random_attention(np.random.default_rng(0)), np.ones((3, 4))],
+        (random_attention(np.random.default_rng(0)),),
+        (random_attention(np.random.default_rng(0)), np.ones((3, 4)), None),
+        (np.ones((3, 4)), random_attention(np.random.default_rng(0))),
+    ],
+)
+def test_a_layer_is_a_pair_of_attention_and_inputs(pair):
+    with pytest.raises(ValueError, match=r"pass a pair \(Attention, inputs\)"):
+        require_layer(pair)
+
+
 def test_attention_is_a_pytree():
+    attention = general_attention(np.random.default_rng(7), window=np.int64(2), scale=0.7, cap=1.5)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, attention)
+    assert (doubled.window, doubled.scale, doubled.cap) == (2, 0.7, 1.5)
+    assert isinstance(doubled.window, int)
     attention = random_attention(np.random.default_rng(7))
     doubled = jax.tree.map(lambda leaf: 2 * leaf, attention)
     np.testing.assert_array_equal(doubled.query, 2 * attention.query)
@@ -168,6 +266,7 @@ def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
         ({"query": np.ones((1, 0, 3)), "key": np.ones((1, 0, 3))}, "query: has shape"),
         ({"query": np.ones((1, 2, 3, 4)), "key": np.ones((1, 2, 3, 4))}, r"query: has shape \(1, 2, 3, 4\)"),
         ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 1, 3))}, r"key: has shape \(1, 1, 3\); pass the shape"),
+        ({"query": np.ones((1, 2, 3)), "key": np.ones((0, 2, 3))}, r"key: has shape \(0, 2, 3\); pass the shape"),
         ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 3, 3))}, r"key: has shape \(1, 3, 3\); pass the shape"),
         (
             {"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3)), "value": np.ones((1, 3, 3))},
@@ -177,6 +276,18 @@ def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
             {"query": np.ones((2, 2, 3)), "key": np.ones((2, 2, 3)), "value": np.ones((3, 3, 3))},
             r"value: has shape \(3, 3, 3\); pass \(G, v, d\)",
         ),
+        *[
+            (
+                {
+                    "query": np.ones((2, 2, 3)),
+                    "key": np.ones((2, 2, 3)),
+                    "value": np.ones(shape),
+                    "output": np.ones((2, 3, 4)),
+                },
+                r"value: has shape .*\); pass \(G, v, d\), v = d without an output, = \(2, 3, 3\)",
+            )
+            for shape in ((2, 4), (2, 4, 3, 1))
+        ],
         ({"query": np.full((1, 2, 3), np.nan), "key": np.ones((1, 2, 3))}, "query: contains NaN or inf"),
         ({"query": np.ones((1, 2, 3)), "key": np.full((1, 2, 3), np.inf)}, "key: contains NaN or inf"),
         (
@@ -185,6 +296,14 @@ def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
         ),
         ({"query": "weights", "key": np.ones((1, 2, 3))}, "query: got str; pass a numeric array"),
         ({"query": np.ones((1, 2, 3), complex), "key": np.ones((1, 2, 3))}, "query: has dtype complex"),
+        (
+            {"query": np.ones((1, 3, 3)), "key": np.ones((1, 3, 3)), "rotary": Rotary(np.ones(2))},
+            "rotary: has 2 frequencies; pass at most p / 2 for head size p = 3",
+        ),
+        (
+            {"query": np.ones((1, 2, 3)), "key": np.ones((1, 2, 3)), "query_norm": RMSNorm(np.ones(3), 1e-6)},
+            r"query_norm: has shape \(3,\); pass a gain \(p,\) = \(2,\)",
+        ),
     ],
 )
 def test_bad_parameters_are_refused_by_name(arguments, message):

@@ -12,6 +12,7 @@ from paper_figures.study.design import METHODS, PROFILES, Design
 from paper_figures.study.runs import load_runs
 from paper_figures.study.sweep import run_sweep
 from paper_figures.study.tables import markdown
+from prob_transformer._validation import require_choice
 from prob_transformer.files import write_json
 
 # Given by the method.
@@ -42,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command == "verdicts":
         _judge_sweep(arguments.runs, arguments.out)
     elif arguments.command == "sweep":
-        if arguments.profile not in PROFILES:
-            raise ValueError(f"--profile: got {arguments.profile!r}; pass one of {', '.join(PROFILES)}.")
+        require_choice("--profile", arguments.profile, tuple(PROFILES))
         text = corpus.load(arguments.corpus, PROFILES[arguments.profile].base.context + 1)
         run_sweep(arguments.profile, arguments.corpus, text, arguments.out, console, arguments.workers)
     else:

@@ -12,6 +12,7 @@ from models.char_gpt import train
 from models.char_gpt.config import Config
 from models.char_gpt.loss import Loss, loss_terms
 from paper_figures.study.regularisers import LOSSES, decayed
+from prob_transformer._validation import require_choice
 
 BASELINE = "ce"
 LAMBDAS = (0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
@@ -66,8 +67,7 @@ class Design:
     base: Config
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"--method: got {self.method!r}; pass one of {', '.join(METHODS)}.")
+        require_choice("--method", self.method, tuple(METHODS))
         if not 0 <= self.strength < (1 if self.method == "dropout" else float("inf")):
             allowed = "a share below 1" if self.method == "dropout" else "a finite number of at least 0"
             raise ValueError(f"--strength: got {self.strength} for {self.method}; pass {allowed}.")

@@ -8,6 +8,7 @@ Reverse mode only.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,13 @@ from prob_transformer.kernels.moments import (
 from prob_transformer.kernels.projections import Projections
 from prob_transformer.kernels.tiling import Tiling, in_groups, padded
 
-# Unbiased estimates of a total () and of the variance () of that estimate, and the share () of det J_i <= 0 seen.
-Estimate = tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]
+
+class SubsampledTotal(NamedTuple):
+    """Unbiased estimates of a total and of the variance of that estimate, and the share of det J_i <= 0 seen."""
+
+    total: Float[Array, ""]
+    variance: Float[Array, ""]
+    negative_share: Float[Array, ""]
 
 
 def _batched_over_cells(function: Callable) -> Callable:
@@ -118,7 +124,7 @@ log_det_total.defvjp(_total_forward, lambda tiling, kept, cotangent: jax.tree.ma
 @ranks_promoted
 def _draw(
     cells: Projections, key: PRNGKeyArray, share: float, tiling: Tiling, differentiate: bool
-) -> tuple[Estimate, Projections | None]:
+) -> tuple[SubsampledTotal, Projections | None]:
     """The estimate from cells drawn without replacement for every block of queries, and its gradient if asked for."""
     length, count = cells.length, cells.queries.shape[0]
     # Two at least, if there are two, so that a variance can be given.
@@ -162,11 +168,11 @@ def _draw(
     gradient, parts = lax.scan(one_block, start_gradient, (starts, jax.random.split(key, starts.size)))
     total, variance, negative = (x.sum() for x in parts)
     found = None if gradient is None else _cut(length, gradient)
-    return (total, variance, negative / (drawn * length)), found
+    return SubsampledTotal(total, variance, negative / (drawn * length)), found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def subsampled_log_det_total(cells: Projections, key: PRNGKeyArray, share: float, tiling: Tiling) -> Estimate:
+def subsampled_log_det_total(cells: Projections, key: PRNGKeyArray, share: float, tiling: Tiling) -> SubsampledTotal:
     """Unbiased estimate of the sum of log|det J_i| from a share of the cells, drawn anew for every block of queries.
 
     The variance is that of the draw of cells, for the cells given, and NaN where a stratum has one draw out of several.
@@ -176,5 +182,5 @@ def subsampled_log_det_total(cells: Projections, key: PRNGKeyArray, share: float
 
 subsampled_log_det_total.defvjp(
     lambda cells, key, share, tiling: _draw(cells, key, share, tiling, differentiate=True),
-    lambda share, tiling, gradient, cotangent: (jax.tree.map(lambda x: cotangent[0] * x, gradient), None),
+    lambda share, tiling, gradient, cotangent: (jax.tree.map(lambda x: cotangent.total * x, gradient), None),
 )

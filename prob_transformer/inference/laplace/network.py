@@ -29,7 +29,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from scipy.special import softmax
 
-from prob_transformer._validation import require_count, require_positive
+from prob_transformer._validation import require_draws, require_positive
 from prob_transformer.inference.laplace.kronecker import (
     KroneckerCurvature,
     Network,
@@ -166,7 +166,7 @@ class NetworkLaplace(NamedTuple):
         self, key: PRNGKeyArray, draws: int, examples: Int[Array, "W n"], targets: Int[Array, "W n"]
     ) -> NetworkPredictive:
         """Predictions of examples by linearised logits, over draws of the weights."""
-        require_count("draws", draws, 1, "the number of draws")
+        require_draws(key, draws)
         flat, unravel = ravel_pytree(self.mean)
         deviations = jax.vmap(unravel)(jnp.asarray(self.precision.sample(key, draws), flat.dtype))
         probabilities, log_p = _linearised(self.network, self.mean, deviations, examples, targets)

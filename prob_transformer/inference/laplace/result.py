@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from prob_transformer._validation import require_count, require_finite, require_floating, require_key, require_positive
+from prob_transformer._validation import (
+    require_count,
+    require_draws,
+    require_finite,
+    require_floating,
+    require_positive,
+)
 from prob_transformer.files import provenance
 from prob_transformer.inference.embedding_sites import processes
 from prob_transformer.inference.joint import key_and_seed
@@ -124,8 +130,7 @@ class LaplaceResult(NamedTuple):
 
     def sample(self, key: PRNGKeyArray, draws: int) -> dict[str, Float[Array, "draws ..."]]:
         """Draws of the approximated sites in their supports. Raises ValueError if some overflow there."""
-        require_key("key", key)
-        require_count("draws", draws, 1, "the number of draws")
+        require_draws(key, draws)
         return _finite_draws(at_draws(sites_at, self.potential, self.precision, key, draws), self.sites)
 
     def _arguments(self, args: tuple | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
@@ -147,8 +152,7 @@ class LaplaceResult(NamedTuple):
         Without any, the arguments of the fit are used. Data that the call has are drawn anew, and judged by their log
         density. Held sites stay at the mode. Raises ValueError as `sample`.
         """
-        require_key("key", key)
-        require_count("draws", draws, 1, "the number of draws")
+        require_draws(key, draws)
         arguments = self._arguments(model_args, model_kwargs)
         with named_solve_errors():
             predicted = jax.block_until_ready(sampled(self.potential, self.precision, key, draws, *arguments))
@@ -175,8 +179,7 @@ class LaplaceResult(NamedTuple):
 
     def law(self, key: PRNGKeyArray, draws: int) -> Law:
         """In which share of the draws that `sample` has for this key the likelihood is certified to be a law."""
-        require_key("key", key)
-        require_count("draws", draws, 1, "the number of draws")
+        require_draws(key, draws)
         return self._log_joint_and_law(key, draws)[1]
 
     @property
