@@ -160,6 +160,18 @@ def test_support_tokens_are_each_heads_smallest_margins_with_their_shares_of_the
             np.testing.assert_allclose(found.support.carriers[head, rank], spread / spread.sum(), atol=1e-12)
 
 
+def test_without_determinants_support_tokens_are_ranked_by_singular_values_and_one_is_given():
+    plain, inputs = case("plain")
+    there = [5, 1, 6, 3]
+    found = layer_margins(layer_of(plain), inputs, kinds=("conditioning",), positions=there)
+    assert (found.sign, found.log_det, found.determinant, found.barrier) == (None, None, None, None)
+    closest = np.argmin(found.conditioning, axis=1)
+    np.testing.assert_array_equal(found.support.positions[:, 0], np.asarray(there)[closest])
+    np.testing.assert_array_equal(found.support.margins, np.min(found.conditioning, axis=1)[:, None])
+    all_of_them = layer_margins(layer_of(plain), inputs, positions=there, k=4).support.positions
+    np.testing.assert_array_equal(np.sort(all_of_them), [[1, 3, 5, 6]] * 2)
+
+
 def test_a_decoder_is_read_one_layer_at_a_time():
     plain, inputs = case("plain")
     read = []
@@ -192,7 +204,11 @@ def test_a_decoder_is_read_one_layer_at_a_time():
         ({"k": 0}, "k: got 0"),
         ({"k": 8}, "k: got 8; pass at most the number of positions, 7"),
         ({"positions": []}, "positions: pass at least one"),
+        ({"k": 3, "positions": [1, 2]}, "k: got 3; pass at most the number of positions, 2"),
         ({"positions": [0.5]}, "positions: pass at least one integer"),
+        ({"positions": np.zeros(0, int)}, "positions: pass at least one integer"),
+        ({"positions": [[1, 2]]}, "positions: pass at least one integer"),
+        ({"positions": [2, -1]}, "positions: pass different positions from 0 to n - 1 = 6"),
         ({"positions": [7]}, "positions: pass different positions from 0 to n - 1 = 6"),
         ({"positions": [1, 1]}, "positions: pass different positions"),
     ],

@@ -170,6 +170,12 @@ def test_tuning_of_the_head_is_that_of_a_grid(model, trained, dense):
     np.testing.assert_allclose(laplace(trained, structure="last-layer").prior_precision, best, rtol=0.03)
 
 
+def test_predictions_are_refused_without_a_key_or_draws(last_layer):
+    for key, draws, message in ((None, 1, "key: got None"), (jax.random.key(0), 0, "draws: got 0")):
+        with pytest.raises(ValueError, match=message):
+            last_layer.predictive(key, draws, CONTEXTS, TARGETS)
+
+
 def test_tuning_looks_beyond_a_bad_guess_and_refuses_an_evidence_without_a_maximum():
     for near in (None, 20.0, 1e-3):
         found = coarse_prior_precision(lambda tau: -(np.log(tau / 30.0) ** 2), near)

@@ -152,6 +152,7 @@ def huge(y):
         ),
         (lambda result, _: result.linearised("w"), "site: got 'w'; pass one of the model's sites of data, y"),
         (lambda result, _: result.predictive(jax.random.key(0), -1), "draws: got -1"),
+        (lambda result, _: result.predictive(None, 1), "key: got None; pass one JAX random key"),
         (
             lambda result, _: result.linearised("y", model_args=(NEW,)).probit_probabilities(),
             "'y' is Normal and has no logits",
@@ -165,7 +166,7 @@ def huge(y):
             "draws: some of site 's' are inf or NaN",
         ),
     ],
-    ids=["no linearised Poisson", "no site of data", "no draws", "no logits", "not normal", "draws overflow"],
+    ids=["no linearised Poisson", "no site of data", "no draws", "no key", "no logits", "not normal", "draws overflow"],
 )
 def test_what_cannot_be_predicted_is_refused_by_name(result, classes, call, message):
     with pytest.raises(ValueError, match=message):
