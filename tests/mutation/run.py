@@ -38,7 +38,7 @@ TESTED_BY = (
     "layers", "layer_margins",
 )  # fmt: skip
 # Files whose own tests stand in more than one file.
-OWN_TESTS = {"attention": ("attention", "layers"), "margins": ("margins", "layer_margins")}
+OWN_TESTS = {"attention": ("attention", "layers", "layer_margins"), "margins": ("margins", "layer_margins")}
 SHARE = 0.9
 # Seconds that the tests of one mutant may take before it counts as timed out.
 TIMEOUT = 600.0
