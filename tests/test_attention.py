@@ -112,6 +112,15 @@ def test_covariance_of_a_single_token_is_exactly_zero():
     assert weighted_covariance(weights, x, x)[0, 0] == 0.0
 
 
+def test_covariance_with_rows_that_coincide_is_exactly_zero():
+    # Their weighted mean is rounded, so that rows minus mean alone would not be.
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        weights, same, others = rng.dirichlet(np.ones(7)), np.tile(rng.normal(size=3), (7, 1)), rng.normal(size=(7, 3))
+        assert not np.any(weighted_covariance(weights, same, others))
+        assert not np.any(weighted_covariance(weights, others, same))
+
+
 @pytest.mark.parametrize("window", [None, 1, 2])
 def test_a_position_sees_its_strict_past_within_the_window(window):
     attention = Attention(np.ones((1, 2, 3)), np.ones((1, 2, 3)), window=window)
