@@ -266,6 +266,8 @@ def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
     ):
         with pytest.raises(ValueError, match="value: is None with H = 2 heads"):
             joint()
+    one = Attention(np.ones((1, 2, 3)), np.ones((1, 2, 3)))
+    np.testing.assert_array_equal(residual_and_log_det(one, u).residual, [u[0], *0 * u[1:]])
 
 
 @pytest.mark.parametrize(
