@@ -91,18 +91,22 @@ def stability_margin(
     return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
 
 
+def _share(part: Float[Array, "..."], whole: Float[Array, ""]) -> Float[Array, "..."]:
+    """part / whole, or 0 where both are 0."""
+    return part / jnp.where(whole > 0, whole, 1)
+
+
 def _variance_share(weights: Float[Array, "H n"], values: Float[Array, "H n d"]) -> Float[Array, " n"]:
     """Share of token s in sum_h tr Cov_{alpha^h}(v^h): sum_h alpha^h_s |v^h_s - v^h_mean|^2, normalised."""
     is_attended = (weights > 0)[..., None]
     # Relative to the token of the largest weight, as in `weighted_covariance`, and to the largest deviation, whose
     # square might leave the range of the dtype.
-    heaviest = jnp.argmax(weights, -1)[:, None, None]
+    heaviest = jnp.argmax(weights, axis=1)[:, None, None]
     values = jnp.where(is_attended, values - jnp.take_along_axis(values, heaviest, axis=1), 0)
     deviations = jnp.where(is_attended, values - jax.vmap(weighted_mean)(weights, values)[:, None], 0)
     largest = jnp.abs(deviations).max()
-    spread = (weights * jnp.square(deviations / jnp.where(largest > 0, largest, 1)).sum(-1)).sum(0)
-    total = spread.sum()
-    return spread / jnp.where(total > 0, total, 1)
+    spread = (weights * jnp.square(_share(deviations, largest)).sum(-1)).sum(0)
+    return _share(spread, spread.sum())
 
 
 @partial(jax.jit, static_argnums=3, inline=True)
@@ -157,7 +161,7 @@ def _carriers_of_head(
     """Share of every token in sum_s alpha_s |v_s - v_mean|^2: summing to 1, or all 0 where that variance is 0."""
     shares = shares_of(layer, head, positions, reading)
     weights = shares.past_share[:, None] * shares.weights
-    weights = weights.at[jnp.arange(positions.shape[0]), positions].set(shares.own_share)
+    weights = weights.at[jnp.arange(len(positions)), positions].set(shares.own_share)
     values = inputs if head.value is None or head.output is None else inputs @ head.value.T @ head.output.T
     return jax.vmap(lambda weights: _variance_share(weights[None], values[None]))(weights)
 
@@ -176,7 +180,7 @@ def _closest_of_heads(
 
     The first position of a text has no past, so its margin says nothing of the text: it comes after all others.
     """
-    order = jnp.argsort(jnp.where(positions > 0, distance, jnp.inf), axis=-1, stable=True)[:, :k]
+    order = jnp.argsort(jnp.where(positions > 0, distance, jnp.inf), stable=True)[:, :k]
     chosen = positions[order]
 
     def of_head(parts: tuple[Head, Int[Array, " k"]]) -> Float[Array, "k n"]:
@@ -184,7 +188,7 @@ def _closest_of_heads(
         return _carriers_of_head(layer, head, inputs, there, reading)
 
     carriers = lax.map(of_head, (heads, chosen))
-    return SupportTokens(chosen, jnp.take_along_axis(margins, order, axis=-1), carriers)
+    return SupportTokens(chosen, jnp.take_along_axis(margins, order), carriers)
 
 
 Values = Literal["identity", "own"]
@@ -234,12 +238,12 @@ class _Asked(NamedTuple):
 
 
 def _in_blocks(function: Any, positions: Int[Array, " m"], block: int) -> Any:
-    """`function` on a block of positions at a time, results joined along their first axis."""
-    count = positions.shape[0]
+    """What `function` gives for a block of positions, vectors (b,), for all positions (m,), a block at a time."""
+    count = len(positions)
     block = min(block, count)
     # The last position once more fills the last block.
     filled = jnp.pad(positions, (0, -count % block), mode="edge").reshape(-1, block)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], lax.map(function, filled))
+    return jax.tree.map(lambda x: x.reshape(-1)[:count], lax.map(function, filled))
 
 
 def _joint(
@@ -251,7 +255,7 @@ def _joint(
         found = factored_jacobian(layer, head, inputs, there, asked.reading)
         return total - found.left @ found.right, None
 
-    identity = jnp.broadcast_to(jnp.eye(layer.width, dtype=inputs.dtype), (there.shape[0], layer.width, layer.width))
+    identity = jnp.broadcast_to(jnp.eye(layer.width, dtype=inputs.dtype), (len(there), layer.width, layer.width))
     whole, _ = lax.scan(add_head, identity, heads)
     log_det = LogDet(*jnp.linalg.slogdet(whole)) if asked.determinant else None
     return log_det, jnp.linalg.svd(whole, compute_uv=False)[:, -1] if asked.conditioning else None
@@ -296,7 +300,7 @@ def _positions(positions: Sequence[int] | Int[Array, " m"] | None, length: int) 
     if positions is None:
         return jnp.arange(length)
     given = np.asarray(positions)
-    if given.ndim != 1 or given.size == 0 or not np.issubdtype(given.dtype, np.integer):
+    if given.ndim != 1 or not given.size or not np.issubdtype(given.dtype, np.integer):
         raise ValueError("positions: pass at least one integer position, or None for all.")
     if given.min() < 0 or given.max() >= length or np.unique(given).size < given.size:
         raise ValueError(f"positions: pass different positions from 0 to n - 1 = {length - 1}.")
@@ -334,8 +338,8 @@ def layer_margins(
         raise ValueError(f"inputs: has shape {inputs.shape}; pass one sequence (n, d) at a time.")
     chosen = _positions(positions, inputs.shape[0])
     require_count("k", k, 1, "the number of support tokens of each head")
-    if k > chosen.shape[0]:
-        raise ValueError(f"k: got {k}; pass at most the number of positions, {chosen.shape[0]}.")
+    if k > len(chosen):
+        raise ValueError(f"k: got {k}; pass at most the number of positions, {len(chosen)}.")
     reading = Reading(self_inclusive, str(jnp.promote_types(inputs.dtype, jnp.float32)))
     asked = _Asked("determinant" in kinds, "conditioning" in kinds, values == "own", reading, joint)
     with jax.enable_x64(True):

@@ -5,6 +5,7 @@ import pytest
 from scipy.special import softmax
 
 from prob_transformer import Attention, RMSNorm, Rotary, decoder_margins, layer_margins
+from prob_transformer.margins import _margins
 from tests.helpers.layers import layer_of
 from tests.helpers.plain_decoder import draw, jacobians, weights_at
 
@@ -162,14 +163,31 @@ def test_support_tokens_are_each_heads_smallest_margins_with_their_shares_of_the
 
 def test_without_determinants_support_tokens_are_ranked_by_singular_values_and_one_is_given():
     plain, inputs = case("plain")
-    there = [5, 1, 6, 3]
+    there = [5, 0, 6, 3]
     found = layer_margins(layer_of(plain), inputs, kinds=("conditioning",), positions=there)
     assert (found.sign, found.log_det, found.determinant, found.barrier) == (None, None, None, None)
-    closest = np.argmin(found.conditioning, axis=1)
-    np.testing.assert_array_equal(found.support.positions[:, 0], np.asarray(there)[closest])
-    np.testing.assert_array_equal(found.support.margins, np.min(found.conditioning, axis=1)[:, None])
+    # The first position, which has no past, is none of them.
+    smallest = np.asarray(found.conditioning)[:, [0, 2, 3]]
+    np.testing.assert_array_equal(found.support.positions[:, 0], np.array([5, 6, 3])[smallest.argmin(1)])
+    np.testing.assert_array_equal(found.support.margins, smallest.min(1, keepdims=True))
     all_of_them = layer_margins(layer_of(plain), inputs, positions=there, k=4).support.positions
-    np.testing.assert_array_equal(np.sort(all_of_them), [[1, 3, 5, 6]] * 2)
+    np.testing.assert_array_equal(np.sort(all_of_them), [[0, 3, 5, 6]] * 2)
+
+
+def test_ties_go_to_the_earlier_position_and_the_first_position_comes_last():
+    # Zero interaction makes all 200 margins 1; a sort that is not stable keeps the order of short sequences only.
+    layer = Attention(np.zeros((1, 1, 1)), np.ones((1, 1, 1)))
+    found = layer_margins(layer=layer, inputs=np.random.default_rng(0).normal(size=(200, 1)), k=200)
+    assert found.support.positions.tolist() == [[*range(1, 200), 0]]
+
+
+def test_layers_of_one_shape_share_one_compilation_whatever_the_rule_for_ranks_is():
+    before = _margins._cache_size()
+    with jax.numpy_rank_promotion("raise"):
+        for seed in range(3):
+            plain, inputs = case("normed", seed, length=6)
+            layer_margins(layer_of(plain), inputs, positions=[0, 4])
+    assert _margins._cache_size() == before + 1
 
 
 def test_a_decoder_is_read_one_layer_at_a_time():
@@ -210,7 +228,9 @@ def test_a_decoder_is_read_one_layer_at_a_time():
         ({"positions": [[1, 2]]}, "positions: pass at least one integer"),
         ({"positions": [2, -1]}, "positions: pass different positions from 0 to n - 1 = 6"),
         ({"positions": [7]}, "positions: pass different positions from 0 to n - 1 = 6"),
+        ({"positions": [9]}, "positions: pass different positions"),
         ({"positions": [1, 1]}, "positions: pass different positions"),
+        ({"positions": 5}, "positions: pass at least one integer"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(asked, message):
