@@ -152,16 +152,16 @@ def test_writing_indexes_nothing_out_of_bounds():
 
 
 def general_attention(rng, **options):
-    """Four heads of size 4 on two key groups and width 5, with biases."""
-    query, key = rng.normal(size=(4, 4, 5)), rng.normal(size=(2, 4, 5))
-    biases = {"query_bias": rng.normal(size=(4, 4)), "key_bias": rng.normal(size=(2, 4))}
+    """Four heads of size 6 on two key groups, with biases; as many heads as coordinates, which must not be mixed up."""
+    query, key = rng.normal(size=(4, 6, 4)), rng.normal(size=(2, 6, 4))
+    biases = {"query_bias": rng.normal(size=(4, 6)), "key_bias": rng.normal(size=(2, 6))}
     return Attention(query, key, **biases | options)
 
 
 BETWEEN = {
     "nothing": {},
-    "query norm": {"query_norm": RMSNorm(np.arange(1.0, 5), 1e-5)},
-    "key norm": {"key_norm": RMSNorm(np.arange(1.0, 5), 1e-5)},
+    "query norm": {"query_norm": RMSNorm(np.arange(1.0, 7), 1e-5)},
+    "key norm": {"key_norm": RMSNorm(np.arange(1.0, 7), 1e-5)},
     "rotary": {"rotary": Rotary(np.array([1.0, 0.1]))},
     "cap": {"cap": 1.5},
 }
@@ -171,14 +171,14 @@ BETWEEN = {
 def test_slopes_of_the_logits_are_their_derivatives_by_central_differences(between):
     rng = np.random.default_rng(10)
     attention = general_attention(rng, scale=0.7, **BETWEEN[between])
-    past, queries = Past.of(attention, jnp.asarray(rng.normal(size=(3, 5)))), rng.normal(size=(4, 4))
+    past, queries = Past.of(attention, jnp.asarray(rng.normal(size=(3, 4)))), rng.normal(size=(4, 6))
 
     def logits(queries):
         seen = np.asarray(attention.seen_queries(jnp.asarray(queries), past.position))
         raw = np.einsum("hnp,hp->hn", past.keys, seen)
         return raw if attention.cap is None else attention.cap * np.tanh(raw / attention.cap)
 
-    steps = 1e-5 * np.eye(4)
+    steps = 1e-5 * np.eye(6)
     expected = np.stack([(logits(queries + step) - logits(queries - step)) / 2e-5 for step in steps], -1)
     np.testing.assert_allclose(logit_slopes(attention, past, jnp.asarray(queries)), expected, atol=1e-8)
     assert attention.is_bilinear == (between in ("nothing", "key norm"))
@@ -187,7 +187,7 @@ def test_slopes_of_the_logits_are_their_derivatives_by_central_differences(betwe
 def test_a_head_alone_has_its_own_query_and_the_keys_of_its_group():
     everything = {name: part for parts in BETWEEN.values() for name, part in parts.items()}
     whole = general_attention(np.random.default_rng(11), window=3, scale=0.7, **everything)
-    assert (whole.heads, whole.head_size, whole.width) == (4, 4, 5)
+    assert (whole.heads, whole.head_size, whole.width) == (4, 6, 4)
     for head in range(4):
         alone = whole.head_alone(head)
         own, group = slice(head, head + 1), slice(head // 2, head // 2 + 1)
@@ -197,15 +197,15 @@ def test_a_head_alone_has_its_own_query_and_the_keys_of_its_group():
         )  # fmt: skip
         assert jax.tree.structure(alone) == jax.tree.structure(expected)
         jax.tree.map(np.testing.assert_array_equal, alone, expected)
-    for outside in (-1, 4):
+    for outside in (-1, 4, 5):
         with pytest.raises(ValueError, match=f"head: got {outside}; pass 0 to 3"):
             whole.head_alone(outside)
 
 
 def test_a_cache_is_read_before_any_position_as_if_it_ended_there():
     rng = np.random.default_rng(12)
-    attention, embeddings = general_attention(rng, window=2), jnp.asarray(rng.normal(size=(5, 5)))
-    whole, query = Past.of(attention, embeddings), jnp.asarray(rng.normal(size=5))
+    attention, embeddings = general_attention(rng, window=2), jnp.asarray(rng.normal(size=(5, 4)))
+    whole, query = Past.of(attention, embeddings), jnp.asarray(rng.normal(size=4))
     for position in range(6):
         before, built = whole.before(attention, position), Past.of(attention, embeddings, position)
         assert before.position == built.position == position
@@ -220,7 +220,7 @@ def test_rotary_positions_may_turn_all_coordinates_of_a_head():
 
 def test_value_maps_of_the_heads_are_those_of_their_groups_after_the_output():
     rng = np.random.default_rng(13)
-    value, output, left = rng.normal(size=(2, 3, 5)), rng.normal(size=(4, 5, 3)), rng.normal(size=(6, 5))
+    value, output, left = rng.normal(size=(2, 3, 4)), rng.normal(size=(4, 4, 3)), rng.normal(size=(6, 4))
     attention = general_attention(rng, value=value, output=output)
     maps = [output[head] @ value[head // 2] for head in range(4)]
     np.testing.assert_allclose(attention.value_maps(jnp.asarray(left)), [left @ each for each in maps], atol=1e-13)
