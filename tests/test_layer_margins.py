@@ -177,8 +177,11 @@ def test_without_determinants_support_tokens_are_ranked_by_singular_values_and_o
 def test_ties_go_to_the_earlier_position_and_the_first_position_comes_last():
     # Zero interaction makes all 200 margins 1; a sort that is not stable keeps the order of short sequences only.
     layer = Attention(np.zeros((1, 1, 1)), np.ones((1, 1, 1)))
-    found = layer_margins(layer=layer, inputs=np.random.default_rng(0).normal(size=(200, 1)), k=200)
+    inputs = np.random.default_rng(0).normal(size=(200, 1))
+    found = layer_margins(layer=layer, inputs=inputs, k=200)
     assert found.support.positions.tolist() == [[*range(1, 200), 0]]
+    with pytest.raises(ValueError, match="positions: pass different positions from 0 to n - 1 = 199"):
+        layer_margins(layer, inputs, positions=[200])
 
 
 def test_layers_of_one_shape_share_one_compilation_whatever_the_rule_for_ranks_is():
