@@ -156,14 +156,15 @@ def support_tokens(
 
 
 def _carriers_of_head(
-    layer: Attention, head: Head, inputs: Float[Array, "n d"], positions: Int[Array, " k"], reading: Reading
+    layer: Attention, inputs: Float[Array, "n d"], reading: Reading, parts: tuple[Head, Int[Array, " k"]]
 ) -> Float[Array, "k n"]:
-    """Share of every token in sum_s alpha_s |v_s - v_mean|^2: summing to 1, or all 0 where that variance is 0."""
+    """Of one head at k positions, each token's share of sum_s alpha_s |v_s - v_mean|^2; all 0 where that sum is 0."""
+    head, positions = parts
     shares = shares_of(layer, head, positions, reading)
     weights = shares.past_share[:, None] * shares.weights
     weights = weights.at[jnp.arange(len(positions)), positions].set(shares.own_share)
     values = inputs if head.value is None or head.output is None else inputs @ head.value.T @ head.output.T
-    return jax.vmap(lambda weights: _variance_share(weights[None], values[None]))(weights)
+    return jax.vmap(_variance_share, (0, None))(weights[:, None], values[None])
 
 
 def _closest_of_heads(
@@ -182,12 +183,7 @@ def _closest_of_heads(
     """
     order = jnp.argsort(jnp.where(positions > 0, distance, jnp.inf), stable=True)[:, :k]
     chosen = positions[order]
-
-    def of_head(parts: tuple[Head, Int[Array, " k"]]) -> Float[Array, "k n"]:
-        head, there = parts
-        return _carriers_of_head(layer, head, inputs, there, reading)
-
-    carriers = lax.map(of_head, (heads, chosen))
+    carriers = lax.map(partial(_carriers_of_head, layer, inputs, reading), (heads, chosen))
     return SupportTokens(chosen, jnp.take_along_axis(margins, order), carriers)
 
 
