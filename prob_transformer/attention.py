@@ -16,7 +16,7 @@ The past is strict: with s <= i and identity values the first position has e_1 =
 """
 
 import math
-from typing import Any
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -82,7 +82,7 @@ class Attention(eqx.Module):
         query_norm: RMSNorm | None = None,
         key_norm: RMSNorm | None = None,
         rotary: Rotary | None = None,
-        window: int | None = None,
+        window: SupportsIndex | None = None,
         scale: float | None = None,
         cap: float | None = None,
     ):

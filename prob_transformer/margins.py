@@ -91,8 +91,8 @@ def stability_margin(
     return jnp.linalg.svd(jacobian_block(attention, embeddings), compute_uv=False)[..., -1]
 
 
-def _share(part: Float[Array, "..."], whole: Float[Array, ""]) -> Float[Array, "..."]:
-    """part / whole, or 0 where both are 0."""
+def _ratio(part: Float[Array, "..."], whole: Float[Array, ""]) -> Float[Array, "..."]:
+    """part / whole, where the whole is 0 or more, and 0 where both are 0."""
     return part / jnp.where(whole > 0, whole, 1)
 
 
@@ -105,8 +105,8 @@ def _variance_share(weights: Float[Array, "H n"], values: Float[Array, "H n d"])
     values = jnp.where(is_attended, values - jnp.take_along_axis(values, heaviest, axis=1), 0)
     deviations = jnp.where(is_attended, values - jax.vmap(weighted_mean)(weights, values)[:, None], 0)
     largest = jnp.abs(deviations).max()
-    spread = (weights * jnp.square(_share(deviations, largest)).sum(-1)).sum(0)
-    return _share(spread, spread.sum())
+    spread = (weights * jnp.square(_ratio(deviations, largest)).sum(-1)).sum(0)
+    return _ratio(spread, spread.sum())
 
 
 @partial(jax.jit, static_argnums=3, inline=True)

@@ -184,7 +184,7 @@ def test_ties_go_to_the_earlier_position_and_the_first_position_comes_last():
         layer_margins(layer, inputs, positions=[200])
 
 
-def test_layers_of_one_shape_share_one_compilation_whatever_the_rule_for_ranks_is():
+def test_layers_of_one_shape_share_one_compilation_where_ranks_may_not_be_promoted():
     before = _margins._cache_size()
     with jax.numpy_rank_promotion("raise"):
         for seed in range(3):
