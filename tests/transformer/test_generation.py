@@ -11,7 +11,6 @@ from scipy.stats import chi2
 
 from prob_transformer import layer_margins
 from prob_transformer.transformer import (
-    TokenProcess,
     Transformer,
     TransformerConfig,
     generate,
@@ -249,23 +248,6 @@ def test_weights_of_two_dtypes_generate_what_the_wider_one_does(name):
     assert found.log_probs.dtype == (jnp.float32 if name == "prior_stage.query" else jnp.float64)
 
 
-def test_new_weights_have_the_standard_deviations_of_the_docstring():
-    layers, width, hidden = 3, 40, 60
-    model = Transformer(jax.random.key(0), TransformerConfig(50, 30, layers, width, 4, 20, hidden), jnp.float64)
-    deep = 2 * layers
-    expected = {
-        **dict.fromkeys(("query", "key", "value", "up"), width**-0.5),
-        "output": (deep * width) ** -0.5,
-        "down": (deep * hidden) ** -0.5,
-    }
-    for name, sd in expected.items():
-        drawn = np.concatenate([np.ravel(getattr(block, name)) for block in model.blocks])
-        # Six standard errors.
-        np.testing.assert_allclose(drawn.std(), sd, rtol=6 / np.sqrt(2 * drawn.size))
-    for drawn, sd in ((model.head, width**-0.5), (model.token_embedding, 0.1), (model.position_embedding, 0.1)):
-        np.testing.assert_allclose(np.std(drawn), sd, rtol=6 / np.sqrt(2 * drawn.size))
-
-
 @pytest.mark.parametrize("noise_scale", [0.0, 0.3])
 @pytest.mark.parametrize(("prompt", "chunk"), [(3, 1), (3, 4), (3, 19), (3, 40), (6, 2), (6, 4), (6, 6)])
 def test_a_stream_is_the_generated_text_whatever_the_chunk(prompt, chunk, noise_scale):
@@ -399,55 +381,6 @@ def test_margins_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match="transformer: log_det of some margin is not a number in float32"):
         generate(model, text(4), 6, key=KEY)
     assert np.isfinite(generate(model, text(4), 6, key=KEY, margins=False).log_probs).all()
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (np.zeros(3, int), r"value: has shape \(3,\); pass \(..., n\), n = 2"),
-        (np.zeros((), int), r"value: has shape \(\); pass \(..., n\), n = 2"),
-        (np.zeros(2), r"value: has shape \(2,\) and dtype float64; pass integers"),
-        (np.zeros((0, 2)), r"value: has shape \(0, 2\) and dtype float64; pass integers"),
-    ],
-)
-def test_the_law_of_tokens_refuses_what_is_no_continuation(value, message):
-    with pytest.raises(ValueError, match=message):
-        TokenProcess(made(), [0, 1], 2).log_prob(value)
-
-
-def test_the_law_of_tokens_takes_integers_too_narrow_for_the_vocabulary():
-    model = Transformer(jax.random.key(1), TransformerConfig(300, 4, layers=1, width=4, heads=1))
-    law = TokenProcess(model, [1, 2], 3)
-    exact = jax.nn.log_softmax(model([1, 2, 7, 2])[1:])[jnp.arange(3), jnp.array([7, 2, 100])].sum()
-    for dtype in (np.int8, np.uint8, np.int64, np.uint64):
-        np.testing.assert_allclose(law.log_prob(np.array([7, 2, 100], dtype)), exact, rtol=1e-6)
-
-
-@pytest.mark.parametrize("tokens", [[], 3, [[0, 1], [2, 3]], [0] * 31])
-def test_a_transformer_refuses_what_is_not_one_text_within_its_context(tokens):
-    model = Transformer(jax.random.key(1), TransformerConfig(5, 30, layers=1, width=4, heads=1))
-    with pytest.raises(ValueError, match=r"tokens: has shape \(.*\); pass one text \(n,\), n from 1 to .* 30"):
-        model(tokens)
-    assert model([0] * 30).shape == (30, 5)
-
-
-@pytest.mark.parametrize("key", [None, 0, jax.random.split(KEY, 3)])
-def test_the_law_of_tokens_refuses_what_is_no_key(key):
-    with pytest.raises(ValueError, match=r"key: got .*; pass one JAX random key"):
-        TokenProcess(made(), [0, 1], 2).sample(key)
-
-
-@pytest.mark.parametrize("traced", [lambda function: function, jax.jit], ids=["plain", "jit"])
-def test_known_tokens_outside_the_vocabulary_are_refused_inside_a_trace_too(traced):
-    model = made()
-    with pytest.raises(ValueError, match=r"tokens: contains tokens outside 0\.\.4"):
-        traced(lambda: model(np.array([0, 9], np.uint8)))()
-    with pytest.raises(ValueError, match=r"prompt: contains tokens outside 0\.\.4"):
-        traced(lambda key: TokenProcess(model, [0, 9], 2).sample(key))(KEY)
-    with pytest.raises(ValueError, match="tokens: got a list that forms no array"):
-        traced(lambda a: model([[a, 1], [2]]))(jnp.asarray(0))
-    # Tokens that a trace computes are not known.
-    assert jax.jit(lambda a, b: model([a, b]))(0, 1).shape == (2, 5)
 
 
 @pytest.mark.parametrize("top_k", [None, 40])

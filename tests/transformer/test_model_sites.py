@@ -11,8 +11,6 @@ from numpyro import handlers
 
 from prob_transformer.transformer import (
     HeadBarrier,
-    TokenProcess,
-    Transformer,
     TransformerConfig,
     transformer_model,
 )
@@ -128,21 +126,3 @@ def test_a_text_drawn_from_the_process_has_the_laws_of_its_embeddings_and_tokens
         of_all = np.log(dense_transformer.softmax(logits))[:, token]
         found = emission.base_dist.log_prob(jnp.full(5, token))
         np.testing.assert_allclose(found, of_all, rtol=1e-10)
-
-
-@pytest.mark.parametrize("prompt_length", [1, 3, 8])
-def test_the_longest_text_after_a_prompt_fills_the_positions_but_for_its_last_token(prompt_length):
-    """With a context of 8, m + length - 1 <= 8, so the longest length is 9 - m."""
-    transformer, prompt = Transformer(jax.random.key(0), UNEQUAL), jnp.zeros(prompt_length, int)
-    longest = 9 - prompt_length
-    assert TokenProcess(transformer, prompt, longest).event_shape == (longest,)
-    with pytest.raises(ValueError, match=rf"prompt: has shape \({prompt_length},\) with length {longest + 1}"):
-        TokenProcess(transformer, prompt, longest + 1)
-
-
-def test_the_support_of_a_text_is_the_vocabulary():
-    """Of a vocabulary of 7, the tokens 0 to 6 are in the support, and a text with another number is not."""
-    support = TokenProcess(Transformer(jax.random.key(0), UNEQUAL), jnp.asarray([0]), 2).support
-    numbers = np.arange(-2, 14)
-    for texts in (np.stack([numbers, 0 * numbers], 1), np.stack([0 * numbers, numbers], 1)):
-        assert numbers[np.asarray(support(texts))].tolist() == [0, 1, 2, 3, 4, 5, 6]

@@ -1,6 +1,5 @@
-"""The NumPyro model of the transformer against the log joint in plain NumPy, and against enumeration of texts."""
+"""The NumPyro model of the transformer against the log joint in plain NumPy."""
 
-import dataclasses
 import itertools
 from functools import partial
 
@@ -10,11 +9,10 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
-from numpyro.infer import SVI, Predictive, Trace_ELBO, log_likelihood
+from numpyro.infer import SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.infer.util import log_density
 from numpyro.optim import Adam
-from scipy.stats import chi2, norm
 
 from prob_transformer.inference import MapStatus, find_map
 from prob_transformer.inference.laplace import laplace
@@ -22,13 +20,11 @@ from prob_transformer.training_barrier import BarrierPenalty
 from prob_transformer.transformer import (
     HeadBarrier,
     TokenProcess,
-    Transformer,
     TransformerConfig,
     default_priors,
     transformer_model,
-    with_weights,
 )
-from prob_transformer.transformer.weight_sites import weights_of
+from tests.helpers.tiny_transformer import TINY, strong, trace_of
 from tests.transformer.test_dense_transformer import (
     PRIOR_SCALE,
     SIZES,
@@ -45,7 +41,6 @@ from theory_checks.truth import transformer as dense_transformer
 
 PLACES = [("embedding", "identity"), ("layers", "identity"), ("layers", "own")]
 CASES = [(*place, form) for place in PLACES for form in ("two-sided", "one-sided")]
-TINY = TransformerConfig(vocabulary=3, context=5, layers=2, width=2, heads=1, head_size=1, hidden=3)
 
 
 def sites_of(by_name, dtype=np.float64):
@@ -232,48 +227,6 @@ def test_a_minibatch_that_the_caller_has_drawn_counts_for_all_tokens(weights, wi
     np.testing.assert_allclose(part - prior, (whole - prior) * 60 / 20, rtol=1e-12)
 
 
-def trace_of(**given):
-    model = handlers.seed(partial(transformer_model, **{"config": TINY} | given), jax.random.key(0))
-    return handlers.trace(model).get_trace(jnp.zeros((2, 4), int))
-
-
-def test_every_array_is_a_site_and_nothing_else_is():
-    sites = trace_of()
-    drawn = {name for name, site in sites.items() if name.startswith("transformer")}
-    assert drawn == set(weights_of(Transformer(jax.random.key(0), TINY)))
-    assert sites.keys() - drawn == {"sequences", "tokens"}
-    assert trace_of(barrier_weight=0.1).keys() - drawn == {
-        "sequences", "tokens", "barrier", "barrier_mean", "barrier_negative_share", "barrier_variance",
-    }  # fmt: skip
-
-
-def test_default_priors_have_the_scale_of_the_inputs_of_each_map():
-    sites = trace_of()
-    scales = {"token_embedding": 1.0, "head": 2**-0.5, "blocks[1].down": 3**-0.5, "blocks[0].output": 1.0}
-    for name, scale in scales.items():
-        site = sites[f"transformer/{name}"]
-        expected = norm.logpdf(np.asarray(site["value"]), 0, scale).sum()
-        np.testing.assert_allclose(site["fn"].log_prob(site["value"]), expected, rtol=1e-6)
-
-
-def test_a_name_goes_before_a_pattern_and_a_pattern_before_later_ones():
-    priors = {"blocks.*": dist.Normal(5.0, 1e-9), "blocks[1].up": dist.Normal(7.0, 1e-9), "*": dist.Normal(0.0, 1e-9)}
-    sites = trace_of(priors=priors)
-    for name, mean in {"blocks[0].up": 5, "blocks[1].up": 7, "blocks[1].mlp_norm.scale": 5, "head": 0}.items():
-        np.testing.assert_allclose(sites[f"transformer/{name}"]["value"], mean, atol=1e-6)
-
-
-def test_default_priors_are_changed_by_a_name_after_them_or_a_pattern_before_them():
-    mine = dist.Normal(7.0, 1e-9)
-    for priors, changed in (
-        (default_priors(TINY) | {"head": mine}, {"head"}),
-        ({"blocks.*.query": mine} | default_priors(TINY), {"blocks[0].query", "blocks[1].query"}),
-    ):
-        sites = trace_of(priors=priors)
-        means = {name: np.mean(np.asarray(site["value"])) for name, site in sites.items() if "/" in name}
-        assert {name for name, mean in means.items() if abs(mean - 7) < 1e-6} == {f"transformer/{x}" for x in changed}
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -322,13 +275,6 @@ def test_bad_arguments_are_refused(given, message):
         trace_of(**given)
 
 
-def test_a_prior_over_whole_rows_is_one_of_a_weight():
-    rows = dist.MultivariateNormal(jnp.zeros(2), 0.01 * jnp.eye(2))
-    sites = trace_of(priors={"head": rows, "*": dist.Normal()})
-    assert sites["transformer/head"]["value"].shape == (3, 2)
-    assert sites["transformer/head"]["fn"].event_dim == 2
-
-
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -364,76 +310,6 @@ def test_drawing_with_bad_arguments_is_refused(given, message):
     model = handlers.seed(partial(transformer_model, config=TINY), jax.random.key(0))
     with pytest.raises(ValueError, match=message):
         model(**given)
-
-
-def test_weights_go_to_sites_and_back_and_missing_ones_are_refused():
-    transformer = Transformer(jax.random.key(0), TINY)
-    sites = weights_of(transformer)
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), with_weights(sites, TINY), transformer))
-    del sites["transformer/head"]
-    with pytest.raises(ValueError, match="lack transformer/head"):
-        with_weights(sites, TINY)
-
-
-def test_weights_of_other_sizes_are_refused():
-    sites = weights_of(Transformer(jax.random.key(0), TINY))
-    for config, message in (
-        (dataclasses.replace(TINY, layers=1), r"weights: have transformer/blocks\[1\]"),
-        (dataclasses.replace(TINY, vocabulary=4), "weights: transformer/token_embedding has shape"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            with_weights(sites, config)
-    draws = {name: jnp.stack([value, value]) for name, value in sites.items()}
-    assert with_weights(draws, TINY).head.shape == (2, *sites["transformer/head"].shape)
-    with pytest.raises(ValueError, match=r"transformer/head has shape \(3, 2\); this configuration has \(2, 3, 2\)"):
-        with_weights(draws | {"transformer/head": sites["transformer/head"]}, TINY)
-
-
-def strong(key=0):
-    """A tiny transformer whose predictions are far from uniform."""
-    return jax.tree.map(lambda x: 3 * x, Transformer(jax.random.key(key), TINY, jnp.float64))
-
-
-def all_texts(length):
-    return jnp.asarray(list(itertools.product(range(TINY.vocabulary), repeat=length)))
-
-
-@pytest.mark.parametrize("length", [1, 3, 5])
-def test_the_token_process_has_mass_one_and_prefixes_marginalise(length):
-    """Kolmogorov consistency by enumeration of all texts: of the law of the tokens given the first."""
-    prompt = jnp.asarray([2])
-    process = TokenProcess(strong(), prompt, length)
-    mass = np.exp(process.log_prob(all_texts(length))).reshape((TINY.vocabulary,) * length)
-    np.testing.assert_allclose(mass.sum(), 1, rtol=1e-12)
-    for shorter in range(1, length):
-        marginal = mass.reshape(TINY.vocabulary**shorter, -1).sum(1)
-        expected = np.exp(TokenProcess(strong(), prompt, shorter).log_prob(all_texts(shorter)))
-        np.testing.assert_allclose(marginal, expected, rtol=1e-12)
-
-
-def test_the_density_of_the_token_process_is_that_of_the_model():
-    transformer = strong()
-    text = jnp.asarray([[2, 0, 1, 1, 2], [2, 2, 0, 1, 0]])
-    given = {"config": TINY, "priors": dist.Normal(), "dtype": jnp.float64}
-    found = log_likelihood(transformer_model, jax.tree.map(lambda x: x[None], weights_of(transformer)), text, **given)[
-        "tokens"
-    ]
-    expected = TokenProcess(transformer, jnp.asarray([2]), 4).log_prob(text[:, 1:])
-    np.testing.assert_allclose(found[0], expected, rtol=1e-12)
-    assert found.shape == (1, 2)
-
-
-def test_draws_of_the_token_process_follow_its_density():
-    """Pearson's statistic over all 27 texts stays below the quantile that a right sampler exceeds once in a million."""
-    process = TokenProcess(strong(), jnp.asarray([0]), 3)
-    count, texts = 20_000, all_texts(3)
-    drawn = jax.jit(lambda key: process.sample(key, (count,)))(jax.random.key(5))
-    expected = count * np.exp(process.log_prob(texts))
-    observed = np.bincount(np.asarray(drawn) @ [9, 3, 1], minlength=27)
-    rare = expected < 5
-    pooled = [np.append(x[~rare], x[rare].sum()) for x in (observed, expected)]
-    statistic = ((pooled[0] - pooled[1]) ** 2 / pooled[1]).sum()
-    assert statistic < chi2.isf(1e-6, len(pooled[0]) - 1)
 
 
 @pytest.mark.parametrize("given", [{"prompt": jnp.asarray([0, 1])}, {"latents": "process", "noise_scale": 0.1}])
