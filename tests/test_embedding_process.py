@@ -159,6 +159,16 @@ def test_half_precision_is_worked_on_in_float32():
     wide = EmbeddingProcess(jax.tree.map(lambda x: x.astype(jnp.float32), half.attention), 5, jnp.float32(1.0))
     expected = wide.log_prob(jnp.asarray(value, jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_allclose(float(found), float(expected), rtol=2**-7)
+    drawn = half.sample(jax.random.key(0))
+    assert drawn.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(drawn, wide.sample(jax.random.key(0)).astype(jnp.bfloat16))
+    # The cache of the earlier positions is in float32, and so is what follows from it.
+    for process in (half, wide):
+        past, found = process.empty_past(), []
+        for row in drawn:
+            log_prob, past = process.extend(past, row)
+            found.append(log_prob)
+        np.testing.assert_allclose(found, wide.position_log_prob(drawn.astype(jnp.float32)), rtol=1e-6)
 
 
 def test_inside_numpyro_sample_plate_and_predictive():
