@@ -18,17 +18,21 @@ def require_floating(name: str, array: Any, *, finite: bool = False, positive: b
         converted = jnp.asarray(array)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: got {type(array).__name__}; pass a numeric array.") from None
+    except OverflowError:
+        raise ValueError(f"{name}: got an integer too large for JAX; pass a floating number.") from None
     if not jnp.issubdtype(converted.dtype, jnp.floating):
         if not (jnp.issubdtype(converted.dtype, jnp.integer) or converted.dtype == bool):
             raise ValueError(f"{name}: has dtype {converted.dtype}; pass real numbers.")
         converted = converted.astype(jnp.result_type(float))
-    # The argument itself, because inside a trace JAX makes a tracer, whose values are unknown, of known values as well.
+    # The argument itself, because inside a trace JAX makes a tracer, whose values are unknown, of known values as well;
+    # in the dtype it gets, in which a large number may be inf and a small one 0.
     if finite and not isinstance(array, jax.core.Tracer):
-        known = np.asarray(array)
+        with np.errstate(over="ignore"):
+            known = np.asarray(array).astype(converted.dtype, copy=False)
         if not np.isfinite(known).all():
-            raise ValueError(f"{name}: contains NaN or inf; pass finite values only.")
+            raise ValueError(f"{name}: contains NaN or inf in {known.dtype}; pass finite values only.")
         if positive and not (known > 0).all():
-            raise ValueError(f"{name}: got {known.tolist()}; pass a value greater than 0.")
+            raise ValueError(f"{name}: got {known.tolist()}; pass a value greater than 0 in {known.dtype}.")
     return converted
 
 

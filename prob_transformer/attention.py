@@ -108,6 +108,7 @@ class Attention(eqx.Module):
                 if not isinstance(norm, RMSNorm):
                     raise ValueError(f"{name}: got {type(norm).__name__}; pass an RMSNorm(gain, epsilon).")
                 _require_shape(name, norm.gain, (size,), "a gain (p,)")
+                require_positive(f"{name}.epsilon", norm.epsilon)
         if rotary is not None and not isinstance(rotary, Rotary):
             raise ValueError(f"rotary: got {type(rotary).__name__}; pass a Rotary(frequencies).")
         if rotary is not None and 2 * rotary.frequencies.shape[0] > size:
@@ -119,8 +120,8 @@ class Attention(eqx.Module):
             # JAX takes NumPy's numbers for arrays, which a static field must not be.
             window = int(window)
         for name, number in (("scale", scale), ("cap", cap)):
-            if number is not None:
-                require_positive(name, number)
+            if number is not None and require_positive(name, number).ndim:
+                raise ValueError(f"{name}: has shape {jnp.shape(number)}; pass one number.")
         self.query, self.key, self.value, self.output = query, key, value, output
         self.query_bias = _require_shape("query_bias", query_bias, (heads, size), "(H, p)")
         self.key_bias = _require_shape("key_bias", key_bias, (groups, size), "(G, p)")

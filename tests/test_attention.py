@@ -316,11 +316,31 @@ def test_heads_with_identity_values_are_refused_where_they_are_taken_together():
             {"query": np.ones((1, 2, 3)), "key": np.ones((1, 2, 3)), "query_norm": RMSNorm(np.ones(3), 1e-6)},
             r"query_norm: has shape \(3,\); pass a gain \(p,\) = \(2,\)",
         ),
+        *[
+            (
+                {"query": np.ones((1, 2, 3)), "key": np.ones((1, 2, 3)), "key_norm": RMSNorm(np.ones(2), epsilon)},
+                "key_norm.epsilon: ",
+            )
+            for epsilon in (np.nan, -10.0, 0.0)
+        ],
+        ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 2, 3)), "scale": np.ones(2)}, r"scale: has shape \(2,\)"),
+        ({"query": np.ones((1, 2, 3)), "key": np.ones((1, 2, 3)), "cap": 10**30}, "cap: got an integer too large"),
     ],
 )
 def test_bad_parameters_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         Attention(**arguments)
+
+
+def test_numbers_that_float32_does_not_hold_are_refused_where_it_is_the_dtype():
+    """1e39 is inf in float32, and 1e-50 is 0."""
+    query = np.ones((1, 2, 3))
+    assert Attention(1e39 * query, query, scale=1e-50).scale == 1e-50
+    with jax.enable_x64(False):
+        with pytest.raises(ValueError, match="query: contains NaN or inf in float32"), np.errstate(over="ignore"):
+            Attention(1e39 * query, query)
+        with pytest.raises(ValueError, match=r"scale: got 0\.0; pass a value greater than 0 in float32"):
+            Attention(query, query, scale=1e-50)
 
 
 def test_float32_stays_float32_unless_an_empty_cache_is_asked_for_in_a_wider_dtype():

@@ -68,14 +68,19 @@ def key_and_seed(key: PRNGKeyArray | int | None, purpose: str) -> tuple[PRNGKeyA
 
 
 def starting_point(
-    model: Callable, args: tuple, kwargs: dict, init: Mapping[str, Any], key: PRNGKeyArray | None
+    model: Callable, args: tuple, kwargs: Mapping[str, Any], init: Mapping[str, Any], key: PRNGKeyArray | None
 ) -> tuple[dict[str, Float[Array, "..."]], dict[str, dict[str, Any]], dict[str, Any]]:
     """Unconstrained starting values of all latent sites, the model's trace there, and its observed data.
 
     Running the model on concrete values validates its data.
     """
+    if not callable(model):
+        raise ValueError(f"model: got {type(model).__name__}; pass a function that is a NumPyro model.")
     if not isinstance(args, tuple):
         raise ValueError(f"model_args: got {type(args).__name__}; pass a tuple of the model's arguments, such as (y,).")
+    for option, given in (("model_kwargs", kwargs), ("init", init)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{option}: got {type(given).__name__}; pass a dict by name.")
     # Before the model runs: NumPyro's plates fail an assertion without a name.
     for leaf in jax.tree.leaves((args, kwargs)):
         if isinstance(leaf, (np.ndarray, jax.Array)) and leaf.size == 0:

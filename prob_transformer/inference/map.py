@@ -64,7 +64,8 @@ _STATS = ("objective", "gradient_norm", "converged", "steps", "crossings", "pred
 class MapResult(NamedTuple):
     """A maximum, or where the search for it ended: look at `converged` first.
 
-    `model`, `model_args` and `model_kwargs` as `find_map` got them; `parameters` by site, in their supports, and the
+    `model`, `model_args` and `model_kwargs` as `find_map` got them, with copies of NumPy arrays: the rest is of these
+    data, so for others call `find_map` again; `parameters` by site, in their supports, and the
     same point as `unconstrained`; `objective`, the negative log joint in nats in the chosen `space`; `gradient_norm`,
     its largest derivative in unconstrained coordinates; `crossings`, how many of the `steps` were cut short because
     they crossed det = 0; `signs` of all determinants that were watched, at the end, empty if there were none;
@@ -237,15 +238,18 @@ def find_map(
     require_count("max_steps", max_steps, 1, "the number of steps allowed")
     require_positive("tolerance", tolerance)
     random_key, seed = (None, None) if key is None else key_and_seed(key, "the random start")
-    kwargs = dict(model_kwargs)
-    start, _, observed = starting_point(model, model_args, kwargs, init, random_key)
+    start, _, observed = starting_point(model, model_args, model_kwargs, init, random_key)
+    # A mode belongs to its data: the caller's arrays may be written to later.
+    args, kwargs = jax.tree.map(
+        lambda x: x.copy() if isinstance(x, np.ndarray) else x, (model_args, dict(model_kwargs))
+    )
     found, unconstrained, parameters = _search(
-        model, model_args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
+        model, args, kwargs, space, signs, start, jnp.asarray(tolerance, float), jnp.asarray(max_steps, int)
     )
     last = found.iterate
     return MapResult(
         model=model,
-        model_args=model_args,
+        model_args=args,
         model_kwargs=kwargs,
         parameters=parameters,
         unconstrained=unconstrained,

@@ -260,9 +260,9 @@ def nuts(
     if not isinstance(target_accept, jax.core.Tracer) and not 0 < float(target_accept) < 1:
         raise ValueError(f"target_accept: got {target_accept}; pass a share of steps between 0 and 1.")
     random_key, seed = key_and_seed(key, "the draws")
-    args, kwargs = model_args, dict(model_kwargs)
     point_key, run_key = jax.random.split(random_key)
-    start, trace, observed = starting_point(model, args, kwargs, init, point_key)
+    start, trace, observed = starting_point(model, model_args, model_kwargs, init, point_key)
+    args, kwargs = model_args, dict(model_kwargs)
     through = {name: found for name, found in processes(trace).items() if name in start and embeddings == "noise"}
     if embeddings == "noise" and not through:
         raise ValueError("embeddings: is 'noise', but no latent site is an EmbeddingProcess; pass 'direct'.")

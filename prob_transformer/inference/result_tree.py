@@ -73,8 +73,11 @@ def require_allowed(problems: Mapping[Any, str], allow: Allow, never: Collection
 def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
     """The names of a site's own dimensions: those given, those of the token model, or name_dim_0, name_dim_1, ..."""
     if name in dims:
-        if len(dims[name]) != ndim:
-            raise ValueError(f"dims: names {dims[name]} for {name!r}, which has {ndim} dimensions; name each of them.")
+        if isinstance(dims[name], str) or len(set(dims[name])) != ndim:
+            raise ValueError(
+                f"dims: names {dims[name]!r} for {name!r}, which has {ndim} dimensions; pass a tuple of so many "
+                "different names."
+            )
         return tuple(dims[name])
     known = _SITE_DIMS.get(name, ())
     if known and ndim in (len(known), len(known) + 1):
@@ -119,6 +122,9 @@ def _dataset(group: str, arrays: Mapping[str, Shaped[Any, "..."]], observed: Map
                     "arrays that agree, or `dims` with another name."
                 )
         variables[name] = (names, array)
+    taken = sorted(variables.keys() & sizes.keys())
+    if taken:
+        raise ValueError(f"{group}/{taken[0]}: has the name of a dimension; rename the site, or pass other `dims`.")
     return xr.Dataset(variables, coords={dim: np.arange(size) for dim, size in sizes.items()})
 
 
@@ -231,6 +237,8 @@ def load(path: Path | str) -> DataTree:
 
     try:
         with xr.open_datatree(path, engine=engine) as tree:
+            if not tree.children:
+                raise ValueError("it has no groups")
             return tree.load()
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read with {engine} ({error!r}); pass a result written by save.") from error

@@ -300,11 +300,22 @@ def test_the_datatree_holds_the_mode_the_fit_and_the_data(tmp_path):
     assert tree.attrs["version"]
 
 
+def test_a_mode_keeps_its_data_when_the_array_that_was_given_is_written_to():
+    data = np.array([0.3, -1.2, 2.0])
+    found = find_map(spread, model_args=(data,), space="unconstrained", key=1)
+    data[:] = 9.0
+    np.testing.assert_array_equal(found.model_args[0], [0.3, -1.2, 2.0])
+    np.testing.assert_array_equal(found.observed_data["y"], [0.3, -1.2, 2.0])
+
+
 @pytest.mark.parametrize(
     ("model", "data", "options", "message"),
     [
         (coin, (COINS,), {"space": "both"}, "space: got 'both'; pass one of constrained, unconstrained"),
         (coin, COINS, {"key": 0}, r"model_args: got ndarray; pass a tuple of the model's arguments, such as \(y,\)"),
+        (None, (COINS,), {"key": 0}, "model: got NoneType; pass a function that is a NumPyro model"),
+        (coin, (COINS,), {"init": ["p"]}, "init: got list; pass a dict by name"),
+        (coin, (COINS,), {"key": 0, "model_kwargs": [1]}, "model_kwargs: got list; pass a dict by name"),
         (coin, (COINS,), {}, "init: has no value for 'p'; pass one, or a key"),
         (coin, (COINS,), {"init": {"q": 0.5}, "key": 0}, "init: names q; the model's latent sites are p"),
         (coin, (COINS,), {"init": {"p": 1.5}}, r"init\['p'\]: lies outside"),

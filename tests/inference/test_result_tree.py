@@ -202,6 +202,9 @@ def test_nothing_is_pickled_and_both_formats_agree(tmp_path):
             ATTRS,
             "posterior/b: has 4 entries along 'draw', which has 3 elsewhere in posterior",
         ),
+        ({"posterior": {"draw": np.ones((1, 3))}}, None, ATTRS, "posterior/draw: has the name of a dimension"),
+        ({"posterior": {"a": np.ones((1, 3, 2, 2))}}, {"a": ("x", "x")}, ATTRS, r"dims: names \('x', 'x'\) for 'a'"),
+        ({"posterior": {"a": np.ones((1, 3, 1))}}, {"a": "x"}, ATTRS, "dims: names 'x' for 'a'"),
     ],
 )
 def test_bad_input_is_refused_by_name(groups, dims, attrs, message):
@@ -217,6 +220,10 @@ def save_groups(path):
 UNCONSOLIDATED = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+# Consolidated metadata of a store that are JSON, and are not what xarray expects.
+DAMAGED = {"list": "[]", "null": "null", "short": '{"metadata": []}', "empty": '{"metadata": {}}'}
+
+
 @pytest.mark.parametrize(
     ("use", "name", "message"),
     [
@@ -226,12 +233,20 @@ UNCONSOLIDATED = pytest.mark.filterwarnings("ignore::RuntimeWarning")
         *((save_groups, f"file/x{ending}", rf"x\{ending}: cannot be written") for ending in ENDINGS),
         (save_groups, "own.zarr", r"own\.zarr: is there and is not a zarr store"),
         pytest.param(load, "broken.nc", "broken.nc: cannot be read with", marks=UNCONSOLIDATED),
+        *(
+            pytest.param(load, f"{name}.zarr", rf"{name}\.zarr: cannot be read with zarr", marks=UNCONSOLIDATED)
+            for name in DAMAGED
+        ),
         pytest.param(load, "own.zarr", "own.zarr: cannot be read with", marks=UNCONSOLIDATED),
     ],
 )
 def test_bad_paths_are_refused_by_name(tmp_path, use, name, message):
     (tmp_path / "file").write_text("text")
     (tmp_path / "broken.nc").write_text("not HDF5")
+    for damaged, metadata in DAMAGED.items():
+        (tmp_path / f"{damaged}.zarr").mkdir()
+        (tmp_path / f"{damaged}.zarr" / ".zgroup").write_text('{"zarr_format": 2}')
+        (tmp_path / f"{damaged}.zarr" / ".zmetadata").write_text(metadata)
     (tmp_path / "own.zarr").mkdir()
     (tmp_path / "own.zarr" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=message):

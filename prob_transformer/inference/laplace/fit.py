@@ -177,9 +177,12 @@ def laplace(
         random_key, _ = key_and_seed(0 if key is None else key, "the signs")
         return network_laplace(mode, structure, positions, prior_precision, random_key)
     _require_mode(mode)
+    require_count("draws", draws, 1, "the number of draws")
+    if key is not None:
+        key_and_seed(key, "the draws")
     point = mode.unconstrained
     names = list(point) if sites is None else sites
-    if isinstance(names, str) or not names or set(names) - set(point) or len(set(names)) != len(names):
+    if not isinstance(names, (list, tuple)) or not names or len([x for x in point if x in names]) != len(names):
         raise ValueError(f"sites: got {sites!r}; pass different names out of the latent sites {sorted(point)}.")
     mean, held = {name: point[name] for name in names}, {name: point[name] for name in point if name not in names}
     potential = Potential(mode.model, mode.model_args, mode.model_kwargs, mean, held)

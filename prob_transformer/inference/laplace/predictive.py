@@ -9,6 +9,7 @@ is the Hessian of the linearised model; both agree where f is linear.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -132,9 +133,9 @@ def sampled(
     latent = at_draws(sites_at, potential, precision, key, draws)
     data_key = jax.random.fold_in(key, 1)
     names = _data_names(potential, potential.trace(potential.centre(), (args, kwargs)))
-    predict = Predictive(_Unobserved(potential.model), latent, return_sites=names, parallel=True)
-    drawn = predict(data_key, *args, **kwargs)
-
+    # Bound here: the model may have an argument that is called as one of NumPyro's own is, such as rng_key.
+    model = partial(potential.model, *args, **kwargs)
+    drawn = Predictive(_Unobserved(model), latent, return_sites=names, parallel=True)(data_key)
     densities = at_draws(
         lambda potential, z: log_likelihood(potential.trace(z, (args, kwargs))), potential, precision, key, draws
     )

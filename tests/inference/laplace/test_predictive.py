@@ -7,6 +7,7 @@ import pytest
 from scipy.special import expit, logsumexp, softmax
 from scipy.stats import norm
 
+from prob_transformer.inference import find_map
 from prob_transformer.inference.laplace import laplace
 from tests.helpers.modes import mode_at
 
@@ -34,6 +35,12 @@ def softmax_regression(x, y=None):
 def logistic(x, y=None):
     w = numpyro.sample("w", dist.Normal(0, 2.0).expand([3]).to_event(1))
     numpyro.sample("y", dist.Bernoulli(logits=x @ w).to_event(1), obs=y)
+
+
+def awkward(rng_key, seed, key, model, mode):
+    """Arguments that are called as those of NumPyro's functions and of ours are."""
+    w = numpyro.sample("w", dist.Normal(rng_key, 2.0))
+    numpyro.sample("y", dist.Normal(w + seed + key + model, 0.5), obs=mode)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +148,18 @@ def counts(y):
 def huge(y):
     s = numpyro.sample("s", dist.LogNormal(0.0, 1e4))
     numpyro.sample("y", dist.Normal(0.0 * jnp.log(s), 1.0), obs=y)
+
+
+def test_arguments_of_a_model_may_be_called_as_those_of_numpyro_and_ours_are():
+    """The prior N(2, 4) and the datum 3.7 ~ N(w + 1.5, 1/4): w has the precision 4.25, and a new datum is normal."""
+    given = {"rng_key": 2.0, "seed": 1.0, "key": 0.0, "model": 0.5, "mode": np.array(3.7)}
+    fit = laplace(find_map(awkward, model_kwargs=given, space="unconstrained", key=0), key=1)
+    drawn = fit.predictive(jax.random.key(0), DRAWS).posterior_predictive["y"]
+    mean, sd = (2 / 4 + (3.7 - 1.5) * 4) / 4.25 + 1.5, np.sqrt(1 / 4.25 + 1 / 4)
+    # Six standard errors.
+    np.testing.assert_allclose(drawn.mean(), mean, atol=6 * sd / np.sqrt(DRAWS))
+    np.testing.assert_allclose(drawn.std(), sd, rtol=6 / np.sqrt(2 * DRAWS))
+    assert fit.to_datatree()["posterior_predictive/y"].shape == (1, 1000)
 
 
 @pytest.mark.parametrize(
