@@ -51,7 +51,7 @@ test-deep: $(INSTALLED) ## every drawn check on far more cases, for a long night
 		--only conditioning --only safe-region --only certified-radius --only map-equivalence --cases 5000 \
 		--json $(RESULTS)/deep/theory_checks.json
 
-benchmark: $(INSTALLED_FOR_BENCHMARK) ## time and memory of the accelerated path; killed, it goes on where it was [BENCHMARK=FILE]
+benchmark: $(INSTALLED_FOR_BENCHMARK) ## time and memory of the kernels; killed, it goes on where it was [BENCHMARK=FILE]
 	$(RUN) -m benchmarks --out $(BENCHMARK)
 
 benchmark-accelerator: $(INSTALLED_FOR_BENCHMARK) ## the kernels on a GPU in eight minutes; killed, it keeps what is done [BENCHMARK=FILE]

@@ -20,8 +20,8 @@ INTRODUCTION = """# Inference against the truth
 Every number on this page comes from the result committed as
 [inference.json](../results/reference/inference.json); `python -m theory_checks.inference --page
 docs/inference_benchmark.md` writes the page, and a test compares them. `python -m theory_checks.inference --out FILE`
-measures again. How the methods are used: [inference.md](inference.md). The character GPT next to laplace-torch:
-[laplace_torch.md](laplace_torch.md)."""
+measures again; version 0.1, whose result this is, called it `python -m benchmarks.inference`. How the methods are used:
+[inference.md](inference.md). The character GPT next to laplace-torch: [laplace_torch.md](laplace_torch.md)."""
 
 
 def page(result: dict[str, Any]) -> str:
