@@ -35,9 +35,13 @@ def ranks(truths: Float[np.ndarray, "R ..."], draws: Float[np.ndarray, "R L ..."
 
     Raises ValueError for shapes that do not fit and for values that are NaN.
     """
+    if np.iscomplexobj(truths) or np.iscomplexobj(draws):
+        raise ValueError("draws: truths or draws are complex; pass real numbers.")
     truths, draws = np.asarray(truths, float), np.asarray(draws, float)
-    if draws.ndim < 2 or draws.shape[:1] + draws.shape[2:] != truths.shape:
-        raise ValueError(f"draws: has shape {draws.shape} for truths {truths.shape}; pass (R, L, ...) for (R, ...).")
+    if draws.ndim < 2 or draws.shape[1] == 0 or draws.shape[:1] + draws.shape[2:] != truths.shape:
+        raise ValueError(
+            f"draws: has shape {draws.shape} for truths {truths.shape}; pass (R, L, ...) for (R, ...), L at least 1."
+        )
     if np.isnan(truths).any() or np.isnan(draws).any():
         raise ValueError("draws: truths or draws hold NaN; leave failed replicates out, and say how many there were.")
     return (draws < truths[:, None]).sum(1)
@@ -55,6 +59,8 @@ def uniformity(found: Int[np.ndarray, " R"], draws: int, bins: int = 20) -> Unif
         raise ValueError(f"bins: got {bins} for {draws + 1} possible ranks; pass a divisor of that.")
     if found.ndim != 1 or len(found) < 5 * bins:
         raise ValueError(f"found: has shape {found.shape}; pass one rank a replicate, at least {5 * bins} of them.")
+    if not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"found: has dtype {found.dtype}; pass integers, as ranks() returns them.")
     if found.min() < 0 or found.max() > draws:
         raise ValueError(f"found: holds ranks outside 0..{draws}; pass the ranks of that many draws.")
     counts = np.bincount(found // ((draws + 1) // bins), minlength=bins)

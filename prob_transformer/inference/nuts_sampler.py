@@ -28,7 +28,7 @@ from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer.util import potential_energy
 
-from prob_transformer._validation import require_choice, require_count
+from prob_transformer._validation import require_choice, require_count, require_floating
 from prob_transformer.change_of_variables import residual_and_log_det
 from prob_transformer.files import provenance
 from prob_transformer.inference.chains import run_chains
@@ -257,7 +257,8 @@ def nuts(
     require_count("chains", chains, 1, "the number of chains")
     require_count("max_tree_depth", max_tree_depth, 1, "the number of doublings of a trajectory")
     require_choice("embeddings", embeddings, get_args(Embeddings))
-    if not isinstance(target_accept, jax.core.Tracer) and not 0 < float(target_accept) < 1:
+    is_known = not isinstance(target_accept, jax.core.Tracer)
+    if require_floating("target_accept", target_accept).ndim or (is_known and not 0 < float(target_accept) < 1):
         raise ValueError(f"target_accept: got {target_accept}; pass a share of steps between 0 and 1.")
     random_key, seed = key_and_seed(key, "the draws")
     point_key, run_key = jax.random.split(random_key)

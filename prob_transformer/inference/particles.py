@@ -23,7 +23,14 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from prob_transformer._extras import require
-from prob_transformer._validation import require_choice, require_count, require_key, require_vocabulary
+from prob_transformer._validation import (
+    require_choice,
+    require_count,
+    require_draws,
+    require_floating,
+    require_key,
+    require_vocabulary,
+)
 from prob_transformer.attention import Attention, Past
 from prob_transformer.embedding_process import EmbeddingProcess
 from prob_transformer.files import provenance
@@ -114,8 +121,16 @@ class ParticleResult(NamedTuple):
         """One chain of 1000 smoothed paths, as `to_datatree` has them."""
         return self._draw("smoothed", None, _PATHS)[0]
 
+    def _require_one_run(self) -> None:
+        if self.filtered.ndim != 3:
+            raise ValueError(
+                f"result: holds several runs, log_evidence has shape {self.log_evidence.shape}; pick one of them by "
+                "jax.tree.map(lambda leaf: leaf[0], result)."
+            )
+
     def _draw(self, paths: Paths, key: PRNGKeyArray | None, draws: int) -> tuple[dict[str, Array], dict[str, Array]]:
-        key = jax.random.fold_in(self.key, _DRAWS) if key is None else key
+        self._require_one_run()
+        key = jax.random.fold_in(self.key, _DRAWS) if key is None else require_key("key", key)
         if paths == "ancestral":
             indices = ancestral_indices(key, draws, self.filtered_log_weights[-1], self.ancestors)
         else:
@@ -128,6 +143,7 @@ class ParticleResult(NamedTuple):
     @property
     def law(self) -> Law:
         """Whether the process is certified to be a probability law; the mass is given the heaviest particle's past."""
+        self._require_one_run()
         heaviest = self.embeddings[jnp.argmax(self.log_weights)]
         return law_of({"embeddings": (self.process, heaviest)}, None)
 
@@ -147,11 +163,7 @@ class ParticleResult(NamedTuple):
         derived from the filter's. Raises ValueError with status and remedy for particles that died or were lost, past
         the boundary unless `allow` has PAST_BOUNDARY, for several results at once, and as `datatree`.
         """
-        if self.filtered.ndim != 3:
-            raise ValueError(
-                f"result: holds several runs, log_evidence has shape {self.log_evidence.shape}; pick one of them by "
-                "jax.tree.map(lambda leaf: leaf[0], result)."
-            )
+        self._require_one_run()
         require_count("draws", draws, 1, "the number of paths")
         require_choice("paths", paths, get_args(Paths))
         status = ParticleStatus(int(self.status))
@@ -320,7 +332,8 @@ def particle_filter(
         raise ValueError(f"tokens: has n = {tokens.shape[0]} positions; pass at least 2, or there is no attention.")
     require_count("particles", particles, 2, "one particle has no weights to compare")
     require_choice("proposal", proposal, get_args(ProposalName))
-    if not isinstance(threshold, jax.core.Tracer) and not 0 <= float(threshold) <= 1:
+    is_known = not isinstance(threshold, jax.core.Tracer)
+    if require_floating("threshold", threshold).ndim or (is_known and not 0 <= float(threshold) <= 1):
         raise ValueError(f"threshold: got {threshold}; pass a share of the particles from 0 (never) to 1 (always).")
     random_key, seed = key_and_seed(key, "the particles")
     process = EmbeddingProcess(attention, tokens.shape[0], noise_scale, first_scale)
@@ -342,7 +355,9 @@ def smooth(key: PRNGKeyArray, result: ParticleResult, draws: int) -> Float[Array
     proposal only, because the weights are those of the |det J| density. Raises ValueError for fewer than one draw and
     for a result whose particles all died. Equation: smoothing.
     """
-    require_count("draws", draws, 1, "the number of paths")
+    if not isinstance(result, ParticleResult):
+        raise ValueError(f"result: got {type(result).__name__}; pass what particle_filter returned.")
+    require_draws(key, draws)
     if not isinstance(result.log_evidence, jax.core.Tracer) and not (result.log_evidence > -jnp.inf).all():
         raise ValueError("result: has status ALL_DIED; there are no paths, look at the tokens and at `unsolved` first.")
-    return result._draw("smoothed", require_key("key", key), draws)[0]["embeddings"][0]
+    return result._draw("smoothed", key, draws)[0]["embeddings"][0]

@@ -50,6 +50,9 @@ def test_a_rank_is_the_number_of_draws_below_the_truth_for_every_coordinate():
     ("call", "message"),
     [
         (lambda: ranks(np.zeros(3), np.zeros((2, 5))), r"draws: has shape \(2, 5\) for truths \(3,\)"),
+        (lambda: ranks(np.zeros(3), np.zeros((3, 0))), r"draws: has shape \(3, 0\)"),
+        (lambda: ranks(np.array([1 + 2j]), np.ones((1, 3))), "draws: truths or draws are complex"),
+        (lambda: uniformity(np.zeros(200), 99), "found: has dtype float64; pass integers"),
         (lambda: ranks(np.zeros(1), np.full((1, 5), np.nan)), "draws: truths or draws hold NaN"),
         (lambda: uniformity(np.zeros(200, int), 99, 7), "bins: got 7 for 100 possible ranks"),
         (lambda: uniformity(np.zeros(99, int), 99), "at least 100 of them"),

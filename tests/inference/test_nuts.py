@@ -258,6 +258,8 @@ COINS = np.ones(3, int)
         (lone_coins, (COINS,), {"chains": 0}, "chains: got 0"),
         (lone_coins, (COINS,), {"max_tree_depth": 0}, "max_tree_depth: got 0"),
         (lone_coins, (COINS,), {"target_accept": 1.0}, "target_accept: got 1.0"),
+        (lone_coins, (COINS,), {"target_accept": "x"}, "target_accept: got str"),
+        (lone_coins, (COINS,), {"target_accept": [0.8, 0.7]}, r"target_accept: got \[0.8, 0.7\]"),
         (lone_coins, (COINS,), {"embeddings": "both"}, "embeddings: got 'both'; pass one of direct, noise"),
         (lone_coins, (COINS,), {"embeddings": "noise"}, "embeddings: is 'noise', but no latent site"),
         (lambda: numpyro.sample("k", dist.Poisson(1.0)), (), {}, "site 'k' is discrete and not observed"),

@@ -298,6 +298,8 @@ def test_one_compilation_serves_other_keys_tokens_parameters_scales_and_threshol
         ({"proposal": "optimal"}, "proposal: got 'optimal'; pass one of process, direct"),
         ({"threshold": 1.5}, "threshold: got 1.5; pass a share of the particles from 0"),
         ({"threshold": -0.1}, "threshold: got -0.1"),
+        ({"threshold": "half"}, "threshold: got str; pass a numeric array"),
+        ({"threshold": np.array([0.5])}, r"threshold: got \[0\.5\]; pass a share"),
         ({"threshold": np.nan}, "threshold: got nan"),
         ({"noise_scale": 0.0}, "noise_scale: got 0.0; pass a value greater than 0"),
         ({"first_scale": np.inf}, "first_scale: contains NaN or inf"),

@@ -142,6 +142,11 @@ def test_particles_lost_or_dead_are_never_written(status, message):
     ("call", "message"),
     [
         (lambda: runs().to_datatree(), r"result: holds several runs, log_evidence has shape \(400,\)"),
+        (lambda: runs().posterior, "result: holds several runs"),
+        (lambda: runs().law, "result: holds several runs"),
+        (lambda: smooth(jax.random.key(0), runs(), 3), "result: holds several runs"),
+        (lambda: one_run().to_datatree(key=0, paths="ancestral"), "key: got 0; pass one JAX random key"),
+        (lambda: smooth(jax.random.key(0), None, 3), "result: got NoneType; pass what particle_filter returned"),
         (lambda: one_run().to_datatree(paths="filtered"), "paths: got 'filtered'; pass one of smoothed, ancestral"),
         (lambda: one_run().to_datatree(draws=0), "draws: got 0"),
         (lambda: smooth(jax.random.key(0), one_run(), 0), "draws: got 0; pass an integer of at least 1"),
