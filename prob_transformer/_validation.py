@@ -32,7 +32,7 @@ def require_floating(name: str, array: Any, *, finite: bool = False, positive: b
         if not np.isfinite(known).all():
             raise ValueError(f"{name}: contains NaN or inf in {known.dtype}; pass finite values only.")
         if positive and not (known > 0).all():
-            raise ValueError(f"{name}: got {known.tolist()}; pass a value greater than 0 in {known.dtype}.")
+            raise ValueError(f"{name}: got {np.asarray(array).tolist()}; pass a value greater than 0 in {known.dtype}.")
     return converted
 
 

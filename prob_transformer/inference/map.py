@@ -64,10 +64,10 @@ _STATS = ("objective", "gradient_norm", "converged", "steps", "crossings", "pred
 class MapResult(NamedTuple):
     """A maximum, or where the search for it ended: look at `converged` first.
 
-    `model`, `model_args` and `model_kwargs` as `find_map` got them, with copies of NumPy arrays: the rest is of these
-    data, so for others call `find_map` again; `parameters` by site, in their supports, and the
-    same point as `unconstrained`; `objective`, the negative log joint in nats in the chosen `space`; `gradient_norm`,
-    its largest derivative in unconstrained coordinates; `crossings`, how many of the `steps` were cut short because
+    `model`, `model_args` and `model_kwargs` as `find_map` got them, with copies of NumPy arrays: all else is of these
+    data, so for other data call `find_map` again; `parameters` by site, in their supports, and the same point as
+    `unconstrained`; `objective`, the negative log joint in nats in the chosen `space`; `gradient_norm`, its largest
+    derivative in unconstrained coordinates; `crossings`, how many of the `steps` were cut short because
     they crossed det = 0; `signs` of all determinants that were watched, at the end, empty if there were none;
     `predicted_decrease`, by how many nats a quasi-Newton step would lower the objective, infinite where steps were
     still long; `at_rounding`, whether the rounding of the dtype ended the search before the gradient fell to the

@@ -73,7 +73,7 @@ def require_allowed(problems: Mapping[Any, str], allow: Allow, never: Collection
 def _site_dims(name: str, ndim: int, dims: Dims) -> tuple[str, ...]:
     """The names of a site's own dimensions: those given, those of the token model, or name_dim_0, name_dim_1, ..."""
     if name in dims:
-        if isinstance(dims[name], str) or len(set(dims[name])) != ndim:
+        if isinstance(dims[name], str) or not len(set(dims[name])) == len(dims[name]) == ndim:
             raise ValueError(
                 f"dims: names {dims[name]!r} for {name!r}, which has {ndim} dimensions; pass a tuple of so many "
                 "different names."

@@ -204,6 +204,7 @@ def test_nothing_is_pickled_and_both_formats_agree(tmp_path):
         ),
         ({"posterior": {"draw": np.ones((1, 3))}}, None, ATTRS, "posterior/draw: has the name of a dimension"),
         ({"posterior": {"a": np.ones((1, 3, 2, 2))}}, {"a": ("x", "x")}, ATTRS, r"dims: names \('x', 'x'\) for 'a'"),
+        ({"posterior": {"a": np.ones((1, 3, 2, 2))}}, {"a": ("x", "x", "y")}, ATTRS, "dims: names"),
         ({"posterior": {"a": np.ones((1, 3, 1))}}, {"a": "x"}, ATTRS, "dims: names 'x' for 'a'"),
     ],
 )
