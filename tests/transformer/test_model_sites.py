@@ -11,9 +11,9 @@ from numpyro import handlers
 
 from prob_transformer.transformer import (
     HeadBarrier,
-    TransformerConfig,
     transformer_model,
 )
+from tests.helpers.tiny_transformer import UNEQUAL
 from tests.transformer.test_dense_transformer import (
     SIZES,
     WEIGHT,
@@ -22,8 +22,6 @@ from tests.transformer.test_dense_transformer import (
 )
 from theory_checks.truth import transformer as dense_transformer
 
-# The maps have 4, 6 or 9 inputs, so that no two kinds of prior have the same scale.
-UNEQUAL = TransformerConfig(vocabulary=7, context=8, layers=2, width=4, heads=3, head_size=2, hidden=9)
 PREFIX = "transformer/"
 
 

@@ -12,9 +12,7 @@ from scipy.stats import chi2
 
 from prob_transformer.transformer import TokenProcess, Transformer, TransformerConfig, transformer_model
 from prob_transformer.transformer.weight_sites import weights_of
-from tests.helpers.tiny_transformer import TINY, strong
-
-UNEQUAL = TransformerConfig(vocabulary=7, context=8, layers=2, width=4, heads=3, head_size=2, hidden=9)
+from tests.helpers.tiny_transformer import TINY, UNEQUAL, strong
 
 
 def all_texts(length):
